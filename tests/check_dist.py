@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("calibration", "export", "profiling", "runtime", "serving", "trio")
 LARGEST_WHEEL = 20_000_000
 PACKAGED = "trio_edge/profiling/check/bundle/trio.json"
-"""What ``make wheel`` adds for ``trio-check``; git has no copy."""
+"""Files that ``make wheel`` adds for ``trio-check``; git has no copy."""
 
 
 def problems(folder: Path, *, is_release: bool = False) -> list[str]:

@@ -171,7 +171,7 @@ def _two_stages() -> Schedule:
 
 @pytest.fixture(scope="session")
 def torchvision_reference() -> TorchvisionReference:
-    """What Hugging Face's default image processors give, from a process that has torchvision."""
+    """Outputs of Hugging Face's default image processors, from a process that has torchvision."""
     if not TORCHVISION_FOLDER.is_dir():
         pytest.skip(f"needs torchvision in {TORCHVISION_FOLDER}, where `make test` puts it; runs in CI")
     command = [sys.executable, "-m", "tests.torchvision_reference", str(TORCHVISION_FOLDER)]

@@ -81,7 +81,7 @@ class CudaOnHost:
         self.uncapturable = ""
         """A graph whose engine refuses to run while it is captured."""
         self.last_error = Error.cudaSuccess
-        """What ``cudaGetLastError`` has not been asked for yet, of failed captures."""
+        """Errors of failed captures that ``cudaGetLastError`` has not returned yet."""
         self.engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         """Those that are loaded."""
         self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()

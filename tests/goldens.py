@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 GOLDEN_FOLDER = Path(__file__).parents[1].parent / "shared" / "goldens"
 GOLDEN_NAMES = ("single_stage_gqa", "three_stage_mha", "top_up")
 needs_goldens = pytest.mark.skipif(
-    not GOLDEN_FOLDER.is_dir(), reason="needs ../shared/goldens beside the checkout; runs in the project's CI"
+    not GOLDEN_FOLDER.is_dir(),
+    reason="needs ../shared/goldens next to the checkout; runs in the project's CI",
 )
 _PATCHES_PER_SIDE = {96: 10, 180: 14, 64: 8}  # LLaVA-1.5 pictures with at least as many tokens as the golden
 

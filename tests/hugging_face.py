@@ -65,7 +65,7 @@ class Original:
         num_tokens: int,
         pixel_values: NDArray[np.float32] | None = None,
     ) -> tuple[list[int], NDArray[np.float32]]:
-        """Return the greedy tokens and the logits [steps, V] behind them.
+        """Return the greedy tokens and the logits [steps, V] that gave them.
 
         Args:
             picture: The picture, or None.

@@ -1,4 +1,4 @@
-"""What the installed package is: its top-level names, its light runtime, its commands."""
+"""The installed package: its top-level names, its light runtime, its commands."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from tests.documents import ROOT
 
 FOLDERS = ("calibration", "export", "profiling", "runtime", "serving", "trio")
 JOINED = re.compile(r'"\s*\n\s*(?:\(|f?")')
-"""Where a message goes on in the next literal."""
+"""The end of a literal whose message continues in the next one."""
 VALUE = re.compile(r"\b[A-Z]+\b|\b\d\.X\b|…|'[^']*'|\b\d+\b|\([^)]*\)|float16|torch|trio\.json")
 """A value in a quoted message."""
 

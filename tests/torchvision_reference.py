@@ -178,7 +178,7 @@ PROCESSORS = {
 
 
 class TorchvisionReference:
-    """What Hugging Face's default image processors gave, read from the file that this module writes."""
+    """Outputs of Hugging Face's default image processors, read from the file that this module writes."""
 
     def __init__(self, path: Path) -> None:
         self._arrays = np.load(path)

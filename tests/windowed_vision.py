@@ -85,7 +85,7 @@ def export_vision(
     outputs: tuple[TensorSpec, ...],
     dtype: str,
 ) -> Path:
-    """Write ``vision.onnx``: traced without values, the weights of ``visual`` in a file beside it."""
+    """Write ``vision.onnx``: traced without values, the weights of ``visual`` in a file next to it."""
     inv_freq = inverse_frequencies(visual.config)
     names = dict(graph(visual, torch.from_numpy(inv_freq)).named_parameters())
     save_file({name: value.numpy().astype(dtype) for name, value in names.items()}, folder / "w.safetensors")

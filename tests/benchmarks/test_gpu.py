@@ -174,7 +174,7 @@ def test_without_a_gpu_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> 
     )
 
 
-# -------------------------------------------------------------------------------------------- bundles beside them
+# -------------------------------------------------------------------------------------------- bundles next to them
 
 
 def test_graphs_in_torch_keep_what_the_bundle_keeps(checkpoint: Path, reduced_bundle: Path) -> None:

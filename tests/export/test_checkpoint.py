@@ -40,7 +40,7 @@ print(json.dumps([str(checkpoint.folder), checkpoint.revision, sorted(checkpoint
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository as they are on the Hub: two shards with an index, pickles beside them, another format, code."""
+    """A repository as they are on the Hub: two shards with an index, pickles next to them, another format, code."""
     folder = tmp_path_factory.mktemp("repository")
     (folder / "config.json").write_text('{"model_type": "llava"}')
     (folder / "tokenizer.model").write_bytes(b"sentencepiece")

@@ -1,4 +1,4 @@
-"""What ``--clip`` refuses, and which weights a bundle takes from a CLIP checkpoint."""
+"""``--clip`` refuses bad checkpoints; a bundle takes the right weights from a CLIP checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which decoder configurations the graphs can express, and up to which length."""
+"""Decoder configurations that the graphs can express, and their largest lengths."""
 
 from __future__ import annotations
 

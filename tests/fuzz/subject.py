@@ -1,4 +1,4 @@
-"""What is fuzzed: one small bundle, opened once in a process, and its answer; and what counts as clear."""
+"""The fuzzed bundle, opened once in a process, its answer, and the rule for a clear message."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUESTION = "what is this?"
 
 
 class Outcome(NamedTuple):
-    """How one input ended."""
+    """The end of one input."""
 
     kind: str
     """"clear": one line. "same": the answer of the unchanged bundle. "ok": an answer, or nothing to compare. "different":

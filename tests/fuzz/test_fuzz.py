@@ -1,4 +1,4 @@
-"""What broke once, row by row, and a bounded run of everything; ``make fuzz`` runs hundreds of thousands."""
+"""Inputs that once broke something, row by row, and a bounded run of everything; ``make fuzz`` runs hundreds of thousands."""
 
 from __future__ import annotations
 

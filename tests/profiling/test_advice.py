@@ -1,4 +1,4 @@
-"""What a profile advises: a line for what takes much, and none for what does not."""
+"""A profile's advice: a line for each large share of the time, and none for a small one."""
 
 from __future__ import annotations
 

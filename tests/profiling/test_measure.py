@@ -36,7 +36,7 @@ ODD_NAME = "reduced <b>&amp; 'odd'"
 
 
 class Profile(NamedTuple):
-    """What one call of the command printed and wrote."""
+    """Output and files of one call of the command."""
 
     printed: str
     report: ProfileReport
@@ -151,7 +151,7 @@ def test_contexts_are_timed_upwards_and_downwards_once_when_the_time_is_over(
     (timed,) = contexts.time_contexts([loaded], question, seconds=0.0)
     loaded.close()
     assert {len(one.milliseconds) for one in timed} == {2}
-    assert counts[:3] == [12, 4, 12]  # behind each prefill twelve are left out
+    assert counts[:3] == [12, 4, 12]  # after each prefill twelve are left out
     upwards, downwards = skipped[3 : 3 + contexts.POINTS], skipped[-contexts.POINTS :]
     assert all(skip >= 0 for skip in upwards[1:])
     assert downwards[0] > 0 and all(skip < 0 for skip in downwards[1:])

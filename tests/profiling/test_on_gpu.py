@@ -1,4 +1,4 @@
-"""What profiling adds on a GPU, on one that is none (tests/cuda_on_host.py): events around launches, and no wait."""
+"""Profiling on a GPU, simulated (tests/cuda_on_host.py): it adds events around launches, and no wait."""
 
 from __future__ import annotations
 

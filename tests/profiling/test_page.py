@@ -157,7 +157,7 @@ def bundle_profile(label: str, scale: float) -> BundleProfile:
 
 @pytest.fixture(scope="module")
 def report() -> ProfileReport:
-    """A report of a reduced bundle on a Jetson beside one with a name that attacks the page."""
+    """A report of a reduced bundle on a Jetson and one with a name that attacks the page."""
     first, second = bundle_profile("reduced", 1.0), bundle_profile(HOSTILE, 2.5)
     return ProfileReport(
         schema_version=1,
@@ -421,7 +421,7 @@ def test_a_browser_shows_the_page_on_a_phone_without_scrolling_sideways(
     assert found["cut"] == []
     assert (
         found["hidden"] == []
-    )  # of the summary and of what the graphs come to, nothing is beside the screen
+    )  # of the summary and of what the graphs come to, nothing lies outside of the screen
     assert max(found["rows"]) < 45  # no cell is squeezed into a column of words
     assert len(found["plots"]) == num_plots
     for plot in found["plots"]:

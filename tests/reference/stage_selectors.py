@@ -1,4 +1,4 @@
-"""Selectors of other papers in front of a decoder layer: slow, obvious, in float64, on real rows only (no padding)."""
+"""Selectors of other papers before a decoder layer: slow, obvious, in float64, on real rows only (no padding)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trio_edge.trio.selectors.interface import StageInputs
 
 
 class Rows:
-    """What the padded inputs really hold."""
+    """The real rows of the padded inputs."""
 
     def __init__(self, inputs: StageInputs) -> None:
         length, self.num_visual = int(inputs.length), int(inputs.num_visual)

@@ -1,4 +1,4 @@
-"""The folder beside the target: complete or absent, and what killed writers leave is deleted by the next one."""
+"""The folder next to the target: complete or absent, and what killed writers leave is deleted by the next one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def names(folder: Path) -> list[str]:
 
 
 def leave(folder: Path) -> Path:
-    """What a killed export leaves."""
+    """The leftovers of a killed export."""
     (folder / "weights").mkdir(parents=True)
     (folder / "weights" / "model.safetensors").write_bytes(b"half")
     return folder

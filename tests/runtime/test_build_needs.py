@@ -1,4 +1,4 @@
-"""trio-build --dry-run: all that a build needs, beside what the machine has, and what to do about what is missing."""
+"""trio-build --dry-run: all that a build needs, next to what the machine has, and a remedy for what is missing."""
 
 from __future__ import annotations
 

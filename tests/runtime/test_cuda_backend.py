@@ -1,4 +1,4 @@
-"""What the runtime asks of CUDA and TensorRT, written down call by call on a GPU that is none (tests/cuda_on_host.py)."""
+"""The runtime's calls of CUDA and TensorRT, recorded one by one on a simulated GPU (tests/cuda_on_host.py)."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_decoded_token_is_one_upload_one_sequence_one_download_and_one_wait(
     starts = [index for index, call in enumerate(calls) if call[0] == WAITS[0]]
     names = [call[0] for call in calls]
     after_first = names[starts[0] + 1 :]
-    copies = ["cudaMemcpy2DAsync"] * 3  # one for each range, behind the copy of the ids
+    copies = ["cudaMemcpy2DAsync"] * 3  # one for each range, after the copy of the ids
     step = ["cudaMemcpyAsync", *["enqueue"] * 4, "cudaMemcpyAsync", *copies, WAITS[0]]
     captured = ["cudaMemcpyAsync", *["enqueue"] * 4, "cudaGraphLaunch", "cudaMemcpyAsync", *copies, WAITS[0]]
     replayed = ["cudaMemcpyAsync", "cudaGraphLaunch", "cudaMemcpyAsync", *copies, WAITS[0]]

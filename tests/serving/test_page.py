@@ -78,7 +78,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Page:
-    """What a reader sees and does."""
+    """The page as a reader sees and uses it."""
 
     def __init__(self, driver: Chrome, url: str) -> None:
         self.driver = driver

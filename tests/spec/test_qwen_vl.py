@@ -212,7 +212,7 @@ def test_the_camera_has_no_padding(reduced: Pipeline) -> None:
 
 
 def test_encoder_reduction_keeps_positions_and_boxes_of_what_it_keeps(tmp_path: Path) -> None:
-    """With an encoder that keeps 8 of 20 tokens in front of a stage; a smaller picture passes whole."""
+    """With an encoder that keeps 8 of 20 tokens before a stage; a smaller picture passes whole."""
     schedule = Schedule(stages=(Stage(layer=2, keep=4),), positions="preserved")
     folder = save_qwen_checkpoint(tmp_path / "ck")
     bundle = export(folder, schedule=schedule, image_sizes=(CAMERA,), encoder_keep=0.4)

@@ -1,4 +1,4 @@
-"""Small random decoder layers of each family, with the norm and head behind them."""
+"""Small random decoder layers of each family, with the norm and head after them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HIDDEN, HEADS, HEAD_SIZE, VOCAB = 64, 4, 16, 97
 
 @dataclass
 class Decoder:
-    """One layer and what is behind it."""
+    """One layer, and the norm and head after it."""
 
     layer: Any
     final_norm: Any

@@ -1,4 +1,4 @@
-"""What the exported selection is made of, and that a real TensorRT takes it."""
+"""The operators of the exported selection, which a real TensorRT accepts."""
 
 from __future__ import annotations
 

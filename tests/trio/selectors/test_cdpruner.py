@@ -1,4 +1,4 @@
-"""What only CDPruner does, and what it refuses; ``test_token_selectors`` compares it with plain loops."""
+"""CDPruner: its own rules and refusals; ``test_token_selectors`` compares it with plain loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only EADP does, and what it refuses; ``test_token_selectors`` compares it with plain loops."""
+"""EADP: its own rules and refusals; ``test_token_selectors`` compares it with plain loops."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_selector_reads_only_what_it_asks_for(selector: Any) -> None:
     assert not list(module.parameters())
 
 
-# One each: an export takes about a second. Both are tried of every module beside its own reference.
+# One each: an export takes about a second. Both are tried for every module, next to its own reference.
 @pytest.mark.parametrize(
     ("selector", "num_keep"),
     list(zip(ALL, (1, 6, 6, 1, 6, 1, 6))),

@@ -1,4 +1,4 @@
-"""Selectors in front of the decoder against plain loops, as graphs on ONNX Runtime, and as TensorRT engines."""
+"""Selectors before the decoder against plain loops, as graphs on ONNX Runtime, and as TensorRT engines."""
 
 from __future__ import annotations
 
