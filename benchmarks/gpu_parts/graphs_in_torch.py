@@ -61,7 +61,7 @@ class GraphsInTorch:
         return "graphs in torch" + ", compiled" * compiled
 
     def decode(self) -> None:
-        """See ``Way.decode``."""
+        """Run one token through all layers, and store the next one's embedding."""
         self._choose_attention()
         buffers, hidden = self.buffers, self.buffers.token
         for index, module in enumerate(self._ranges):

@@ -66,7 +66,7 @@ class LayersInTorch:
         return (PAPERS_CODE if schedule.stages else WHOLE_MODEL) + ", compiled" * compiled
 
     def decode(self) -> None:
-        """See ``Way.decode``."""
+        """Run one token through all layers, and store the next one's embedding."""
         self._choose_attention()
         buffers, hidden = self.buffers, self.buffers.token
         for index, layers in enumerate(buffers.layers):

@@ -116,7 +116,7 @@ class Sizes:
     decoder: Dimensions
     tower: VisionDimensions
     vision_sizes: dict[str, int]
-    """Of the picture's vision profile."""
+    """Sizes of the vision graph's axes for the picture."""
     element_bytes: int
     num_visual: int
     """N."""

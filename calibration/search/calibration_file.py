@@ -45,7 +45,7 @@ class FrontPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     first_token_ms: float
     """Predicted."""
     flops: float
-    """Of vision tower and prefill, mean over the samples."""
+    """FLOPs of vision tower and prefill, mean over the samples."""
     average_keep: float
     """As a share of the largest image's visual tokens."""
     search: Fidelity

@@ -50,7 +50,7 @@ class CalibratedScales:
     """The result of a calibration, by the canonical names of the checkpoint's tensors."""
 
     smoothing: Mapping[str, Smoothing] = field(default_factory=dict)
-    """Of weights, norms and biases."""
+    """Factors for weights, norms and biases."""
     activation_max: Mapping[str, float] = field(default_factory=dict)
     """Largest absolute input of each linear layer after smoothing, by its weight; for parts in INT8 and FP8."""
     cache_max: tuple[CacheRange, ...] = ()

@@ -13,7 +13,7 @@ import numpy as np
 
 from trio_edge.runtime.buffers.blocks import Block, allocate_largest, allocate_tensor
 from trio_edge.runtime.buffers.kv_cache import KVCache, NewRows
-from trio_edge.runtime.bundle import graph_io as io
+from trio_edge.runtime.bundle import graph_io
 from trio_edge.runtime.devices.interface import find_profile, largest_shape, shape_at
 
 if TYPE_CHECKING:
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile, TensorSpec
     from trio_edge.runtime.devices.interface import Allocator, DeviceTensor
 
-_TOP = (io.TOP_LOGITS, io.TOP_IDS)
+_TOP = (graph_io.TOP_LOGITS, graph_io.TOP_IDS)
 _BETWEEN_HALVES = {
-    io.PROBE_OUTPUT: io.PROBE_OUTPUT,
-    io.OUTPUT_GRADIENT: io.GRADIENT,
-    io.PROBE_STATE: io.GRADIENT_STATE,
-    io.PROBE_ATTENTION: io.GRADIENT_ATTENTION,
-    io.PROBE_KEYS: io.GRADIENT_KEYS,
-    io.SALIENCY_SCORES: io.SALIENCY,
+    graph_io.PROBE_OUTPUT: graph_io.PROBE_OUTPUT,
+    graph_io.OUTPUT_GRADIENT: graph_io.GRADIENT,
+    graph_io.PROBE_STATE: graph_io.GRADIENT_STATE,
+    graph_io.PROBE_ATTENTION: graph_io.GRADIENT_ATTENTION,
+    graph_io.PROBE_KEYS: graph_io.GRADIENT_KEYS,
+    graph_io.SALIENCY_SCORES: graph_io.SALIENCY,
 }
 """Outputs of a probe's pieces, and the inputs of later pieces that read them."""
 _ONE = ("int32", (1,))
@@ -68,24 +68,26 @@ class DecoderBuffers:
         self._manifest = manifest
         self.ranges, self.selects, self.head = manifest.ranges, manifest.selects, manifest.graph("head")
         self.caches = [KVCache(allocator, spec) for spec in self.ranges]
-        (self.embeds,) = _largest(allocator, self.ranges[:1], io.EMBEDS)
+        (self.embeds,) = _largest(allocator, self.ranges[:1], graph_io.EMBEDS)
         self.planes = [self._planes(allocator, index) for index in range(len(self.ranges))]
         """DeepStack planes that enter each range, by the layer whose output they are added to, in this or a later range."""
         row = (1, 1, manifest.dimensions.hidden_size)
-        self._no_plane = allocate_tensor(allocator, self.ranges[0].tensor(io.EMBEDS), row, graph="decode")
-        """DeepStack plane of a new token: one row of zeros, because the token is text."""
-        self.hidden_out = _largest(allocator, self.ranges, io.HIDDEN_OUT)
-        self.previous = _largest(
-            allocator, [spec for spec in self.ranges if _has_previous(spec)], io.PREVIOUS
+        self._no_plane = allocate_tensor(
+            allocator, self.ranges[0].tensor(graph_io.EMBEDS), row, graph="decode"
         )
-        self.kept_hidden = _largest(allocator, self.selects, io.KEPT_HIDDEN)
-        self.kept_positions = _largest(allocator, self.selects, io.KEPT_POSITIONS)
-        self.kept_visual_rows = _largest(allocator, self.selects, io.KEPT_VISUAL_ROWS)
+        """DeepStack plane of a new token: one row of zeros, because the token is text."""
+        self.hidden_out = _largest(allocator, self.ranges, graph_io.HIDDEN_OUT)
+        self.previous = _largest(
+            allocator, [spec for spec in self.ranges if _has_previous(spec)], graph_io.PREVIOUS
+        )
+        self.kept_hidden = _largest(allocator, self.selects, graph_io.KEPT_HIDDEN)
+        self.kept_positions = _largest(allocator, self.selects, graph_io.KEPT_POSITIONS)
+        self.kept_visual_rows = _largest(allocator, self.selects, graph_io.KEPT_VISUAL_ROWS)
         self.kept_visual_images: list[DeviceTensor] = []
         if manifest.schedule.budget == "image":
-            self.kept_visual_images = _largest(allocator, self.selects, io.KEPT_VISUAL_IMAGES)
-        self.probes = [io.probe_graph(manifest, stage) for stage in range(len(self.selects))]
-        self.gradient = io.gradient_graph(manifest)
+            self.kept_visual_images = _largest(allocator, self.selects, graph_io.KEPT_VISUAL_IMAGES)
+        self.probes = [graph_io.probe_graph(manifest, stage) for stage in range(len(self.selects))]
+        self.gradient = graph_io.gradient_graph(manifest)
         self._probe = self._probe_buffers(allocator)
         # Ranges of a prefill run one after the other, so their new KV rows share one place.
         rows = [max(profile.sizes.get("S", 0) for profile in spec.profiles) for spec in self.ranges]
@@ -99,31 +101,32 @@ class DecoderBuffers:
         self.step = Block(allocator, self._step_fields(), purpose="inputs of a decode step")
         # A step's logits have their own block: most steps download only the most likely tokens.
         self.step_top = Block(allocator, _fields(self.head, _TOP), purpose="results of a decode step")
-        self.step_logits = Block(allocator, _fields(self.head, (io.LOGITS,)), purpose="logits")
+        self.step_logits = Block(allocator, _fields(self.head, (graph_io.LOGITS,)), purpose="logits")
 
     def _planes(self, allocator: Allocator, index: int) -> dict[int, DeviceTensor]:
         """Return memory for the planes that enter range ``index``, with as many rows as its hidden states."""
         spec = self.ranges[index]
-        hidden = spec.tensor(io.HIDDEN if index else io.EMBEDS)
+        hidden = spec.tensor(graph_io.HIDDEN if index else graph_io.EMBEDS)
         return {
             layer: allocate_largest(allocator, spec, hidden)
             for layer in range(spec.first_layer or 0, self._manifest.num_deepstack)
         }
 
     def _input_fields(self) -> _Fields:
-        fields: _Fields = _fields(self.ranges[0], (io.POSITIONS,))
+        fields: _Fields = _fields(self.ranges[0], (graph_io.POSITIONS,))
         # "zero" is the past length of a prefill.
-        fields |= dict.fromkeys(("zero", io.LAST_ROW, io.PROMPT_LENGTH), _ONE)
+        fields |= dict.fromkeys(("zero", graph_io.LAST_ROW, graph_io.PROMPT_LENGTH), _ONE)
         for stage, spec in enumerate(self.selects):
-            fields |= _fields(spec, (io.NUM_VISUAL, io.LENGTH), number=stage)
+            fields |= _fields(spec, (graph_io.NUM_VISUAL, graph_io.LENGTH), number=stage)
             if stage == 0:  # later stages read the output of the stage before
                 fields |= _fields(
-                    spec, (io.VISUAL_ROWS, *((io.VISUAL_IMAGES,) if self.kept_visual_images else ()))
+                    spec,
+                    (graph_io.VISUAL_ROWS, *((graph_io.VISUAL_IMAGES,) if self.kept_visual_images else ())),
                 )
-            if io.PROMPT_IS_VISUAL in spec.input_names:
-                fields |= _fields(spec, (io.PROMPT_IS_VISUAL,))
+            if graph_io.PROMPT_IS_VISUAL in spec.input_names:
+                fields |= _fields(spec, (graph_io.PROMPT_IS_VISUAL,))
             if (probe := self.probes[stage]) is not None:
-                fields |= _fields(probe, (io.PROBE_ROWS,), number=stage)
+                fields |= _fields(probe, (graph_io.PROBE_ROWS,), number=stage)
         return fields
 
     def _probe_buffers(self, allocator: Allocator) -> dict[str, DeviceTensor]:
@@ -138,20 +141,20 @@ class DecoderBuffers:
         return {name: allocate_largest(allocator, *found) for name, found in largest.items()}
 
     def _result_fields(self) -> _Fields:
-        fields = _fields(self.head, (io.LOGITS, *_TOP))
+        fields = _fields(self.head, (graph_io.LOGITS, *_TOP))
         for stage, spec in enumerate(self.selects):
-            fields |= _fields(spec, io.SELECT_RESULTS, number=stage)
+            fields |= _fields(spec, graph_io.SELECT_RESULTS, number=stage)
         return fields
 
     def _step_fields(self) -> _Fields:
         manifest = self._manifest
         fields: _Fields = {
             "embedding": (manifest.dtype, (1, 1, manifest.dimensions.hidden_size)),
-            io.LAST_ROW: _ONE,
+            graph_io.LAST_ROW: _ONE,
         }
         for index in range(len(self.ranges)):
-            fields[f"{io.POSITIONS}.{index}"] = ("int32", (manifest.position_axes, 1))
-            fields[f"{io.PAST_LENGTH}.{index}"] = _ONE
+            fields[f"{graph_io.POSITIONS}.{index}"] = ("int32", (manifest.position_axes, 1))
+            fields[f"{graph_io.PAST_LENGTH}.{index}"] = _ONE
         return fields
 
     # The tensors of each graph, by name.
@@ -163,15 +166,15 @@ class DecoderBuffers:
     def range_tensors(self, index: int, profile: Profile) -> dict[str, DeviceTensor]:
         """Return the tensors of layer range ``index`` in a prefill."""
         tensors = {
-            io.EMBEDS: self.embeds,
-            io.POSITIONS: self._positions(index),
-            io.PAST_LENGTH: self.inputs.tensor("zero"),
+            graph_io.EMBEDS: self.embeds,
+            graph_io.POSITIONS: self._positions(index),
+            graph_io.PAST_LENGTH: self.inputs.tensor("zero"),
             **self.caches[index].no_rows(),
             **self.new_rows(index, profile.sizes["S"]).outputs(),
-            **_named(io.DEEPSTACK, self.planes[index]),
+            **_named(graph_io.DEEPSTACK, self.planes[index]),
         }
         if index > 0:
-            tensors[io.HIDDEN] = self.kept_hidden[index - 1]
+            tensors[graph_io.HIDDEN] = self.kept_hidden[index - 1]
         return self._with_outputs(index, tensors, profile)
 
     def step_tensors(self, index: int) -> tuple[Profile, dict[str, DeviceTensor]]:
@@ -179,15 +182,15 @@ class DecoderBuffers:
         cache = self.caches[index]
         profile = find_profile(self.ranges[index], {"S": 1, "C": cache.capacity})
         tensors = {
-            io.EMBEDS: self.step.tensor("embedding"),
-            io.POSITIONS: self.step.tensor(f"{io.POSITIONS}.{index}"),
-            io.PAST_LENGTH: self.step.tensor(f"{io.PAST_LENGTH}.{index}"),
+            graph_io.EMBEDS: self.step.tensor("embedding"),
+            graph_io.POSITIONS: self.step.tensor(f"{graph_io.POSITIONS}.{index}"),
+            graph_io.PAST_LENGTH: self.step.tensor(f"{graph_io.PAST_LENGTH}.{index}"),
             **cache.all_rows(),
             **self.new_row[index].outputs(),
-            **_named(io.DEEPSTACK, dict.fromkeys(self.planes[index], self._no_plane)),
+            **_named(graph_io.DEEPSTACK, dict.fromkeys(self.planes[index], self._no_plane)),
         }
         if index > 0:
-            tensors[io.HIDDEN] = self.hidden_out[index - 1]
+            tensors[graph_io.HIDDEN] = self.hidden_out[index - 1]
         return profile, self._with_outputs(index, tensors, profile)
 
     def _with_outputs(
@@ -195,38 +198,45 @@ class DecoderBuffers:
     ) -> dict[str, DeviceTensor]:
         """Return the tensors of a range, with its output hidden states added."""
         spec = self.ranges[index]
-        tensors[io.HIDDEN_OUT] = self.hidden_out[index]
+        tensors[graph_io.HIDDEN_OUT] = self.hidden_out[index]
         if _has_previous(spec):
-            tensors[io.PREVIOUS] = self.previous[index]
+            tensors[graph_io.PREVIOUS] = self.previous[index]
         return self.at_profile(spec, tensors, profile)
 
     def select_tensors(self, stage: int, profile: Profile) -> dict[str, DeviceTensor]:
         """Return the tensors of the select graph of ``stage``."""
         tensors = {
-            io.HIDDEN: self.hidden_out[stage],
-            io.POSITIONS: self._positions(stage),
-            io.VISUAL_ROWS: self._visual_rows(stage),
-            **{name: self.inputs.tensor(f"{name}.{stage}") for name in (io.NUM_VISUAL, io.LENGTH)},
-            io.PROMPT_EMBEDS: self.embeds,
-            io.PROMPT_LENGTH: self.inputs.tensor(io.PROMPT_LENGTH),
-            io.KEPT_HIDDEN: self.kept_hidden[stage],
-            io.KEPT_POSITIONS: self.kept_positions[stage],
-            io.KEPT_VISUAL_ROWS: self.kept_visual_rows[stage],
-            **{name: self.results.tensor(f"{name}.{stage}") for name in io.SELECT_RESULTS},
-            **_named(io.DEEPSTACK, self.planes[stage]),
-            **_named(io.KEPT_DEEPSTACK, self.planes[stage + 1]),
+            graph_io.HIDDEN: self.hidden_out[stage],
+            graph_io.POSITIONS: self._positions(stage),
+            graph_io.VISUAL_ROWS: self._visual_rows(stage),
+            **{
+                name: self.inputs.tensor(f"{name}.{stage}") for name in (graph_io.NUM_VISUAL, graph_io.LENGTH)
+            },
+            graph_io.PROMPT_EMBEDS: self.embeds,
+            graph_io.PROMPT_LENGTH: self.inputs.tensor(graph_io.PROMPT_LENGTH),
+            graph_io.KEPT_HIDDEN: self.kept_hidden[stage],
+            graph_io.KEPT_POSITIONS: self.kept_positions[stage],
+            graph_io.KEPT_VISUAL_ROWS: self.kept_visual_rows[stage],
+            **{name: self.results.tensor(f"{name}.{stage}") for name in graph_io.SELECT_RESULTS},
+            **_named(graph_io.DEEPSTACK, self.planes[stage]),
+            **_named(graph_io.KEPT_DEEPSTACK, self.planes[stage + 1]),
         }
         if self.previous:
-            tensors[io.PREVIOUS] = self.previous[stage]
+            tensors[graph_io.PREVIOUS] = self.previous[stage]
         if self.kept_visual_images:
             before = (
-                self.inputs.tensor(io.VISUAL_IMAGES) if stage == 0 else self.kept_visual_images[stage - 1]
+                self.inputs.tensor(graph_io.VISUAL_IMAGES)
+                if stage == 0
+                else self.kept_visual_images[stage - 1]
             )
-            tensors |= {io.VISUAL_IMAGES: before, io.KEPT_VISUAL_IMAGES: self.kept_visual_images[stage]}
-        if io.PROMPT_IS_VISUAL in self.selects[stage].input_names:
-            tensors[io.PROMPT_IS_VISUAL] = self.inputs.tensor(io.PROMPT_IS_VISUAL)
+            tensors |= {
+                graph_io.VISUAL_IMAGES: before,
+                graph_io.KEPT_VISUAL_IMAGES: self.kept_visual_images[stage],
+            }
+        if graph_io.PROMPT_IS_VISUAL in self.selects[stage].input_names:
+            tensors[graph_io.PROMPT_IS_VISUAL] = self.inputs.tensor(graph_io.PROMPT_IS_VISUAL)
         if self._probe:
-            tensors[io.SALIENCY] = self._probe[io.SALIENCY_SCORES]
+            tensors[graph_io.SALIENCY] = self._probe[graph_io.SALIENCY_SCORES]
         return self.at_profile(self.selects[stage], tensors, profile)
 
     def probe_tensors(self, stage: int, profile: Profile) -> dict[str, DeviceTensor]:
@@ -234,19 +244,21 @@ class DecoderBuffers:
         spec = self.probes[stage]
         assert spec is not None, "a stage with a probe"
         rows = self._visual_rows(stage)
-        num_visual, length = (self.inputs.tensor(f"{name}.{stage}") for name in (io.NUM_VISUAL, io.LENGTH))
+        num_visual, length = (
+            self.inputs.tensor(f"{name}.{stage}") for name in (graph_io.NUM_VISUAL, graph_io.LENGTH)
+        )
         hidden, positions = self.hidden_out[stage], self._positions(stage)
         tensors = {
             **self._probe_tensors(),
-            io.PROBE_HIDDEN: hidden,
-            io.PROBE_POSITIONS: positions,
-            io.PROBE_VISUAL_ROWS: rows,
-            io.PROBE_ROWS: self.inputs.tensor(f"{io.PROBE_ROWS}.{stage}"),
-            io.PROBE_LENGTH: length,
-            io.GRADIENT_HIDDEN: hidden,
-            io.GRADIENT_POSITIONS: positions,
-            io.GRADIENT_VISUAL_ROWS: rows,
-            io.GRADIENT_NUM_VISUAL: num_visual,
+            graph_io.PROBE_HIDDEN: hidden,
+            graph_io.PROBE_POSITIONS: positions,
+            graph_io.PROBE_VISUAL_ROWS: rows,
+            graph_io.PROBE_ROWS: self.inputs.tensor(f"{graph_io.PROBE_ROWS}.{stage}"),
+            graph_io.PROBE_LENGTH: length,
+            graph_io.GRADIENT_HIDDEN: hidden,
+            graph_io.GRADIENT_POSITIONS: positions,
+            graph_io.GRADIENT_VISUAL_ROWS: rows,
+            graph_io.GRADIENT_NUM_VISUAL: num_visual,
         }
         return self.at_profile(spec, tensors, profile)
 
@@ -263,8 +275,11 @@ class DecoderBuffers:
 
     def head_tensors(self, profile: Profile) -> dict[str, DeviceTensor]:
         """Return the tensors of the head in a prefill."""
-        tensors = {name: self.results.tensor(name) for name in (io.LOGITS, *_TOP)}
-        tensors |= {io.HIDDEN: self.hidden_out[-1], io.LAST_ROW: self.inputs.tensor(io.LAST_ROW)}
+        tensors = {name: self.results.tensor(name) for name in (graph_io.LOGITS, *_TOP)}
+        tensors |= {
+            graph_io.HIDDEN: self.hidden_out[-1],
+            graph_io.LAST_ROW: self.inputs.tensor(graph_io.LAST_ROW),
+        }
         return self.at_profile(self.head, tensors, profile)
 
     def head_profile(self, rows: int) -> Profile:
@@ -275,8 +290,11 @@ class DecoderBuffers:
         """Return the profile and the tensors of the head in a decode step."""
         profile = self.head_profile(1)
         tensors = {name: self.step_top.tensor(name) for name in _TOP}
-        tensors |= {io.HIDDEN: self.hidden_out[-1], io.LAST_ROW: self.step.tensor(io.LAST_ROW)}
-        tensors[io.LOGITS] = self.step_logits.tensor(io.LOGITS)
+        tensors |= {
+            graph_io.HIDDEN: self.hidden_out[-1],
+            graph_io.LAST_ROW: self.step.tensor(graph_io.LAST_ROW),
+        }
+        tensors[graph_io.LOGITS] = self.step_logits.tensor(graph_io.LOGITS)
         return profile, self.at_profile(self.head, tensors, profile)
 
     def sent_by_step(self) -> StepInputs:
@@ -284,8 +302,8 @@ class DecoderBuffers:
         axes, count = self._manifest.position_axes, range(len(self.ranges))
         return StepInputs(
             embedding=self.step.host("embedding", (self._manifest.dimensions.hidden_size,)),
-            positions=[self.step.host(f"{io.POSITIONS}.{index}", (axes,)) for index in count],
-            past_lengths=[self.step.host(f"{io.PAST_LENGTH}.{index}") for index in count],
+            positions=[self.step.host(f"{graph_io.POSITIONS}.{index}", (axes,)) for index in count],
+            past_lengths=[self.step.host(f"{graph_io.PAST_LENGTH}.{index}") for index in count],
         )
 
     def at_profile(
@@ -301,15 +319,17 @@ class DecoderBuffers:
         }
 
     def _visual_rows(self, stage: int) -> DeviceTensor:
-        return self.inputs.tensor(io.VISUAL_ROWS) if stage == 0 else self.kept_visual_rows[stage - 1]
+        return self.inputs.tensor(graph_io.VISUAL_ROWS) if stage == 0 else self.kept_visual_rows[stage - 1]
 
     def _positions(self, index: int) -> DeviceTensor:
-        return self.inputs.tensor(io.POSITIONS) if index == 0 else self.kept_positions[index - 1]
+        return self.inputs.tensor(graph_io.POSITIONS) if index == 0 else self.kept_positions[index - 1]
 
 
 def top_tokens(block: Block) -> TopTokens:
     """Return views of the most likely tokens in ``block``, the results of a prefill or a decode step."""
-    return TopTokens(ids=block.host(io.TOP_IDS).reshape(-1), logits=block.host(io.TOP_LOGITS).reshape(-1))
+    return TopTokens(
+        ids=block.host(graph_io.TOP_IDS).reshape(-1), logits=block.host(graph_io.TOP_LOGITS).reshape(-1)
+    )
 
 
 def _named(prefix: str, planes: Mapping[int, DeviceTensor]) -> dict[str, DeviceTensor]:
@@ -317,7 +337,7 @@ def _named(prefix: str, planes: Mapping[int, DeviceTensor]) -> dict[str, DeviceT
 
 
 def _has_previous(spec: GraphSpec) -> bool:
-    return any(tensor.name == io.PREVIOUS for tensor in spec.outputs)
+    return any(tensor.name == graph_io.PREVIOUS for tensor in spec.outputs)
 
 
 def _largest(allocator: Allocator, specs: Sequence[GraphSpec], name: str) -> list[DeviceTensor]:

@@ -51,10 +51,6 @@ def run(command: click.Command, argv: Sequence[str] | None) -> int:
         return 1
     except OSError as error:
         return _fail_with_files(command, error)
-    except RuntimeError as error:  # torch's tracer wraps every error
-        if (cause := _system_error(error)) is None:
-            raise
-        return _fail_with_files(command, cause)
     return result if isinstance(result, int) else 0
 
 
@@ -64,13 +60,6 @@ def _is_text(argument: str) -> bool:
         return b"\0" not in os.fsencode(argument)
     except UnicodeEncodeError:
         return False
-
-
-def _system_error(error: BaseException) -> OSError | None:
-    """Return the error of the system that another error comes from, if it does."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error if isinstance(error, OSError) else None
 
 
 def _fail_with_files(command: click.Command, error: OSError) -> int:

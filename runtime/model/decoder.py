@@ -17,7 +17,7 @@ import numpy as np
 from trio_edge.runtime.buffers.blocks import copy_tensor
 from trio_edge.runtime.buffers.decoder import DecoderBuffers, TopTokens, top_tokens
 from trio_edge.runtime.buffers.question_rows import QuestionRows
-from trio_edge.runtime.bundle import graph_io as io
+from trio_edge.runtime.bundle import graph_io
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 from trio_edge.runtime.devices.interface import DeviceTensor, find_profile
 from trio_edge.runtime.devices.timeline import Timeline
@@ -81,7 +81,7 @@ class Decoder:
         self._buffers = DecoderBuffers(manifest, graphs.device)
         self.caches = self._buffers.caches
         self._question: QuestionRows | None = None
-        if io.has_follow_ups(manifest):
+        if graph_io.has_follow_ups(manifest):
             prefix = graphs.engines[self._buffers.ranges[0].name]
             self._question = QuestionRows(manifest, self._buffers, prefix, graphs.device, count=keep_images)
         self._host = HostSelection(manifest, graphs.device, self._buffers)
@@ -199,7 +199,7 @@ class Decoder:
         if self._logits is None:
             self._buffers.step_logits.download(self._device)
             self._device.synchronize()
-            self._logits = self._buffers.step_logits.host(io.LOGITS)[0].copy()
+            self._logits = self._buffers.step_logits.host(graph_io.LOGITS)[0].copy()
         return self._logits
 
     # Prefill
@@ -257,25 +257,28 @@ class Decoder:
         """Enqueue copies of all inputs: embeddings, positions and lengths."""
         inputs, device = self._buffers.inputs, self._device
         ids = prompt.positions.ids
-        inputs.host(io.POSITIONS, ids.shape)[...] = ids
-        values = {io.LAST_ROW: spans[-1].length - 1, io.PROMPT_LENGTH: prompt.length}
+        inputs.host(graph_io.POSITIONS, ids.shape)[...] = ids
+        values = {graph_io.LAST_ROW: spans[-1].length - 1, graph_io.PROMPT_LENGTH: prompt.length}
         if len(spans) > 1:
-            rows = inputs.host(io.VISUAL_ROWS, (prompt.max_visual,))
+            rows = inputs.host(graph_io.VISUAL_ROWS, (prompt.max_visual,))
             rows[:] = prompt.num_text + np.arange(prompt.max_visual)  # rows of padding tokens
             rows[: prompt.num_visual] = prompt.visual_rows
-        if io.VISUAL_IMAGES in inputs:
-            images = inputs.host(io.VISUAL_IMAGES, (prompt.max_visual,))
+        if graph_io.VISUAL_IMAGES in inputs:
+            images = inputs.host(graph_io.VISUAL_IMAGES, (prompt.max_visual,))
             images[:] = 0
             images[: prompt.num_visual] = 0 if prompt.images is None else prompt.images
-        if io.PROMPT_IS_VISUAL in inputs:
-            marks = inputs.host(io.PROMPT_IS_VISUAL, (ids.shape[1],))
+        if graph_io.PROMPT_IS_VISUAL in inputs:
+            marks = inputs.host(graph_io.PROMPT_IS_VISUAL, (ids.shape[1],))
             marks[:] = 0
             marks[prompt.visual_rows] = 1
         for stage, span in enumerate(spans[:-1]):
-            values |= {f"{io.NUM_VISUAL}.{stage}": span.num_visual, f"{io.LENGTH}.{stage}": span.length}
+            values |= {
+                f"{graph_io.NUM_VISUAL}.{stage}": span.num_visual,
+                f"{graph_io.LENGTH}.{stage}": span.length,
+            }
             if self._buffers.probes[stage] is not None:
                 rows = self._probe_rows(span.length, num_after=prompt.num_after)
-                inputs.host(f"{io.PROBE_ROWS}.{stage}")[:] = rows
+                inputs.host(f"{graph_io.PROBE_ROWS}.{stage}")[:] = rows
         for name, value in values.items():
             inputs.host(name)[0] = value
         inputs.upload(device)
@@ -390,8 +393,8 @@ class Decoder:
         kept_of: dict[int, NDArray[np.int32]] = {}
         results, tokens = self._buffers.results, prompt.visual_tokens
         for stage in range(len(chain.selects)):
-            if results.host(f"{io.UNSETTLED}.{stage}")[0] == 0:
-                kept = results.host(f"{io.KEPT_INDICES}.{stage}", (spans[stage + 1].num_visual,))
+            if results.host(f"{graph_io.UNSETTLED}.{stage}")[0] == 0:
+                kept = results.host(f"{graph_io.KEPT_INDICES}.{stage}", (spans[stage + 1].num_visual,))
                 tokens = tokens.kept(kept)
                 continue
             kept_of[stage] = self._host.exact(stage, tokens, spans[stage])
@@ -406,18 +409,20 @@ class Decoder:
     ) -> PrefillResult:
         """Return the downloaded results; ``kept_of`` has the kept indices of stages that were selected on the host."""
         results = self._buffers.results
-        self._logits = results.host(io.LOGITS)[0].copy()
+        self._logits = results.host(graph_io.LOGITS)[0].copy()
         result = PrefillResult(logits=self._logits, top=_copied(top_tokens(results)), kept=[])
         result.num_repaired = len(kept_of) if has_scores else 0
         original = np.arange(spans[0].num_visual, dtype=np.int32)
         for stage in range(len(spans) - 1):
             indices = kept_of.get(stage)
             if indices is None:
-                indices = results.host(f"{io.KEPT_INDICES}.{stage}", (spans[stage + 1].num_visual,))
+                indices = results.host(f"{graph_io.KEPT_INDICES}.{stage}", (spans[stage + 1].num_visual,))
             original = original[indices]
             result.kept.append(original)
             if has_scores:
-                result.scores.append(results.host(f"{io.SCORES}.{stage}", (spans[stage].num_visual,)).copy())
+                result.scores.append(
+                    results.host(f"{graph_io.SCORES}.{stage}", (spans[stage].num_visual,)).copy()
+                )
         return result
 
     # Decode

@@ -72,7 +72,7 @@ class WeightBytes(NamedTuple):
     head: float
     vision: float
     select: float
-    """Of select graphs that are no probes."""
+    """Bytes of a weight in select graphs without a probe."""
 
 
 class BundleBytes(NamedTuple):

@@ -25,7 +25,7 @@ class Tried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     kl: float
     minus_default: float
     interval_95: tuple[float, float]
-    """Of ``minus_default``, paired by image."""
+    """95 % interval of ``minus_default``; samples are paired by image."""
     chosen: bool
 
 

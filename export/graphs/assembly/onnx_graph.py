@@ -89,15 +89,18 @@ def trace(
     """
     with _errors_only(_TRACING_LOG), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            module.eval(),
-            args,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-            opset_version=opset,
-            dynamic_shapes=dynamic_shapes,
-        )
+        try:
+            program = torch.onnx.export(
+                module.eval(),
+                args,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=opset,
+                dynamic_shapes=dynamic_shapes,
+            )
+        except RuntimeError as error:
+            raise _system_error(error) or error from None
     if program is None:
         raise AssertionError("expected a program from torch.onnx.export with dynamo=True, got none")
     # In a copy, names of new values do not depend on the number of names used while tracing.
@@ -108,6 +111,13 @@ def trace(
         value.const_value = None  # fake, under FakeTensorMode; attach_weights sets the real one
     _optimize(model)
     return model
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """Return the error of the system, such as a full disk, that torch has wrapped into ``error``; None if it is another."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error if isinstance(error, OSError) else None
 
 
 @contextmanager
