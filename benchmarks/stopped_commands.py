@@ -9,6 +9,7 @@ be left.
 
 from __future__ import annotations
 
+import json
 import random
 import resource
 import shutil
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _STOPS = ("SIGKILL", "SIGTERM", "full disk")
+_DONE = "done"
 _BIN = Path(sys.executable).parent
 
 
@@ -53,7 +55,7 @@ class _Command:
 def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--moments", type=positive, default=200)
+    parser.add_argument("--moments", type=positive, default=200, help="stops before a command's end")
     parser.add_argument("--seconds", type=positive, default=3600, help="stop after this time")
     parser.add_argument("--seed", type=positive, default=1)
     options = parser.parse_args()
@@ -67,19 +69,20 @@ def run(options: argparse.Namespace) -> None:
     end = time.monotonic() + options.seconds
     seconds = {command.name: _whole_run(command) for command in commands}
     counts: Counter[tuple[str, str, str]] = Counter()
-    for _ in range(options.moments):
-        if time.monotonic() > end:
-            break
+    stops = 0
+    while stops < options.moments and time.monotonic() < end:
         (command,) = rng.choices(commands, [command.share for command in commands])
         stop = rng.choice(_STOPS)
         ended = _stopped(command, stop, rng, seconds[command.name])
+        stops += ended != _DONE
         outcome = "whole" if command.is_whole() else "BROKEN"
         counts[command.name, stop, f"{ended}, {outcome}"] += 1
         if rng.random() < 0.1:
-            _whole_run(command)
+            seconds[command.name] = min(seconds[command.name], _whole_run(command))
             names = {path.name for path in command.folder.iterdir()}
             found = "clean" if names == command.expected else "LEFTOVERS"
             counts[command.name, "then a whole run", found] += 1
+        print(f"{stops} of {options.moments} stops", end="\r", file=sys.stderr, flush=True)
     rows = [(*key, str(count)) for key, count in sorted(counts.items())]
     print(markdown(("command", "stopped by", "ended, and what is there", "times"), rows))
 
@@ -103,9 +106,10 @@ def _commands(work: Path) -> list[_Command]:
                  frozenset({"bundle"}), 2),
         _Command("trio-build", [str(built), "--backend", "onnxruntime", "--force"], lambda: _answers(built), built / "engines",
                  frozenset({"onnxruntime-cpu"}), 10),
-        _Command("trio-eval", [*evaluate], lambda: _answers(built), answered, frozenset({"work", "report.json"}), 6),
-        _Command("trio-calibrate", [*search, "--no-export", "--out", target, "--force"], lambda: _answers(built), calibrated,
-                 frozenset({"result"}), 1),
+        _Command("trio-eval", [*evaluate], lambda: _answers(built) and _parse(answered), answered,
+                 frozenset({"work", "report.json"}), 6),
+        _Command("trio-calibrate", [*search, "--no-export", "--out", target, "--force"], lambda: _parse(calibrated),
+                 calibrated, frozenset({"result"}), 1),
     ]  # fmt: skip
 
 
@@ -114,6 +118,16 @@ def _answers(bundle: Path) -> bool:
         with Pipeline.from_bundle(bundle, backend="onnxruntime", threads=1) as pipeline:
             return bool(pipeline.generate(None, "what is this?", max_new_tokens=2).text)
     except TrioEdgeError as error:
+        print(error)
+        return False
+
+
+def _parse(folder: Path) -> bool:
+    """Return whether ``folder`` has results in JSON, and every one of them is whole."""
+    results = list(folder.glob("**/*.json"))
+    try:
+        return bool(results) and all(json.loads(path.read_text("utf-8")) for path in results)
+    except ValueError as error:
         print(error)
         return False
 
@@ -134,7 +148,9 @@ def _stopped(command: _Command, stop: str, rng: random.Random, seconds: float) -
     """Run a command, stop it, and return how it ended."""
     limit = None
     if stop == "full disk":
-        size = rng.choice((0, 100, 10_000, 1_000_000, 10_000_000))
+        files = (path for path in command.folder.rglob("*") if path.is_file())
+        largest = max(path.stat().st_size for path in files)
+        size = int(largest ** rng.uniform(0, 1))
 
         def limit() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -152,7 +168,7 @@ def _stopped(command: _Command, stop: str, rng: random.Random, seconds: float) -
     if b"Traceback" in errors:
         print(command.name, stop, errors.decode()[-1500:])
         return "TRACEBACK"
-    return {0: "done", 2: "one line", 130: "interrupted", 1: "code 1"}.get(
+    return {0: _DONE, 2: "one line", 130: "interrupted", 1: "code 1"}.get(
         process.returncode, f"code {process.returncode}"
     )
 
