@@ -27,6 +27,7 @@ from trio_edge.export.options import Progress
 from trio_edge.export.plan import build, read, resolve, without_values
 from trio_edge.export.quantize.assign import (
     embedding_name,
+    head_rows_form,
     is_quantized,
     plain_tensors,
     quantization_of,
@@ -34,7 +35,6 @@ from trio_edge.export.quantize.assign import (
     unquantized_parts,
 )
 from trio_edge.export.quantize.cache import check_cache, quantize_caches
-from trio_edge.export.quantize.integer_products import use_integer_products
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.export.quantize.store import quantized_bytes, store_quantized
 from trio_edge.export.tracing import trace_graphs
@@ -237,6 +237,8 @@ def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, fo
     """Write and return the manifest, a bundle's last file."""
     options, resolved, layout, model = plan.options, plan.resolved, plan.layout, plan.model
     embedding, clip = embedding_name(options.quantize), plan.source.clip
+    rows = head_rows_form(contents.graphs, options.quantize)
+    head_rows = None if rows is None else rows.stored_name
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         family=plan.source.family.model_type,
@@ -262,6 +264,8 @@ def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, fo
         token_keep=resolved.token_keep,
         token_embedding=written.tensors[embedding],
         token_embedding_scales=written.tensors.get(embedding.scales),
+        head_rows=None if head_rows is None else written.tensors[head_rows],
+        head_row_scales=None if head_rows is None else written.tensors.get(head_rows.scales),
         quantization=contents.quantization,
         graphs=written.graphs,
         files=_file_entries(folder, known=written.sha256),
@@ -294,9 +298,6 @@ def write_graphs(
             yield write_graph(pieces[0], stored, folder)
             continue
         whole = join(pieces)  # a copy, so before weights are attached
-        for piece in pieces:
-            if piece.piece == "gradient":
-                use_integer_products(piece.model)
         written = [
             _write_graph(piece, stored, folder) for piece in pieces
         ]  # no TensorRT check: it reads the whole graph

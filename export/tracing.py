@@ -39,7 +39,7 @@ from trio_edge.runtime.bundle.graph_io import (
     token_planes,
 )
 from trio_edge.runtime.bundle.manifest import GraphSpec, TensorSpec
-from trio_edge.trio.saliency import ProbeHead, key_value_gram
+from trio_edge.trio.saliency import CandidateHead, ProbeHead, key_value_gram
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -219,11 +219,10 @@ def trace_graphs(
     step("tracing head")
     if not any(probe for _, probe in stages):
         return [*graphs, _head(tracer)]
-    gradient = _gradient(tracer)
+    head = _head(tracer, is_shared=True, has_candidates=is_quantized("head"))
     if is_quantized("head"):
-        return [*graphs, _head(tracer), *_together("gradient", "probe", {"gradient": gradient})]
-    head = _head(tracer, is_shared=True)
-    return [*graphs, *_together("head", "head", {"logits": head, "gradient": gradient})]
+        return [*graphs, head, _candidate_gradient(tracer)]
+    return [*graphs, *_together("head", "head", {"logits": head, "gradient": _gradient(tracer)})]
 
 
 def _together(name: str, role: Role, pieces: _Pieces) -> list[TracedGraph]:
@@ -467,6 +466,13 @@ def _gradient(tracer: _Tracer) -> TracedGraph:
     return tracer.graph(ProbeHead(tracer.model.final_norm, tracer.model.lm_head), spec)
 
 
+def _candidate_gradient(tracer: _Tracer) -> TracedGraph:
+    """Return the gradient of a quantized head."""
+    tensors = gradient_tensors(dimensions=tracer.dimensions, candidates_dtype=tracer.layout.dtype)
+    spec = tracer.spec("gradient", "probe", tensors, tracer.layout.gradient_profiles())
+    return tracer.graph(CandidateHead(tracer.model.final_norm), spec)
+
+
 def _probe_sizes(spec: GraphSpec) -> tuple[dict[str, int], dict[str, Any]]:
     """Return the sizes to trace a piece of a probe at; all axes are dynamic, as they are 0 while it does not run."""
     more = {"S": _MIN_TRACE_ROWS, "N": 3, "R": 1}
@@ -488,7 +494,10 @@ def _gram(checkpoint: Checkpoint, layer: int) -> NDArray[np.float32]:
         return gram
 
 
-def _head(tracer: _Tracer, *, is_shared: bool = False) -> TracedGraph:
+def _head(tracer: _Tracer, *, is_shared: bool = False, has_candidates: bool = False) -> TracedGraph:
     tensors = head_tensors(dimensions=tracer.dimensions, dtype=tracer.layout.dtype, is_shared=is_shared)
-    spec = tracer.spec("head", "head", tensors, tracer.layout.head_profiles(is_shared=is_shared))
+    profiles = tracer.layout.head_profiles(is_shared=is_shared)
+    if has_candidates:
+        profiles += tracer.layout.candidate_profiles()
+    spec = tracer.spec("head", "head", tensors, profiles)
     return tracer.graph(Head(tracer.model.final_norm, tracer.model.lm_head, is_shared=is_shared), spec)

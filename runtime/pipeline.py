@@ -21,11 +21,11 @@ import numpy as np
 
 from trio_edge.runtime.answer import Generation
 from trio_edge.runtime.backends.registry import make_backend
-from trio_edge.runtime.bundle.embedding import EmbeddingTable
 from trio_edge.runtime.bundle.errors import BackendError, BundleError, PromptTooLongError, ShapeError
 from trio_edge.runtime.bundle.graph_io import bucket_of
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS, is_whole
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
+from trio_edge.runtime.bundle.token_table import TokenTable
 from trio_edge.runtime.images.interface import image_processing
 from trio_edge.runtime.images.reading import load_common_formats, open_image
 from trio_edge.runtime.model.decoder import Decoder
@@ -122,7 +122,9 @@ class Pipeline:
         )
         self.tokenizer = Tokenizer.from_file(bundle.path(manifest.text.tokenizer))
         self._template = bundle.read_text(manifest.text.chat_template)
-        self._embedding = EmbeddingTable(bundle)
+        self._embedding = TokenTable(bundle, manifest.token_embedding, manifest.token_embedding_scales)
+        rows = manifest.head_rows
+        head_rows = None if rows is None else TokenTable(bundle, rows, manifest.head_row_scales)
         clip_texts = None if manifest.clip_text is None else ClipTexts(bundle)
         # Loaded after everything else that can fail, because loading takes seconds and device memory.
         self._graphs = backend.load(bundle)
@@ -130,7 +132,7 @@ class Pipeline:
             self._vision = Vision(
                 manifest, self._graphs, images=self.images, clip_texts=clip_texts, keep_images=keep_images
             )
-            self._decoder = Decoder(manifest, self._graphs, keep_images=keep_images)
+            self._decoder = Decoder(manifest, self._graphs, keep_images=keep_images, head_rows=head_rows)
         except BaseException:
             self._graphs.close()
             raise

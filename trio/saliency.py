@@ -102,6 +102,39 @@ class ProbeHead(nn.Module):
         return _normalize_backward(gradient_RD, scaled_RD, inverse_rms_R1, self.final_norm)
 
 
+class CandidateHead(nn.Module):
+    """``ProbeHead`` over each row's T likeliest tokens alone, the proxy loss of a quantized head.
+
+    The backward product then needs T rows of the lm_head, which the host reads, and no copy of its weight.
+    """
+
+    final_norm: Any
+
+    def __init__(self, final_norm: nn.Module) -> None:
+        super().__init__()
+        self.final_norm = final_norm
+
+    def forward(
+        self,
+        output_RD: Float[Tensor, "R D"],
+        logits_RT: Float[Tensor, "R T"],
+        rows_RTD: Float[Tensor, "R T D"],
+    ) -> Float[Tensor, "R D"]:
+        """Return ∂loss/∂y for the mean cross-entropy of all rows against their own argmax, the first candidate.
+
+        Args:
+            output_RD: y, the probed layer's output on the probe rows.
+            logits_RT: Their largest logits, descending.
+            rows_RTD: The lm_head's rows of the same tokens.
+        """
+        scaled_RD, inverse_rms_R1, _ = _normalize(output_RD, self.final_norm)
+        others_R1U = torch.softmax(logits_RT, dim=-1)[:, None, 1:]
+        rows_RTD = rows_RTD.to(output_RD.dtype)
+        # Σ p W - W_best, as the sum of the differences to W_best: nothing cancels where the model is certain.
+        gradient_R1D = torch.matmul(others_R1U, rows_RTD[:, 1:] - rows_RTD[:, :1]) / output_RD.shape[0]
+        return _normalize_backward(gradient_R1D[:, 0], scaled_RD, inverse_rms_R1, self.final_norm)
+
+
 class ProxySaliency(nn.Module):
     """Scores of the visual tokens that enter ``layer``; holds Hugging Face's own modules."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from trio_edge.runtime.bundle.graph_io import CANDIDATES
 from trio_edge.runtime.bundle.manifest import Profile
 
 if TYPE_CHECKING:
@@ -156,13 +157,18 @@ class Layout:
         )
 
     def head_profiles(self, *, is_shared: bool = False) -> tuple[Profile, ...]:
-        """Return the profiles of the head, which reads the last range's output; one that a probe shares has L rows."""
+        """Return the profiles of the head, which reads the last range's output; one that probes share has L rows."""
         own = {"L": 1} if is_shared else {}
         prefill = [
             Profile(name=name, sizes={"S": rows + bucket, **own})
             for name, rows, bucket in self._prefills(len(self.schedule.stages))
         ]
         return (*prefill, Profile(name="decode", sizes={"S": 1, **own}))
+
+    def candidate_profiles(self) -> tuple[Profile, ...]:
+        """Return the profile of the head on all probe rows; none if it has one, as in decode."""
+        rows = self.schedule.num_probe_rows
+        return (Profile(name=CANDIDATES, sizes={"S": rows, "L": rows}),) if rows > 1 else ()
 
     def gradient_profiles(self) -> tuple[Profile, ...]:
         """Return the profile of the head's gradient."""

@@ -82,8 +82,10 @@ def quantize_graphs(
     name keep its integers if these are symmetric; otherwise they get the values in floating point.
     """
     layer_roles = _layer_roles(graphs)
-    table = _embedding_form(plan)
-    stored = {} if table.is_plain else {table.stored_name: table}
+    tables = [_embedding_form(plan)]
+    if (rows := head_rows_form(graphs, plan)) is not None:
+        tables.append(rows)
+    stored = {table.stored_name: table for table in tables if not table.is_plain}
     result = []
     for graph in graphs:
         forms = {
@@ -98,7 +100,10 @@ def quantize_graphs(
 def is_quantized(role: Role, *, plan: QuantizePlan, checkpoint: Checkpoint) -> bool:
     """Return whether the linear layers of the decoder's graphs with ``role`` are going to be quantized."""
     if plan.names(role):
-        return plan.of_role(role) != "none"
+        kind = plan.of_role(role)
+        if role == "head" and kind == "int4":
+            return int4_block(checkpoint.tensor(EMBEDDING_NAME).shape) is not None  # the head's shape, too
+        return kind != "none"
     packed = (name for name in checkpoint.packed if DECODER_LINEAR.fullmatch(name))
     return any((_LAYER.match(name) is None) == (role == "head") for name in packed)
 
@@ -137,7 +142,9 @@ def _form(
         )
     # A selection may read smoothed weights only if it shares them with its layer: the factors cancel only if all weights of
     # the layer have them.
-    shares = kind != "none" and (role != "select" or kind == plan.of_role(own_role))
+    # The gradient of a quantized head reads rows of the lm_head as they are.
+    shares = kind != "none" and graph.spec.name != "gradient"
+    shares = shares and (role != "select" or kind == plan.of_role(own_role))
     smoothing = scales.smoothing.get(tensor) if shares else None
     block = int4_block(checkpoint.tensor(tensor).shape) if kind == "int4" else None
     if kind == "none" or not may or (kind == "int4" and block is None):
@@ -194,6 +201,19 @@ def plain_tensors(graphs: Iterable[TracedGraph], forms: Iterable[StoredForm]) ->
 def embedding_name(plan: QuantizePlan) -> StoredName:
     """Return the token embeddings' name in the bundle."""
     return _embedding_form(plan).stored_name
+
+
+def head_rows_form(graphs: Iterable[TracedGraph], plan: QuantizePlan) -> StoredForm | None:
+    """Return the form of the lm_head's rows, if a gradient reads them; a tied head's rows are the token embeddings."""
+    by_name = {graph.spec.name: graph for graph in graphs}
+    if "gradient" not in by_name:
+        return None
+    (name,) = {
+        stored.tensor for stored in by_name["head"].weights.values() if _is_decoder_linear(stored.tensor)
+    }
+    return (
+        _embedding_form(plan) if name == EMBEDDING_NAME else StoredForm(name=name, kind="int8", is_table=True)
+    )
 
 
 def _embedding_form(plan: QuantizePlan) -> StoredForm:

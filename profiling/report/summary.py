@@ -24,7 +24,7 @@ from trio_edge.profiling.report.profile import (
     SizePoint,
 )
 from trio_edge.profiling.statistics import distribution, distribution_of_runs, line_fit, median_ratio
-from trio_edge.runtime.bundle.graph_io import is_probe
+from trio_edge.runtime.bundle.graph_io import CANDIDATES, is_probe
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
 from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.trio.cost.bundle_work import graph_work
@@ -261,7 +261,7 @@ def _graph_profile(
         verdict = judge(flops=flops, moved_bytes=moved, milliseconds=call_ms.p50, ceilings=ceilings)
     return GraphProfile(
         name=spec.name,
-        role="select" if is_probe(spec.part_at(profile)) else spec.role,
+        role="select" if is_probe(spec.part_at(profile)) or profile.name == CANDIDATES else spec.role,
         phase="decode" if profile.name == DECODE else "prefill",
         profile=profile.name,
         calls_per_answer=sum(map(len, answers)) / len(answers),

@@ -16,6 +16,7 @@ from trio_edge.runtime.backends.interface import check_tensors, selected_graphs
 from trio_edge.runtime.buffers.memory import check_memory, estimate
 from trio_edge.runtime.bundle.errors import BackendError, DataError
 from trio_edge.runtime.bundle.files import write_output
+from trio_edge.runtime.bundle.graph_io import CANDIDATES
 from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
 from trio_edge.runtime.devices.interface import LoadedGraphs, shape_at
 from trio_edge.runtime.devices.machine import find_host
@@ -188,7 +189,7 @@ class TensorRTEngine:
         index = self._spec.profiles.index(profile)
         # A CUDA graph holds its context's state, so decode shares its context with no other profile. Pieces take turns in
         # every prefill, and switching profiles takes time.
-        key = _DECODE if profile.name == _DECODE else self._spec.part_at(profile).name
+        key = profile.name if profile.name in (_DECODE, CANDIDATES) else self._spec.part_at(profile).name
         if key not in self._contexts:
             self._contexts[key] = self._new_context()
         return TensorRTLaunch(self._contexts[key], index, tensors)

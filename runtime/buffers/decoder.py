@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, final
 import numpy as np
 
 from trio_edge.runtime.buffers.blocks import Block, allocate_largest, allocate_tensor
+from trio_edge.runtime.buffers.candidates import CandidateBuffers
 from trio_edge.runtime.buffers.kv_cache import KVCache, NewRows
 from trio_edge.runtime.bundle import graph_io
 from trio_edge.runtime.devices.interface import find_profile, largest_shape, shape_at
@@ -89,6 +90,10 @@ class DecoderBuffers:
         self.probes = [graph_io.probe_graph(manifest, stage) for stage in range(len(self.selects))]
         self.gradient = graph_io.gradient_graph(manifest)
         self._probe = self._probe_buffers(allocator)
+        self.candidates = None
+        if graph_io.reads_candidates(manifest):
+            output = self._probe[graph_io.PROBE_OUTPUT]
+            self.candidates = CandidateBuffers(manifest, allocator, output=output)
         # Ranges of a prefill run one after the other, so their new KV rows share one place.
         rows = [max(profile.sizes.get("S", 0) for profile in spec.profiles) for spec in self.ranges]
         sizes = [NewRows(0, spec, rows=most).stack.num_bytes for spec, most in zip(self.ranges, rows)]
@@ -100,8 +105,8 @@ class DecoderBuffers:
         self.results = Block(allocator, self._result_fields(), purpose="results of a prefill")
         self.step = Block(allocator, self._step_fields(), purpose="inputs of a decode step")
         # A step's logits have their own block: most steps download only the most likely tokens.
-        self.step_top = Block(allocator, _fields(self.head, _TOP), purpose="results of a decode step")
-        self.step_logits = Block(allocator, _fields(self.head, (graph_io.LOGITS,)), purpose="logits")
+        self.step_top = Block(allocator, self._head_fields(*_TOP), purpose="results of a decode step")
+        self.step_logits = Block(allocator, self._head_fields(graph_io.LOGITS), purpose="logits")
 
     def _planes(self, allocator: Allocator, index: int) -> dict[int, DeviceTensor]:
         """Return memory for the planes that enter range ``index``, with as many rows as its hidden states."""
@@ -141,10 +146,16 @@ class DecoderBuffers:
         return {name: allocate_largest(allocator, *found) for name, found in largest.items()}
 
     def _result_fields(self) -> _Fields:
-        fields = _fields(self.head, (graph_io.LOGITS, *_TOP))
+        fields = self._head_fields(graph_io.LOGITS, *_TOP)
         for stage, spec in enumerate(self.selects):
             fields |= _fields(spec, graph_io.SELECT_RESULTS, number=stage)
         return fields
+
+    def _head_fields(self, *names: str) -> _Fields:
+        """Return the block fields for results of the head on one row."""
+        profile = self.head_profile(1)
+        tensors = [self.head.tensor(name) for name in names]
+        return {tensor.name: (tensor.dtype, shape_at(tensor.shape, profile)) for tensor in tensors}
 
     def _step_fields(self) -> _Fields:
         manifest = self._manifest
@@ -265,7 +276,8 @@ class DecoderBuffers:
     def gradient_tensors(self, profile: Profile) -> dict[str, DeviceTensor]:
         """Return the tensors of the head's gradient."""
         assert self.gradient is not None, "a bundle with a probe"
-        return self.at_profile(self.gradient, self._probe_tensors(), profile)
+        candidates = {} if self.candidates is None else self.candidates.gradient_tensors()
+        return self.at_profile(self.gradient, {**self._probe_tensors(), **candidates}, profile)
 
     def _probe_tensors(self) -> dict[str, DeviceTensor]:
         outputs = self._probe
@@ -284,7 +296,7 @@ class DecoderBuffers:
 
     def head_profile(self, rows: int) -> Profile:
         """Return the profile of the head for ``rows`` rows of the last range."""
-        return find_profile(self.head, {"S": rows, "L": 1} if self.head.pieces else {"S": rows})
+        return find_profile(self.head, {"S": rows, "L": 1} if graph_io.is_shared(self.head) else {"S": rows})
 
     def step_head_tensors(self) -> tuple[Profile, dict[str, DeviceTensor]]:
         """Return the profile and the tensors of the head in a decode step."""

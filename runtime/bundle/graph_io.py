@@ -70,6 +70,12 @@ SALIENCY_SCORES = "saliency_scores"
 OUTPUT_GRADIENT = "output_gradient"
 """The head's gradient with respect to ``PROBE_OUTPUT``."""
 
+# A quantized head: the gradient of the loss over the likeliest tokens, whose logits and rows of the lm_head are given.
+CANDIDATES = "candidates"
+"""The head's profile on all probe rows."""
+CANDIDATE_LOGITS = "candidate_logits"
+CANDIDATE_ROWS = "candidate_rows"
+
 # Select graphs.
 SALIENCY = "saliency"
 """Scores of a probe, if the stage has one."""
@@ -260,9 +266,9 @@ def _probe_state(
 
 
 def head_tensors(*, dimensions: Dimensions, dtype: DType, is_shared: bool = False) -> GraphTensors:
-    """Return the tensors of the head; a head that a probe shares has L rows, which is 1 or 0."""
-    num_candidates = min(MAX_CANDIDATES, dimensions.vocab_size)
-    rows, top = ("L", ("L", num_candidates)) if is_shared else (1, (num_candidates,))
+    """Return the tensors of the head; a head that probes share has L rows: 1, 0 while its gradient runs, or all probe rows."""
+    count = num_candidates(dimensions)
+    rows, top = ("L", ("L", count)) if is_shared else (1, (count,))
     inputs = (
         TensorSpec(name=HIDDEN, dtype=dtype, shape=(1, "S", dimensions.hidden_size)),
         TensorSpec(name=LAST_ROW, dtype="int32", shape=(rows,)),
@@ -275,13 +281,29 @@ def head_tensors(*, dimensions: Dimensions, dtype: DType, is_shared: bool = Fals
     return GraphTensors(inputs, outputs)
 
 
-def gradient_tensors(*, dimensions: Dimensions) -> GraphTensors:
-    """Return the tensors of the head's gradient."""
-    shape = ("GR", dimensions.hidden_size)
-    return GraphTensors(
-        (TensorSpec(name=PROBE_OUTPUT, dtype="float32", shape=shape),),
-        (TensorSpec(name=OUTPUT_GRADIENT, dtype="float32", shape=shape),),
-    )
+def gradient_tensors(*, dimensions: Dimensions, candidates_dtype: DType | None = None) -> GraphTensors:
+    """Return the tensors of the head's gradient; ``candidates_dtype`` is that of the candidates' rows, if they are given."""
+    width = dimensions.hidden_size
+    inputs = [TensorSpec(name=PROBE_OUTPUT, dtype="float32", shape=("GR", width))]
+    if candidates_dtype is not None:
+        count = num_candidates(dimensions)
+        inputs += [
+            TensorSpec(name=CANDIDATE_LOGITS, dtype="float32", shape=("GR", count)),
+            TensorSpec(name=CANDIDATE_ROWS, dtype=candidates_dtype, shape=("GR", count, width)),
+        ]
+    output = TensorSpec(name=OUTPUT_GRADIENT, dtype="float32", shape=("GR", width))
+    return GraphTensors(tuple(inputs), (output,))
+
+
+def num_candidates(dimensions: Dimensions) -> int:
+    """Return T, the number of most likely tokens that the head returns for a row."""
+    return min(MAX_CANDIDATES, dimensions.vocab_size)
+
+
+def reads_candidates(manifest: Manifest) -> bool:
+    """Return whether the head's gradient reads rows of candidates, as that of a quantized head."""
+    gradient = gradient_graph(manifest)
+    return gradient is not None and CANDIDATE_ROWS in gradient.input_names
 
 
 def check_tensors(manifest: Manifest, *, where: str) -> None:
@@ -319,7 +341,7 @@ def check_tensors(manifest: Manifest, *, where: str) -> None:
         )
         _compare(spec, expected, where=where)
     head = manifest.graph("head")
-    expected = head_tensors(dimensions=dimensions, dtype=dtype, is_shared=bool(head.pieces))
+    expected = head_tensors(dimensions=dimensions, dtype=dtype, is_shared=is_shared(head))
     if head.pieces:
         expected = joined(expected, gradient_tensors(dimensions=dimensions))
     _compare(head, expected, where=where)
@@ -329,6 +351,10 @@ def check_tensors(manifest: Manifest, *, where: str) -> None:
     if gradient_graph(manifest) is None and any(SALIENCY in spec.input_names for spec in manifest.selects):
         raise ManifestError(
             f"{where}: expected a graph with the gradient of the head for the probes, got none; export the bundle again"
+        )
+    if reads_candidates(manifest) and not (is_shared(head) and manifest.head_rows is not None):
+        raise ManifestError(
+            f"{where}: expected head_rows and a head of several rows for the gradient graph, got none; export the bundle again"
         )
     for spec in manifest.graphs:
         if not spec.profiles or not spec.outputs:
@@ -367,6 +393,11 @@ def joined(*parts: GraphTensors) -> GraphTensors:
     )
 
 
+def is_shared(head: GraphSpec) -> bool:
+    """Return whether probes share the head, which then has L rows."""
+    return any("L" in tensor.shape for tensor in head.inputs)
+
+
 def is_probe(spec: GraphSpec) -> bool:
     """Return whether a graph, or a piece of one, belongs to a probe alone."""
     return {tensor.name for tensor in spec.outputs} <= {*PROBE_RESULTS, OUTPUT_GRADIENT, SALIENCY_SCORES}
@@ -395,8 +426,9 @@ def _graph_with(output: str, specs: Sequence[GraphSpec]) -> GraphSpec | None:
 
 def _probe_tensors(spec: GraphSpec, manifest: Manifest) -> GraphTensors:
     """Return the tensors of a graph that belongs to a probe alone."""
-    if any(piece.name == "gradient" for piece in spec.pieces):
-        return gradient_tensors(dimensions=manifest.dimensions)
+    if spec.name == "gradient":
+        dtype = manifest.dtype if CANDIDATE_ROWS in spec.input_names else None
+        return gradient_tensors(dimensions=manifest.dimensions, candidates_dtype=dtype)
     return _with_probe(GraphTensors((), ()), spec, manifest)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
@@ -31,6 +31,9 @@ from trio_edge.runtime.bundle.limits import (
 )
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.bundle.typed_json import typed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SCHEMA_VERSION = 4
 MANIFEST_NAME = "trio.json"
@@ -334,6 +337,10 @@ class Manifest(_Spec, frozen=True):
     """None in bundles of releases that did not write it."""
     token_embedding_scales: StoredTensor | None = None
     """[V], one scale for each row of an INT8 table."""
+    head_rows: StoredTensor | None = None
+    """[V, D], rows of the lm_head that the host reads for the probes' gradient; only if the head is quantized."""
+    head_row_scales: StoredTensor | None = None
+    """[V], as ``token_embedding_scales``."""
     quantization: Quantization | None = None
     """None if all weights and the KV caches are in ``dtype``."""
     clip_text: ClipTextSpec | None = None
@@ -355,26 +362,30 @@ class Manifest(_Spec, frozen=True):
             if not sizes or list(sizes) != sorted(set(sizes)):
                 raise ManifestError(f"{name}: expected ascending sizes, got {sizes}; export again")
         self._check_files()
-        self._check_embedding()
+        for name, rows, scales in self._tables():
+            self._check_table(name, rows, scales)
         self._check_sizes()
         self._check_graphs()
 
-    def _check_embedding(self) -> None:
-        table, scales = self.token_embedding, self.token_embedding_scales
-        if table.dtype not in ("float32", "float16", "int8") or (table.dtype == "int8") != (
-            scales is not None
-        ):
+    def _tables(self) -> Iterator[tuple[str, StoredTensor, StoredTensor | None]]:
+        """Yield name, rows and scales of the tables that the host reads."""
+        yield "token_embedding", self.token_embedding, self.token_embedding_scales
+        if self.head_rows is not None:
+            yield "head_rows", self.head_rows, self.head_row_scales
+
+    def _check_table(self, name: str, rows: StoredTensor, scales: StoredTensor | None) -> None:
+        if rows.dtype not in ("float32", "float16", "int8") or (rows.dtype == "int8") != (scales is not None):
             raise ManifestError(
-                "token_embedding: expected float32 or float16 rows, or int8 rows with scales, got"
-                f" {table.dtype} {'without' if scales is None else 'with'} scales; export the bundle again"
+                f"{name}: expected float32 or float16 rows, or int8 rows with scales, got {rows.dtype}"
+                f" {'without' if scales is None else 'with'} scales; export the bundle again"
             )
         shape = self.dimensions.vocab_size, self.dimensions.hidden_size
-        self._check_stored("token_embedding", table, shape)
+        self._check_stored(name, rows, shape)
         if scales is not None:
-            self._check_stored("token_embedding_scales", scales, shape[:1])
+            self._check_stored(f"scales of {name}", scales, shape[:1])
             if scales.dtype not in ("float32", "float16"):
                 raise ManifestError(
-                    f"token_embedding_scales: expected float32 or float16, got {scales.dtype}; export the bundle again"
+                    f"scales of {name}: expected float32 or float16, got {scales.dtype}; export the bundle again"
                 )
 
     def _check_stored(self, name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
@@ -411,9 +422,8 @@ class Manifest(_Spec, frozen=True):
 
     def _check_files(self) -> None:
         known = {entry.path for entry in self.files}
-        used = graph_files(self) | {self.text.tokenizer, self.text.chat_template, self.token_embedding.file}
-        if self.token_embedding_scales is not None:
-            used.add(self.token_embedding_scales.file)
+        used = graph_files(self) | {self.text.tokenizer, self.text.chat_template}
+        used |= {tensor.file for _, *table in self._tables() for tensor in table if tensor is not None}
         if self.clip_text is not None:
             used.add(self.clip_text.tokenizer)
         for path in sorted(known | used):
@@ -473,7 +483,7 @@ class Manifest(_Spec, frozen=True):
     def format_of(self, graph: GraphSpec) -> QuantizedFormat | None:
         """Return the quantized format of the linear layers of ``graph``; None for floating point."""
         if graph.role == "probe":
-            return self.format_of(self._owner(graph))
+            return None if graph.opset is None else self.format_of(self._owner(graph))
         part = PART_FROM_ROLE.get(graph.role)
         return None if part is None or self.quantization is None else self.quantization.formats.get(part)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.bundle.errors import BackendError
-from trio_edge.runtime.bundle.graph_io import OUTPUT_GRADIENT
+from trio_edge.runtime.bundle.graph_io import CANDIDATE_ROWS, OUTPUT_GRADIENT
 from trio_edge.runtime.devices.interface import shape_at
 from trio_edge.runtime.engines.log import make_logger
 from trio_edge.runtime.engines.network import Network
@@ -135,7 +135,10 @@ def build_engine(job: Job, reporter: Reporter) -> None:
 
 def holds_head(spec: GraphSpec) -> bool:
     """Return whether a graph has products with the lm_head."""
-    return spec.role == "head" or any(tensor.name == OUTPUT_GRADIENT for tensor in spec.outputs)
+    reads_weight = CANDIDATE_ROWS not in spec.input_names
+    return spec.role == "head" or (
+        reads_weight and any(tensor.name == OUTPUT_GRADIENT for tensor in spec.outputs)
+    )
 
 
 def _run_passes(job: Job, network: Network) -> None:

@@ -22,6 +22,7 @@ from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 from trio_edge.runtime.devices.interface import DeviceTensor, find_profile
 from trio_edge.runtime.devices.timeline import Timeline
 from trio_edge.runtime.model.decoder_prompt import Span
+from trio_edge.runtime.model.head_candidates import HeadCandidates
 from trio_edge.runtime.model.host_selection import HostSelection
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.buffers.kv_cache import NewRows
     from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.runtime.bundle.token_table import TokenTable
     from trio_edge.runtime.devices.interface import Launch, LoadedGraphs
     from trio_edge.runtime.model.decoder_prompt import DecoderPrompt
     from trio_edge.runtime.model.host_selection import SelectorOverride
@@ -67,11 +69,21 @@ class _Chain(NamedTuple):
 class Decoder:
     """Runs prefill and decode of one sequence. Not thread-safe: it owns one set of KV caches."""
 
-    def __init__(self, manifest: Manifest, graphs: LoadedGraphs, *, keep_images: int = 0) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        graphs: LoadedGraphs,
+        *,
+        keep_images: int = 0,
+        head_rows: TokenTable | None = None,
+    ) -> None:
         """Allocate all buffers and bind the decode step. The decoder does not close ``graphs``.
 
-        ``keep_images`` is the number of prompts whose rows up to the last visual token are kept, in a bundle with
-        follow-ups.
+        Args:
+            manifest: The bundle's.
+            graphs: Its engines.
+            keep_images: Number of prompts whose rows up to the last visual token are kept, in a bundle with follow-ups.
+            head_rows: The manifest's ``head_rows``, if it has them.
 
         Raises:
             BackendError: If the device has too little memory.
@@ -84,6 +96,11 @@ class Decoder:
         if graph_io.has_follow_ups(manifest):
             prefix = graphs.engines[self._buffers.ranges[0].name]
             self._question = QuestionRows(manifest, self._buffers, prefix, graphs.device, count=keep_images)
+        self._candidates: HeadCandidates | None = None
+        if self._buffers.candidates is not None:
+            assert head_rows is not None, "the manifest has them"
+            head = graphs.engines["head"]
+            self._candidates = HeadCandidates(graphs.device, head, self._buffers.candidates, head_rows)
         self._host = HostSelection(manifest, graphs.device, self._buffers)
         self._timeline = Timeline(graphs.device)
         self._chains: dict[tuple[int, int], _Chain] = {}
@@ -236,7 +253,7 @@ class Decoder:
         return self._chains[key]
 
     def _probe(self, stage: int, *, rows: int, num_visual: int) -> list[Launch]:
-        """Return the launches of the probe of ``stage``: forward half, head's gradient, backward half; none without a probe."""
+        """Return the launches of the probe of ``stage``; none without a probe."""
         buffers = self._buffers
         probe, gradient = buffers.probes[stage], buffers.gradient
         if probe is None or gradient is None:
@@ -249,6 +266,7 @@ class Decoder:
         between = find_profile(gradient, {"GR": num_probe_rows})
         return [
             self._engines[probe.name].prepare(forward, buffers.probe_tensors(stage, forward)),
+            *([] if self._candidates is None else [self._candidates]),
             self._engines[gradient.name].prepare(between, buffers.gradient_tensors(between)),
             self._engines[probe.name].prepare(backward, buffers.probe_tensors(stage, backward)),
         ]

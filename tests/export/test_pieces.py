@@ -15,7 +15,6 @@ from tests.bundles import export
 from tests.shared_traces import shared_traces
 from trio_edge.export.bundle import export_bundle
 from trio_edge.export.options import ExportOptions
-from trio_edge.export.quantize.integer_products import use_integer_products
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import ManifestError
@@ -33,9 +32,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
-
-INTEGERS = {"rtol": 2e-3, "atol": 2e-3}
-"""The head's gradient in integers of 13 bits against float32, scores relative to the largest."""
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +96,14 @@ def test_a_joined_graph_computes_one_piece_while_the_others_have_no_elements(
     onnxruntime_version() < (1, 24),
     reason="onnxruntime 1.23, the last one for Python 3.10, cannot run pieces without elements; runs on 3.11 and later",
 )
-@pytest.mark.parametrize("name", ["probe_1", "gradient"])
-def test_probes_of_quantized_weights_stand_alone(name: str, quantized_bundle: Path) -> None:
-    for profile in open_bundle(quantized_bundle).manifest.graph(name).profiles:
-        joined, alone = _both(quantized_bundle, name, profile)
+def test_probes_of_quantized_weights_stand_alone(quantized_bundle: Path) -> None:
+    for profile in open_bundle(quantized_bundle).manifest.graph("probe_1").profiles:
+        joined, alone = _both(quantized_bundle, "probe_1", profile)
         for output, values in alone.items():
             scale = np.abs(values).max()
-            np.testing.assert_allclose(joined[output] / scale, values / scale, **INTEGERS, err_msg=output)
+            np.testing.assert_allclose(
+                joined[output] / scale, values / scale, rtol=1e-4, atol=1e-5, err_msg=output
+            )
 
 
 @pytest.mark.skipif(
@@ -145,10 +142,10 @@ def test_no_weight_is_in_two_graphs(reduced_bundle: Path) -> None:
     assert all(select.weight_bytes == 0 for select in manifest.selects)
 
 
-def test_quantized_layers_are_repeated_once_a_stage_and_the_head_once(quantized_bundle: Path) -> None:
+def test_quantized_layers_are_repeated_once_a_stage_and_the_head_never(quantized_bundle: Path) -> None:
     graphs = {graph.name: graph.weight_bytes for graph in open_bundle(quantized_bundle).manifest.graphs}
     assert graphs["probe_1"] == graphs["segment_1"]
-    assert graphs["gradient"] == graphs["head"]
+    assert graphs["gradient"] < 0.05 * graphs["head"], "the final norm alone"
     assert [name for name in graphs if name.startswith(("probe", "gradient"))] == [
         "probe_1",
         "probe_2",
@@ -198,68 +195,3 @@ def test_files_of_pieces_are_files_of_the_bundle(reduced_bundle: Path) -> None:
 
     with pytest.raises((ManifestError, msgspec.ValidationError), match="expected a path inside the bundle"):
         _changed(reduced_bundle, elsewhere)
-
-
-# Integer products
-
-
-def _graph_with(weight: NDArray[np.int8], scales: NDArray[np.float32], *, is_forward: bool) -> ir.Model:
-    """Return a graph of one product with an INT8 weight [I, O], from the right or from the left."""
-    values = ir.Value(name="weight", const_value=ir.tensor(weight), shape=ir.Shape(weight.shape))
-    values.type = ir.TensorType(ir.DataType.INT8)
-    scale = ir.Value(name="scale", const_value=ir.tensor(scales), shape=ir.Shape(scales.shape))
-    scale.type = ir.TensorType(ir.DataType.FLOAT)
-    rows = ir.Value(name="rows", type=ir.TensorType(ir.DataType.FLOAT))
-    rows.shape = ir.Shape(["R", weight.shape[0]]) if is_forward else ir.Shape([weight.shape[1], "R"])
-    dequantized = ir.node("DequantizeLinear", [values, scale], {"axis": 1})
-    operands = [rows, dequantized.outputs[0]] if is_forward else [dequantized.outputs[0], rows]
-    product = ir.node("MatMul", operands)
-    result = product.outputs[0]
-    result.name, result.type = "result", ir.TensorType(ir.DataType.FLOAT)
-    last = ir.node("Identity", [result])
-    last.outputs[0].name, last.outputs[0].type = "output", ir.TensorType(ir.DataType.FLOAT)
-    graph = ir.Graph(
-        [rows], last.outputs, nodes=[dequantized, product, last], initializers=[values, scale],
-        opset_imports={"": 21}, name="product",
-    )  # fmt: skip
-    return ir.Model(graph, ir_version=10)
-
-
-def _product(
-    weight: NDArray[np.int8], scales: NDArray[np.float32], rows: NDArray[np.float32], *, is_forward: bool
-) -> NDArray[np.float32]:
-    model = _graph_with(weight, scales, is_forward=is_forward)
-    assert use_integer_products(model) == 1
-    kinds = [node.op_type for node in model.graph]
-    assert "DequantizeLinear" not in kinds
-    session = ort.InferenceSession(
-        ir.serde.serialize_model(model).SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    result: NDArray[np.float32] = session.run(None, {"rows": rows})[0]
-    return result
-
-
-@pytest.mark.parametrize("is_forward", [True, False])
-def test_integer_products_are_near_those_in_floats(is_forward: bool) -> None:
-    random = np.random.default_rng(0)
-    weight = random.integers(-127, 128, (48, 300), dtype=np.int8)
-    scales = random.uniform(0.001, 0.1, 300).astype(np.float32)
-    # as gradients of the head are: one large number and many small ones; and a row of zeros
-    rows = (random.standard_normal((4, 48 if is_forward else 300)) ** 5).astype(np.float32)
-    rows[2] = 0.0
-    dense = weight.astype(np.float64) * scales
-    expected = rows @ dense if is_forward else dense @ rows.T
-    got = _product(weight, scales, rows if is_forward else rows.T.copy(), is_forward=is_forward)
-    np.testing.assert_allclose(got / np.abs(expected).max(), expected / np.abs(expected).max(), atol=5e-4)
-    assert np.all((got[2] if is_forward else got[:, 2]) == 0.0)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("is_forward", [True, False])
-def test_integer_products_do_not_overflow(is_forward: bool, sign: int) -> None:
-    weight = np.full((8192, 16) if is_forward else (4, 300_000), 127, dtype=np.int8)
-    scales = np.full(weight.shape[1], 0.5, np.float32)
-    rows = np.full((2, 8192) if is_forward else (300_000, 2), 3.0 * sign, np.float32)
-    got = _product(weight, scales, rows, is_forward=is_forward)
-    terms = weight.shape[0 if is_forward else 1]
-    np.testing.assert_allclose(got, sign * 3.0 * 0.5 * 127 * terms, rtol=1e-3)

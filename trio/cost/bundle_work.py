@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trio_edge.runtime.bundle.graph_io import SALIENCY, is_probe, num_clip_texts
+from trio_edge.runtime.bundle.graph_io import CANDIDATE_ROWS, SALIENCY, is_probe, num_clip_texts
 from trio_edge.trio.cost.flops import stage_work
-from trio_edge.trio.cost.selections import StageSizes, TokenSizes, trio_work
+from trio_edge.trio.cost.selections import StageSizes, TokenSizes, candidate_work, trio_work
 from trio_edge.trio.cost.work import ELEMENT_BYTES, Work, counted_work, head_work, range_work, vision_work
 from trio_edge.trio.methods import token_method
 
@@ -58,12 +58,14 @@ def counted(manifest: Manifest, graph: GraphSpec, profile: Profile) -> Work:
         if manifest.clip_text is not None:
             num_text = sizes["M"] * (manifest.clip_text.length - 2)
         return reduce_work(manifest, num_visual=sizes["N"], num_text=num_text)
+    if CANDIDATE_ROWS in graph.input_names:
+        return candidate_work(manifest.dimensions, manifest.schedule)
     if is_probe(graph.part_at(profile)):
         return _probe_work(manifest, sizes)
     if graph.role == "select":
         return _select_work(manifest, manifest.selects.index(graph), sizes)
     if graph.role == "head":
-        return head_work(manifest.dimensions)
+        return head_work(manifest.dimensions, rows=sizes.get("L", 1))
     return range_work(manifest.dimensions, num_layers=graph.num_layers, rows=sizes["S"], past=sizes["C"])
 
 

@@ -116,17 +116,12 @@ def bundle_bytes(
     """
     row_bytes = kv_row_bytes(decoder, bytes_per_cached=bytes_per_cached)
     probed = weights.layers[-1] if stage_method(schedule.method).has_probe else weights.select
-    repeated = repeated_weights(
-        schedule,
-        decoder,
-        layers_quantized=weights.layers[-1] < element_bytes,
-        head_quantized=weights.head < element_bytes,
-    )
+    repeated = repeated_weights(schedule, decoder, layers_quantized=weights.layers[-1] < element_bytes)
     return BundleBytes(
         layers=layer_weights(decoder) * sum(weights.layers),
         head_and_vision=decoder.vocab_size * decoder.hidden_size * weights.head
         + vision_params * weights.vision,
-        repeated=repeated.layers * probed + repeated.head * weights.head,
+        repeated=repeated * probed,
         kv_caches=kv_cache_bytes(ranges, other_rows=text_rows + new_rows, row_bytes=row_bytes),
         activations=largest_activations(
             decoder,
@@ -141,30 +136,18 @@ def bundle_bytes(
     )
 
 
-class RepeatedWeights(NamedTuple):
-    """Elements of weights that the stages' graphs hold a second time."""
+def repeated_weights(schedule: Schedule, decoder: Dimensions, *, layers_quantized: bool) -> int:
+    """Return the number of weights that the stages of ``schedule`` repeat.
 
-    layers: int
-    head: int = 0
-
-
-def repeated_weights(
-    schedule: Schedule, decoder: Dimensions, *, layers_quantized: bool, head_quantized: bool
-) -> RepeatedWeights:
-    """Return the weights that the stages of ``schedule`` repeat.
-
-    A probe shares the weights of its layer and of the head, unless they are quantized (``export/graphs/probe.py``).
+    A probe shares the weights of the head, and those of its layer unless they are quantized (``export/graphs/probe.py``).
     """
     num_stages = len(schedule.stages)
-    if num_stages == 0:
-        return RepeatedWeights(0)
     row = stage_method(schedule.method)
     if row.has_probe:
-        layers = num_stages * layer_weights(decoder) if layers_quantized else 0
-        return RepeatedWeights(layers, decoder.vocab_size * decoder.hidden_size if head_quantized else 0)
+        return num_stages * layer_weights(decoder) if layers_quantized else 0
     (queries, keys, *_) = (inputs * outputs for inputs, outputs in layer_matrices(decoder))
     in_stage = {"queries and keys": queries + keys, "keys": keys, "nothing": 0}[row.repeats]
-    return RepeatedWeights(num_stages * in_stage)
+    return num_stages * in_stage
 
 
 def layers_and_rows(schedule: Schedule, *, num_layers: int, entering: int) -> tuple[tuple[int, int], ...]:

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from trio_edge.runtime.bundle.graph_io import num_clip_texts
+from trio_edge.runtime.bundle.graph_io import num_candidates, num_clip_texts
 from trio_edge.trio.cost.work import LAUNCHES_PER_PROBE, Product, Work, flops_of, sum_of
 
 if TYPE_CHECKING:
@@ -154,6 +154,13 @@ def _trio_piece(
         )
         other, launches = 4 * sizes.num_visual**2, schedule.nms_rounds * _LAUNCHES_PER_ROUND
     return Work(products=tuple(products), other_elements=float(other), launches=launches)
+
+
+def candidate_work(decoder: Dimensions, schedule: Schedule) -> Work:
+    """Return the work of a quantized head's gradient, for which the head has run on the probe rows."""
+    rows, count = schedule.num_probe_rows, num_candidates(decoder)
+    product = Product(rows=1, inner=count - 1, columns=decoder.hidden_size, count=rows)
+    return Work(products=(product,), other_elements=2.0 * rows * count * decoder.hidden_size)
 
 
 def trio_flops(decoder: Dimensions, schedule: Schedule, sizes: StageSizes) -> float:

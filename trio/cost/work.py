@@ -187,9 +187,9 @@ def range_work(decoder: Dimensions, *, num_layers: int, rows: int, past: int = 0
     )
 
 
-def head_work(decoder: Dimensions) -> Work:
-    """Return the work of the final norm and the head on one row."""
-    product = Product(rows=1, inner=decoder.hidden_size, columns=decoder.vocab_size, weights="head")
+def head_work(decoder: Dimensions, *, rows: int = 1) -> Work:
+    """Return the work of the final norm and the head."""
+    product = Product(rows=rows, inner=decoder.hidden_size, columns=decoder.vocab_size, weights="head")
     return Work(products=(product,), launches=_LAUNCHES_PER_HEAD)
 
 

@@ -1,4 +1,4 @@
-"""Token embeddings, gathered on the host from the bundle's table."""
+"""Rows of single tokens, gathered on the host from the bundle's tables."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from trio_edge.runtime.bundle.errors import BundleError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from trio_edge.runtime.bundle.manifest import StoredTensor
     from trio_edge.runtime.bundle.reader import Bundle
 
 
 @final
-class EmbeddingTable:
-    """Embeddings by token id, read from the mapped file on access."""
+class TokenTable:
+    """Rows by token id, read from the mapped file on access: the embeddings, or the head's rows."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        manifest = bundle.manifest
-        self._dtype = manifest.dtype
-        self._rows = bundle.map_tensor(manifest.token_embedding)
-        scales = manifest.token_embedding_scales
+    def __init__(self, bundle: Bundle, rows: StoredTensor, scales: StoredTensor | None) -> None:
+        """Map ``rows`` [V, D] and the ``scales`` [V] of INT8 rows."""
+        self._dtype = bundle.manifest.dtype
+        self._rows = bundle.map_tensor(rows)
         self._scales = None if scales is None else bundle.map_tensor(scales)
 
     def __getitem__(self, token_ids: NDArray[Any] | int) -> NDArray[Any]:
@@ -34,7 +34,7 @@ class EmbeddingTable:
         largest = int(np.max(token_ids, initial=0))
         if largest >= len(self._rows) or np.min(token_ids, initial=0) < 0:
             raise BundleError(
-                f"tokenizer: expected token ids below {len(self._rows)} (rows of the embedding table), got {largest};"
+                f"tokenizer: expected token ids below {len(self._rows)} (rows of the table), got {largest};"
                 " export the bundle again"
             )
         rows: NDArray[Any] = self._rows[token_ids]

@@ -1,0 +1,53 @@
+"""The likeliest tokens of the probe rows, and their rows of the lm_head, for the gradient of a quantized head.
+
+The gradient of an exact head reads the whole lm_head backwards. A quantized weight cannot serve both directions, so this
+would take a second copy. The loss over the T likeliest tokens needs T rows instead, which the host reads from a file.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+
+from trio_edge.runtime.bundle import graph_io
+
+if TYPE_CHECKING:
+    from trio_edge.runtime.buffers.candidates import CandidateBuffers
+    from trio_edge.runtime.bundle.token_table import TokenTable
+    from trio_edge.runtime.devices.interface import Device, Engine
+
+
+@final
+class HeadCandidates:
+    """A launch after a probe's forward half and before the head's gradient. It waits for the device twice."""
+
+    capturable = False
+
+    def __init__(self, device: Device, head: Engine, buffers: CandidateBuffers, rows: TokenTable) -> None:
+        """Bind the head at all probe rows; ``rows`` are those of the lm_head."""
+        self._device, self._buffers, self._rows = device, buffers, rows
+        self._head = head.prepare(buffers.profile, buffers.head_tensors())
+
+    def enqueue(self) -> None:
+        """Run the head on the probe rows and send the candidates to the device.
+
+        Raises:
+            BackendError: If the head fails.
+        """
+        device, buffers = self._device, self._buffers
+        device.download(buffers.output, buffers.output_on_device)
+        device.synchronize()
+        hidden = buffers.sent.host(graph_io.HIDDEN)
+        limits = np.finfo(hidden.dtype)
+        hidden[0] = np.clip(buffers.output, limits.min, limits.max)
+        buffers.sent.upload(device)
+        self._head.enqueue()
+        buffers.found.download(device)
+        device.synchronize()
+        logits, ids = (buffers.found.host(name) for name in (graph_io.TOP_LOGITS, graph_io.TOP_IDS))
+        order = np.lexsort((ids, -logits))  # the graph leaves the order of equal logits open
+        ids = np.take_along_axis(ids, order, axis=-1)
+        buffers.sent.host(graph_io.CANDIDATE_LOGITS)[:] = np.take_along_axis(logits, order, axis=-1)
+        buffers.sent.host(graph_io.CANDIDATE_ROWS)[:] = self._rows[ids]
+        buffers.sent.upload(device)
