@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -49,13 +50,23 @@ def trace_once(module: nn.Module, **settings: Any) -> ir.Model:
     """Return what ``trace`` does; a module of equal structure and arguments gives the same graph."""
 
     def make(out: Path) -> None:
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, _without_collection():
             patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(_registry))
             _write(trace(module, **settings), out)
 
     arguments = {**settings, "args": _shapes(settings["args"])}
     wanted = f"{_structure(module, {})} {sorted(arguments.items())}"
     return _read(kept_between_runs(f"trace-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.onnx", make))
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Collect no garbage, which takes a tenth of a trace's time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @functools.cache

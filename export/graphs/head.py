@@ -8,8 +8,9 @@
 | out top_logits    | [T]       | float32 | runtime: the largest logits, descending              |
 | out top_ids       | [T]       | int32   | runtime: their tokens; the order of equals is free   |
 
-T is min(64, V), so a decode step copies 512 bytes to the host instead of the whole vocabulary. A head that shares its graph
-with a probe (``export/graphs/probe.py``) has L instead of 1, and [L, T]; L is 0 while the probe runs.
+T is min(64, V), so a decode step copies 512 bytes to the host instead of the whole vocabulary. A head that probes share
+(``export/graphs/probe.py``) has L instead of 1, and [L, T]. L is 0 while a gradient in the same graph runs, and all probe
+rows while a quantized head looks for their likeliest tokens.
 """
 
 from __future__ import annotations

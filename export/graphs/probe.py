@@ -4,8 +4,10 @@
     gradient   in the graph of the head     output on the probe rows → gradient of the proxy loss there (``ProbeHead``)
     saliency   in the graph of layers l…    gradient and state → a score for each visual token
 
-``trio_edge.runtime.bundle.graph_io`` lists the tensors: ``probe_tensors``, ``gradient_tensors``, ``saliency_tensors``. If
-layers or head are quantized, the pieces are separate graphs: in a joined one a decode step would dequantize for them, too.
+``trio_edge.runtime.bundle.graph_io`` lists the tensors: ``probe_tensors``, ``gradient_tensors``, ``saliency_tensors``.
+
+The halves of a probe of quantized layers are a graph of their own, as in a joined one a decode step would dequantize for
+them, too. The gradient of a quantized head reads no weight at all, but the rows of the likeliest tokens (``CandidateHead``).
 """
 
 from __future__ import annotations

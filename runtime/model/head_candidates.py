@@ -13,6 +13,8 @@ import numpy as np
 from trio_edge.runtime.bundle import graph_io
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from trio_edge.runtime.buffers.candidates import CandidateBuffers
     from trio_edge.runtime.bundle.token_table import TokenTable
     from trio_edge.runtime.devices.interface import Device, Engine
@@ -45,9 +47,15 @@ class HeadCandidates:
         self._head.enqueue()
         buffers.found.download(device)
         device.synchronize()
-        logits, ids = (buffers.found.host(name) for name in (graph_io.TOP_LOGITS, graph_io.TOP_IDS))
-        order = np.lexsort((ids, -logits))  # the graph leaves the order of equal logits open
-        ids = np.take_along_axis(ids, order, axis=-1)
-        buffers.sent.host(graph_io.CANDIDATE_LOGITS)[:] = np.take_along_axis(logits, order, axis=-1)
+        logits, ids = ordered(buffers.found.host(graph_io.TOP_LOGITS), buffers.found.host(graph_io.TOP_IDS))
+        buffers.sent.host(graph_io.CANDIDATE_LOGITS)[:] = logits
         buffers.sent.host(graph_io.CANDIDATE_ROWS)[:] = self._rows[ids]
         buffers.sent.upload(device)
+
+
+def ordered(
+    logits: NDArray[np.float32], ids: NDArray[np.int32]
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Return both [R, T] by descending logit, equal ones by ascending id; the graph leaves their order open."""
+    order = np.lexsort((ids, -logits))
+    return np.take_along_axis(logits, order, axis=-1), np.take_along_axis(ids, order, axis=-1)

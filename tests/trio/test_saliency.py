@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, get_args
 
 import pytest
@@ -14,6 +15,7 @@ from tests.tolerances import SALIENCY_FLOAT64
 from tests.trio.decoder_layers import (
     HEADS,
     HIDDEN,
+    VOCAB,
     Decoder,
     merged_rotary_tables,
     random_decoder,
@@ -21,7 +23,7 @@ from tests.trio.decoder_layers import (
 )
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.trio.cost.selections import SaliencyForm
-from trio_edge.trio.saliency import ProxySaliency, key_value_gram
+from trio_edge.trio.saliency import CandidateHead, ProbeHead, ProxySaliency, key_value_gram
 
 LENGTH, START, NUM_VISUAL = 48, 5, 30
 FORMS = get_args(SaliencyForm)
@@ -259,3 +261,48 @@ def test_probe_rows_that_would_lie_in_the_image_are_the_first_one_after_it() -> 
     decoder, hidden, tables = random_decoder("llama"), _hidden(), rotary_tables(torch.arange(LENGTH))
     scores = _scores(decoder, hidden, tables, num_probe_rows=20)  # 13 rows come after the image
     torch.testing.assert_close(scores, _reference(decoder, hidden, tables, rows=20), **SALIENCY_FLOAT64)
+
+
+def _logits(decoder: Decoder, output: Tensor) -> Tensor:
+    """Return the head's logits without the norm's own forward, which rounds to float32."""
+    scale = torch.rsqrt((output * output).mean(-1, keepdim=True) + decoder.final_norm.variance_epsilon)
+    logits: Tensor = decoder.lm_head(output * scale * decoder.final_norm.weight)
+    return logits
+
+
+def _candidates(decoder: Decoder, output: Tensor, count: int) -> Tensor:
+    """Return the gradient at ``output`` [R, D] over the ``count`` likeliest tokens of each row."""
+    with torch.no_grad():
+        logits, ids = torch.topk(_logits(decoder, output), count)
+        return CandidateHead(decoder.final_norm)(output, logits, decoder.lm_head.weight[ids])
+
+
+@pytest.mark.parametrize("count", [2, 8, VOCAB])
+def test_gradient_over_candidates_equals_autograd_of_the_loss_over_them(count: int) -> None:
+    decoder, output = random_decoder(), _hidden()[:4].requires_grad_()
+    logits = _logits(decoder, output)
+    ids = torch.topk(logits, count).indices
+    torch.nn.functional.cross_entropy(logits.gather(1, ids), torch.zeros(4, dtype=torch.long)).backward()  # type: ignore[no-untyped-call]
+    assert output.grad is not None
+    torch.testing.assert_close(_candidates(decoder, output.detach(), count), output.grad, **SALIENCY_FLOAT64)
+
+
+def test_gradient_over_all_tokens_is_the_exact_heads() -> None:
+    decoder, output = random_decoder(), _hidden()[:4]
+    with torch.no_grad():
+        exact = ProbeHead(decoder.final_norm, decoder.lm_head)(output)
+    torch.testing.assert_close(_candidates(decoder, output, VOCAB), exact, **SALIENCY_FLOAT64)
+
+
+def test_gradient_over_candidates_does_not_cancel_where_the_model_is_certain() -> None:
+    decoder, output = random_decoder(), _hidden()[:4]
+    with torch.no_grad():
+        decoder.lm_head.weight.mul_(30.0)
+        exact = _candidates(decoder, output, 8)
+        single = Decoder(*(copy.deepcopy(part).float() for part in vars(decoder).values()))
+        found = _candidates(single, output.float(), 8).double()
+    # of a row whose other tokens have no probability left in float32, nothing is expected
+    rows = exact.norm(dim=1) > 1e-30
+    assert rows.any()
+    torch.testing.assert_close(found[rows] / exact[rows].norm(dim=1, keepdim=True),
+                               exact[rows] / exact[rows].norm(dim=1, keepdim=True), rtol=0, atol=1e-3)  # fmt: skip
