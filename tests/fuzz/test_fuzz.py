@@ -169,9 +169,7 @@ def test_a_token_without_a_row_in_the_table_is_one_line(copy: Path) -> None:
     _seal(copy, "tokenizer.json", json.dumps(content).encode())
     with (
         Pipeline.from_bundle(copy, backend="onnxruntime") as pipeline,
-        pytest.raises(
-            BundleError, match=r"expected token ids below \d+ \(rows of the embedding table\), got 1000000"
-        ),
+        pytest.raises(BundleError, match=r"expected token ids below \d+ \(rows of the table\), got 1000000"),
     ):
         _ = pipeline.generate(Image.new("RGB", (48, 48)), "w1").text
 
