@@ -24,16 +24,13 @@ from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.trio.budgets import parse_keep, schedule_for_keep
 
-_CONSTANTS = (
-    "trio_edge.runtime.bundle.graph_io.MAX_CANDIDATES",
-    "trio_edge.export.graphs.head.MAX_CANDIDATES",
-)
+_CONSTANT = "trio_edge.runtime.bundle.graph_io.MAX_CANDIDATES"
 
 
 def answers(questions: list[Question], plan: str, candidates: int) -> tuple[int, list[list[set[int]]]]:
     """Return the number of right answers and each question's kept tokens by stage."""
     right, kept = 0, []
-    with tempfile.TemporaryDirectory() as folder, mock.patch(_CONSTANTS[0], candidates):
+    with tempfile.TemporaryDirectory() as folder, mock.patch(_CONSTANT, candidates):
         bundle = Path(folder) / "bundle"
         options = ExportOptions(
             model="tiny",
@@ -43,13 +40,12 @@ def answers(questions: list[Question], plan: str, candidates: int) -> tuple[int,
             max_new_tokens=8,
             quantize=parse_plan(plan),
         )
-        with mock.patch(_CONSTANTS[1], candidates):
-            export_bundle(
-                options,
-                schedule_for=lambda inputs: schedule_for_keep(
-                    parse_keep("11.1%"), num_layers=inputs.num_layers, num_visual=inputs.num_visual
-                ),
-            )
+        export_bundle(
+            options,
+            schedule_for=lambda inputs: schedule_for_keep(
+                parse_keep("11.1%"), num_layers=inputs.num_layers, num_visual=inputs.num_visual
+            ),
+        )
         with Pipeline.from_bundle(bundle, backend="onnxruntime", threads=1) as pipeline:
             for question in questions:
                 answer = pipeline.generate(list(question.images), question.question, max_new_tokens=4)

@@ -17,6 +17,7 @@ from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
 from trio_edge.export.token_selectors import stage_selector
 from trio_edge.profiling.predict.answer import range_name
+from trio_edge.runtime.bundle.graph_io import MAX_CANDIDATES
 from trio_edge.runtime.bundle.schedule import Schedule
 
 
@@ -45,7 +46,8 @@ class GraphsInTorch:
         if compiled:
             for select in self._selects:
                 select.compile(dynamic=False)
-        self._head = Head(model.final_norm, model.lm_head)
+        num_candidates = min(MAX_CANDIDATES, len(model.lm_head.weight))
+        self._head = Head(model.final_norm, model.lm_head, num_candidates=num_candidates)
         self._zero = torch.zeros(1, dtype=torch.int32, device=subject.device)
         self._last_row = self._zero + (buffers.lengths[-1] - 1)
         self.parts = [Part("vision", self._vision)]

@@ -18,24 +18,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trio_edge.runtime.bundle.graph_io import MAX_CANDIDATES
-
 
 class Head(nn.Module):
     """Logits of one row of the decoder's output."""
 
-    def __init__(self, final_norm: nn.Module, lm_head: nn.Module, *, is_shared: bool = False) -> None:
+    def __init__(
+        self, final_norm: nn.Module, lm_head: nn.Module, *, num_candidates: int, is_shared: bool = False
+    ) -> None:
         super().__init__()
         self.final_norm = final_norm
         self.lm_head = lm_head
+        self.num_candidates = num_candidates
         self.is_shared = is_shared
 
     def forward(self, hidden_states: Tensor, last_row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the logits of row ``last_row``, the largest of them, and their tokens."""
         row_LD = hidden_states[0].index_select(0, last_row)
         logits_LV = self.lm_head(self.final_norm(row_LD)).to(torch.float32)
-        num_candidates = min(MAX_CANDIDATES, logits_LV.shape[1])
-        top_logits_LT, top_ids_LT = torch.topk(logits_LV, num_candidates, dim=1)
+        top_logits_LT, top_ids_LT = torch.topk(logits_LV, self.num_candidates, dim=1)
         if not self.is_shared:
             top_logits_LT, top_ids_LT = top_logits_LT[0], top_ids_LT[0]
         return logits_LV, top_logits_LT, top_ids_LT.to(torch.int32)

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from trio_edge.export.graphs.tracing import TracedGraph
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CacheRange, CalibratedScales
-    from trio_edge.export.tracing import TracedGraph
     from trio_edge.runtime.bundle.manifest import TensorSpec
 
 _PAST, _PRESENT = "past_key_values.", "present."

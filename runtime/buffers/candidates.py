@@ -31,22 +31,27 @@ class CandidateBuffers:
         )
         shapes = {tensor.name: shape_at(tensor.shape, self.profile) for tensor in self._spec.tensors}
         candidates = shapes[graph_io.TOP_IDS]
-        width = manifest.dimensions.hidden_size
-        self.sent = Block(
+        self.asked = Block(
             allocator,
             {
                 graph_io.HIDDEN: (manifest.dtype, shapes[graph_io.HIDDEN]),
                 graph_io.LAST_ROW: ("int32", (num_rows,)),
-                graph_io.CANDIDATE_LOGITS: ("float32", candidates),
-                graph_io.CANDIDATE_ROWS: (manifest.dtype, (*candidates, width)),
             },
-            purpose="inputs of the head's gradient",
+            purpose="probe rows that enter the head",
         )
-        self.sent.host(graph_io.LAST_ROW)[:] = np.arange(num_rows)
+        self.asked.host(graph_io.LAST_ROW)[:] = np.arange(num_rows)
         self.found = Block(
             allocator,
             {graph_io.TOP_LOGITS: ("float32", candidates), graph_io.TOP_IDS: ("int32", candidates)},
             purpose="likeliest tokens of the probe rows",
+        )
+        self.sent = Block(
+            allocator,
+            {
+                graph_io.CANDIDATE_LOGITS: ("float32", candidates),
+                graph_io.CANDIDATE_ROWS: (manifest.dtype, (*candidates, manifest.dimensions.hidden_size)),
+            },
+            purpose="inputs of the head's gradient",
         )
         logits = self._spec.tensor(graph_io.LOGITS)
         self._logits = allocate_tensor(allocator, logits, shapes[graph_io.LOGITS], graph="head")
@@ -54,7 +59,7 @@ class CandidateBuffers:
     def head_tensors(self) -> dict[str, DeviceTensor]:
         """Return the tensors of the head on the probe rows."""
         return {
-            **{name: self.sent.tensor(name) for name in (graph_io.HIDDEN, graph_io.LAST_ROW)},
+            **{name: self.asked.tensor(name) for name in (graph_io.HIDDEN, graph_io.LAST_ROW)},
             **{name: self.found.tensor(name) for name in (graph_io.TOP_LOGITS, graph_io.TOP_IDS)},
             graph_io.LOGITS: self._logits,
         }

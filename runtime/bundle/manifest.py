@@ -353,11 +353,6 @@ class Manifest(_Spec, frozen=True):
     """Number of first decoder layers to whose outputs DeepStack adds features of inner vision layers."""
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise ManifestError(
-                f"manifest has schema_version {self.schema_version}, this release reads {SCHEMA_VERSION};"
-                " export the bundle again"
-            )
         for name, sizes in (("text_buckets", self.text_buckets), ("visual_sizes", self.visual_sizes)):
             if not sizes or list(sizes) != sorted(set(sizes)):
                 raise ManifestError(f"{name}: expected ascending sizes, got {sizes}; export again")

@@ -40,10 +40,10 @@ class HeadCandidates:
         device, buffers = self._device, self._buffers
         device.download(buffers.output, buffers.output_on_device)
         device.synchronize()
-        hidden = buffers.sent.host(graph_io.HIDDEN)
+        hidden = buffers.asked.host(graph_io.HIDDEN)
         limits = np.finfo(hidden.dtype)
         hidden[0] = np.clip(buffers.output, limits.min, limits.max)
-        buffers.sent.upload(device)
+        buffers.asked.upload(device)
         self._head.enqueue()
         buffers.found.download(device)
         device.synchronize()

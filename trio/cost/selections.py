@@ -122,7 +122,7 @@ def trio_work(
     *,
     pieces: Sequence[TrioPiece] = ("probe", "gradient", "saliency", "select"),
 ) -> Work:
-    """Return the work of one of TRIO's stages, or of the given ``pieces`` of it."""
+    """Return the work of one of TRIO's stages, or of the given ``pieces`` of it; the head counts as one that is not quantized."""
     probe = ProbeSizes(
         num_rows=sizes.num_rows,
         num_visual=sizes.num_visual,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from trio_edge.export.checkpoints.stored import StoredName
-    from trio_edge.export.tracing import TracedGraph
+    from trio_edge.export.graphs.tracing import TracedGraph
     from trio_edge.runtime.bundle.manifest import GraphSpec
 
 

@@ -32,6 +32,7 @@ from trio_edge.runtime.bundle.graph_io import (
     gradient_tensors,
     head_tensors,
     is_probe,
+    num_candidates,
     probe_tensors,
     range_tensors,
     saliency_tensors,
@@ -500,4 +501,10 @@ def _head(tracer: _Tracer, *, is_shared: bool = False, has_candidates: bool = Fa
     if has_candidates:
         profiles += tracer.layout.candidate_profiles()
     spec = tracer.spec("head", "head", tensors, profiles)
-    return tracer.graph(Head(tracer.model.final_norm, tracer.model.lm_head, is_shared=is_shared), spec)
+    module = Head(
+        tracer.model.final_norm,
+        tracer.model.lm_head,
+        num_candidates=num_candidates(tracer.dimensions),
+        is_shared=is_shared,
+    )
+    return tracer.graph(module, spec)
