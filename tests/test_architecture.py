@@ -79,6 +79,56 @@ def test_no_module_imports_itself_through_others() -> None:
         pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
 
 
+def test_every_name_imported_from_the_product_is_there() -> None:
+    """A renamed module is missed otherwise by what only runs elsewhere: benchmarks, examples, slow tests, lazy imports."""
+    users = [
+        path
+        for top in (*MAY_IMPORT, "tests", "benchmarks", "examples")
+        for path in (ROOT / top).rglob("*.py")
+    ]
+    assert not [
+        f"{path.relative_to(ROOT)}:{node.lineno} imports {alias.name} from {node.module}"
+        for path in users
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trio_edge")
+        for alias in node.names
+        if not _is_there(node.module or "", alias.name)
+    ]
+
+
+def _is_there(module: str, name: str) -> bool:
+    place = module.removeprefix("trio_edge").removeprefix(".")
+    return f"{place}.{name}".strip(".") in _modules_and_folders() or name in _bound_names(place)
+
+
+@cache
+def _modules_and_folders() -> frozenset[str]:
+    """Return the modules and what holds them; ``trio`` is a folder without ``__init__.py``."""
+    return frozenset(".".join(name.split(".")[:depth]) for name in modules() for depth in range(1, 9))
+
+
+@cache
+def _bound_names(module: str) -> frozenset[str]:
+    """Return what a module defines, assigns or imports, without running it."""
+    if module not in modules():
+        return frozenset()
+    nodes = list(ast.walk(ast.parse(modules()[module].read_text(encoding="utf-8"))))
+    return frozenset(
+        [
+            node.name
+            for node in nodes
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        ]
+        + [node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+        + [
+            alias.asname or alias.name
+            for node in nodes
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        ]
+    )
+
+
 def test_every_folder_can_be_taken_in_at_a_glance() -> None:
     tracked = subprocess.run(
         ["git", "ls-files", *MAY_IMPORT], cwd=ROOT, capture_output=True, text=True, check=True

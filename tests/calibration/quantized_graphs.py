@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tests.shared_traces import shared_traces
-from trio_edge.export import tracing
 from trio_edge.export.bundle import write_graph
 from trio_edge.export.checkpoints.weights import store_weights
+from trio_edge.export.graphs import tracing
 from trio_edge.export.options import ExportOptions
 from trio_edge.export.plan import build, read, resolve, without_values
 from trio_edge.export.quantize.assign import StoredForm, plain_tensors, quantize_graphs
