@@ -64,9 +64,18 @@ def check_image_shares(schedule: Schedule, *, max_images: int) -> None:
 
 
 def stage_selector(
-    model: FamilyModel, schedule: Schedule, *, stage: int, max_visual: int, max_images: int = 1
+    model: FamilyModel,
+    schedule: Schedule,
+    *,
+    stage: int,
+    max_visual: int,
+    max_images: int = 1,
+    is_quantized: bool = False,
 ) -> StageSelector:
-    """Return the selector of stage number ``stage``, which holds the model's own modules; ``max_visual`` is its largest N."""
+    """Return the selector of stage number ``stage``, which holds the model's own modules.
+
+    ``max_visual`` is its largest N; ``is_quantized`` tells whether the weights of its layer are going to be quantized.
+    """
     keep, layer = schedule.stages[stage].keep, schedule.stages[stage].layer
     parts = StageParts(
         previous_layer=model.layers[layer - 1],
@@ -77,6 +86,7 @@ def stage_selector(
         max_visual=max_visual,
         settings=schedule,
         image_share=keep // max_images if schedule.budget == "image" else None,
+        is_quantized=is_quantized,
     )
     selector: StageSelector = stage_method(schedule.method).load().for_stage(parts)
     return selector

@@ -31,6 +31,10 @@ scaled to unit length before such a product and back after it, so nothing underf
 
 Weights are used as they are, never folded or copied: the exporter maps every parameter to the checkpoint.
 
+A quantized layer (``is_quantized``) has one forward product per weight, which the exporter shares with the layer's own, and
+its gradient goes around the MLP: ∂loss/∂y stands for the gradient before it. The way back needs another copy of INT4 weights,
+and the MLP has nine tenths of a layer's. docs/quantization.md says what that changes.
+
 Letters: S rows, N visual tokens (padded), D hidden, I intermediate, H query heads, G key/value heads, E head
 size, V vocabulary, R probe rows; M = R H/G, P = R H (head, probe row) pairs, K = G E.
 
@@ -64,8 +68,8 @@ class ProbeState(NamedTuple):
     rows_RX: Tensor
     """Values of each probe row for the backward half, concatenated.
 
-    In order: the residual stream after attention [D]; gate and up of the MLP [I, I]; the rotated queries [H E]; and per
-    head Σ_i a h_i, the attention-weighted mean of the normed inputs [H D].
+    In order: the rotated queries [H E]; per head Σ_i a h_i, the attention-weighted mean of the normed inputs [H D]; then,
+    unless the layer is quantized, the residual stream after attention [D], and gate and up of the MLP [I, I].
     """
     attention_HRN: Tensor
     """a at the visual tokens."""
@@ -153,6 +157,7 @@ class ProxySaliency(nn.Module):
         num_probe_rows: int = 4,
         last_probe_offset: int = 2,
         form: Literal["auto"] | SaliencyForm = "auto",
+        is_quantized: bool = False,
     ) -> None:
         """Choose the cheapest exact form for the layer's shapes.
 
@@ -165,6 +170,7 @@ class ProxySaliency(nn.Module):
             last_probe_offset: The last probe row is ``length - last_probe_offset``.
             form: "auto" takes the fewest FLOPs. The Gram forms hold a float32 buffer ``key_value_gram`` [2GE, 2GE]. It
                 has no values under FakeTensorMode; the exporter fills it in the graph.
+            is_quantized: Whether the layer's weights are going to be quantized.
 
         Raises:
             CheckpointError: If the MLP's activation is not SiLU.
@@ -180,6 +186,7 @@ class ProxySaliency(nn.Module):
         self.head = ProbeHead(final_norm, lm_head)
         self.num_probe_rows = num_probe_rows
         self.last_probe_offset = last_probe_offset
+        self.is_quantized = is_quantized
         self.head_size = int(attention.head_dim)
         self.num_kv_heads = attention.k_proj.weight.shape[0] // self.head_size
         self.num_heads = attention.q_proj.weight.shape[0] // self.head_size
@@ -270,9 +277,8 @@ class ProxySaliency(nn.Module):
         key_SGE = _unflatten(F.linear(normed_SD, attention.k_proj.weight).to(dtype), -1, (-1, self.head_size))
         ready_SGE = head_normed(_add_bias(key_SGE, attention.k_proj), key_norm(attention))
         rotated_SGE = _rotate(ready_SGE, cos_SE[:, None], sin_SE[:, None])
-        query_RHE = _unflatten(
-            attention.q_proj(normed_SD.index_select(0, probe_R)).to(dtype), -1, (-1, self.head_size)
-        )
+        query_RF = F.linear(normed_SD.index_select(0, probe_R), attention.q_proj.weight).to(dtype)
+        query_RHE = _add_bias(_unflatten(query_RF, -1, (-1, self.head_size)), attention.q_proj)
         query_RHE = _rotate(
             head_normed(query_RHE, getattr(attention, "q_norm", None)),
             cos_SE.index_select(0, probe_R)[:, None],
@@ -289,13 +295,19 @@ class ProxySaliency(nn.Module):
         attention_GMS = torch.softmax(scores_GMS, dim=-1)
         attended_PD = _scaled_product(attention_GMS.flatten(0, 1), normed_SD)
 
-        out_RD = self._attention_output(attended_PD)
-        middle_RD = hidden_SD.index_select(0, probe_R) + out_RD
+        out_GME = (
+            self._attended_values(attention_GMS, normed_SD)
+            if self.is_quantized
+            else self._values_of_attended(attended_PD)
+        )
+        out_RHE = out_GME.reshape(self.num_heads, -1, self.head_size).transpose(0, 1)
+        middle_RD = hidden_SD.index_select(0, probe_R) + _forward_product(
+            out_RHE.flatten(1), attention.o_proj
+        )
         output_RD, gate_RI, up_RI = self._mlp(middle_RD)
         attended_RHD = _unflatten(attended_PD, 0, (self.num_heads, -1)).transpose(0, 1)
-        rows_RX = torch.cat(
-            [middle_RD, gate_RI, up_RI, query_RHE.flatten(1), attended_RHD.flatten(1)], dim=-1
-        )
+        rows = [query_RHE.flatten(1), attended_RHD.flatten(1)]
+        rows_RX = torch.cat(rows if self.is_quantized else [*rows, middle_RD, gate_RI, up_RI], dim=-1)
         attention_HRS = _unflatten(attention_GMS.flatten(0, 1), 0, (self.num_heads, -1))
         key_NK = key_SGE.index_select(0, visual_N).flatten(1) if self.needs_keys else None
         return ProbeState(output_RD, rows_RX, attention_HRS.index_select(2, visual_N), key_NK)
@@ -320,8 +332,9 @@ class ProxySaliency(nn.Module):
         )
         normed_ND = (scaled_ND * self.layer.input_layernorm.weight.to(dtype)).to(weight_dtype)
         D, width = hidden_SD.shape[1], self.layer.mlp.up_proj.weight.shape[0]
-        middle_RD, gate_RI, up_RI, query_RF, attended_RF = torch.split(
-            state.rows_RX, [D, width, width, self.num_heads * self.head_size, self.num_heads * D], dim=-1
+        widths = [self.num_heads * self.head_size, self.num_heads * D]
+        query_RF, attended_RF, *mlp_RF = torch.split(
+            state.rows_RX, widths if self.is_quantized else [*widths, D, width, width], dim=-1
         )
         query_GME = self._by_kv_head(_unflatten(query_RF, -1, (self.num_heads, self.head_size)))
         attended_PD = _unflatten(attended_RF, -1, (self.num_heads, D)).transpose(0, 1).flatten(0, 1)
@@ -331,7 +344,9 @@ class ProxySaliency(nn.Module):
         largest = torch.cat([gradient_RD.abs().flatten(), gradient_RD.new_zeros(1)]).amax(0)
         scale = torch.where(largest > 0, largest, 1.0)
         gradient_RD = gradient_RD / scale
-        gradient_RF = self._output_gradient(middle_RD, gate_RI, up_RI, gradient_RD)
+        if not self.is_quantized:
+            gradient_RD = self._before_mlp(gradient_RD, *mlp_RF)
+        gradient_RF = _scaled_product(gradient_RD, attention.o_proj.weight)
         gradient_GME = self._by_kv_head(_unflatten(gradient_RF, -1, (self.num_heads, self.head_size)))
         value_GED = _unflatten(attention.v_proj.weight, 0, (-1, self.head_size))
         pull_PD = _scaled_product(gradient_GME, value_GED).flatten(0, 1)
@@ -376,19 +391,24 @@ class ProxySaliency(nn.Module):
         """[R, H, E] -> [G, M, E]; M runs over the heads of a group and the probe rows."""
         return rows_RHE.transpose(0, 1).reshape(self.num_kv_heads, -1, self.head_size)
 
-    def _attention_output(self, attended_PD: Tensor) -> Tensor:
+    def _attended_values(self, attention_GMS: Tensor, normed_SD: Tensor) -> Tensor:
+        """Return the attended values [G, M, E] by the values of all rows, the layer's own product."""
+        attention: Any = self.layer.self_attn
+        value_SF = F.linear(normed_SD, attention.v_proj.weight).to(attention_GMS.dtype)
+        value_SGE = _add_bias(_unflatten(value_SF, -1, (-1, self.head_size)), attention.v_proj)
+        return torch.matmul(attention_GMS, value_SGE.transpose(0, 1))
+
+    def _values_of_attended(self, attended_PD: Tensor) -> Tensor:
+        """Return the attended values [G, M, E] by W_v Σ a h, which reads no other row."""
         attention: Any = self.layer.self_attn
         value_GED = _unflatten(attention.v_proj.weight, 0, (-1, self.head_size))
         out_GME = _scaled_product(
             _unflatten(attended_PD, 0, (self.num_kv_heads, -1)), value_GED.transpose(1, 2)
         )
-        if attention.v_proj.bias is not None:  # attention sums to one, so the bias passes unchanged
-            out_GME = out_GME + _unflatten(
-                attention.v_proj.bias.to(out_GME.dtype), 0, (-1, 1, self.head_size)
-            )
-        out_HRE = out_GME.reshape(self.num_heads, -1, self.head_size)
-        out_RF = out_HRE.transpose(0, 1).flatten(1)
-        return _forward_product(out_RF, attention.o_proj)
+        if attention.v_proj.bias is None:
+            return out_GME
+        # Attention sums to one, so the bias passes unchanged.
+        return out_GME + _unflatten(attention.v_proj.bias.to(out_GME.dtype), 0, (-1, 1, self.head_size))
 
     def _mlp(self, middle_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mlp: Any = self.layer.mlp
@@ -396,18 +416,16 @@ class ProxySaliency(nn.Module):
         normed_RD = _normalize(middle_RD, norm)[0] * norm.weight.to(middle_RD.dtype)
         gate_RI = _forward_product(normed_RD, mlp.gate_proj)
         # TensorRT would fuse two products of the same rows into one and store both weights again, next to those of the
-        # backward half. Halving the rows is exact and prevents that.
-        up_RI = 2.0 * F.linear((0.5 * normed_RD).to(mlp.up_proj.weight.dtype), mlp.up_proj.weight).to(
-            normed_RD.dtype
-        )
+        # backward half. Halving the rows is exact and prevents that; a quantized layer has no such backward half.
+        half = 1.0 if self.is_quantized else 0.5
+        up_RI = F.linear((half * normed_RD).to(mlp.up_proj.weight.dtype), mlp.up_proj.weight)
+        up_RI = up_RI.to(normed_RD.dtype) / half
         if mlp.up_proj.bias is not None:
             up_RI = up_RI + mlp.up_proj.bias.to(up_RI.dtype)
         return middle_RD + _forward_product(F.silu(gate_RI) * up_RI, mlp.down_proj), gate_RI, up_RI
 
-    def _output_gradient(
-        self, middle_RD: Tensor, gate_RI: Tensor, up_RI: Tensor, gradient_RD: Tensor
-    ) -> Tensor:
-        """Return do [R, H E]: the gradient taken back through MLP, post-attention norm and output projection."""
+    def _before_mlp(self, gradient_RD: Tensor, middle_RD: Tensor, gate_RI: Tensor, up_RI: Tensor) -> Tensor:
+        """Return the gradient taken back through MLP and post-attention norm."""
         mlp: Any = self.layer.mlp
         sigmoid_RI = torch.sigmoid(gate_RI)
         silu_RI = gate_RI * sigmoid_RI
@@ -418,8 +436,7 @@ class ProxySaliency(nn.Module):
         )
         norm = self.layer.post_attention_layernorm
         scaled_RD, inverse_rms_R1, _ = _normalize(middle_RD, norm)
-        gradient_RD = gradient_RD + _normalize_backward(normed_RD, scaled_RD, inverse_rms_R1, norm)
-        return _scaled_product(gradient_RD, self.layer.self_attn.o_proj.weight)
+        return gradient_RD + _normalize_backward(normed_RD, scaled_RD, inverse_rms_R1, norm)
 
     def _input_gradient(self, dk_NK: Tensor, a_NP: Tensor, pull_PD: Tensor) -> Tensor:
         """Return u [N, D], the gradient of the visual tokens' n."""

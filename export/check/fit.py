@@ -5,8 +5,8 @@ size, b bytes per element, w bytes per weight of a part (INT4: 0.30 of float16, 
 
     decoder weights     L (2 D H E + 2 D G E + 3 D I) w
     head, vision        V D w, and the parameters of vision tower and projector times w
-    repeated weights    weights that stages hold a second time: with TRIO none, unless layers or head are quantized; with
-                        other methods those of a layer's keys and queries
+    repeated weights    weights that stages hold a second time: with TRIO those of a quantized layer's keys, values and output;
+                        with other methods those of a layer's keys and queries
     KV caches           per layer 2 G E b times its rows: visual rows of its range + largest text + new tokens;
                         b is 1 for INT8 caches
     activations         those of the largest graph, by ``trio/cost/memory.py``

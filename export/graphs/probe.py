@@ -6,8 +6,10 @@
 
 ``trio_edge.runtime.bundle.graph_io`` lists the tensors: ``probe_tensors``, ``gradient_tensors``, ``saliency_tensors``.
 
-The halves of a probe of quantized layers are a graph of their own, as in a joined one a decode step would dequantize for
-them, too. The gradient of a quantized head reads no weight at all, but the rows of the likeliest tokens (``CandidateHead``).
+Quantized layers: the forward half shares the layer's own products (``assembly.pieces.join``), for tensorrt-rtx 1.7 ends
+abnormally where two products of an engine read the same INT4 weight. The backward half is a graph of its own; it reads the
+weights of the attention alone, as its gradient goes around the MLP. The gradient of a quantized head reads no weight at
+all, but the rows of the likeliest tokens (``CandidateHead``).
 """
 
 from __future__ import annotations

@@ -104,8 +104,8 @@ class _Tracer:
             self.names |= plan.clip_graphs.names
         self.layer: ir.Model | None = None
         """Trace of one decoder layer, once there is one."""
-        self.probes: dict[SaliencyForm, list[ir.Model]] = {}
-        """Traces of the two halves of a probe; stages differ only in their weights."""
+        self.probes: dict[tuple[SaliencyForm, bool], list[ir.Model]] = {}
+        """Traces of the two halves of a probe by form, of a quantized layer or not; stages differ only in their weights."""
 
     def spec(
         self,
@@ -203,16 +203,15 @@ def trace_graphs(
         step("tracing reduce")
         graphs.append(_reduce(tracer, plan.selector, before=[graph.spec for graph in graphs]))
     ranges = plan.layout.layer_ranges(plan.dimensions.num_layers)
-    stages = _stages(tracer, step)
+    stages = _stages(tracer, step, is_quantized=is_quantized)
     for index, layers in enumerate(ranges):
         role = _range_role(index, len(ranges))
         name = f"segment_{index}" if role == "segment" else role
         probe: _Pieces = {}
         if index > 0:
             select, probe = stages[index - 1]
-            if is_quantized(role):
-                graphs += _together(f"probe_{index}", "probe", probe)
-                probe = {}
+            if probe and is_quantized(role):
+                graphs.append(probe.pop("saliency"))
             graphs.append(select)
         step(f"tracing {name}")
         main = _range(tracer, index, layers, name=name, role=role)
@@ -381,10 +380,13 @@ def _one_layer(tracer: _Tracer) -> ir.Model:
     )
 
 
-def _stages(tracer: _Tracer, step: Callable[[str], None]) -> list[tuple[TracedGraph, _Pieces]]:
+def _stages(
+    tracer: _Tracer, step: Callable[[str], None], *, is_quantized: Callable[[Role], bool]
+) -> list[tuple[TracedGraph, _Pieces]]:
     """Return the select graph of each stage, and the two halves of its probe, if it has one."""
     result = []
-    for stage in range(len(tracer.layout.schedule.stages)):
+    num_stages = len(tracer.layout.schedule.stages)
+    for stage in range(num_stages):
         step(f"tracing select_{stage + 1}")
         rows = max(tracer.layout.visual_rows(stage))
         selector = stage_selector(
@@ -393,6 +395,7 @@ def _stages(tracer: _Tracer, step: Callable[[str], None]) -> list[tuple[TracedGr
             stage=stage,
             max_visual=rows,
             max_images=tracer.layout.max_images,
+            is_quantized=is_quantized(_range_role(stage + 1, num_stages + 1)),
         )
         probe = probe_of(selector)
         halves = {} if probe is None else _probe_halves(tracer, stage, probe)
@@ -435,6 +438,7 @@ def _probe_halves(tracer: _Tracer, stage: int, probe: ProxySaliency) -> _Pieces:
         "dtype": tracer.layout.dtype,
         "position_axes": tracer.model.position_axes,
         "with_keys": probe.needs_keys,
+        "with_mlp": not probe.is_quantized,
     }
     layer, layout = tracer.layout.schedule.stages[stage].layer, tracer.layout
     constants: dict[str, NDArray[Any]] = {"rotary.inv_freq": tracer.model.inv_freq}
@@ -448,14 +452,15 @@ def _probe_halves(tracer: _Tracer, stage: int, probe: ProxySaliency) -> _Pieces:
         )
     ]
     modules = Probe(probe, tracer.rotary()), Saliency(probe, tracer.rotary())
-    if probe.form not in tracer.probes:
-        tracer.probes[probe.form] = [
+    key = (probe.form, probe.is_quantized)
+    if key not in tracer.probes:
+        tracer.probes[key] = [
             tracer.graph(modules[0], specs[0], constants=constants).model,
             tracer.graph(modules[1], specs[1], num_named=7, constants=constants).model,
         ]
     halves = [
         tracer.described(model.clone(), module, spec, constants=constants)
-        for model, module, spec in zip(tracer.probes[probe.form], modules, specs)
+        for model, module, spec in zip(tracer.probes[key], modules, specs)
     ]
     return {"probe": halves[0], "saliency": halves[1]}
 

@@ -169,7 +169,9 @@ def _rewritten(graph: TracedGraph, forms: Mapping[str, StoredForm], scales: Cali
     if not quantized:
         return replace(graph, weights=weights)
     weights |= {name + SCALE_SUFFIX: form.stored_name.scales for name, form in quantized.items()}
-    ranges = {} if graph.spec.role == "select" or graph.is_probe else scales.activation_max
+    # A probe's forward half shares the layer's own products.
+    rounds_inputs = graph.piece == "probe" or not (graph.spec.role == "select" or graph.is_probe)
+    ranges = scales.activation_max if rounds_inputs else {}
     opset = max(graph.model.opset_imports[""], *(OPSETS[form.kind] for form in quantized.values()))
     constants: dict[str, NDArray[Any]] = quantize_graph(
         graph.model,

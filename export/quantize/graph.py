@@ -9,8 +9,8 @@
 
 FP8 (E4M3) is handled as INT8.
 
-A weight is stored with its inputs first, as the product reads it, so the trace's transposes disappear. A product with the
-weight in the checkpoint's order (g W in a probe's backward half) becomes (Wᵀ gᵀ)ᵀ; other nodes get a transposed weight.
+A weight is stored with its inputs first, as the product reads it, so the trace's transposes disappear. Other nodes, as g W in
+a probe's backward half, get a transposed weight.
 """
 
 from __future__ import annotations
@@ -131,9 +131,7 @@ def _redirect(graph: ir.Graph, old: ir.Value, weight: ir.Value) -> None:
         elif node.op_type == "Gemm" and index == 1 and _is_transposed(node):
             node.attributes["transB"] = ir.AttrInt64("transB", 0)
             node.replace_input_with(1, weight)
-            _as_matmul(node)
-        elif node.op_type == "MatMul" and index == 1 and _rank(node.inputs[0]) == 2:
-            _multiply_from_the_left(graph, node, weight)
+            _as_matmul(graph, node)
         else:
             if transposed is None:
                 assert old.dtype is not None
@@ -145,31 +143,22 @@ def _redirect(graph: ir.Graph, old: ir.Value, weight: ir.Value) -> None:
             node.replace_input_with(index, transposed)
 
 
-def _as_matmul(gemm: ir.Node) -> None:
-    """Turn a Gemm that is a plain product into a MatMul, which ONNX Runtime's INT4 and INT8 kernels need."""
+def _as_matmul(graph: ir.Graph, gemm: ir.Node) -> None:
+    """Turn a Gemm without factors into a MatMul, which ONNX Runtime's INT4 and INT8 kernels need, and an Add."""
     factors = [gemm.attributes[name].as_float() for name in ("alpha", "beta") if name in gemm.attributes]
-    if len(gemm.inputs) == 2 and not gemm.attributes.get_int("transA", 0) and all(f == 1.0 for f in factors):
-        gemm.op_type = "MatMul"
-        gemm.attributes.clear()
-
-
-def _rank(value: ir.Value | None) -> int | None:
-    return None if value is None or value.shape is None else len(value.shape)
-
-
-def _multiply_from_the_left(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> None:
-    """Turn ``node``, rows [R, O] times a weight [O, I], into a product with ``weight`` [I, O] by transposing the few rows."""
-    rows, product = node.inputs[0], node.outputs[0]
-    assert rows is not None and rows.dtype is not None and weight.shape is not None
-    name = str(product.name)
-    columns = make_node("Transpose", [rows], f"{name}.rows", rows.dtype, None, {"perm": [1, 0]})
-    turned = make_node("MatMul", [weight, columns.outputs[0]], f"{name}.T", rows.dtype, None, {})
-    back = make_node(
-        "Transpose", [turned.outputs[0]], f"{name}.back", rows.dtype, product.shape, {"perm": [1, 0]}
-    )
-    graph.extend([columns, turned, back])
-    ir.convenience.replace_all_uses_with(product, back.outputs[0], replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    if gemm.attributes.get_int("transA", 0) or any(factor != 1.0 for factor in factors):
+        return
+    gemm.op_type = "MatMul"
+    gemm.attributes.clear()
+    bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
+    gemm.resize_inputs(2)
+    if bias is not None:
+        product = gemm.outputs[0]
+        assert product.dtype is not None
+        add = make_node("Add", [product, bias], f"{product.name}.biased", product.dtype, product.shape, {})
+        graph.append(add)
+        ir.convenience.replace_all_uses_with(product, add.outputs[0], replace_graph_outputs=True)
+        add.replace_input_with(0, product)
 
 
 def _quantized(

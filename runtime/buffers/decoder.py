@@ -87,7 +87,8 @@ class DecoderBuffers:
         self.kept_visual_images: list[DeviceTensor] = []
         if manifest.schedule.budget == "image":
             self.kept_visual_images = _largest(allocator, self.selects, graph_io.KEPT_VISUAL_IMAGES)
-        self.probes = [graph_io.probe_graph(manifest, stage) for stage in range(len(self.selects))]
+        self.probes = [graph_io.probe_graphs(manifest, stage) for stage in range(len(self.selects))]
+        """The graphs of the two halves of each stage's probe."""
         self.gradient = graph_io.gradient_graph(manifest)
         self._probe = self._probe_buffers(allocator)
         self.candidates = None
@@ -131,13 +132,14 @@ class DecoderBuffers:
             if graph_io.PROMPT_IS_VISUAL in spec.input_names:
                 fields |= _fields(spec, (graph_io.PROMPT_IS_VISUAL,))
             if (probe := self.probes[stage]) is not None:
-                fields |= _fields(probe, (graph_io.PROBE_ROWS,), number=stage)
+                fields |= _fields(probe[0], (graph_io.PROBE_ROWS,), number=stage)
         return fields
 
     def _probe_buffers(self, allocator: Allocator) -> dict[str, DeviceTensor]:
         """Return memory for the tensors between a probe's pieces; all stages share it."""
         largest: dict[str, tuple[GraphSpec, TensorSpec]] = {}
-        for spec in (*filter(None, self.probes), *filter(None, (self.gradient,))):
+        halves = [spec for probe in self.probes if probe is not None for spec in probe]
+        for spec in (*halves, *filter(None, (self.gradient,))):
             for tensor in spec.outputs:
                 if tensor.name in _BETWEEN_HALVES:
                     known = largest.get(tensor.name)
@@ -250,10 +252,8 @@ class DecoderBuffers:
             tensors[graph_io.SALIENCY] = self._probe[graph_io.SALIENCY_SCORES]
         return self.at_profile(self.selects[stage], tensors, profile)
 
-    def probe_tensors(self, stage: int, profile: Profile) -> dict[str, DeviceTensor]:
-        """Return the tensors of either half of the probe of ``stage``."""
-        spec = self.probes[stage]
-        assert spec is not None, "a stage with a probe"
+    def probe_tensors(self, stage: int, spec: GraphSpec, profile: Profile) -> dict[str, DeviceTensor]:
+        """Return the tensors of the half of the probe of ``stage`` that ``spec`` has at ``profile``."""
         rows = self._visual_rows(stage)
         num_visual, length = (
             self.inputs.tensor(f"{name}.{stage}") for name in (graph_io.NUM_VISUAL, graph_io.LENGTH)

@@ -216,9 +216,9 @@ def token_planes(prefix: str, count: int, *, rows: int | str, width: int, dtype:
 
 
 def probe_tensors(
-    *, dimensions: Dimensions, dtype: DType, position_axes: int, with_keys: bool
+    *, dimensions: Dimensions, dtype: DType, position_axes: int, with_keys: bool, with_mlp: bool
 ) -> GraphTensors:
-    """Return the tensors of a probe's forward half."""
+    """Return the tensors of a probe's forward half; without ``with_mlp`` its gradient goes around the layer's MLP."""
     inputs = (
         TensorSpec(name=PROBE_HIDDEN, dtype=dtype, shape=(1, "PS", dimensions.hidden_size)),
         TensorSpec(name=PROBE_POSITIONS, dtype="int32", shape=(position_axes, "PS")),
@@ -227,11 +227,12 @@ def probe_tensors(
         _one(PROBE_LENGTH),
     )
     output = TensorSpec(name=PROBE_OUTPUT, dtype="float32", shape=("PR", dimensions.hidden_size))
-    return GraphTensors(inputs, (output, *_probe_state("PR", "PN", dimensions, PROBE_RESULTS[1:], with_keys)))
+    state = _probe_state("PR", "PN", dimensions, PROBE_RESULTS[1:], with_keys=with_keys, with_mlp=with_mlp)
+    return GraphTensors(inputs, (output, *state))
 
 
 def saliency_tensors(
-    *, dimensions: Dimensions, dtype: DType, position_axes: int, with_keys: bool
+    *, dimensions: Dimensions, dtype: DType, position_axes: int, with_keys: bool, with_mlp: bool
 ) -> GraphTensors:
     """Return the tensors of a probe's backward half."""
     state = (GRADIENT_STATE, GRADIENT_ATTENTION, GRADIENT_KEYS)
@@ -241,19 +242,25 @@ def saliency_tensors(
         TensorSpec(name=GRADIENT_VISUAL_ROWS, dtype="int32", shape=("GN",)),
         _one(GRADIENT_NUM_VISUAL),
         TensorSpec(name=GRADIENT, dtype="float32", shape=("GR", dimensions.hidden_size)),
-        *_probe_state("GR", "GN", dimensions, state, with_keys),
+        *_probe_state("GR", "GN", dimensions, state, with_keys=with_keys, with_mlp=with_mlp),
     )
     return GraphTensors(inputs, (TensorSpec(name=SALIENCY_SCORES, dtype="float32", shape=("GN",)),))
 
 
 def _probe_state(
-    rows: str, visual: str, dimensions: Dimensions, names: Sequence[str], with_keys: bool
+    rows: str,
+    visual: str,
+    dimensions: Dimensions,
+    names: Sequence[str],
+    *,
+    with_keys: bool,
+    with_mlp: bool,
 ) -> list[TensorSpec]:
     """Return the tensors between a probe's halves: ``ProbeState`` of trio_edge.trio.saliency."""
     dims = dimensions
-    width = (
-        dims.hidden_size + 2 * dims.intermediate_size + dims.num_heads * (dims.head_size + dims.hidden_size)
-    )
+    width = dims.num_heads * (dims.head_size + dims.hidden_size)
+    if with_mlp:
+        width += dims.hidden_size + 2 * dims.intermediate_size
     state, attention, keys = names
     tensors = [
         TensorSpec(name=state, dtype="float32", shape=(rows, width)),
@@ -335,7 +342,7 @@ def check_tensors(manifest: Manifest, *, where: str) -> None:
             position_axes=axes,
             with_previous=PREVIOUS in spec.input_names,
             with_prompt=PROMPT_EMBEDS in spec.input_names,
-            with_saliency=probe_graph(manifest, index) is not None,
+            with_saliency=probe_graphs(manifest, index) is not None,
             with_images=manifest.schedule.budget == "image",
             planes=range(stage.layer, manifest.num_deepstack),
         )
@@ -403,10 +410,12 @@ def is_probe(spec: GraphSpec) -> bool:
     return {tensor.name for tensor in spec.outputs} <= {*PROBE_RESULTS, OUTPUT_GRADIENT, SALIENCY_SCORES}
 
 
-def probe_graph(manifest: Manifest, stage: int) -> GraphSpec | None:
-    """Return the graph that holds the probe of ``stage``; None if the stage needs no probe."""
+def probe_graphs(manifest: Manifest, stage: int) -> tuple[GraphSpec, GraphSpec] | None:
+    """Return the graphs of the two halves of the probe of ``stage``, often the same; None if the stage needs no probe."""
     layer = manifest.schedule.stages[stage].layer
-    return _graph_with(PROBE_OUTPUT, [spec for spec in manifest.graphs if spec.first_layer == layer])
+    graphs = [spec for spec in manifest.graphs if spec.first_layer == layer]
+    forward, backward = _graph_with(PROBE_OUTPUT, graphs), _graph_with(SALIENCY_SCORES, graphs)
+    return None if forward is None or backward is None else (forward, backward)
 
 
 def gradient_graph(manifest: Manifest) -> GraphSpec | None:
@@ -432,16 +441,23 @@ def _probe_tensors(spec: GraphSpec, manifest: Manifest) -> GraphTensors:
     return _with_probe(GraphTensors((), ()), spec, manifest)
 
 
+def goes_around_mlp(spec: GraphSpec) -> bool:
+    """Return whether the gradient of the probe in ``spec`` goes around the layer's MLP: its halves are in two graphs."""
+    return not {PROBE_OUTPUT, SALIENCY_SCORES} <= {tensor.name for tensor in spec.outputs}
+
+
 def _with_probe(tensors: GraphTensors, spec: GraphSpec, manifest: Manifest) -> GraphTensors:
-    if not spec.pieces:
-        return tensors
+    """Return ``tensors`` and those of the halves of a probe in ``spec``; quantized layers have the halves in two graphs."""
+    outputs = {tensor.name for tensor in spec.outputs}
+    makers = {PROBE_OUTPUT: probe_tensors, SALIENCY_SCORES: saliency_tensors}
     options: Any = {
         "dimensions": manifest.dimensions,
         "dtype": manifest.dtype,
         "position_axes": manifest.position_axes,
         "with_keys": any(tensor.name in (PROBE_KEYS, GRADIENT_KEYS) for tensor in spec.tensors),
+        "with_mlp": not goes_around_mlp(spec),
     }
-    return joined(tensors, probe_tensors(**options), saliency_tensors(**options))
+    return joined(tensors, *(make(**options) for output, make in makers.items() if output in outputs))
 
 
 def _check_pieces(spec: GraphSpec, *, where: str) -> None:

@@ -259,17 +259,16 @@ class Decoder:
         if probe is None or gradient is None:
             return []
         num_probe_rows = self._manifest.schedule.num_probe_rows
-        forward, backward = (
-            find_profile(probe, {f"{half}S": rows, f"{half}N": num_visual, f"{half}R": num_probe_rows})
-            for half in ("P", "G")
-        )
+        halves = []
+        for spec, half in zip(probe, ("P", "G")):
+            sizes = {f"{half}S": rows, f"{half}N": num_visual, f"{half}R": num_probe_rows}
+            profile = find_profile(spec, sizes)
+            tensors = buffers.probe_tensors(stage, spec, profile)
+            halves.append(self._engines[spec.name].prepare(profile, tensors))
         between = find_profile(gradient, {"GR": num_probe_rows})
-        return [
-            self._engines[probe.name].prepare(forward, buffers.probe_tensors(stage, forward)),
-            *([] if self._candidates is None else [self._candidates]),
-            self._engines[gradient.name].prepare(between, buffers.gradient_tensors(between)),
-            self._engines[probe.name].prepare(backward, buffers.probe_tensors(stage, backward)),
-        ]
+        candidates = [] if self._candidates is None else [self._candidates]
+        last = self._engines[gradient.name].prepare(between, buffers.gradient_tensors(between))
+        return [halves[0], *candidates, last, halves[1]]
 
     def _send(self, prompt: DecoderPrompt, spans: list[Span]) -> None:
         """Enqueue copies of all inputs: embeddings, positions and lengths."""

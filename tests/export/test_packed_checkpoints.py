@@ -88,8 +88,8 @@ def test_graphs_compute_with_exactly_the_packed_weights(checkpoint: Path, tmp_pa
     assert quantization.formats == {"prefix": "int4", "suffix": "int4"}
     assert not dequantized(bundle, "select_1")
     assert not dequantized(bundle, "head")
-    (name,) = (one for one in dequantized(bundle, "probe_1") if one.endswith("self_attn.q_proj.weight"))
-    assert torch.equal(dequantized(bundle, "probe_1")[name], weight_of(known, 1, "self_attn.q_proj"))
+    (name,) = (one for one in dequantized(bundle, "probe_1") if one.endswith("self_attn.o_proj.weight"))
+    assert torch.equal(dequantized(bundle, "probe_1")[name], weight_of(known, 1, "self_attn.o_proj"))
 
 
 def test_zero_points_are_read_and_need_rounding_again(checkpoint: Path, tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 
 from tests.bundles import export
+from tests.checkpoints import save_checkpoint
 from tests.shared_traces import shared_traces
 from trio_edge.export.bundle import export_bundle
 from trio_edge.export.options import ExportOptions
@@ -22,6 +24,7 @@ from trio_edge.runtime.bundle.graph_io import check_tensors
 from trio_edge.runtime.bundle.manifest import manifest_from_json
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
+from trio_edge.runtime.cli import build as cli_build
 from trio_edge.runtime.devices.interface import shape_at
 from trio_edge.runtime.engines.cpu import ACCURACY_KEY, ACCURACY_LEVELS, onnxruntime_version
 
@@ -96,9 +99,10 @@ def test_a_joined_graph_computes_one_piece_while_the_others_have_no_elements(
     onnxruntime_version() < (1, 24),
     reason="onnxruntime 1.23, the last one for Python 3.10, cannot run pieces without elements; runs on 3.11 and later",
 )
-def test_probes_of_quantized_weights_stand_alone(quantized_bundle: Path) -> None:
-    for profile in open_bundle(quantized_bundle).manifest.graph("probe_1").profiles:
-        joined, alone = _both(quantized_bundle, "probe_1", profile)
+@pytest.mark.parametrize("name", ["segment_1", "suffix"])
+def test_a_quantized_layer_and_its_probe_share_products(name: str, quantized_bundle: Path) -> None:
+    for profile in open_bundle(quantized_bundle).manifest.graph(name).profiles:
+        joined, alone = _both(quantized_bundle, name, profile)
         for output, values in alone.items():
             scale = np.abs(values).max()
             np.testing.assert_allclose(
@@ -142,15 +146,48 @@ def test_no_weight_is_in_two_graphs(reduced_bundle: Path) -> None:
     assert all(select.weight_bytes == 0 for select in manifest.selects)
 
 
-def test_quantized_layers_are_repeated_once_a_stage_and_the_head_never(quantized_bundle: Path) -> None:
-    graphs = {graph.name: graph.weight_bytes for graph in open_bundle(quantized_bundle).manifest.graphs}
-    assert graphs["probe_1"] == graphs["segment_1"]
-    assert graphs["gradient"] < 0.05 * graphs["head"], "the final norm alone"
+def test_of_quantized_layers_only_the_attention_is_repeated_and_of_the_head_nothing(
+    quantized_bundle: Path,
+) -> None:
+    graphs = {graph.name: graph for graph in open_bundle(quantized_bundle).manifest.graphs}
+    assert graphs["gradient"].weight_bytes < 0.05 * graphs["head"].weight_bytes, "the final norm alone"
     assert [name for name in graphs if name.startswith(("probe", "gradient"))] == [
         "probe_1",
         "probe_2",
         "gradient",
     ]
+    for name in ("probe_1", "probe_2"):
+        weights = ir.load(quantized_bundle / graphs[name].file).graph.initializers
+        read = {weight.split(".")[-2] for weight in weights if weight.endswith("proj.weight")}
+        assert read == {"k_proj", "v_proj", "o_proj"}
+
+
+def test_an_engine_may_read_a_quantized_weight_at_one_place_only(quantized_bundle: Path) -> None:
+    """tensorrt-rtx 1.7 ends abnormally while it builds an engine with two products of an INT4 weight."""
+    for spec in open_bundle(quantized_bundle).manifest.graphs:
+        read = [
+            node.inputs[0]
+            for node in ir.load(quantized_bundle / spec.file).graph
+            if node.op_type == "DequantizeLinear"
+        ]
+        assert len(read) == len(set(read)), spec.name
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_tensorrt_builds_the_graphs_of_a_wide_int4_layer(num_kv_heads: int, tmp_path: Path) -> None:
+    """Narrow ones have no kernels of their own for INT4, and build in any form."""
+    pytest.importorskip("tensorrt_rtx", reason="has wheels for x86-64 Linux only; runs in CI")
+    wide = {
+        "hidden_size": 512,
+        "intermediate_size": 704,
+        "num_attention_heads": 4,
+        "num_key_value_heads": num_kv_heads,
+    }
+    checkpoint = save_checkpoint(tmp_path / "wide", num_layers=2, dtype=torch.float16, text_settings=wide)
+    schedule = Schedule(stages=(Stage(layer=1, keep=8),))
+    bundle = export(checkpoint, tmp_path / "bundle", schedule=schedule, quantize=parse_plan("int4"))
+    arguments = [str(bundle), "--backend", "tensorrt-rtx", "--compute-capability", "86", "--quiet"]
+    assert cli_build.main([*arguments, "--graphs", "probe_1,suffix"]) == 0
 
 
 def test_an_engine_says_which_graph_it_is(quantized_bundle: Path, reduced_bundle: Path) -> None:

@@ -22,7 +22,7 @@ from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.profiling.predict.speed import FITTED, Formats, Rates, fitted_for, graph_time, rates_of
 from trio_edge.profiling.predict.sweep import choose, parse_goal, parse_sweep, sweep
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.runtime.bundle.graph_io import probe_graph
+from trio_edge.runtime.bundle.graph_io import probe_graphs
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.tables import print_table, wide_console
 from trio_edge.trio.budgets import parse_schedule
@@ -152,11 +152,12 @@ def test_a_bundle_is_predicted_at_the_profiles_that_a_prompt_runs_at(
         profile = next((entry for entry in graph.profiles if entry.name == wanted), graph.profiles[-1])
         flops = graph_work(manifest, graph, profile).flops
         if graph.role == "select":  # a selection is predicted with its probe
-            probe = probe_graph(manifest, manifest.selects.index(graph))
+            probe = probe_graphs(manifest, manifest.selects.index(graph))
             assert probe is not None
-            for owner, name in (
-                (probe, f"probe_{bucket}"), (manifest.graph("head"), "gradient"), (probe, f"saliency_{bucket}"),
-            ):  # fmt: skip
+            for owner, name in zip(
+                (probe[0], manifest.graph("head"), probe[1]),
+                (f"probe_{bucket}", "gradient", f"saliency_{bucket}"),
+            ):
                 half = next(entry for entry in owner.profiles if entry.name == name)
                 flops += graph_work(manifest, owner, half).flops
         assert run.work.flops == flops, run

@@ -10,17 +10,24 @@ from torch import Tensor
 
 
 def autograd_saliency(
-    layer: Any, final_norm: Any, lm_head: Any, hidden: Tensor, cos: Tensor, sin: Tensor, probe_rows: list[int]
-) -> Tensor:
-    """Return ‖∂loss/∂x_i‖ of every row; loss is the probe rows' mean cross-entropy against their own argmax."""
+    layer: Any, final_norm: Any, lm_head: Any, hidden: Tensor, cos: Tensor, sin: Tensor, probe_rows: list[int],
+    *, around_mlp: bool = False,
+) -> Tensor:  # fmt: skip
+    """Return ‖∂loss/∂x_i‖ of every row; loss is the probe rows' mean cross-entropy against their own argmax.
+
+    With ``around_mlp`` the MLP's output counts as a constant.
+    """
     hidden = hidden.detach().clone().requires_grad_(True)
-    logits = lm_head(rms_norm(decoder_layer(layer, hidden, cos, sin), final_norm))[probe_rows]
+    output = decoder_layer(layer, hidden, cos, sin, around_mlp=around_mlp)
+    logits = lm_head(rms_norm(output, final_norm))[probe_rows]
     loss = F.cross_entropy(logits, logits.argmax(-1))
     (gradient,) = torch.autograd.grad(loss, hidden)
     return gradient.norm(dim=-1)
 
 
-def decoder_layer(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def decoder_layer(
+    layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, *, around_mlp: bool = False
+) -> Tensor:
     """Return the layer's output [S, D], without the float32 casts inside Hugging Face's norms."""
     attention, size = layer.self_attn, layer.self_attn.head_dim
     normed = rms_norm(hidden, layer.input_layernorm)
@@ -38,7 +45,8 @@ def decoder_layer(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tenso
     scores = scores.masked_fill((distance < 0) | (distance >= window), float("-inf"))
     mixed = scores.softmax(-1) @ value.repeat_interleave(groups, 0)
     hidden = hidden + attention.o_proj(mixed.transpose(0, 1).flatten(1))
-    return hidden + layer.mlp(rms_norm(hidden, layer.post_attention_layernorm))
+    added = layer.mlp(rms_norm(hidden, layer.post_attention_layernorm))
+    return hidden + (added.detach() if around_mlp else added)
 
 
 def rms_norm(rows: Tensor, norm: Any) -> Tensor:

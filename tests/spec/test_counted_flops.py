@@ -11,8 +11,9 @@ from tests.matmul_flops import example_feeds, matmul_flops
 from tests.spec.test_selectors_through_bundles import STAGE_METHODS
 from tests.trio.selectors.token_graph import NUM_KEEP, D, E, F, T, export_once, random_case
 from trio_edge.calibration.evaluate.answer_cost import prefill_flops
+from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.token_selectors import token_selector
-from trio_edge.runtime.bundle.graph_io import gradient_graph, is_probe, probe_graph
+from trio_edge.runtime.bundle.graph_io import gradient_graph, is_probe, probe_graphs
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.trio.cost.bundle_work import graph_work, input_widths
@@ -47,10 +48,23 @@ def test_stages_compute_the_products_that_the_formula_counts(method: str, checkp
         assert method != "trio" or by_part == found
 
 
+def test_the_probe_of_a_quantized_layer_computes_the_products_that_the_formula_counts(
+    checkpoint: Path,
+) -> None:
+    bundle = export(checkpoint, schedule=SCHEDULES["trio"], quantize=parse_plan("int4"))
+    manifest = open_bundle(bundle).manifest
+    for stage in range(2):
+        for whole, part in _owned(manifest, _probe(manifest, stage)):
+            profile = part.profiles[-1]
+            found = matmul_flops(bundle / part.file, example_feeds(part, profile))
+            assert graph_work(manifest, whole, profile).flops == found, part.name
+
+
 def _probe(manifest: Manifest, stage: int) -> list[GraphSpec]:
     """Return the pieces of the probe of ``stage``."""
-    graphs = (probe_graph(manifest, stage), gradient_graph(manifest))
-    return [part for graph in graphs if graph is not None for part in graph.split() if is_probe(part)]
+    graphs = (*(probe_graphs(manifest, stage) or ()), gradient_graph(manifest))
+    parts = [part for graph in graphs if graph is not None for part in graph.split() if is_probe(part)]
+    return list({part.name: part for part in parts}.values())  # both halves may be in one graph
 
 
 def _owned(manifest: Manifest, parts: list[GraphSpec]) -> list[tuple[GraphSpec, GraphSpec]]:

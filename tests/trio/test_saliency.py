@@ -48,11 +48,14 @@ def _scores(
 
 
 def _reference(
-    decoder: Decoder, hidden: Tensor, tables: tuple[Tensor, Tensor], *, rows: int = 4, offset: int = 2
-) -> Tensor:
+    decoder: Decoder, hidden: Tensor, tables: tuple[Tensor, Tensor], *, rows: int = 4, offset: int = 2,
+    around_mlp: bool = False,
+) -> Tensor:  # fmt: skip
     after = START + NUM_VISUAL
     probe = [max(row, after) for row in range(LENGTH - offset - rows + 1, LENGTH - offset + 1)]
-    scores = autograd_saliency(decoder.layer, decoder.final_norm, decoder.lm_head, hidden, *tables, probe)
+    scores = autograd_saliency(
+        decoder.layer, decoder.final_norm, decoder.lm_head, hidden, *tables, probe, around_mlp=around_mlp
+    )
     return scores[START : START + NUM_VISUAL]
 
 
@@ -78,6 +81,19 @@ def test_closed_form_equals_autograd(family: str, config: dict[str, Any], form: 
     decoder, hidden, tables = random_decoder(family, **config), _hidden(), rotary_tables(torch.arange(LENGTH))
     scores = _scores(decoder, hidden, tables, form=form)
     torch.testing.assert_close(scores, _reference(decoder, hidden, tables), **SALIENCY_FLOAT64)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("family", "config"), DECODERS.values(), ids=DECODERS.keys())
+def test_the_gradient_of_a_quantized_layer_goes_around_the_mlp(
+    family: str, config: dict[str, Any], form: SaliencyForm
+) -> None:
+    """Its forward half computes the same loss, with the values of all rows."""
+    decoder, hidden, tables = random_decoder(family, **config), _hidden(), rotary_tables(torch.arange(LENGTH))
+    scores = _scores(decoder, hidden, tables, form=form, is_quantized=True)
+    expected = _reference(decoder, hidden, tables, around_mlp=True)
+    torch.testing.assert_close(scores, expected, **SALIENCY_FLOAT64)
+    assert not torch.allclose(scores, _reference(decoder, hidden, tables), rtol=0.01)
 
 
 @pytest.mark.parametrize("form", FORMS)

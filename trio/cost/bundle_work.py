@@ -9,7 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trio_edge.runtime.bundle.graph_io import CANDIDATE_ROWS, SALIENCY, is_probe, num_clip_texts
+from trio_edge.runtime.bundle.graph_io import (
+    CANDIDATE_ROWS,
+    SALIENCY,
+    goes_around_mlp,
+    is_probe,
+    num_clip_texts,
+)
 from trio_edge.trio.cost.flops import stage_work
 from trio_edge.trio.cost.selections import StageSizes, TokenSizes, candidate_work, trio_work
 from trio_edge.trio.cost.work import ELEMENT_BYTES, Work, counted_work, head_work, range_work, vision_work
@@ -61,7 +67,7 @@ def counted(manifest: Manifest, graph: GraphSpec, profile: Profile) -> Work:
     if CANDIDATE_ROWS in graph.input_names:
         return candidate_work(manifest.dimensions, manifest.schedule)
     if is_probe(graph.part_at(profile)):
-        return _probe_work(manifest, sizes)
+        return _probe_work(manifest, sizes, is_quantized=goes_around_mlp(graph))
     if graph.role == "select":
         return _select_work(manifest, manifest.selects.index(graph), sizes)
     if graph.role == "head":
@@ -128,15 +134,15 @@ def _select_work(manifest: Manifest, stage: int, sizes: Mapping[str, int]) -> Wo
     return stage_work(manifest.dimensions, manifest.schedule, stage_sizes, weights="layer")
 
 
-def _probe_work(manifest: Manifest, sizes: Mapping[str, int]) -> Work:
-    """Return the work of one piece of a probe."""
+def _probe_work(manifest: Manifest, sizes: Mapping[str, int], *, is_quantized: bool) -> Work:
+    """Return the work of one piece of a probe of a layer, which is quantized or not."""
     letter = "P" if "PS" in sizes else "G"
     visual, rows = sizes.get(f"{letter}N", 0), sizes.get(f"{letter}S", 0)
     stage = StageSizes(visual, num_keep=0, num_text=rows - visual, prompt_visual=0)
     name: TrioPiece = "gradient"
     if rows:
         name = "probe" if letter == "P" else "saliency"
-    return trio_work(manifest.dimensions, manifest.schedule, stage, pieces=(name,))
+    return trio_work(manifest.dimensions, manifest.schedule, stage, pieces=(name,), is_quantized=is_quantized)
 
 
 def fixed_sizes(graph: GraphSpec) -> dict[str, int]:

@@ -139,13 +139,14 @@ def bundle_bytes(
 def repeated_weights(schedule: Schedule, decoder: Dimensions, *, layers_quantized: bool) -> int:
     """Return the number of weights that the stages of ``schedule`` repeat.
 
-    A probe shares the weights of the head, and those of its layer unless they are quantized (``export/graphs/probe.py``).
+    A probe shares the weights of the head and of its layer, but reads keys, values and output projection of a quantized layer
+    again (``export/graphs/probe.py``).
     """
     num_stages = len(schedule.stages)
     row = stage_method(schedule.method)
+    queries, keys, values, output, *_ = (inputs * outputs for inputs, outputs in layer_matrices(decoder))
     if row.has_probe:
-        return num_stages * layer_weights(decoder) if layers_quantized else 0
-    (queries, keys, *_) = (inputs * outputs for inputs, outputs in layer_matrices(decoder))
+        return num_stages * (keys + values + output) if layers_quantized else 0
     in_stage = {"queries and keys": queries + keys, "keys": keys, "nothing": 0}[row.repeats]
     return num_stages * in_stage
 

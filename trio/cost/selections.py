@@ -121,8 +121,12 @@ def trio_work(
     sizes: StageSizes,
     *,
     pieces: Sequence[TrioPiece] = ("probe", "gradient", "saliency", "select"),
+    is_quantized: bool = False,
 ) -> Work:
-    """Return the work of one of TRIO's stages, or of the given ``pieces`` of it; the head counts as one that is not quantized."""
+    """Return the work of one of TRIO's stages, or of the given ``pieces`` of it; the head counts as one that is not quantized.
+
+    ``is_quantized`` means the stage's layer, whose gradient goes around the MLP then.
+    """
     probe = ProbeSizes(
         num_rows=sizes.num_rows,
         num_visual=sizes.num_visual,
@@ -132,21 +136,29 @@ def trio_work(
         head_size=decoder.head_size,
         num_probe_rows=schedule.num_probe_rows,
     )
-    return sum_of(_trio_piece(piece, decoder, schedule, sizes, probe) for piece in pieces)
+    return sum_of(
+        _trio_piece(piece, decoder, schedule, sizes, probe, is_quantized=is_quantized) for piece in pieces
+    )
 
 
 def _trio_piece(
-    piece: TrioPiece, decoder: Dimensions, schedule: Schedule, sizes: StageSizes, probe: ProbeSizes
+    piece: TrioPiece,
+    decoder: Dimensions,
+    schedule: Schedule,
+    sizes: StageSizes,
+    probe: ProbeSizes,
+    *,
+    is_quantized: bool,
 ) -> Work:
     rows, hidden = probe.num_probe_rows, decoder.hidden_size
     if piece == "probe":
-        products = forward_products(decoder, probe)
+        products = forward_products(decoder, probe, is_quantized=is_quantized)
         other, launches = 6 * sizes.num_rows * hidden, LAUNCHES_PER_PROBE // 2
     elif piece == "gradient":
         products = [Product(rows=rows, inner=hidden, columns=decoder.vocab_size, count=2, weights="head")]
         other, launches = 0, 0
     elif piece == "saliency":
-        products = backward_products(decoder, probe)
+        products = backward_products(decoder, probe, is_quantized=is_quantized)
         other, launches = 0, LAUNCHES_PER_PROBE - LAUNCHES_PER_PROBE // 2
     else:
         products = nms_products(
@@ -180,24 +192,25 @@ def probe_products(decoder: Dimensions, sizes: ProbeSizes) -> list[Product]:
     return [*forward_products(decoder, sizes), head, *backward_products(decoder, sizes)]
 
 
-def forward_products(decoder: Dimensions, sizes: ProbeSizes) -> list[Product]:
+def forward_products(decoder: Dimensions, sizes: ProbeSizes, *, is_quantized: bool = False) -> list[Product]:
     """Return the products of a probe's forward half: keys of all rows, and the layer on R rows."""
     hidden, queries = decoder.hidden_size, decoder.num_heads * decoder.head_size
     return [
         *_layer_products(decoder, rows=sizes.num_probe_rows),
         Product(rows=sizes.num_probe_rows, inner=hidden, columns=queries, weights="layer"),
-        *_attention_products(sizes),
+        *_attention_products(sizes, is_quantized=is_quantized),
     ]
 
 
-def backward_products(decoder: Dimensions, sizes: ProbeSizes) -> list[Product]:
+def backward_products(decoder: Dimensions, sizes: ProbeSizes, *, is_quantized: bool = False) -> list[Product]:
     """Return the products of a probe's backward half: the layer on R rows, and the saliency in its cheapest form."""
     form = cheapest_form(sizes)
-    return [*_layer_products(decoder, rows=sizes.num_probe_rows), *_gradient_products(form, sizes)]
+    layer = _layer_products(decoder, rows=sizes.num_probe_rows)
+    return [*(layer[:1] if is_quantized else layer), *_gradient_products(form, sizes)]
 
 
 def _layer_products(decoder: Dimensions, *, rows: int) -> list[Product]:
-    """Return the products with output projection and MLP; both directions have the same."""
+    """Return the products with output projection, then with the MLP; both directions have the same."""
     hidden, inner = decoder.hidden_size, decoder.intermediate_size
     shapes = (
         (decoder.num_heads * decoder.head_size, hidden),
@@ -213,14 +226,18 @@ def saliency_products(form: SaliencyForm, sizes: ProbeSizes) -> list[Product]:
     return [*_attention_products(sizes), *_gradient_products(form, sizes)]
 
 
-def _attention_products(sizes: ProbeSizes) -> list[Product]:
+def _attention_products(sizes: ProbeSizes, *, is_quantized: bool = False) -> list[Product]:
     hidden, size = sizes.hidden_size, sizes.head_size
     probes = sizes.num_probe_rows * sizes.num_heads
+    keys = Product(rows=sizes.num_rows, inner=hidden, columns=sizes.num_kv_heads * size, weights="layer")
+    values = [Product(rows=probes, inner=size, columns=hidden)]
+    if is_quantized:  # the layer's own product, on all rows
+        values = [keys, Product(rows=probes, inner=sizes.num_rows, columns=size)]
     return [
-        Product(rows=sizes.num_rows, inner=hidden, columns=sizes.num_kv_heads * size, weights="layer"),
+        keys,
         Product(rows=probes, inner=size, columns=sizes.num_rows),
         Product(rows=probes, inner=sizes.num_rows, columns=hidden),
-        Product(rows=probes, inner=size, columns=hidden),
+        *values,
     ]
 
 

@@ -128,6 +128,8 @@ class StageParts(NamedTuple):
     """Probe rows and NMS."""
     image_share: int | None = None
     """Least number of tokens kept per image, if it has as many; None if all images share one budget."""
+    is_quantized: bool = False
+    """Whether the weights of layer l are going to be quantized."""
 
 
 class StageSelector(Protocol):

@@ -1,7 +1,7 @@
 """Joins traced graphs that read the same weights into one, so that an engine holds the weights once.
 
-The pieces share nothing but weights: none reads a tensor of another, and at a profile of one piece all sizes of the
-others are 0.
+The pieces share nothing but weights, and products with quantized ones: none reads a tensor of another, and at a profile of
+one piece all sizes of the others are 0.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import onnx_ir as ir
 
+from trio_edge.export.graphs.assembly.shared_products import share_products
 from trio_edge.export.quantize.graph import raise_opset
 from trio_edge.runtime.bundle.manifest import Piece
 
@@ -70,6 +71,7 @@ def join(pieces: Sequence[TracedGraph]) -> TracedGraph:
         opset_imports={"": opset},
         name=pieces[0].spec.name,
     )
+    share_products(graph)
     model = ir.Model(graph, ir_version=max(piece.model.ir_version for piece in pieces))
     return replace(
         pieces[0], spec=_joined_spec(pieces), model=model, weights=weights, constants=constants, piece=None

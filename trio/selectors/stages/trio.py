@@ -38,6 +38,7 @@ class Trio(nn.Module):
             max_visual=parts.max_visual,
             num_probe_rows=settings.num_probe_rows,
             last_probe_offset=settings.last_probe_offset,
+            is_quantized=parts.is_quantized,
         )
         nms = FeatureNms(
             num_keep=parts.num_keep,
