@@ -67,7 +67,7 @@ _MORE = {
 }
 
 
-_Pieces: TypeAlias = "Mapping[PieceName, TracedGraph]"
+_Pieces: TypeAlias = "dict[PieceName, TracedGraph]"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 import onnxruntime as ort
 
+from trio_edge.runtime.backends.chunked_prefill import ChunkedLaunch, has_long_prefill
 from trio_edge.runtime.backends.interface import check_tensors, selected_graphs
 from trio_edge.runtime.buffers.memory import check_memory, estimate
 from trio_edge.runtime.bundle.errors import BackendError
@@ -107,7 +108,7 @@ class OnnxRuntimeBackend:
                 # pieces are faster. onnxruntime 1.23 cannot run a graph whose other pieces have no elements.
                 parts = (spec,) if stream is not None and onnxruntime_version() >= (1, 24) else spec.split()
                 engines = [self._engine(bundle, part, prepared, stream) for part in parts]
-                if stream is None and spec in bundle.manifest.selects[-1:]:
+                if stream is None and spec in (bundle.manifest.graphs[0], *bundle.manifest.selects[-1:]):
                     engines[0].shrink_after_runs()
                 loaded.engines[spec.name] = engines[0] if parts == (spec,) else PiecedEngine(spec, engines)
         except BaseException:
@@ -123,7 +124,13 @@ class OnnxRuntimeBackend:
         _check_interface(spec.inputs, session.get_inputs(), where=f"{spec.file} inputs")
         _check_interface(spec.outputs, session.get_outputs(), where=f"{spec.file} outputs")
         release_free_memory()  # loading takes twice the memory, and the C library would keep half of it
-        return OnnxRuntimeEngine(session, spec, on_gpu=stream is not None, layer_times=self._layer_times)
+        return OnnxRuntimeEngine(
+            session,
+            spec,
+            on_gpu=stream is not None,
+            layer_times=self._layer_times,
+            num_heads=bundle.manifest.dimensions.num_heads,
+        )
 
     def _open_device(self) -> tuple[Device, int | None]:
         """Return the device and, for a GPU, its stream."""
@@ -214,10 +221,17 @@ class OnnxRuntimeEngine:
     """One graph in ONNX Runtime."""
 
     def __init__(
-        self, session: ort.InferenceSession, spec: GraphSpec, *, on_gpu: bool, layer_times: Path | None
+        self,
+        session: ort.InferenceSession,
+        spec: GraphSpec,
+        *,
+        on_gpu: bool,
+        layer_times: Path | None,
+        num_heads: int,
     ) -> None:
         self._session: ort.InferenceSession | None = session
         self._spec = spec
+        self._num_heads = num_heads
         self._layer_times = layer_times
         self._device_type = "cuda" if on_gpu else "cpu"
         self._run_options = ort.RunOptions()
@@ -230,10 +244,16 @@ class OnnxRuntimeEngine:
         """The graph's entry in the manifest."""
         return self._spec
 
-    def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> OnnxRuntimeLaunch:
+    def prepare(
+        self, profile: Profile, tensors: Mapping[str, DeviceTensor]
+    ) -> OnnxRuntimeLaunch | ChunkedLaunch:
         """Bind a profile to addresses."""
         session = self._open_session()
         check_tensors(self._spec, profile, tensors)
+        # Layer times are those of one pass.
+        is_plain = self._device_type != "cpu" or self._layer_times is not None
+        if not is_plain and has_long_prefill(self._spec, profile, num_heads=self._num_heads):
+            return ChunkedLaunch(self.run, session, self._spec, tensors)
         binding = session.io_binding()
         for spec in self._spec.tensors:
             bind = binding.bind_input if spec in self._spec.inputs else binding.bind_output
@@ -251,7 +271,7 @@ class OnnxRuntimeEngine:
             raise BackendError(f"{self._spec.name}: onnxruntime failed: {first_line(error)}") from None
 
     def shrink_after_runs(self) -> None:
-        """Release the memory that all stages share after each run; for the last stage."""
+        """Release the memory that graphs share after each run; for vision and the last stage."""
         self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def close(self) -> None:
@@ -280,7 +300,9 @@ class PiecedEngine:
         """The graph's entry in the manifest."""
         return self._spec
 
-    def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> OnnxRuntimeLaunch:
+    def prepare(
+        self, profile: Profile, tensors: Mapping[str, DeviceTensor]
+    ) -> OnnxRuntimeLaunch | ChunkedLaunch:
         """Bind a profile of a piece to addresses; the other pieces' tensors have no elements."""
         check_tensors(self._spec, profile, tensors)
         piece = next(piece for piece in self._pieces if profile in piece.spec.profiles)

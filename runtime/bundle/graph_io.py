@@ -443,13 +443,16 @@ def _probe_tensors(spec: GraphSpec, manifest: Manifest) -> GraphTensors:
 
 def goes_around_mlp(spec: GraphSpec) -> bool:
     """Return whether the gradient of the probe in ``spec`` goes around the layer's MLP: its halves are in two graphs."""
-    return not {PROBE_OUTPUT, SALIENCY_SCORES} <= {tensor.name for tensor in spec.outputs}
+    return not {PROBE_HIDDEN, GRADIENT_HIDDEN} <= set(spec.input_names)
 
 
 def _with_probe(tensors: GraphTensors, spec: GraphSpec, manifest: Manifest) -> GraphTensors:
     """Return ``tensors`` and those of the halves of a probe in ``spec``; quantized layers have the halves in two graphs."""
-    outputs = {tensor.name for tensor in spec.outputs}
-    makers = {PROBE_OUTPUT: probe_tensors, SALIENCY_SCORES: saliency_tensors}
+    names = {tensor.name for tensor in spec.tensors}
+    halves = (
+        (probe_tensors, {PROBE_HIDDEN, PROBE_OUTPUT}),
+        (saliency_tensors, {GRADIENT_HIDDEN, SALIENCY_SCORES}),
+    )
     options: Any = {
         "dimensions": manifest.dimensions,
         "dtype": manifest.dtype,
@@ -457,7 +460,7 @@ def _with_probe(tensors: GraphTensors, spec: GraphSpec, manifest: Manifest) -> G
         "with_keys": any(tensor.name in (PROBE_KEYS, GRADIENT_KEYS) for tensor in spec.tensors),
         "with_mlp": not goes_around_mlp(spec),
     }
-    return joined(tensors, *(make(**options) for output, make in makers.items() if output in outputs))
+    return joined(tensors, *(make(**options) for make, marks in halves if names & marks))
 
 
 def _check_pieces(spec: GraphSpec, *, where: str) -> None:

@@ -90,9 +90,11 @@ def set_cpu_options(
     is_in_prefill = spec.role in _PREFILL_ROLES or is_probe(spec)
     if is_in_prefill:
         options.enable_mem_pattern = False
-    # These graphs write float32 copies of their weights in every run. Allocating each time doubles the time: they share memory.
-    if (spec.role == "select" or is_probe(spec)) and _share_arena():
+    # These graphs run once a prompt and write large buffers, such as float32 copies of weights. Allocating each time takes up to
+    # twice the time: they share memory. ONNX Runtime's plan for reuse would keep a buffer of each size for later nodes.
+    if shares_memory(spec) and _share_arena():
         options.add_session_config_entry("session.use_env_allocators", "1")
+        options.enable_mem_reuse = False
     if accuracy == "auto":
         accuracy = "int8" if spec.weight_bytes >= _LARGE_GRAPH_BYTES else "float32"
     options.add_session_config_entry(ACCURACY_KEY, ACCURACY_LEVELS[accuracy])
@@ -108,6 +110,11 @@ def set_cpu_options(
     # Prepacking copies weights, which pays off only in decode. The kernel for INT4 and INT8 weights always needs it.
     if is_in_prefill and not _has_packed_weights(bundle, spec):
         options.add_session_config_entry("session.disable_prepacking", "1")
+
+
+def shares_memory(spec: GraphSpec) -> bool:
+    """Return whether a graph takes its buffers from the memory that such graphs share."""
+    return spec.role in ("vision", "select") or is_probe(spec)
 
 
 def broken_optimizers(bundle: Bundle, spec: GraphSpec) -> list[str]:
