@@ -18,6 +18,7 @@ from tests.shared_traces import shared_traces
 from trio_edge.export.bundle import export_bundle
 from trio_edge.export.options import ExportOptions
 from trio_edge.export.quantize.plan import parse_plan
+from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import ManifestError
 from trio_edge.runtime.bundle.graph_io import check_tensors
@@ -41,6 +42,22 @@ if TYPE_CHECKING:
 def quantized_bundle(checkpoint: Path) -> Path:
     schedule = Schedule(stages=(Stage(layer=1, keep=8), Stage(layer=2, keep=3)))
     return export(checkpoint, schedule=schedule, quantize=parse_plan("int4,head=int8"))
+
+
+@pytest.fixture(scope="module")
+def rounded_bundle(checkpoint: Path) -> Path:
+    """Of INT8 weights and inputs."""
+    schedule = Schedule(stages=(Stage(layer=1, keep=8), Stage(layer=2, keep=3)))
+    linears = [f"self_attn.{name}_proj" for name in "qkvo"] + [
+        f"mlp.{name}_proj" for name in ("gate", "up", "down")
+    ]
+    largest = {
+        f"language_model.layers.{layer}.{linear}.weight": 6.0 + layer
+        for layer in range(4)
+        for linear in linears
+    }
+    scales = CalibratedScales(activation_max=largest)
+    return export(checkpoint, schedule=schedule, quantize=parse_plan("int8"), scales=scales)
 
 
 def _session(file: Path) -> ort.InferenceSession:
@@ -100,9 +117,14 @@ def test_a_joined_graph_computes_one_piece_while_the_others_have_no_elements(
     reason="onnxruntime 1.23, the last one for Python 3.10, cannot run pieces without elements; runs on 3.11 and later",
 )
 @pytest.mark.parametrize("name", ["segment_1", "suffix"])
-def test_a_quantized_layer_and_its_probe_share_products(name: str, quantized_bundle: Path) -> None:
-    for profile in open_bundle(quantized_bundle).manifest.graph(name).profiles:
-        joined, alone = _both(quantized_bundle, name, profile)
+@pytest.mark.parametrize("form", ["quantized_bundle", "rounded_bundle"])
+def test_a_quantized_layer_and_its_probe_share_products(
+    form: str, name: str, request: pytest.FixtureRequest
+) -> None:
+    """Also if the inputs of the products are rounded."""
+    bundle = request.getfixturevalue(form)
+    for profile in open_bundle(bundle).manifest.graph(name).profiles:
+        joined, alone = _both(bundle, name, profile)
         for output, values in alone.items():
             scale = np.abs(values).max()
             np.testing.assert_allclose(
