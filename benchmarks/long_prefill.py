@@ -66,7 +66,7 @@ def main() -> None:
                 max_new_tokens=8,
                 image_sizes=((56, 56),),
             ),
-            schedule_for=lambda _inputs: Schedule(),
+            schedule_for=lambda _inputs: Schedule(positions="preserved"),
         )
         for _ in range(options.rounds):
             for way in WAYS:
