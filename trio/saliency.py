@@ -32,8 +32,8 @@ scaled to unit length before such a product and back after it, so nothing underf
 Weights are used as they are, never folded or copied: the exporter maps every parameter to the checkpoint.
 
 A quantized layer (``is_quantized``) has one forward product per weight, which the exporter shares with the layer's own, and
-its gradient goes around the MLP: ∂loss/∂y stands for the gradient before it. The way back needs another copy of INT4 weights,
-and the MLP has nine tenths of a layer's. docs/quantization.md says what that changes.
+its gradient goes around the MLP: ∂loss/∂y stands for the gradient before it. The way back needs another copy of quantized
+weights, most of which are the MLP's. docs/quantization.md says what that changes.
 
 Letters: S rows, N visual tokens (padded), D hidden, I intermediate, H query heads, G key/value heads, E head
 size, V vocabulary, R probe rows; M = R H/G, P = R H (head, probe row) pairs, K = G E.
