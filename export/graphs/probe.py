@@ -6,7 +6,7 @@
 
 ``trio_edge.runtime.bundle.graph_io`` lists the tensors: ``probe_tensors``, ``gradient_tensors``, ``saliency_tensors``.
 
-Quantized layers: the forward half shares the layer's own products (``assembly.pieces.join``), for tensorrt-rtx 1.7 ends
+Quantized layers: the forward half shares the layer's own products (``assembly.pieces.join``), for tensorrt-rtx 1.7 can end
 abnormally where two products of an engine read the same INT4 weight. The backward half is a graph of its own; it reads the
 weights of the attention alone, as its gradient goes around the MLP. The gradient of a quantized head reads no weight at
 all, but the rows of the likeliest tokens (``CandidateHead``).

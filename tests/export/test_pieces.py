@@ -185,7 +185,7 @@ def test_of_quantized_layers_only_the_attention_is_repeated_and_of_the_head_noth
 
 
 def test_an_engine_may_read_a_quantized_weight_at_one_place_only(quantized_bundle: Path) -> None:
-    """tensorrt-rtx 1.7 ends abnormally while it builds an engine with two products of an INT4 weight."""
+    """tensorrt-rtx 1.7 can end abnormally while it builds an engine with two products of an INT4 weight."""
     for spec in open_bundle(quantized_bundle).manifest.graphs:
         read = [
             node.inputs[0]

@@ -4,8 +4,8 @@
                                   Concat ── MatMul ──► results of one piece, results of the other
     rows of the other [R, I] ───────┘          └ DequantizeLinear
 
-An engine stores a quantized weight once for each product that reads it, and tensorrt-rtx 1.7 even ends abnormally while it
-builds one with two products of an INT4 weight. At any profile either S or R is 0.
+An engine stores a quantized weight once for each product that reads it, and tensorrt-rtx 1.7 can even end abnormally while
+it builds one with two products of an INT4 weight. At any profile either S or R is 0.
 """
 
 from __future__ import annotations
