@@ -104,7 +104,9 @@ def _is_there(module: str, name: str) -> bool:
 @cache
 def _modules_and_folders() -> frozenset[str]:
     """Return the modules and what holds them; ``trio`` is a folder without ``__init__.py``."""
-    return frozenset(".".join(name.split(".")[:depth]) for name in modules() for depth in range(1, 9))
+    return frozenset(
+        ".".join(name.split(".")[:depth]) for name in modules() for depth in range(1, name.count(".") + 2)
+    )
 
 
 @cache

@@ -296,9 +296,9 @@ class ProxySaliency(nn.Module):
         attended_PD = _scaled_product(attention_GMS.flatten(0, 1), normed_SD)
 
         out_GME = (
-            self._attended_values(attention_GMS, normed_SD)
+            self._outputs_from_values(attention_GMS, normed_SD)
             if self.is_quantized
-            else self._values_of_attended(attended_PD)
+            else self._outputs_from_mean_input(attended_PD)
         )
         out_RHE = out_GME.reshape(self.num_heads, -1, self.head_size).transpose(0, 1)
         middle_RD = hidden_SD.index_select(0, probe_R) + _forward_product(
@@ -391,15 +391,15 @@ class ProxySaliency(nn.Module):
         """[R, H, E] -> [G, M, E]; M runs over the heads of a group and the probe rows."""
         return rows_RHE.transpose(0, 1).reshape(self.num_kv_heads, -1, self.head_size)
 
-    def _attended_values(self, attention_GMS: Tensor, normed_SD: Tensor) -> Tensor:
-        """Return the attended values [G, M, E] by the values of all rows, the layer's own product."""
+    def _outputs_from_values(self, attention_GMS: Tensor, normed_SD: Tensor) -> Tensor:
+        """Return the outputs of the heads [G, M, E] from the values of all rows, as the layer itself computes them."""
         attention: Any = self.layer.self_attn
         value_SF = F.linear(normed_SD, attention.v_proj.weight).to(attention_GMS.dtype)
         value_SGE = _add_bias(_unflatten(value_SF, -1, (-1, self.head_size)), attention.v_proj)
         return torch.matmul(attention_GMS, value_SGE.transpose(0, 1))
 
-    def _values_of_attended(self, attended_PD: Tensor) -> Tensor:
-        """Return the attended values [G, M, E] by W_v Σ a h, which reads no other row."""
+    def _outputs_from_mean_input(self, attended_PD: Tensor) -> Tensor:
+        """Return the outputs of the heads [G, M, E] as W_v Σ a h, which needs no value of a row."""
         attention: Any = self.layer.self_attn
         value_GED = _unflatten(attention.v_proj.weight, 0, (-1, self.head_size))
         out_GME = _scaled_product(

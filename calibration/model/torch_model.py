@@ -66,14 +66,11 @@ class TorchModel:
     device: torch.device
     most_visual: int = 576
     """Largest N that enters a probe; probes take the form that is cheapest for it."""
-    quantized_layers: set[int] = field(default_factory=set)
-    """Layers whose probes are those of quantized weights."""
-    _probes: dict[tuple[int, ProbeRows, int, bool], ProxySaliency] = field(default_factory=dict)
+    _probes: dict[tuple[int, ProbeRows, int], ProxySaliency] = field(default_factory=dict)
 
     def probe(self, layer: int, schedule: Schedule) -> ProxySaliency:
         """Return the probe before ``layer``, as in a bundle; each is made once."""
-        is_quantized = layer in self.quantized_layers
-        key = layer, schedule.probe_rows, schedule.num_probe_rows, is_quantized
+        key = layer, schedule.probe_rows, schedule.num_probe_rows
         if key not in self._probes:
             self._probes[key] = ProxySaliency(
                 self.parts.layers[layer],
@@ -82,7 +79,6 @@ class TorchModel:
                 max_visual=self.most_visual,
                 num_probe_rows=schedule.num_probe_rows,
                 last_probe_offset=schedule.last_probe_offset,
-                is_quantized=is_quantized,
             )
         return self._probes[key]
 

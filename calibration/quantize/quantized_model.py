@@ -62,27 +62,14 @@ def quantized_model(
             stack.enter_context(_exchanged(module, inside=inside, outside=outside))
             if section is not None:
                 stack.enter_context(products_of(module, _rounded_inputs(section, scales, names=names)))
-        if shares:
-            stack.enter_context(_quantized_probes(model, schedule, own, scales))
+        for stage in schedule.stages if shares else ():
+            section = own.get(model.parts.layers[stage.layer])
+            if section is not None:
+                probe_module = model.probe(stage.layer, schedule)
+                probe_module.is_quantized = True
+                stack.callback(setattr, probe_module, "is_quantized", False)
+                stack.enter_context(products_of(probe_module, _rounded_inputs(section, scales, names=names)))
         yield
-
-
-@contextmanager
-def _quantized_probes(
-    model: TorchModel, schedule: Schedule, sections: Mapping[nn.Module, Section], scales: CalibratedScales
-) -> Iterator[None]:
-    """Let the probes of quantized layers compute as in a bundle."""
-    layers = {stage.layer for stage in schedule.stages if model.parts.layers[stage.layer] in sections}
-    model.quantized_layers.update(layers)
-    names = model.tensor_names()
-    try:
-        with ExitStack() as stack:
-            for layer in layers:
-                rounded = _rounded_inputs(sections[model.parts.layers[layer]], scales, names=names)
-                stack.enter_context(products_of(model.probe(layer, schedule), rounded))
-            yield
-    finally:
-        model.quantized_layers.clear()
 
 
 def _rounded_parameters(

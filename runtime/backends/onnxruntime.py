@@ -108,7 +108,8 @@ class OnnxRuntimeBackend:
                 # pieces are faster. onnxruntime 1.23 cannot run a graph whose other pieces have no elements.
                 parts = (spec,) if stream is not None and onnxruntime_version() >= (1, 24) else spec.split()
                 engines = [self._engine(bundle, part, prepared, stream) for part in parts]
-                if stream is None and spec in (bundle.manifest.graphs[0], *bundle.manifest.selects[-1:]):
+                is_last = spec.role == "vision" or spec in bundle.manifest.selects[-1:]
+                if stream is None and is_last:
                     engines[0].shrink_after_runs()
                 loaded.engines[spec.name] = engines[0] if parts == (spec,) else PiecedEngine(spec, engines)
         except BaseException:
@@ -250,9 +251,10 @@ class OnnxRuntimeEngine:
         """Bind a profile to addresses."""
         session = self._open_session()
         check_tensors(self._spec, profile, tensors)
-        # Layer times are those of one pass.
-        is_plain = self._device_type != "cpu" or self._layer_times is not None
-        if not is_plain and has_long_prefill(self._spec, profile, num_heads=self._num_heads):
+        may_split = (
+            self._device_type == "cpu" and self._layer_times is None
+        )  # layer times are those of one pass
+        if may_split and has_long_prefill(self._spec, profile, num_heads=self._num_heads):
             return ChunkedLaunch(self.run, session, self._spec, tensors)
         binding = session.io_binding()
         for spec in self._spec.tensors:

@@ -92,7 +92,7 @@ def set_cpu_options(
         options.enable_mem_pattern = False
     # These graphs run once a prompt and write large buffers, such as float32 copies of weights. Allocating each time takes up to
     # twice the time: they share memory. ONNX Runtime's plan for reuse would keep a buffer of each size for later nodes.
-    if shares_memory(spec) and _share_arena():
+    if _shares_memory(spec) and _share_arena():
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.enable_mem_reuse = False
     if accuracy == "auto":
@@ -112,7 +112,7 @@ def set_cpu_options(
         options.add_session_config_entry("session.disable_prepacking", "1")
 
 
-def shares_memory(spec: GraphSpec) -> bool:
+def _shares_memory(spec: GraphSpec) -> bool:
     """Return whether a graph takes its buffers from the memory that such graphs share."""
     return spec.role in ("vision", "select") or is_probe(spec)
 

@@ -46,7 +46,7 @@ def quantized_bundle(checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def rounded_bundle(checkpoint: Path) -> Path:
-    """Of INT8 weights and inputs."""
+    """Return a bundle whose decoder has INT8 weights and rounds its inputs to INT8."""
     schedule = Schedule(stages=(Stage(layer=1, keep=8), Stage(layer=2, keep=3)))
     linears = [f"self_attn.{name}_proj" for name in "qkvo"] + [
         f"mlp.{name}_proj" for name in ("gate", "up", "down")
