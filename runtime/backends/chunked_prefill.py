@@ -113,11 +113,14 @@ class ChunkedLaunch:
         binding = self._session.io_binding()
         for tensor in self._spec.tensors:
             bind = binding.bind_input if tensor in self._spec.inputs else binding.bind_output
+            given = self._tensors[tensor.name]
             if tensor.name in special:
                 address, shape = special[tensor.name]
-            else:  # hidden states and planes [1, S, D]
-                rows = self._tensors[tensor.name].rows(start, count)
+            elif "S" in tensor.shape:  # hidden states and planes [1, S, D]
+                rows = given.rows(start, count)
                 address, shape = rows.address, (1, *rows.shape)
+            else:  # of a probe in the same graph, without elements
+                address, shape = given.address, given.shape
             bind(tensor.name, "cpu", 0, np.dtype(tensor.dtype), shape, address)
         return _Chunk(slice(start, stop), binding, position_ids)
 

@@ -24,8 +24,8 @@ from trio_edge.runtime.engines.cpu import (
     Prepared,
     broken_optimizers,
     first_line,
-    onnxruntime_version,
     open_prepared,
+    sessions_of,
     set_cpu_options,
 )
 from trio_edge.runtime.engines.files import ENGINES_FOLDER
@@ -103,10 +103,9 @@ class OnnxRuntimeBackend:
             check_memory(device, memory)
             prepared = Prepared({}, ()) if stream else open_prepared(bundle, accuracy=self._cpu_accuracy)
             loaded.notes.extend(prepared.notes)
-            for spec in specs:
-                # On a GPU one session holds the weights once. On the CPU all sessions map the same files, and separate
-                # pieces are faster. onnxruntime 1.23 cannot run a graph whose other pieces have no elements.
-                parts = (spec,) if stream is not None and onnxruntime_version() >= (1, 24) else spec.split()
+            # A session needs twice its memory while it is loaded: the largest first, so that it does not come on top of the others.
+            for spec in sorted(specs, key=lambda spec: -spec.weight_bytes):
+                parts = sessions_of(bundle, spec, on_gpu=stream is not None)
                 engines = [self._engine(bundle, part, prepared, stream) for part in parts]
                 is_last = spec.role == "vision" or spec in bundle.manifest.selects[-1:]
                 if stream is None and is_last:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _HASH_CHUNK_BYTES = 4 << 20
 # Hashing the weights of a 7B model would take longer than loading them.
-LARGEST_HASHED_BYTES = 256 << 20
+LARGEST_HASHED_BYTES = 64 << 20
 """Larger files are hashed only on request; when a bundle is opened, their sizes are compared."""
 MAX_TEXT_BYTES = 1 << 20
 """Size of the largest chat template; released templates have less than 20 kB."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 CPU_TARGET = "onnxruntime-cpu"
 """Folder below ``engines``."""
 _FILE_NAME = "graphs.json"
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
 ACCURACY_LEVELS = {"float32": "1", "int8": "4"}
 """Accuracy levels of ONNX Runtime's MatMulNBits, by the type that it rounds its inputs to."""
@@ -216,8 +216,19 @@ def open_prepared(bundle: Bundle, *, accuracy: CpuAccuracy) -> Prepared:
     return Prepared(files, ())
 
 
+def sessions_of(bundle: Bundle, spec: GraphSpec, *, on_gpu: bool = False) -> tuple[GraphSpec, ...]:
+    """Return the graphs that get a session each: the pieces of ``spec``, or all of it at once.
+
+    On a GPU one session holds the weights once. On the CPU all sessions map the same files, and separate pieces are faster.
+    Quantized weights, however, are packed: pieces that share products would need them twice.
+    """
+    is_one = on_gpu or bundle.manifest.format_of(spec) is not None
+    # onnxruntime 1.23 cannot run a graph whose other pieces have no elements.
+    return (spec,) if is_one and onnxruntime_version() >= (1, 24) else spec.split()
+
+
 def _sessions(bundle: Bundle) -> list[GraphSpec]:
-    return [piece for spec in bundle.manifest.graphs for piece in spec.split()]
+    return [part for spec in bundle.manifest.graphs for part in sessions_of(bundle, spec)]
 
 
 def _is_worth_preparing(bundle: Bundle, spec: GraphSpec) -> bool:

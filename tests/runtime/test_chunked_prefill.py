@@ -12,6 +12,7 @@ from tests.bundles import export
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import CAMERA, REDUCED, save_qwen3_vl_checkpoint
 from tests.tolerances import LOGITS_FLOAT32
+from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.backends import chunked_prefill
 from trio_edge.runtime.bundle.manifest import Profile
 from trio_edge.runtime.bundle.reader import open_bundle
@@ -24,16 +25,21 @@ if TYPE_CHECKING:
     from trio_edge.runtime.answer import Generation
 
 PICTURES = [random_picture(48, 48, seed=1), random_picture(70, 30, seed=2)]
+STAGES = Schedule(stages=(Stage(layer=1, keep=14), Stage(layer=2, keep=6)))
 BEFORE = Schedule(stages=(Stage(layer=2, keep=6),), method="fastv")
 
 
-@pytest.fixture(scope="module", params=["keep-all", "reduced", "reads the layer before", "deepstack"])
+@pytest.fixture(
+    scope="module", params=["keep-all", "reduced", "quantized", "reads the layer before", "deepstack"]
+)
 def bundle(
     request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     if request.param == "deepstack":
         folder = save_qwen3_vl_checkpoint(tmp_path_factory.mktemp("qwen3") / "checkpoint")
         return export(folder, schedule=REDUCED, image_sizes=(CAMERA,))
+    if request.param == "quantized":
+        return export(checkpoint, schedule=STAGES, quantize=parse_plan("all=int4"))
     if request.param == "reads the layer before":
         return export(checkpoint, schedule=BEFORE)
     bundle: Path = request.getfixturevalue(f"{request.param.replace('-', '_')}_bundle")

@@ -24,7 +24,7 @@ from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.cli import build as cli_build
 from trio_edge.runtime.engines import cpu
-from trio_edge.runtime.engines.cpu import CPU_TARGET, open_prepared, prepare_graphs
+from trio_edge.runtime.engines.cpu import CPU_TARGET, onnxruntime_version, open_prepared, prepare_graphs
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -94,6 +94,19 @@ def test_all_graphs_but_selections_and_probes_are_prepared_and_read_from_there(b
     prepared.files["head.logits"].unlink()
     with pytest.raises(BackendError, match=r"head\.logits\.onnx: expected this file"):
         Pipeline.from_bundle(bundle, backend="onnxruntime")
+
+
+@pytest.mark.skipif(
+    onnxruntime_version() < (1, 24),
+    reason="onnxruntime 1.23, the last one for Python 3.10, cannot run pieces without elements; runs on 3.11 and later",
+)
+def test_a_quantized_layer_and_its_probe_are_one_session(int4_bundle: Path) -> None:
+    """Two would each pack the layer's weights."""
+    opened = open_bundle(int4_bundle)
+    for name in ("segment_1", "suffix", "head"):
+        spec = opened.manifest.graph(name)
+        assert [part.name for part in cpu.sessions_of(opened, spec)] == [name]
+    assert any(spec.pieces for spec in opened.manifest.graphs)
 
 
 @pytest.mark.parametrize(
