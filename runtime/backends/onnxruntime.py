@@ -119,8 +119,7 @@ class OnnxRuntimeBackend:
     def _engine(
         self, bundle: Bundle, spec: GraphSpec, prepared: Prepared, stream: int | None
     ) -> OnnxRuntimeEngine:
-        file = prepared.files.get(spec.name, bundle.folder / spec.file)
-        session = self._session(bundle, spec, file, stream)
+        session = self._session(bundle, spec, prepared.files.get(spec.name), stream)
         _check_interface(spec.inputs, session.get_inputs(), where=f"{spec.file} inputs")
         _check_interface(spec.outputs, session.get_outputs(), where=f"{spec.file} outputs")
         release_free_memory()  # loading takes twice the memory, and the C library would keep half of it
@@ -140,9 +139,12 @@ class OnnxRuntimeBackend:
         return device, device.stream
 
     def _session(
-        self, bundle: Bundle, spec: GraphSpec, file: Path, stream: int | None
+        self, bundle: Bundle, spec: GraphSpec, prepared: Path | None, stream: int | None
     ) -> ort.InferenceSession:
+        file = prepared or bundle.folder / spec.file
         options = ort.SessionOptions()
+        if prepared is not None:  # it was optimized then
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = self._threads
         options.log_severity_level = _ONLY_FATAL  # errors are raised as well, with our own message
         # Each session has its own threads. If they spun while another session runs, they would take its cores
