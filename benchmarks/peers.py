@@ -28,7 +28,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from parts.arguments import parser_for, positive
-from parts.peer_files import QUESTION, make_picture, make_qwen, make_text_only, num_text_tokens
+from parts.peer_files import QUESTION, make_image, make_qwen, make_text_only, num_text_tokens
 from parts.tables import markdown
 from parts.watched_command import Peaks, folder_bytes, gigabytes
 
@@ -128,7 +128,7 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
         str(python), "-m", "onnxruntime_genai.models.builder", "-m", text, "-p", "int4", "-e", "cpu",
         "-c", str(folder / "cache"), "--extra_options", "accuracy_level=4", "-o",
     ]  # fmt: skip
-    name = "onnxruntime-genai, int4, decoder only: no picture, as many text tokens"
+    name = "onnxruntime-genai, int4, decoder only: no image, as many text tokens"
     return [*rows, Row(name, "onnxruntime_text.py", python, folder / "onnxruntime-genai-int4", build)]
 
 
@@ -184,7 +184,7 @@ def measure(row: Row, request: dict[str, Any], *, seconds: int) -> Measured:
 
     Args:
         row: Names the script.
-        request: Its argument without the row's own part: picture, question, new_tokens, threads, prompt_tokens.
+        request: Its argument without the row's own part: image, question, new_tokens, threads, prompt_tokens.
         seconds: Time limit of the process.
 
     Raises:
@@ -272,7 +272,7 @@ def conditions(options: argparse.Namespace, rows: Sequence[Row]) -> str:
         f"{find_machine().name}, {os.cpu_count()} CPUs, {platform.machine()}; {options.threads} thread(s),"
         f" {options.rounds} rounds, {options.new_tokens} new tokens, greedy; widths of Qwen2.5-VL-3B with"
         f" {options.layers} decoder and {options.vision_layers} vision layers, random weights ({checkpoint} in bfloat16);"
-        f" a picture of {options.side}x{options.side}, {(options.side // TOKEN_SIDE) ** 2} visual tokens;"
+        f" an image of {options.side}x{options.side}, {(options.side // TOKEN_SIDE) ** 2} visual tokens;"
         f" {', '.join(f'{name} {text}' for name, text in sorted(versions.items()))}."
         " Medians (smallest – largest)."
     )
@@ -311,17 +311,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def prepare(options: argparse.Namespace) -> dict[str, Any]:
     """Make missing checkpoint, image and environments; return the request for all scripts."""
-    checkpoint, picture = options.folder / "checkpoint", options.folder / f"picture-{options.side}.png"
+    checkpoint, image = options.folder / "checkpoint", options.folder / f"image-{options.side}.png"
     if not checkpoint.exists():
         make_qwen(checkpoint, layers=options.layers, vision_layers=options.vision_layers)
     if not (options.folder / "text").exists():
         make_text_only(options.folder / "text", checkpoint)
-    make_picture(picture, options.side)
+    make_image(image, options.side)
     if options.install:
         options.openvino_python = options.openvino_python or install(options.install, "openvino")
         options.genai_python = options.genai_python or install(options.install, "genai")
     return {
-        "picture": str(picture),
+        "image": str(image),
         "question": QUESTION,
         "threads": options.threads,
         "new_tokens": options.new_tokens,

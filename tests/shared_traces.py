@@ -35,6 +35,11 @@ _IRRELEVANT = {
     "_name_or_path",
     "architectures",
     "layer_idx",
+    "vocab_size",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
 }
 
 
@@ -54,7 +59,7 @@ def trace_once(module: nn.Module, **settings: Any) -> ir.Model:
             patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(_registry))
             _write(trace(module, **settings), out)
 
-    arguments = {**settings, "args": _shapes(settings["args"])}
+    arguments = {**settings, "args": _shapes(settings["args"], settings["dynamic_shapes"])}
     wanted = f"{_structure(module, {})} {sorted(arguments.items())}"
     return _read(kept_between_runs(f"trace-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.onnx", make))
 
@@ -124,7 +129,24 @@ def _structure(value: Any, seen: dict[int, int]) -> Any:
     return [f"{type(value).__module__}.{type(value).__qualname__}", _structure(own, seen)]
 
 
-def _shapes(args: Any) -> Any:
-    if isinstance(args, (tuple, list)):
-        return [_shapes(part) for part in args]
-    return tuple(args.shape), args.dtype
+def _shapes(args: Any, dynamic_shapes: Any) -> list[tuple[list[int | str], torch.dtype]]:
+    """Return shapes and types of the example tensors. Sizes of dynamic axes have numbers: a trace depends only on which are equal.
+
+    Sizes 0 and 1 keep their values, because torch treats them in another way.
+    """
+    numbers: dict[int, str] = {}
+    found = []
+    for tensor, axes in zip(_leaves(args), _leaves(dynamic_shapes), strict=True):
+        sizes: list[int | str] = list(tensor.shape)
+        for axis in axes:
+            if (size := tensor.shape[axis]) > 1:
+                sizes[axis] = numbers.setdefault(size, f"size {len(numbers)}")
+        found.append((sizes, tensor.dtype))
+    return found
+
+
+def _leaves(tree: Any) -> list[Any]:
+    """Return what is in nested tuples and lists; arguments of ``*others`` are in a tuple of their own in dynamic shapes only."""
+    if not isinstance(tree, (tuple, list)):
+        return [tree]
+    return [leaf for part in tree for leaf in _leaves(part)]

@@ -47,14 +47,14 @@ def make_text_only(folder: Path, checkpoint: Path) -> None:
             (folder / file.name).symlink_to(file.resolve())
 
 
-def make_picture(file: Path, side: int) -> None:
+def make_image(file: Path, side: int) -> None:
     """Write a square image of coloured blocks, which compresses like a photograph with few details."""
     blocks = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
     Image.fromarray(blocks).resize((side, side), Image.Resampling.BICUBIC).save(file)
 
 
 def num_text_tokens(checkpoint: Path) -> int:
-    """Return the tokens of a prompt with ``QUESTION`` and a picture, without the picture's own."""
+    """Return the tokens of a prompt with ``QUESTION`` and an image, without the image's own."""
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     image, text = {"type": "image"}, {"type": "text", "text": QUESTION}
     message = {"role": "user", "content": [image, text]}

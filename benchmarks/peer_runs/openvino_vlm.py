@@ -34,6 +34,6 @@ config = openvino_genai.GenerationConfig(
 )
 if request["prune_percent"]:
     config.pruning_ratio = request["prune_percent"]
-image = Tensor(np.asarray(Image.open(request["picture"]).convert("RGB")))
+image = Tensor(np.asarray(Image.open(request["image"]).convert("RGB")))
 result = pipeline.generate(request["question"], images=[image], generation_config=config, streamer=Marks())
 clock.report("openvino", "openvino-genai", prompt_tokens=result.perf_metrics.get_num_input_tokens())

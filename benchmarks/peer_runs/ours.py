@@ -12,7 +12,7 @@ from trio_edge.runtime.pipeline import Pipeline  # noqa: E402
 request = json.loads(sys.argv[1])
 with Pipeline.from_bundle(request["model"], backend="onnxruntime", threads=request["threads"]) as pipeline:
     clock.mark()
-    answer = pipeline.generate(request["picture"], request["question"], max_new_tokens=request["new_tokens"])
+    answer = pipeline.generate(request["image"], request["question"], max_new_tokens=request["new_tokens"])
     for _ in answer:
         clock.mark()
 statistics = answer.statistics

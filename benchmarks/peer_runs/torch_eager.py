@@ -35,7 +35,7 @@ class Marks(BaseStreamer):
         pass
 
 
-patches = images(images=[Image.open(request["picture"]).convert("RGB")], return_tensors="pt")
+patches = images(images=[Image.open(request["image"]).convert("RGB")], return_tensors="pt")
 num_visual = int(patches["image_grid_thw"].prod()) // 4
 turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": request["question"]}]}]
 text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)

@@ -22,11 +22,11 @@ from trio_edge.runtime.engines.cpu import (
     ACCURACY_KEY,
     ACCURACY_LEVELS,
     Prepared,
-    broken_optimizers,
     first_line,
     open_prepared,
     sessions_of,
     set_cpu_options,
+    unwanted_optimizers,
 )
 from trio_edge.runtime.engines.files import ENGINES_FOLDER
 
@@ -163,7 +163,7 @@ class OnnxRuntimeBackend:
                 file,
                 options,
                 providers=self._providers(stream, bundle.folder, spec),
-                disabled_optimizers=broken_optimizers(bundle, spec),
+                disabled_optimizers=unwanted_optimizers(bundle, spec),
             )
         except Exception as error:  # onnxruntime's exceptions have no common public base
             raise BackendError(

@@ -40,8 +40,8 @@ _SCHEMA_VERSION = 2
 ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
 ACCURACY_LEVELS = {"float32": "1", "int8": "4"}
 """Accuracy levels of ONNX Runtime's MatMulNBits, by the type that it rounds its inputs to."""
-_LARGE_GRAPH_BYTES = 32 << 20
-"""Weights from which rounding inputs saves a noticeable time; smaller graphs take a few milliseconds anyway."""
+LARGE_GRAPH_BYTES = 32 << 20
+"""Weights from which their copies need noticeable memory, and rounding inputs saves a noticeable time."""
 _PREFILL_ROLES = ("vision", "clip_text", "reduce", "select")
 _LEAST_STORED_BYTES = "1024"
 """Smaller tensors are stored in the graph's file, others next to it."""
@@ -96,7 +96,7 @@ def set_cpu_options(
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.enable_mem_reuse = False
     if accuracy == "auto":
-        accuracy = "int8" if spec.weight_bytes >= _LARGE_GRAPH_BYTES else "float32"
+        accuracy = "int8" if _is_large(spec) else "float32"
     options.add_session_config_entry(ACCURACY_KEY, ACCURACY_LEVELS[accuracy])
     if accuracy == "float32" and bundle.manifest.format_of(spec) == "int8":
         # onnxruntime 1.32's kernel for INT8 weights and float32 inputs dequantizes all weights in every run, which takes
@@ -107,9 +107,14 @@ def set_cpu_options(
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "1000000")
     # INT8 weights have one scale per output; the kernel needs one per block of inputs, and is fastest with long blocks.
     options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")
-    # Prepacking copies weights, which pays off only in decode. The kernel for INT4 and INT8 weights always needs it.
-    if is_in_prefill and not _has_packed_weights(bundle, spec):
+    # Prepacking copies weights. It saves time in decode only, and there 4 % in large graphs. The kernel for INT4 and INT8 weights
+    # always needs it.
+    if (is_in_prefill or _is_large(spec)) and not _has_packed_weights(bundle, spec):
         options.add_session_config_entry("session.disable_prepacking", "1")
+
+
+def _is_large(spec: GraphSpec) -> bool:
+    return spec.weight_bytes >= LARGE_GRAPH_BYTES
 
 
 def _shares_memory(spec: GraphSpec) -> bool:
@@ -117,19 +122,22 @@ def _shares_memory(spec: GraphSpec) -> bool:
     return spec.role in ("vision", "select") or is_probe(spec)
 
 
-def broken_optimizers(bundle: Bundle, spec: GraphSpec) -> list[str]:
-    """Return the optimizers whose result onnxruntime cannot load or run; remove one when a release can."""
+def unwanted_optimizers(bundle: Bundle, spec: GraphSpec) -> list[str]:
+    """Return the optimizers to leave out: most make graphs that onnxruntime cannot load or run; remove one when a release can."""
     format_, quantization = bundle.manifest.format_of(spec), bundle.manifest.quantization
     part = PART_FROM_ROLE.get(spec.role)
-    broken = []
+    found = []
+    if is_probe(spec):
+        # It makes float32 copies of all float16 weights when a graph is loaded; a probe runs once a prompt, and each weight once.
+        found.append("FuseFp16InitializerToFp32NodeTransformer")
     if any(tensor.dtype == "int8" for tensor in spec.inputs):
         # 1.31 moves DequantizeLinear after Transpose by a node that opset 21 does not allow (microsoft/onnxruntime issue 25526).
-        broken.append("QDQPropagationTransformer")
+        found.append("QDQPropagationTransformer")
     has_int8_inputs = quantization is not None and part in quantization.inputs
     if format_ == "fp8" or (has_int8_inputs and onnxruntime_version() < (1, 24)):
         # It makes integer products of FP8 inputs and weights; 1.23 makes QGemm without the zero points that QGemm needs.
-        broken.append("QDQSelectorActionTransformer")
-    return broken
+        found.append("QDQSelectorActionTransformer")
+    return found
 
 
 def onnxruntime_version() -> tuple[int, ...]:
@@ -222,7 +230,7 @@ def sessions_of(bundle: Bundle, spec: GraphSpec, *, on_gpu: bool = False) -> tup
     On a GPU one session holds the weights once. On the CPU all sessions map the same files, and separate pieces are faster.
     Quantized weights, however, are packed: pieces that share products would need them twice.
     """
-    is_one = on_gpu or bundle.manifest.format_of(spec) is not None
+    is_one = on_gpu or (_is_large(spec) and bundle.manifest.format_of(spec) is not None)
     # onnxruntime 1.23 cannot run a graph whose other pieces have no elements.
     return (spec,) if is_one and onnxruntime_version() >= (1, 24) else spec.split()
 
@@ -270,9 +278,9 @@ def _prepare(bundle: Bundle, spec: GraphSpec, folder: Path, *, accuracy: CpuAccu
     options.add_session_config_entry(f"{external}_min_size_in_bytes", _LEAST_STORED_BYTES)
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     file = bundle.folder / spec.file
-    broken = broken_optimizers(bundle, spec)
+    unwanted = unwanted_optimizers(bundle, spec)
     try:
-        ort.InferenceSession(file, options, providers=["CPUExecutionProvider"], disabled_optimizers=broken)
+        ort.InferenceSession(file, options, providers=["CPUExecutionProvider"], disabled_optimizers=unwanted)
     except Exception as error:  # onnxruntime's exceptions have no common public base
         raise BackendError(
             f"{file}: expected a graph that onnxruntime {ort.__version__} prepares, got: {first_line(error)}"

@@ -17,6 +17,7 @@ from trio_edge.runtime.backends import chunked_prefill
 from trio_edge.runtime.bundle.manifest import Profile
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
+from trio_edge.runtime.engines import cpu
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -62,7 +63,11 @@ def _finished(answer: Any) -> Any:
 def test_chunks_give_the_answers_of_one_pass(
     rows: int, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also for a second question, when the buffers hold the rows of the one before; the last chunk is shorter."""
+    """Also for a second question, when the buffers hold the rows of the one before; the last chunk is shorter.
+
+    A quantized layer and its probe are one session, as in large graphs.
+    """
+    monkeypatch.setattr(cpu, "LARGE_GRAPH_BYTES", 0)
     whole = _answers(bundle)
     monkeypatch.setattr(chunked_prefill, "LARGEST_SCORES", 0)
     monkeypatch.setattr(chunked_prefill, "CHUNK_ROWS", rows)

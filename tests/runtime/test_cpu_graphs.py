@@ -96,19 +96,6 @@ def test_all_graphs_but_selections_and_probes_are_prepared_and_read_from_there(b
         Pipeline.from_bundle(bundle, backend="onnxruntime")
 
 
-@pytest.mark.skipif(
-    onnxruntime_version() < (1, 24),
-    reason="onnxruntime 1.23, the last one for Python 3.10, cannot run pieces without elements; runs on 3.11 and later",
-)
-def test_a_quantized_layer_and_its_probe_are_one_session(int4_bundle: Path) -> None:
-    """Two would each pack the layer's weights."""
-    opened = open_bundle(int4_bundle)
-    for name in ("segment_1", "suffix", "head"):
-        spec = opened.manifest.graph(name)
-        assert [part.name for part in cpu.sessions_of(opened, spec)] == [name]
-    assert any(spec.pieces for spec in opened.manifest.graphs)
-
-
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
@@ -225,10 +212,46 @@ def test_small_graphs_are_computed_in_float32_and_rounded_inputs_change_little(i
 
 
 def test_large_graphs_round_their_inputs(int4_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_LARGE_GRAPH_BYTES", 0)
+    monkeypatch.setattr(cpu, "LARGE_GRAPH_BYTES", 0)
     automatic, rounded = (_answer(int4_bundle, cpu_accuracy=accuracy)[1] for accuracy in ("auto", "int8"))
     np.testing.assert_array_equal(automatic, rounded)
     assert (rounded != _answer(int4_bundle, cpu_accuracy="float32")[1]).any()
+
+
+@pytest.mark.skipif(
+    onnxruntime_version() < (1, 24),
+    reason="onnxruntime 1.23, the last one for Python 3.10, cannot run pieces without elements; runs on 3.11 and later",
+)
+def test_a_large_quantized_layer_and_its_probe_are_one_session(
+    int4_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two would each pack the layer's weights."""
+    opened = open_bundle(int4_bundle)
+    segment = opened.manifest.graph("segment_1")
+    assert len(cpu.sessions_of(opened, segment)) == 2
+    pieces = _answer(int4_bundle, cpu_accuracy="float32")
+    monkeypatch.setattr(cpu, "LARGE_GRAPH_BYTES", 0)
+    assert cpu.sessions_of(opened, segment) == (segment,)
+    whole = _answer(int4_bundle, cpu_accuracy="float32")
+    assert whole[0] == pieces[0]
+    np.testing.assert_allclose(whole[1], pieces[1], **LOGITS_FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_large_graphs_need_no_copies_of_their_weights(
+    dtype: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prepared, they are in float32 once; the answer is that of graphs with packed weights."""
+    copy = export(checkpoint, tmp_path / "bundle", schedule=STAGES, dtype=dtype)
+    packed = _answer(copy)
+    monkeypatch.setattr(cpu, "LARGE_GRAPH_BYTES", 0)
+    opened = open_bundle(copy)
+    folder = prepare_graphs(opened)
+    tokens, logits, notes = _answer(copy)
+    assert (tokens, notes) == (packed[0], ())
+    np.testing.assert_allclose(logits, packed[1], **LOGITS_FLOAT32)
+    suffix = opened.manifest.graph("suffix").weight_bytes * (2 if dtype == "float16" else 1)
+    assert (folder / "suffix.layers.data").stat().st_size < 1.1 * suffix
 
 
 def test_an_unknown_accuracy_is_refused(reduced_bundle: Path) -> None:
