@@ -98,13 +98,14 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
     """Return all rows of the options, before any measurement."""
     folder, here = options.folder, Path(sys.executable)
     checkpoint, text = str(folder / "checkpoint"), str(folder / "text")
+    form = options.quantize or "float16"
     export = [
-        str(here), "-c", EXPORT, checkpoint, "--quantize", options.quantize, "--only-image-sizes",
-        "--image-size", f"{options.side}x{options.side}", "--max-text", "64", "--quiet",
+        str(here), "-c", EXPORT, checkpoint, *(("--quantize", form) if options.quantize else ()),
+        "--only-image-sizes", "--image-size", f"{options.side}x{options.side}", "--max-text", "64", "--quiet",
     ]  # fmt: skip
     rows = [
         Row(
-            f"ours, {options.quantize}, {label}", "ours.py", here, folder / f"ours-{keep}-{options.quantize}",
+            f"ours, {form}, {label}", "ours.py", here, folder / f"ours-{keep}-{form}",
             [*export, "--keep", keep, "--out"],
         )
         for keep, label in ((options.keep, f"reduced to {options.keep}"), ("all", "all tokens"))
@@ -289,7 +290,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--side", type=positive, default=672, help="side of the image in pixels, a multiple of 28")
     add("--keep", default="11.1%", help="average keep of our reduced row")
     add("--prune", type=positive, default=89, help="percent that OpenVINO's CDPruner removes")
-    add("--quantize", default="int4,head=int8,vision=int8", help="--quantize of our export")
+    add("--quantize", default="int4,head=int8,vision=int8", help="--quantize of our export; '' for float16")
     add(
         "--torch",
         action="store_true",
