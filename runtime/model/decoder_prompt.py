@@ -112,7 +112,8 @@ class DecoderPrompt:
                 f"prompt: expected at most {self.max_visual} visual tokens, got {self.num_visual}; use more rows"
             )
         rows = self.visual_rows
-        if len(rows) != self.num_visual or not np.array_equal(rows, np.unique(rows.clip(0, self.length - 1))):
+        steps = np.diff(rows, prepend=-1, append=self.length)
+        if len(rows) != self.num_visual or (steps <= 0).any():
             raise ShapeError(
                 f"prompt: expected {self.num_visual} ascending rows below {self.length} for the visual tokens, got"
                 f" {len(rows)} others"

@@ -70,6 +70,21 @@ def test_decode_equals_a_longer_prefill(keep_all: Pipeline) -> None:
     np.testing.assert_allclose(logits, prefill(40 + steps).logits, **LOGITS_FLOAT32)
 
 
+@pytest.mark.parametrize("rows", [[-1, 3], [3, 3], [4, 3], [3, 8], [3]], ids=str)
+def test_rows_that_do_not_fit_the_visual_tokens_are_refused(rows: list[int], keep_all: Pipeline) -> None:
+    hidden, most = keep_all.manifest.dimensions.hidden_size, keep_all.manifest.max_visual
+    prompt = DecoderPrompt(
+        text=np.zeros((6, hidden), np.float32),
+        visual=np.zeros((2, hidden), np.float32),
+        visual_rows=np.array(rows, np.int32),
+        max_visual=most,
+        text_bucket=32,
+        positions=plain_positions(num_rows=most + 32, length=8),
+    )
+    with pytest.raises(ShapeError, match="expected 2 ascending rows below 8"):
+        prompt.check(keep_all.manifest)
+
+
 @pytest.mark.parametrize("kind", ["keep_all", "reduced"])
 def test_every_bucket_gives_the_same_answer(kind: str, request: pytest.FixtureRequest) -> None:
     pipeline: Pipeline = request.getfixturevalue(kind)
