@@ -149,7 +149,14 @@ class FleetWorker:
         return backend_name, manifest_from_json(manifest, where=self.name)
 
     async def _count_replicas(self) -> None:
-        states = (await run_in_threadpool(self._status)).replica_states
+        try:
+            states = (await run_in_threadpool(self._status)).replica_states
+        except (
+            RayError,
+            RayServeException,
+            KeyError,
+        ):  # Ray does not answer, or forgot the deployment for now
+            states = {}
         self._num_replicas = states.get("RUNNING", 0)
         self._metrics.set_replicas(self.name, self._num_replicas)
 

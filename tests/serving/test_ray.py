@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
@@ -14,6 +15,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -26,6 +28,8 @@ from trio_edge.runtime.bundle.errors import ShapeError
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.serving import cli
 from trio_edge.serving.fleet.cluster import FleetSettings, check_room
+from trio_edge.serving.metrics import Metrics
+from trio_edge.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -327,3 +331,29 @@ def test_replicas_that_cannot_start_say_why(reduced_bundle: Path) -> None:
         result.stderr,
     )
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.filterwarnings("ignore")  # of Ray about pydantic
+def test_a_status_that_fails_once_does_not_end_the_watch() -> None:
+    from ray.exceptions import RayError
+
+    from trio_edge.serving.fleet.worker import FleetWorker
+
+    running = SimpleNamespace(replica_states={"RUNNING": 2})
+    looks = iter([running, RayError("away"), KeyError("small"), running])
+
+    def status() -> Any:
+        found = next(looks)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    async def count() -> list[int]:
+        worker = FleetWorker("small", Any, status, settings=ServerSettings(), metrics=Metrics())
+        counts = []
+        for _ in range(4):
+            await worker._count_replicas()
+            counts.append(worker._num_replicas)
+        return counts
+
+    assert asyncio.run(count()) == [2, 0, 0, 2]
