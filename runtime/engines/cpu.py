@@ -153,7 +153,8 @@ def prepare_graphs(
 ) -> Path:
     """Prepare the graphs of ``bundle`` for this machine's CPU and return their folder; an older one is replaced.
 
-    Selections and most of a probe are not prepared: they read their weights once per prompt, directly from the bundle.
+    Selections and most of a probe are not prepared: they read their weights once per prompt, directly from the bundle. Large
+    float32 graphs always do.
     ``accuracy`` is ``make_backend``'s ``cpu_accuracy``; ``started`` is called before each graph.
 
     Raises:
@@ -240,10 +241,11 @@ def _sessions(bundle: Bundle) -> list[GraphSpec]:
 
 
 def _is_worth_preparing(bundle: Bundle, spec: GraphSpec) -> bool:
-    """Return whether a graph runs in every decode step, or has weights that ONNX Runtime packs."""
-    if is_probe(spec):
-        return _has_packed_weights(bundle, spec)
-    return spec.role != "select"
+    """Return whether ONNX Runtime converts or packs a graph's weights, which it does once for many runs."""
+    if spec.role == "select" or (is_probe(spec) and not _has_packed_weights(bundle, spec)):
+        return False
+    is_float32 = bundle.manifest.dtype == "float32" and bundle.manifest.format_of(spec) is None
+    return not (is_float32 and _is_large(spec))
 
 
 def _has_packed_weights(bundle: Bundle, spec: GraphSpec) -> bool:

@@ -241,7 +241,7 @@ def test_a_large_quantized_layer_and_its_probe_are_one_session(
 def test_large_graphs_need_no_copies_of_their_weights(
     dtype: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prepared, they are in float32 once; the answer is that of graphs with packed weights."""
+    """Prepared, those in float16 are in float32 once; the answer is that of graphs with packed weights."""
     copy = export(checkpoint, tmp_path / "bundle", schedule=STAGES, dtype=dtype)
     packed = _answer(copy)
     monkeypatch.setattr(cpu, "LARGE_GRAPH_BYTES", 0)
@@ -250,8 +250,9 @@ def test_large_graphs_need_no_copies_of_their_weights(
     tokens, logits, notes = _answer(copy)
     assert (tokens, notes) == (packed[0], ())
     np.testing.assert_allclose(logits, packed[1], **LOGITS_FLOAT32)
-    suffix = opened.manifest.graph("suffix").weight_bytes * (2 if dtype == "float16" else 1)
-    assert (folder / "suffix.layers.data").stat().st_size < 1.1 * suffix
+    written = sum(file.stat().st_size for file in folder.glob("suffix.layers.data"))
+    assert written < 2.2 * opened.manifest.graph("suffix").weight_bytes
+    assert (written > 0) == (dtype == "float16")
 
 
 def test_an_unknown_accuracy_is_refused(reduced_bundle: Path) -> None:
