@@ -41,7 +41,7 @@ ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
 ACCURACY_LEVELS = {"float32": "1", "int8": "4"}
 """Accuracy levels of ONNX Runtime's MatMulNBits, by the type that it rounds its inputs to."""
 LARGE_GRAPH_BYTES = 32 << 20
-"""Weights from which their copies need noticeable memory, and rounding inputs saves a noticeable time."""
+"""Bytes of weights from which copies of them matter, and rounding inputs saves a noticeable time."""
 _PREFILL_ROLES = ("vision", "clip_text", "reduce", "select")
 _LEAST_STORED_BYTES = "1024"
 """Smaller tensors are stored in the graph's file, others next to it."""
@@ -128,7 +128,7 @@ def unwanted_optimizers(bundle: Bundle, spec: GraphSpec) -> list[str]:
     part = PART_FROM_ROLE.get(spec.role)
     found = []
     if is_probe(spec):
-        # It makes float32 copies of all float16 weights when a graph is loaded; a probe runs once a prompt, and each weight once.
+        # It makes float32 copies of all float16 weights when a graph is loaded. A probe needs each weight once a prompt.
         found.append("FuseFp16InitializerToFp32NodeTransformer")
     if any(tensor.dtype == "int8" for tensor in spec.inputs):
         # 1.31 moves DequantizeLinear after Transpose by a node that opset 21 does not allow (microsoft/onnxruntime issue 25526).

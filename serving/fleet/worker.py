@@ -151,11 +151,8 @@ class FleetWorker:
     async def _count_replicas(self) -> None:
         try:
             states = (await run_in_threadpool(self._status)).replica_states
-        except (
-            RayError,
-            RayServeException,
-            KeyError,
-        ):  # Ray does not answer, or forgot the deployment for now
+        except (RayError, RayServeException, KeyError):
+            # Ray does not answer, or has no such deployment for now: the next look may find the replicas again.
             states = {}
         self._num_replicas = states.get("RUNNING", 0)
         self._metrics.set_replicas(self.name, self._num_replicas)
