@@ -46,6 +46,8 @@ class _Chunk(NamedTuple):
     rows: slice
     binding: ort.IOBinding
     position_ids: NDArray[np.int32]
+    past_length: NDArray[np.int32]
+    """Kept alive: the binding has its address."""
 
 
 @final
@@ -81,7 +83,6 @@ class ChunkedLaunch:
             name: np.empty((*whole.shape[:2], min(CHUNK_ROWS, num_rows), whole.shape[3]), whole.dtype)
             for name, whole in self._present.items()
         }
-        self._kept_alive: list[NDArray[np.int32]] = []
         self._chunks = [
             self._bound(start, min(start + CHUNK_ROWS, num_rows)) for start in range(0, num_rows, CHUNK_ROWS)
         ]
@@ -99,7 +100,6 @@ class ChunkedLaunch:
         count = stop - start
         position_ids = np.empty((self._position_ids.shape[0], count), np.int32)
         past_length = np.array([start], np.int32)
-        self._kept_alive.append(past_length)
         special = {
             graph_io.POSITIONS: (position_ids.ctypes.data, position_ids.shape),
             graph_io.PAST_LENGTH: (past_length.ctypes.data, (1,)),
@@ -122,7 +122,7 @@ class ChunkedLaunch:
             else:  # of a probe in the same graph, without elements
                 address, shape = given.address, given.shape
             bind(tensor.name, "cpu", 0, np.dtype(tensor.dtype), shape, address)
-        return _Chunk(slice(start, stop), binding, position_ids)
+        return _Chunk(slice(start, stop), binding, position_ids, past_length)
 
 
 def _array(tensor: DeviceTensor) -> NDArray[Any]:

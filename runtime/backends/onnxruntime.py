@@ -252,9 +252,8 @@ class OnnxRuntimeEngine:
         """Bind a profile to addresses."""
         session = self._open_session()
         check_tensors(self._spec, profile, tensors)
-        may_split = (
-            self._device_type == "cpu" and self._layer_times is None
-        )  # layer times are those of one pass
+        # Layer times are those of one pass.
+        may_split = self._device_type == "cpu" and self._layer_times is None
         if may_split and has_long_prefill(self._spec, profile, num_heads=self._num_heads):
             return ChunkedLaunch(self.run, session, self._spec, tensors)
         binding = session.io_binding()

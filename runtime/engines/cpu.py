@@ -1,8 +1,8 @@
 """Graphs on the CPU: ONNX Runtime's settings for each, and graphs prepared ahead of time.
 
-A session of ONNX Runtime optimizes its graph and packs the weights for the processor's kernels. Both take seconds, and
-packed weights need extra memory. ``prepare_graphs`` (``trio-build --backend onnxruntime``) does it once and stores the
-result in ``engines/onnxruntime-cpu``, from where a session maps the packed weights.
+A session of ONNX Runtime optimizes its graph, converts float16 weights, and packs quantized ones for the processor's kernels.
+This takes seconds, and the new weights need extra memory. ``prepare_graphs`` (``trio-build --backend onnxruntime``) does it
+once and stores the result in ``engines/onnxruntime-cpu``, from where a session maps the weights.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def set_cpu_options(
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "1000000")
     # INT8 weights have one scale per output; the kernel needs one per block of inputs, and is fastest with long blocks.
     options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")
-    # Prepacking copies weights. It saves time in decode only, and there 4 % in large graphs. The kernel for INT4 and INT8 weights
-    # always needs it.
+    # Prepacking copies weights. It saves time in decode only, and little in large graphs. The kernel for INT4 and INT8 weights always
+    # needs it.
     if (is_in_prefill or _is_large(spec)) and not _has_packed_weights(bundle, spec):
         options.add_session_config_entry("session.disable_prepacking", "1")
 
@@ -127,8 +127,8 @@ def unwanted_optimizers(bundle: Bundle, spec: GraphSpec) -> list[str]:
     format_, quantization = bundle.manifest.format_of(spec), bundle.manifest.quantization
     part = PART_FROM_ROLE.get(spec.role)
     found = []
-    if is_probe(spec):
-        # It makes float32 copies of all float16 weights when a graph is loaded. A probe needs each weight once a prompt.
+    if not _is_worth_preparing(bundle, spec):
+        # It makes float32 copies of all float16 weights when a graph is loaded. These graphs need each weight once a prompt.
         found.append("FuseFp16InitializerToFp32NodeTransformer")
     if any(tensor.dtype == "int8" for tensor in spec.inputs):
         # 1.31 moves DequantizeLinear after Transpose by a node that opset 21 does not allow (microsoft/onnxruntime issue 25526).
