@@ -107,8 +107,8 @@ def set_cpu_options(
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "1000000")
     # INT8 weights have one scale per output; the kernel needs one per block of inputs, and is fastest with long blocks.
     options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")
-    # Prepacking copies weights. It saves time in decode only, and little in large graphs. The kernel for INT4 and INT8 weights always
-    # needs it.
+    # Prepacking copies weights. It saves time in decode only, and little in large graphs. The kernel for INT4 and INT8 weights
+    # always needs it.
     if (is_in_prefill or _is_large(spec)) and not _has_packed_weights(bundle, spec):
         options.add_session_config_entry("session.disable_prepacking", "1")
 
