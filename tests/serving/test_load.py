@@ -68,8 +68,11 @@ def test_a_full_queue_says_when_to_come_back(reduced_bundle: Path) -> None:
         create = server.client().chat.completions.create
         create(**fields)  # its time is measured: half a second
         with ThreadPoolExecutor(3) as clients:
-            answers = [clients.submit(create, **fields) for _ in range(3)]
             worker = server.workers["reduced"]
+            # A third request that arrives before the first runs would be refused; the first runs while the others come.
+            answers = [clients.submit(create, **{**fields, "max_tokens": 40})]
+            until(lambda: worker._running is not None)
+            answers += [clients.submit(create, **fields) for _ in range(2)]
             until(lambda: worker._running is not None and len(worker._waiting) == 2)
             with pytest.raises(openai.RateLimitError, match="2 requests wait") as raised:
                 create(**fields)
