@@ -34,7 +34,7 @@ MAX_PROMPT_CHARACTERS = 4_000_000
 """Longest text and largest value of a template, in characters and elements."""
 # The unit is about a nanosecond on a slow processor; characters cost more, because they take memory too.
 _BUDGET = 1_000_000_000
-_CHARACTER, _ELEMENT, _STEP, _CALL = 20, 100, 300, 5000
+_CHARACTER, _ELEMENT, _STEP, _CALL = 20, 1000, 300, 5000
 """Prices of reading or building a character or an element, of a step of a loop, and of a call."""
 _MOST_BITS = 100_000  # of a whole number
 # Filters whose time grows faster than their input, or that are random; no chat needs them.
@@ -140,7 +140,10 @@ def _weight(value: Any) -> _Weight:
         elif isinstance(item, _Namespace) and item is not value:
             # Its values can change later, and so would the size of the value that holds it.
             raise TypeError("expected a namespace by itself, got one inside another value")
-        if characters + elements > MAX_PROMPT_CHARACTERS:
+        too_dear = (
+            _CHARACTER * characters + _ELEMENT * elements > _BUDGET
+        )  # said before the whole value is read
+        if characters + elements > MAX_PROMPT_CHARACTERS or too_dear:
             raise TooMuchError
     return _Weight(characters, elements)
 

@@ -6,6 +6,8 @@ import asyncio
 import re
 import time
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, final
 
@@ -118,8 +120,9 @@ class FleetWorker:
             job.emit(Failed(cut_short()))
 
     def stop(self, *, timeout_s: float) -> None:
-        """End all jobs."""
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(timeout_s)
+        """End all jobs. A loop that is busy longer than ``timeout_s`` ends them later."""
+        with suppress(FutureTimeout):  # other workers must be stopped, too
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(timeout_s)
 
     async def _end(self) -> None:
         self.cut()

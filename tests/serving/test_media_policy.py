@@ -34,6 +34,10 @@ def png() -> bytes:
     return file.getvalue()
 
 
+whole_drips: list[str] = []
+"""Paths of the files that dripped to a client until their end."""
+
+
 class _Web(BaseHTTPRequestHandler):
     """Pages of a web server: an image, redirects, and answers that are too large, too slow or none."""
 
@@ -67,6 +71,7 @@ class _Web(BaseHTTPRequestHandler):
             except OSError:
                 return
             time.sleep(0.1)
+        whole_drips.append(self.path)
 
     def _send(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
@@ -166,11 +171,11 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_another_address_is_refused(port: int, case: str) -> None:
     url, expected = REFUSED[case]
-    start = time.monotonic()
+    whole_drips.clear()
     with pytest.raises(RequestError, match=expected) as raised:
         reader(port).fetch(url.replace("{port}", str(port)), where="messages[0]")
     assert raised.value.status == 400
-    assert time.monotonic() - start < 3.0
+    assert not whole_drips
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl for a certificate; runs in CI")
@@ -187,10 +192,10 @@ def test_a_file_that_drips_over_https_is_cut_at_the_deadline(
     with web(context) as port:
         url = f"https://images.example:{port}"
         assert reader(port).fetch(f"{url}/image", where="image") == png()
-        start = time.monotonic()
+        whole_drips.clear()
         with pytest.raises(RequestError, match="an image from images"):
             reader(port).fetch(f"{url}/drip", where="image")
-        assert time.monotonic() - start < 3.0
+        assert not whole_drips
 
 
 def test_endless_redirects_end(port: int) -> None:

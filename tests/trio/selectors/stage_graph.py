@@ -218,4 +218,4 @@ def agree(got: Selection, kept: list[int], scores: Tensor | None, weights: Tenso
 
 
 def _dtype(selector: Any) -> torch.dtype:
-    return next(selector.parameters()).dtype
+    return next((weight.dtype for weight in selector.parameters()), torch.float64)
