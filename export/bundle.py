@@ -22,6 +22,7 @@ from trio_edge.export.checkpoints.weights import bytes_to_write, store_constants
 from trio_edge.export.families.decoder_config import max_positions
 from trio_edge.export.graphs.assembly.onnx_graph import attach_weights, save
 from trio_edge.export.graphs.assembly.pieces import join, with_pieces
+from trio_edge.export.graphs.programs import programs_of
 from trio_edge.export.graphs.tracing import trace_graphs
 from trio_edge.export.model_cost import cost_of
 from trio_edge.export.options import Progress
@@ -268,6 +269,9 @@ def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, fo
         head_row_scales=None if head_rows is None else written.tensors.get(head_rows.scales),
         quantization=contents.quantization,
         graphs=written.graphs,
+        programs=programs_of(
+            written.graphs, layout, sources={graph.spec.name: graph.sources for graph in contents.graphs}
+        ),
         files=_file_entries(folder, known=written.sha256),
         model_bytes=_model_bytes(plan.source.checkpoint, resolved.dtype),
         cost=cost_of(plan, written.graphs),

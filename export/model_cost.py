@@ -65,5 +65,5 @@ def cost_of(plan: ExportPlan, graphs: Sequence[GraphSpec]) -> Cost:
         reduced_flops=reduced,
         full_kv_bytes=full.kv_bytes,
         reduced_kv_bytes=cost.kv_bytes,
-        picture_tokens=None if whole == images.largest["N"] else images.num_images * whole,
+        image_tokens=None if whole == images.largest["N"] else images.num_images * whole,
     )

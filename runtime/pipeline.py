@@ -30,6 +30,7 @@ from trio_edge.runtime.images.interface import image_processing
 from trio_edge.runtime.images.reading import load_common_formats, open_image
 from trio_edge.runtime.model.decoder import Decoder
 from trio_edge.runtime.model.decoder_prompt import DecoderPrompt
+from trio_edge.runtime.model.programs import Programs
 from trio_edge.runtime.model.sampling import (
     AnswerRules,
     Sampler,
@@ -129,10 +130,11 @@ class Pipeline:
         # Loaded after everything else that can fail, because loading takes seconds and device memory.
         self._graphs = backend.load(bundle)
         try:
+            programs = Programs(manifest, self._graphs, head_rows=head_rows)
             self._vision = Vision(
-                manifest, self._graphs, images=self.images, clip_texts=clip_texts, keep_images=keep_images
+                programs, images=self.images, clip_texts=clip_texts, keep_images=keep_images
             )
-            self._decoder = Decoder(manifest, self._graphs, keep_images=keep_images, head_rows=head_rows)
+            self._decoder = Decoder(programs, keep_images=keep_images)
         except BaseException:
             self._graphs.close()
             raise

@@ -21,6 +21,7 @@ from trio_edge.export.families.base import (
 )
 from trio_edge.export.families.decoder import choose_attention, family_model, read_config
 from trio_edge.export.families.qwen2_5_vl import patch_images, patch_videos
+from trio_edge.export.graphs.tensors import token_planes
 from trio_edge.export.graphs.vision.deepstack import (
     INV_FREQ_NAME,
     DeepstackVision,
@@ -28,7 +29,7 @@ from trio_edge.export.graphs.vision.deepstack import (
     plane_mergers,
     vision_inputs,
 )
-from trio_edge.runtime.bundle.graph_io import DEEPSTACK_TOKENS, token_planes
+from trio_edge.runtime.bundle.graph_io import DEEPSTACK_TOKENS
 from trio_edge.runtime.bundle.manifest import VisionDimensions
 from trio_edge.runtime.images.qwen import Qwen3Images
 from trio_edge.runtime.prompts.chat import QWEN3_VL_TEMPLATE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,24 +20,37 @@ from trio_edge.export.graphs.probe import Probe, Saliency
 from trio_edge.export.graphs.reduce import FEATURE_NAMES, Reduce
 from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
-from trio_edge.export.quantize.unpacking import read_weight
-from trio_edge.export.token_selectors import needs_previous, probe_of, stage_selector
-from trio_edge.runtime.bundle.graph_io import (
-    CLIP_TEXT,
-    DEEPSTACK_TOKENS,
-    HAS_PREVIOUS,
-    PREVIOUS_TOKENS,
-    REDUCED_DEEPSTACK,
+from trio_edge.export.graphs.tensors import (
     GraphTensors,
     gradient_tensors,
     head_tensors,
-    is_probe,
-    num_candidates,
     probe_tensors,
     range_tensors,
     saliency_tensors,
     select_tensors,
     token_planes,
+)
+from trio_edge.export.quantize.unpacking import read_weight
+from trio_edge.export.token_selectors import needs_previous, probe_of, stage_selector
+from trio_edge.runtime.bundle.graph_io import (
+    CLIP_IDS,
+    CLIP_PATCHES,
+    CLIP_TEXT,
+    CLIP_TEXTS,
+    DEEPSTACK_TOKENS,
+    HAS_PREVIOUS,
+    IS_NEWLINE,
+    KEPT_TOKENS,
+    NUM_TEXT,
+    NUM_VISUAL,
+    PREVIOUS_TOKENS,
+    REDUCED_DEEPSTACK,
+    REDUCED_TOKENS,
+    TEXT_EMBEDS,
+    TEXT_MARKS,
+    VISUAL_TOKENS,
+    is_probe,
+    num_candidates,
 )
 from trio_edge.runtime.bundle.manifest import GraphSpec, TensorSpec
 from trio_edge.trio.saliency import CandidateHead, ProbeHead, key_value_gram
@@ -81,6 +94,8 @@ class TracedGraph:
     """Initializer name -> array in the bundle."""
     constants: dict[str, NDArray[Any]]
     """Initializer name -> values computed by the export."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Places of inputs that only a selector knows, by name."""
     piece: PieceName | None = None
     """Set if ``assembly/pieces.py`` joins the graph with others; all have the joined graph's name."""
 
@@ -276,8 +291,8 @@ def _trace_sizes(spec: GraphSpec, *, several: Mapping[str, int]) -> tuple[dict[s
 
 def _clip_text(tracer: _Tracer, clip: ClipGraphs) -> TracedGraph:
     length, dtype = clip.text.position_embedding.num_embeddings, tracer.layout.dtype
-    ids = TensorSpec(name="clip_ids", dtype="int32", shape=("M", length))
-    texts = TensorSpec(name="clip_texts", dtype=dtype, shape=("M", length, clip.projection_size))
+    ids = TensorSpec(name=CLIP_IDS, dtype="int32", shape=("M", length))
+    texts = TensorSpec(name=CLIP_TEXTS, dtype=dtype, shape=("M", length, clip.projection_size))
     spec = tracer.spec(
         CLIP_TEXT, CLIP_TEXT, GraphTensors((ids,), (texts,)), tracer.layout.clip_text_profiles()
     )
@@ -289,21 +304,21 @@ def _reduce(tracer: _Tracer, selector: Any, *, before: Sequence[GraphSpec]) -> T
     outputs_before = {tensor.name: tensor for graph in before for tensor in graph.outputs}
     planes = [outputs_before[f"{DEEPSTACK_TOKENS}{index}"] for index in range(tracer.model.num_deepstack)]
     inputs = [
-        outputs_before["visual_tokens"],
-        TensorSpec(name="num_visual", dtype="int32", shape=(1,)),
-        TensorSpec(name="is_newline", dtype="int32", shape=("N",)),
+        outputs_before[VISUAL_TOKENS],
+        TensorSpec(name=NUM_VISUAL, dtype="int32", shape=(1,)),
+        TensorSpec(name=IS_NEWLINE, dtype="int32", shape=("N",)),
     ]
     if selector.needs_features:
         inputs += [outputs_before[name] for name in FEATURE_NAMES]
     if selector.needs_text:
         inputs += [
-            TensorSpec(name="text_embeds", dtype=layout.dtype, shape=("T", hidden)),
-            TensorSpec(name="num_text", dtype="int32", shape=(1,)),
+            TensorSpec(name=TEXT_EMBEDS, dtype=layout.dtype, shape=("T", hidden)),
+            TensorSpec(name=NUM_TEXT, dtype="int32", shape=(1,)),
         ]
     if selector.needs_clip:
-        texts = outputs_before["clip_texts"]
-        marks = TensorSpec(name="text_marks", dtype="int32", shape=texts.shape[:2])
-        inputs += [outputs_before["clip_patches"], texts, marks]
+        texts = outputs_before[CLIP_TEXTS]
+        marks = TensorSpec(name=TEXT_MARKS, dtype="int32", shape=texts.shape[:2])
+        inputs += [outputs_before[CLIP_PATCHES], texts, marks]
     if selector.needs_previous:
         inputs += [
             TensorSpec(name=PREVIOUS_TOKENS, dtype=layout.dtype, shape=inputs[0].shape),
@@ -311,8 +326,8 @@ def _reduce(tracer: _Tracer, selector: Any, *, before: Sequence[GraphSpec]) -> T
         ]
     inputs += planes
     outputs = (
-        TensorSpec(name="reduced_tokens", dtype=layout.dtype, shape=(selector.num_keep, hidden)),
-        TensorSpec(name="kept_tokens", dtype="int32", shape=(selector.num_keep,)),
+        TensorSpec(name=REDUCED_TOKENS, dtype=layout.dtype, shape=(selector.num_keep, hidden)),
+        TensorSpec(name=KEPT_TOKENS, dtype="int32", shape=(selector.num_keep,)),
         *token_planes(
             REDUCED_DEEPSTACK, len(planes), rows=selector.num_keep, width=hidden, dtype=layout.dtype
         ),

@@ -136,7 +136,7 @@ class Plan:
 
     def _picture_tokens(self, num_visual: int) -> int:
         """Return the image's visual tokens before the encoder removes any; a keep is a share of these."""
-        whole = None if self.manifest is None else self.manifest.cost.picture_tokens
+        whole = None if self.manifest is None else self.manifest.cost.image_tokens
         if self.manifest is None or whole is None:
             return num_visual
         return round(num_visual * whole / self.manifest.cost.num_visual)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
-from trio_edge.runtime.devices.interface import shape_at
+from trio_edge.runtime.bundle.manifest import shape_at
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -13,11 +13,12 @@ import onnxruntime as ort
 
 from trio_edge.runtime.backends.chunked_prefill import ChunkedLaunch, has_long_prefill
 from trio_edge.runtime.backends.interface import check_tensors, selected_graphs
-from trio_edge.runtime.buffers.memory import check_memory, estimate
+from trio_edge.runtime.buffers.estimate import check_memory, estimate
 from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.manifest import shape_at
 from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
 from trio_edge.runtime.devices.host import HostDevice, release_free_memory
-from trio_edge.runtime.devices.interface import LoadedGraphs, shape_at
+from trio_edge.runtime.devices.interface import LoadedGraphs
 from trio_edge.runtime.engines.cpu import (
     ACCURACY_KEY,
     ACCURACY_LEVELS,

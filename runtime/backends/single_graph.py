@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from trio_edge.runtime.buffers.blocks import Block
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
-from trio_edge.runtime.devices.interface import shape_at
+from trio_edge.runtime.bundle.manifest import shape_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

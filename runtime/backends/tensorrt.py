@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from trio_edge.runtime.backends.interface import check_tensors, selected_graphs
-from trio_edge.runtime.buffers.memory import check_memory, estimate
+from trio_edge.runtime.buffers.estimate import check_memory, estimate
 from trio_edge.runtime.bundle.errors import BackendError, DataError
 from trio_edge.runtime.bundle.files import write_output
 from trio_edge.runtime.bundle.graph_io import CANDIDATES
+from trio_edge.runtime.bundle.manifest import shape_at
 from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
-from trio_edge.runtime.devices.interface import LoadedGraphs, shape_at
+from trio_edge.runtime.devices.interface import LoadedGraphs
 from trio_edge.runtime.devices.machine import find_host
 from trio_edge.runtime.engines.files import engine_sets, open_engines
 from trio_edge.runtime.engines.log import EngineErrors, EngineLayerTimes, engine_errors

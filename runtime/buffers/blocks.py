@@ -1,20 +1,16 @@
-"""Structured device memory: blocks that one copy moves, and stacks of equal tensors."""
+"""Device memory that one copy moves."""
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, final
 
-import numpy as np
-
-from trio_edge.runtime.devices.interface import ALIGNMENT, DeviceTensor, PitchedRows, aligned, largest_shape
+from trio_edge.runtime.devices.interface import DeviceTensor, PitchedRows, aligned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.bundle.manifest import GraphSpec, TensorSpec
     from trio_edge.runtime.devices.interface import Allocator, Device
 
 
@@ -72,60 +68,3 @@ def copy_tensor(device: Device, target: DeviceTensor, source: DeviceTensor) -> N
     device.copy_rows(
         PitchedRows(target.address, size), PitchedRows(source.address, size), row_bytes=size, num_rows=1
     )
-
-
-@final
-class Stack:
-    """Equal tensors [1, G, rows, E] in a row: keys and values of the layers of one range.
-
-    Where G rows of E elements are no multiple of ``ALIGNMENT``, each tensor is padded with further groups. So all tensors
-    start at aligned addresses, and all groups of all tensors are equally far apart: one strided copy reaches them.
-    """
-
-    def __init__(self, address: int, *, count: int, shape: tuple[int, ...], dtype: str) -> None:
-        self._address, self._count, self._shape, self._dtype = address, count, shape, dtype
-        self._row_bytes = shape[-1] * np.dtype(dtype).itemsize
-        self._pitch_bytes = shape[-2] * self._row_bytes
-        multiple = ALIGNMENT // math.gcd(ALIGNMENT, self._row_bytes)
-        self._groups = -(-shape[-3] // multiple) * multiple
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the whole stack."""
-        return self._count * self._groups * self._pitch_bytes
-
-    @property
-    def bytes_per_row(self) -> int:
-        """Bytes of one row, summed over all tensors."""
-        return self._count * self._shape[-3] * self._row_bytes
-
-    def tensor(self, index: int) -> DeviceTensor:
-        """Return the tensor at ``index``."""
-        address = self._address + index * self._groups * self._pitch_bytes
-        return DeviceTensor(address, self._shape, self._dtype)
-
-    def empty(self, index: int) -> DeviceTensor:
-        """Return the tensor at ``index`` with no rows."""
-        return self.tensor(index)._replace(shape=(*self._shape[:-2], 0, self._shape[-1]))
-
-    def copy_to(self, device: Device, target: Stack, *, first_row: int, num_rows: int) -> None:
-        """Enqueue a copy of the first ``num_rows`` rows of all tensors to ``target``'s, from ``first_row`` on."""
-        device.copy_rows(
-            PitchedRows(target._address + first_row * target._row_bytes, target._pitch_bytes),
-            PitchedRows(self._address, self._pitch_bytes),
-            row_bytes=num_rows * self._row_bytes,
-            num_rows=self._count * self._groups,
-        )
-
-
-def allocate_tensor(
-    allocator: Allocator, tensor: TensorSpec, shape: tuple[int, ...], *, graph: str
-) -> DeviceTensor:
-    """Return device memory for ``tensor`` of ``graph`` at ``shape``."""
-    found = DeviceTensor(0, shape, tensor.dtype)
-    return found._replace(address=allocator.allocate(found.num_bytes, purpose=f"{tensor.name} of {graph}"))
-
-
-def allocate_largest(allocator: Allocator, spec: GraphSpec, tensor: TensorSpec) -> DeviceTensor:
-    """Return device memory for ``tensor`` of ``spec``, large enough for every profile."""
-    return allocate_tensor(allocator, tensor, largest_shape(spec, tensor), graph=spec.name)

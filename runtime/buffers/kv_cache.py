@@ -1,72 +1,96 @@
-"""KV caches of one decoder layer range: allocated once, filled row by row on the device, read in place."""
+"""KV caches of decoder layer ranges: allocated once, filled row by row on the device, read in place."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, final
 
-from trio_edge.runtime.buffers.blocks import Stack
+import numpy as np
+
 from trio_edge.runtime.bundle.errors import ShapeError
-from trio_edge.runtime.bundle.graph_io import PAST_PREFIX, PRESENT_PREFIX
+from trio_edge.runtime.devices.interface import ALIGNMENT, DeviceTensor, PitchedRows
 
 if TYPE_CHECKING:
-    from trio_edge.runtime.bundle.manifest import GraphSpec
-    from trio_edge.runtime.devices.interface import Allocator, Device, DeviceTensor
+    from trio_edge.runtime.devices.interface import Allocator, Device
+
+
+@final
+class Stack:
+    """Equal tensors [1, G, rows, E] in a row: keys and values of the layers of one range.
+
+    Where G rows of E elements are no multiple of ``ALIGNMENT``, each tensor is padded with further groups. So all tensors
+    start at aligned addresses, and all groups of all tensors are equally far apart: one strided copy reaches them.
+    """
+
+    def __init__(self, address: int, *, count: int, shape: tuple[int, ...], dtype: str) -> None:
+        self.address, self.shape, self._count, self._dtype = address, shape, count, dtype
+        self._row_bytes = shape[-1] * np.dtype(dtype).itemsize
+        self._pitch_bytes = shape[-2] * self._row_bytes
+        multiple = ALIGNMENT // math.gcd(ALIGNMENT, self._row_bytes)
+        self._groups = -(-shape[-3] // multiple) * multiple
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole stack."""
+        return self._count * self._groups * self._pitch_bytes
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes of one row, summed over all tensors."""
+        return self._count * self.shape[-3] * self._row_bytes
+
+    def moved(self, address: int) -> Stack:
+        """Return the same stack at another address."""
+        return Stack(address, count=self._count, shape=self.shape, dtype=self._dtype)
+
+    def of_rows(self, allocator: Allocator, rows: int, *, purpose: str) -> Stack:
+        """Return new memory for as many tensors of ``rows`` rows."""
+        shape = (*self.shape[:-2], rows, self.shape[-1])
+        found = Stack(0, count=self._count, shape=shape, dtype=self._dtype)
+        return found.moved(allocator.allocate(found.num_bytes, purpose=purpose))
+
+    def tensor(self, index: int) -> DeviceTensor:
+        """Return the tensor at ``index``."""
+        address = self.address + index * self._groups * self._pitch_bytes
+        return DeviceTensor(address, self.shape, self._dtype)
+
+    def copy_to(self, device: Device, target: Stack, *, first_row: int, num_rows: int) -> None:
+        """Enqueue a copy of the first ``num_rows`` rows of all tensors to ``target``'s, from ``first_row`` on."""
+        device.copy_rows(
+            PitchedRows(target.address + first_row * target._row_bytes, target._pitch_bytes),
+            PitchedRows(self.address, self._pitch_bytes),
+            row_bytes=num_rows * self._row_bytes,
+            num_rows=self._count * self._groups,
+        )
 
 
 @final
 class KVCache:
     """Keys and values of the layers of one range, [1, G, C, E] each; the first ``length`` rows are valid.
 
-    A range's graph writes new rows to a separate stack (``NewRows``); ``append`` copies them to the end of the valid rows.
+    A range's graph writes new rows to another stack; ``append`` copies them to the end of the valid rows.
     """
 
-    def __init__(self, allocator: Allocator, spec: GraphSpec) -> None:
-        """Allocate the buffers for ``spec``, the range's graph; its decode profile has the capacity C."""
-        # Inputs and outputs are in the same order, so one strided copy moves the new rows of all layers.
-        past = [tensor for tensor in spec.inputs if tensor.name.startswith(PAST_PREFIX)]
-        self.capacity = max(profile.sizes.get("C", 0) for profile in spec.profiles)
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.capacity = stack.shape[-2]
         self.length = 0
-        self._names = [tensor.name for tensor in past]
-        self._shape = tuple(self.capacity if axis == "C" else int(axis) for axis in past[0].shape)
-        self._dtype = past[0].dtype
-        size = Stack(0, count=len(past), shape=self._shape, dtype=self._dtype).num_bytes
-        address = allocator.allocate(size, purpose=f"the KV cache of {spec.name}")
-        self._stack = Stack(address, count=len(past), shape=self._shape, dtype=self._dtype)
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the valid rows."""
-        return self._stack.bytes_per_row * self.length
+        return self.stack.bytes_per_row * self.length
 
     def clear(self) -> None:
-        """Forget all rows; the buffers stay."""
+        """Forget all rows; the memory stays."""
         self.length = 0
-
-    def no_rows(self) -> dict[str, DeviceTensor]:
-        """Return the graph inputs of a prefill: tensors without rows."""
-        return {name: self._stack.empty(index) for index, name in enumerate(self._names)}
-
-    def all_rows(self) -> dict[str, DeviceTensor]:
-        """Return the graph inputs of a decode step: tensors with all C rows."""
-        return {name: self._stack.tensor(index) for index, name in enumerate(self._names)}
-
-    def stack_like(self, allocator: Allocator, *, rows: int) -> Stack:
-        """Return memory for ``rows`` rows of all layers."""
-        shape = (*self._shape[:-2], rows, self._shape[-1])
-        size = Stack(0, count=len(self._names), shape=shape, dtype=self._dtype).num_bytes
-        address = allocator.allocate(size, purpose="kept KV rows")
-        return Stack(address, count=len(self._names), shape=shape, dtype=self._dtype)
-
-    def save(self, device: Device, target: Stack, *, num_rows: int) -> None:
-        """Enqueue a copy of the first ``num_rows`` rows to ``target``."""
-        self._stack.copy_to(device, target, first_row=0, num_rows=num_rows)
 
     def restore(self, device: Device, source: Stack, *, num_rows: int) -> None:
         """Enqueue a copy of ``num_rows`` rows from ``source``; they become the valid rows."""
-        source.copy_to(device, self._stack, first_row=0, num_rows=num_rows)
+        source.copy_to(device, self.stack, first_row=0, num_rows=num_rows)
         self.length = num_rows
 
-    def append(self, device: Device, new: NewRows, *, num_rows: int) -> None:
+    def append(self, device: Device, new: Stack, *, num_rows: int) -> None:
         """Enqueue a copy of the first ``num_rows`` new rows to the end of the valid rows.
 
         Raises:
@@ -77,21 +101,5 @@ class KVCache:
             raise ShapeError(
                 f"KV cache: expected at most {self.capacity} rows, got {end}; export with a larger --max-new-tokens"
             )
-        new.stack.copy_to(device, self._stack, first_row=self.length, num_rows=num_rows)
+        new.copy_to(device, self.stack, first_row=self.length, num_rows=num_rows)
         self.length = end
-
-
-@final
-class NewRows:
-    """New keys and values that a layer range writes, [1, G, S, E] each."""
-
-    def __init__(self, address: int, spec: GraphSpec, *, rows: int) -> None:
-        """Lay out the outputs of ``spec`` from ``address`` on, for S = ``rows``."""
-        present = [tensor for tensor in spec.outputs if tensor.name.startswith(PRESENT_PREFIX)]
-        shape = tuple(rows if axis == "S" else int(axis) for axis in present[0].shape)
-        self.stack = Stack(address, count=len(present), shape=shape, dtype=present[0].dtype)
-        self._names = [tensor.name for tensor in present]
-
-    def outputs(self) -> dict[str, DeviceTensor]:
-        """Return the graph outputs."""
-        return {name: self.stack.tensor(index) for index, name in enumerate(self._names)}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
-from trio_edge.runtime.bundle.errors import ManifestError, ScheduleError
+from trio_edge.runtime.bundle.errors import BackendError, ManifestError, ScheduleError
 from trio_edge.runtime.bundle.generation import GenerationSettings
 from trio_edge.runtime.bundle.limits import (
     Axis,
@@ -29,13 +29,14 @@ from trio_edge.runtime.bundle.limits import (
     Tokens,
     Work,
 )
+from trio_edge.runtime.bundle.programs import Program
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.bundle.typed_json import typed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST_NAME = "trio.json"
 _NUMBER = re.compile(r"[0-9]{1,4}")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8, "int8": 1, "float8_e4m3fn": 1}
@@ -154,6 +155,26 @@ class GraphSpec(_Spec, frozen=True):
     def tensor(self, name: str) -> TensorSpec:
         """Return the input or output called ``name``."""
         return next(tensor for tensor in self.tensors if tensor.name == name)
+
+
+def find_profile(spec: GraphSpec, sizes: Mapping[str, int]) -> Profile:
+    """Return the profile of ``spec`` with exactly ``sizes``.
+
+    Raises:
+        BackendError: If there is none.
+    """
+    for profile in spec.profiles:
+        if profile.sizes == sizes:
+            return profile
+    known = ", ".join(profile.name for profile in spec.profiles)
+    raise BackendError(
+        f"{spec.name}: expected one of the profiles {known}, got sizes {dict(sizes)}; export the bundle again"
+    )
+
+
+def shape_at(shape: tuple[int | str, ...], profile: Profile) -> tuple[int, ...]:
+    """Return a tensor's shape at a profile; symbols of other pieces are 0."""
+    return tuple(profile.sizes.get(size, 0) if isinstance(size, str) else size for size in shape)
 
 
 class StoredTensor(_Spec, frozen=True):
@@ -286,7 +307,7 @@ class Cost(_Spec, frozen=True):
     full_kv_bytes: Bytes
     reduced_kv_bytes: Bytes
     num_images: Tokens = 1
-    picture_tokens: Extent | None = None
+    image_tokens: Extent | None = None
     """Visual tokens of the same images without encoder reduction; None if equal to ``num_visual``."""
 
 
@@ -326,6 +347,8 @@ class Manifest(_Spec, frozen=True):
     token_embedding: StoredTensor
     graphs: tuple[GraphSpec, ...]
     """In the order in which a prefill runs them."""
+    programs: tuple[Program, ...]
+    """What the runtime does with them."""
     files: tuple[FileEntry, ...]
     """Every file of the bundle except the manifest itself."""
     model_bytes: Bytes
@@ -475,6 +498,10 @@ class Manifest(_Spec, frozen=True):
         """Return the graph called ``name``."""
         return next(graph for graph in self.graphs if graph.name == name)
 
+    def program(self, name: str) -> Program:
+        """Return the program called ``name``."""
+        return next(program for program in self.programs if program.name == name)
+
     def format_of(self, graph: GraphSpec) -> QuantizedFormat | None:
         """Return the quantized format of the linear layers of ``graph``; None for floating point."""
         if graph.role == "probe":
@@ -537,7 +564,7 @@ class Manifest(_Spec, frozen=True):
     @property
     def average_keep(self) -> float:
         """Mean over layers of the visual tokens processed, as a fraction of the tokens before any reduction."""
-        whole = self.cost.picture_tokens or self.cost.num_visual
+        whole = self.cost.image_tokens or self.cost.num_visual
         share = self.average_keep_of(self.cost.num_visual, num_images=self.cost.num_images)
         return share * self.cost.num_visual / whole
 

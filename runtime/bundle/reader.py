@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from trio_edge.runtime.bundle.checks import check_programs
 from trio_edge.runtime.bundle.errors import BundleError
 from trio_edge.runtime.bundle.files import read_regular
-from trio_edge.runtime.bundle.graph_io import check_tensors
 from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
 from trio_edge.runtime.bundle.manifest import (
     MANIFEST_NAME,
@@ -99,7 +99,7 @@ def open_bundle(folder: str | Path, *, hash_all: bool = False) -> Bundle:
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror}); export the bundle again") from None
     manifest = manifest_from_json(text, where=str(path))
-    check_tensors(manifest, where=str(path))
+    check_programs(manifest, where=str(path))
     for entry in manifest.files:
         problem = file_problem(folder / entry.path, entry, root=root, hash_all=hash_all)
         if problem is not None:

@@ -20,14 +20,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 import numpy as np
 
-from trio_edge.runtime.bundle.errors import BackendError
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.bundle.manifest import GraphSpec, Profile, TensorSpec
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
 
 ALIGNMENT = 256
 """Bytes; TensorRT requires the address of every I/O tensor to be a multiple of it."""
@@ -175,7 +173,7 @@ class LoadedGraphs:
     engines: dict[str, Engine]
     """By graph name."""
     memory: dict[str, int]
-    """Bytes of device memory by purpose, see ``buffers.memory.estimate``."""
+    """Bytes of device memory by purpose, see ``buffers.estimate``."""
     notes: list[str] = field(default_factory=list)
     """Harmless problems, one line each."""
 
@@ -188,31 +186,6 @@ class LoadedGraphs:
                 closing.callback(engine.close)
             self.engines.clear()
             self.device.finish()
-
-
-def find_profile(spec: GraphSpec, sizes: Mapping[str, int]) -> Profile:
-    """Return the profile of ``spec`` with exactly ``sizes``.
-
-    Raises:
-        BackendError: If there is none.
-    """
-    for profile in spec.profiles:
-        if profile.sizes == sizes:
-            return profile
-    known = ", ".join(profile.name for profile in spec.profiles)
-    raise BackendError(
-        f"{spec.name}: expected one of the profiles {known}, got sizes {dict(sizes)}; export the bundle again"
-    )
-
-
-def shape_at(shape: tuple[int | str, ...], profile: Profile) -> tuple[int, ...]:
-    """Return a tensor's shape at a profile; symbols of other pieces are 0."""
-    return tuple(profile.sizes.get(size, 0) if isinstance(size, str) else size for size in shape)
-
-
-def largest_shape(spec: GraphSpec, tensor: TensorSpec) -> tuple[int, ...]:
-    """Return the largest shape of a tensor of ``spec`` over all profiles."""
-    return max((shape_at(tensor.shape, profile) for profile in spec.profiles), key=math.prod)
 
 
 def aligned(num_bytes: int) -> int:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.graph_io import CANDIDATE_ROWS, OUTPUT_GRADIENT
-from trio_edge.runtime.devices.interface import shape_at
+from trio_edge.runtime.bundle.manifest import shape_at
 from trio_edge.runtime.engines.log import make_logger
 from trio_edge.runtime.engines.network import Network
 from trio_edge.runtime.engines.package import EngineBackend, TensorRT, load_tensorrt

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.runtime.bundle.schedule import Schedule
     from trio_edge.runtime.devices.interface import DeviceTensor
     from trio_edge.runtime.prompts.positions import PromptPositions
 
@@ -101,6 +102,52 @@ class DecoderPrompt:
         images = np.zeros(self.num_visual, np.int32) if self.images is None else self.images
         return VisualTokens(self.visual_rows, images)
 
+    @property
+    def num_before(self) -> int:
+        """Rows up to the last visual token."""
+        return self.length - self.num_after if self.num_visual else 0
+
+    def spans(self, schedule: Schedule) -> list[Span]:
+        """Return the rows that enter each layer range. They follow from the K's, without asking the device."""
+        spans = [Span(self.num_visual, self.max_visual, self.length)]
+        for stage in schedule.stages:
+            last = spans[-1]
+            kept = min(stage.keep, last.num_visual)
+            spans.append(Span(kept, stage.keep, last.length - last.num_visual + kept))
+        return spans
+
+    def values(self, schedule: Schedule) -> dict[str, NDArray[np.int32]]:
+        """Return what the host sends, by place: ``prompt`` in ``trio_edge.runtime.bundle.programs.sent_by_host``."""
+        *entering, last = self.spans(schedule)
+        rows = self.num_text + np.arange(self.max_visual, dtype=np.int32)  # rows of padding tokens
+        rows[: self.num_visual] = self.visual_rows
+        images = np.zeros(self.max_visual, np.int32)
+        images[: self.num_visual] = 0 if self.images is None else self.images
+        is_visual = np.zeros(self.max_visual + self.text_bucket, np.int32)
+        is_visual[self.visual_rows] = 1
+        found = {
+            "prompt.position_ids": self.positions.ids,
+            "prompt.visual_rows": rows,
+            "prompt.visual_images": images,
+            "prompt.is_visual": is_visual,
+            "prompt.length": _one(self.length),
+            "prompt.last_row": _one(last.length - 1),
+        }
+        for stage, span in enumerate(entering):
+            found[f"prompt.length.{stage}"] = _one(span.length)
+            found[f"prompt.num_visual.{stage}"] = _one(span.num_visual)
+            found[f"prompt.probe_rows.{stage}"] = self._probe_rows(span.length, schedule)
+        return found
+
+    def _probe_rows(self, length: int, schedule: Schedule) -> NDArray[np.int32]:
+        """Return the rows that carry a probe's loss. Rows up to the last image's end are replaced by the first row after it.
+
+        The graphs would not count a visual token's direct contribution to the loss at its own row.
+        """
+        last = length - schedule.last_probe_offset
+        rows = np.arange(last - schedule.num_probe_rows + 1, last + 1, dtype=np.int32)
+        return np.maximum(rows, length - self.num_after)
+
     def check(self, manifest: Manifest) -> None:
         """Raise ShapeError if the rows do not fit each other or the bundle."""
         if not 1 <= self.num_text <= self.text_bucket:
@@ -139,3 +186,7 @@ class DecoderPrompt:
                 raise ShapeError(
                     f"prompt: expected {dtype} rows of {width} numbers, got {values.dtype} {list(values.shape)}"
                 )
+
+
+def _one(value: int) -> NDArray[np.int32]:
+    return np.array([value], np.int32)

@@ -1,7 +1,9 @@
 """The likeliest tokens of the probe rows, and their rows of the lm_head, for the gradient of a quantized head.
 
 The gradient of an exact head reads the whole lm_head backwards. A quantized weight cannot serve both directions, so this
-would take a second copy. The loss over the T likeliest tokens needs T rows instead, which the host reads from a file.
+would take a second copy. The loss over the T likeliest tokens needs T rows instead, which the host reads from a file: after
+a probe's forward half it sends the probe rows to the head, and after the head the rows to the gradient. Each waits for the
+device.
 """
 
 from __future__ import annotations
@@ -10,47 +12,68 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
-from trio_edge.runtime.bundle import graph_io
+from trio_edge.runtime.bundle.graph_io import (
+    CANDIDATE_LOGITS,
+    CANDIDATE_ROWS,
+    HIDDEN,
+    LAST_ROW,
+    PROBE_OUTPUT,
+    TOP_IDS,
+    TOP_LOGITS,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.buffers.candidates import CandidateBuffers
+    from trio_edge.runtime.buffers.memory import Memory
+    from trio_edge.runtime.bundle.programs import Launch
     from trio_edge.runtime.bundle.token_table import TokenTable
-    from trio_edge.runtime.devices.interface import Device, Engine
+    from trio_edge.runtime.devices.interface import Device
 
 
 @final
-class HeadCandidates:
-    """A launch after a probe's forward half and before the head's gradient. It waits for the device twice."""
+class EnterHead:
+    """Sends a probe's output to the head, in the head's element type."""
 
     capturable = False
 
-    def __init__(self, device: Device, head: Engine, buffers: CandidateBuffers, rows: TokenTable) -> None:
-        """Bind the head at all probe rows; ``rows`` are those of the lm_head."""
-        self._device, self._buffers, self._rows = device, buffers, rows
-        self._head = head.prepare(buffers.profile, buffers.head_tensors())
+    def __init__(self, device: Device, memory: Memory, spec: Launch) -> None:
+        self._device, self._memory = device, memory
+        self._source = memory.tensor(spec.inputs[PROBE_OUTPUT])
+        pinned = device.allocate_pinned(self._source.num_bytes, purpose="a probe's output")
+        self._output = pinned.view(np.float32).reshape(self._source.shape)
+        self._hidden = memory.host(spec.outputs[HIDDEN])
+        memory.host(spec.outputs[LAST_ROW])[:] = np.arange(len(self._output))
 
     def enqueue(self) -> None:
-        """Run the head on the probe rows and send the candidates to the device.
+        """Download the output and send it."""
+        self._device.download(self._output, self._source)
+        self._device.synchronize()
+        limits = np.finfo(self._hidden.dtype)
+        self._hidden[0] = np.clip(self._output, limits.min, limits.max)
+        self._memory.send(self._device, "entering")
 
-        Raises:
-            BackendError: If the head fails.
-        """
-        device, buffers = self._device, self._buffers
-        device.download(buffers.output, buffers.output_on_device)
-        device.synchronize()
-        hidden = buffers.asked.host(graph_io.HIDDEN)
-        limits = np.finfo(hidden.dtype)
-        hidden[0] = np.clip(buffers.output, limits.min, limits.max)
-        buffers.asked.upload(device)
-        self._head.enqueue()
-        buffers.found.download(device)
-        device.synchronize()
-        logits, ids = ordered(buffers.found.host(graph_io.TOP_LOGITS), buffers.found.host(graph_io.TOP_IDS))
-        buffers.sent.host(graph_io.CANDIDATE_LOGITS)[:] = logits
-        buffers.sent.host(graph_io.CANDIDATE_ROWS)[:] = self._rows[ids]
-        buffers.sent.upload(device)
+
+@final
+class LikeliestRows:
+    """Sends the logits of the likeliest tokens and their rows of the lm_head."""
+
+    capturable = False
+
+    def __init__(self, device: Device, memory: Memory, spec: Launch, *, rows: TokenTable) -> None:
+        """``rows`` are those of the lm_head."""
+        self._device, self._memory, self._rows = device, memory, rows
+        self._found = tuple(memory.host(spec.inputs[name]) for name in (TOP_LOGITS, TOP_IDS))
+        self._sent = tuple(memory.host(spec.outputs[name]) for name in (CANDIDATE_LOGITS, CANDIDATE_ROWS))
+
+    def enqueue(self) -> None:
+        """Download what the head found, and send the rows."""
+        self._memory.fetch(self._device, "found")
+        self._device.synchronize()
+        logits, ids = ordered(*self._found)
+        self._sent[0][:] = logits
+        self._sent[1][:] = self._rows[ids]
+        self._memory.send(self._device, "likeliest")
 
 
 def ordered(

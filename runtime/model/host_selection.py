@@ -7,17 +7,26 @@ from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import numpy as np
 
-from trio_edge.runtime.bundle.graph_io import SCORES
+from trio_edge.runtime.bundle.graph_io import (
+    HIDDEN,
+    KEPT_DEEPSTACK,
+    KEPT_HIDDEN,
+    KEPT_POSITIONS,
+    KEPT_VISUAL_IMAGES,
+    KEPT_VISUAL_ROWS,
+    POSITIONS,
+    SCORES,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.buffers.decoder import DecoderBuffers
-    from trio_edge.runtime.bundle.manifest import Manifest
-    from trio_edge.runtime.devices.interface import Device, DeviceTensor
-    from trio_edge.runtime.model.decoder_prompt import DecoderPrompt, Span, VisualTokens
+    from trio_edge.runtime.bundle.programs import Launch
+    from trio_edge.runtime.devices.interface import DeviceTensor
+    from trio_edge.runtime.model.decoder_prompt import Span, VisualTokens
+    from trio_edge.runtime.model.programs import Programs
 
 SelectorOverride: TypeAlias = "Callable[[int, NDArray[np.int32], int], NDArray[np.int32]]"
 """Selects on the host instead of a select graph. Gets the stage, the original indices of the tokens that enter it, and K;
@@ -28,16 +37,16 @@ returns the kept tokens as ascending indices into the entering tokens."""
 class HostSelection:
     """Does the work of a select graph on the host, between two layer ranges of a prefill."""
 
-    def __init__(self, manifest: Manifest, device: Device, buffers: DecoderBuffers) -> None:
-        self._manifest, self._device, self._buffers = manifest, device, buffers
+    def __init__(self, programs: Programs) -> None:
+        self._manifest, self._device, self._memory = programs.manifest, programs.device, programs.memory
 
-    def exact(self, stage: int, tokens: VisualTokens, span: Span) -> NDArray[np.int32]:
+    def exact(self, launch: Launch, tokens: VisualTokens, span: Span) -> NDArray[np.int32]:
         """Return the tokens that exact NMS keeps: [K] ascending indices into ``tokens``, all that enter the stage."""
-        hidden = self._download(self._buffers.hidden_out[stage].rows(0, span.length))
-        schedule, keep = self._manifest.schedule, self._keep(stage)
+        hidden = self._download(self._memory.tensor(launch.inputs[HIDDEN]).rows(0, span.length))
+        schedule, keep = self._manifest.schedule, self._keep(launch)
         return greedy_nms(
             hidden[tokens.rows],
-            self._buffers.results.host(f"{SCORES}.{stage}", (span.num_visual,)),
+            self._memory.host(launch.outputs[SCORES], (span.num_visual,)),
             num_keep=min(keep, span.num_visual),
             threshold=schedule.nms_threshold,
             images=tokens.images if schedule.budget == "image" else None,
@@ -45,62 +54,65 @@ class HostSelection:
         )
 
     def replace(
-        self, stage: int, kept: NDArray[np.int32], tokens: VisualTokens, span: Span, prompt: DecoderPrompt
+        self, launch: Launch, kept: NDArray[np.int32], tokens: VisualTokens, span: Span, *, num_text: int
     ) -> None:
-        """Write the outputs of the select graph of ``stage``, which keeps ``kept``, where the next range reads them.
+        """Write the outputs of the select graph that ``launch`` replaces, which keeps ``kept``.
 
-        ``kept`` [K] are ascending indices into ``tokens``. ``tokens`` and ``span`` enter the stage.
+        Args:
+            launch: Of a stage; it has the graph's inputs and outputs.
+            kept: [K], ascending indices into ``tokens``.
+            tokens: Enter the stage, as ``span`` does.
+            span: Its rows.
+            num_text: Rows reserved for text.
         """
-        buffers, num_rows = self._buffers, self._keep(stage) + prompt.text_bucket
+        num_rows = self._keep(launch) + num_text
         rows = np.delete(np.arange(span.length), np.delete(tokens.rows, kept))
-        self._gather(buffers.hidden_out[stage], rows, buffers.kept_hidden[stage], num_rows=num_rows)
-        for layer, plane in buffers.planes[stage + 1].items():
-            self._gather(buffers.planes[stage][layer], rows, plane, num_rows=num_rows)
-        positions = self._positions(stage, rows, span, prompt, num_rows=num_rows)
-        self._device.upload(buffers.kept_positions[stage], positions)
-        self._send_marks(stage, tokens.kept(kept), num_rows=num_rows)
+        for name, place in launch.outputs.items():
+            source = launch.inputs.get(name.removeprefix("kept_"))
+            if source is not None and (name == KEPT_HIDDEN or name.startswith(KEPT_DEEPSTACK)):
+                entering = self._memory.tensor(source).rows(0, int(rows[-1]) + 1)
+                gathered = np.zeros((num_rows, entering.shape[1]), entering.dtype)
+                gathered[: len(rows)] = self._download(entering)[rows]
+                self._upload(place, gathered)
+        self._upload(
+            launch.outputs[KEPT_POSITIONS],
+            self._positions(
+                launch.inputs[POSITIONS], rows, num_entering=span.rows + num_text, num_rows=num_rows
+            ),
+        )
+        self._send_marks(launch, tokens.kept(kept), num_rows=num_rows)
 
-    def _keep(self, stage: int) -> int:
-        return self._manifest.schedule.stages[stage].keep
+    def _keep(self, launch: Launch) -> int:
+        return self._manifest.schedule.stages[launch.stage].keep
 
     def _positions(
-        self, stage: int, rows: NDArray[np.intp], span: Span, prompt: DecoderPrompt, *, num_rows: int
+        self, entering: str, rows: NDArray[np.intp], *, num_entering: int, num_rows: int
     ) -> NDArray[np.int32]:
         """Return the position ids of the kept rows: counted again ("compact") or unchanged ("preserved")."""
         axes = self._manifest.position_axes
         positions = np.broadcast_to(np.arange(num_rows, dtype=np.int32), (axes, num_rows)).copy()
         if self._manifest.schedule.positions == "preserved":
-            entering = prompt.positions.ids
-            if stage > 0:
-                shape = axes, span.rows + prompt.text_bucket
-                entering = self._download(self._buffers.kept_positions[stage - 1], shape=shape)
-            positions[:, : len(rows)] = entering[:, rows]
+            ids = self._download(self._memory.tensor(entering, (axes, num_entering)))
+            positions[:, : len(rows)] = ids[:, rows]
         return positions
 
-    def _send_marks(self, stage: int, kept: VisualTokens, *, num_rows: int) -> None:
-        """Enqueue copies of the kept visual tokens' rows and images; padding gets the last rows."""
-        buffers, keep = self._buffers, self._keep(stage)
+    def _send_marks(self, launch: Launch, kept: VisualTokens, *, num_rows: int) -> None:
+        """Write the kept visual tokens' rows and images; padding gets the last rows."""
+        keep = self._keep(launch)
         rows = num_rows - keep + np.arange(keep, dtype=np.int32)
         rows[: len(kept.rows)] = kept.rows
-        self._device.upload(buffers.kept_visual_rows[stage], rows)
-        if buffers.kept_visual_images:
+        self._upload(launch.outputs[KEPT_VISUAL_ROWS], rows)
+        if KEPT_VISUAL_IMAGES in launch.outputs:
             images = np.zeros(keep, np.int32)
             images[: len(kept.rows)] = kept.images
-            self._device.upload(buffers.kept_visual_images[stage], images)
-        self._device.synchronize()  # the arrays are not pinned
+            self._upload(launch.outputs[KEPT_VISUAL_IMAGES], images)
 
-    def _gather(
-        self, source: DeviceTensor, rows: NDArray[np.intp], target: DeviceTensor, *, num_rows: int
-    ) -> None:
-        """Copy ``rows`` of ``source`` to the first rows of ``target``, and zeros to the rest of its ``num_rows`` rows."""
-        entering = self._download(source.rows(0, int(rows[-1]) + 1))
-        kept = np.zeros((num_rows, entering.shape[1]), entering.dtype)
-        kept[: len(rows)] = entering[rows]
-        self._device.upload(target, kept)
+    def _upload(self, place: str, array: NDArray[Any]) -> None:
+        self._device.upload(self._memory.tensor(place, array.shape), array)
         self._device.synchronize()  # the array is not pinned
 
-    def _download(self, source: DeviceTensor, *, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
-        array = np.empty(source.shape if shape is None else shape, source.dtype)
+    def _download(self, source: DeviceTensor) -> NDArray[Any]:
+        array = np.empty(source.shape, source.dtype)
         self._device.download(array, source)
         self._device.synchronize()
         return array

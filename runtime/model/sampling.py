@@ -6,7 +6,7 @@ The device returns the most likely tokens, which suffice for greedy decoding and
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Protocol, final
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 import msgspec
 import numpy as np
@@ -19,12 +19,20 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.buffers.decoder import TopTokens
     from trio_edge.runtime.bundle.generation import GenerationSettings
 
 NUM_SUMMED_UP = 256
 """Tokens of a ``FirstToken``."""
 _SMALLEST = 1e-30  # smaller probabilities of all other tokens are rounding errors
+
+
+class TopTokens(NamedTuple):
+    """The most likely tokens, descending; equal logits come in any order."""
+
+    ids: NDArray[np.int32]
+    """[T]."""
+    logits: NDArray[np.float32]
+    """[T]."""
 
 
 @final

@@ -6,24 +6,29 @@ waits for the device only if it needs to know which tokens were kept: see ``Visi
 
 from __future__ import annotations
 
+import hashlib
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
 from trio_edge.runtime.buffers.blocks import copy_tensor
-from trio_edge.runtime.buffers.seen_images import SeenImages
-from trio_edge.runtime.buffers.vision import VisionBuffers
+from trio_edge.runtime.buffers.recent import Recent
 from trio_edge.runtime.bundle.errors import ManifestError, PromptTooLongError, ShapeError
 from trio_edge.runtime.bundle.graph_io import (
+    CLIP_IDS,
     DEEPSTACK_TOKENS,
     HAS_PREVIOUS,
+    IS_NEWLINE,
+    NUM_TEXT,
+    NUM_VISUAL,
     PREVIOUS_TOKENS,
     REDUCED_DEEPSTACK,
     REDUCED_TOKENS,
+    TEXT_EMBEDS,
+    TEXT_MARKS,
     VISUAL_TOKENS,
 )
-from trio_edge.runtime.devices.interface import DeviceTensor, find_profile
 from trio_edge.runtime.devices.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -32,10 +37,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile
-    from trio_edge.runtime.devices.interface import Launch, LoadedGraphs
+    from trio_edge.runtime.bundle.manifest import Profile
+    from trio_edge.runtime.devices.interface import DeviceTensor
     from trio_edge.runtime.images.interface import ImageProcessing
     from trio_edge.runtime.images.layout import ImageLayout
+    from trio_edge.runtime.model.programs import BoundLaunch, Programs
     from trio_edge.runtime.prompts.clip_text import ClipTexts
     from trio_edge.runtime.videos.interface import VideoProcessing
     from trio_edge.runtime.videos.reading import Video
@@ -89,36 +95,44 @@ class Vision:
 
     def __init__(
         self,
-        manifest: Manifest,
-        graphs: LoadedGraphs,
+        programs: Programs,
         *,
         images: ImageProcessing,
         clip_texts: ClipTexts | None = None,
         keep_images: int = 0,
     ) -> None:
-        """Allocate all buffers, including outputs for ``keep_images`` kept images.
+        """Allocate memory for the outputs of ``keep_images`` kept images.
 
         ``clip_texts`` splits questions into CLIP's texts, in a bundle with CLIP's text tower.
 
         Raises:
             BackendError: If the device has too little memory.
         """
-        self._manifest, self._images, self._clip_texts = manifest, images, clip_texts
-        self._device, self._engines = graphs.device, graphs.engines
-        self._buffers = VisionBuffers(manifest, graphs.device)
-        self._timeline = Timeline(graphs.device)
-        self._launches: dict[tuple[str, str], Launch] = {}
+        self._manifest, self._images, self._clip_texts = programs.manifest, images, clip_texts
+        self._programs, self._device, self._memory = programs, programs.device, programs.memory
+        self._spec = self._manifest.graph("vision")
+        self._reduce_inputs = set(programs.launches("reduce")[-1].inputs) if "reduce" in programs else set()
+        self._timeline = Timeline(programs.device)
         self._kept: dict[str, NDArray[np.int32]] = {}
         """Indices that each graph kept of the last image, by role; valid once the host has waited for the device."""
         self._layouts: list[tuple[ImageLayout, dict[str, NDArray[np.int32]]]] = []
         """Layout before any selection and ``_kept``, for each image of the last prompt."""
-        self._seen = SeenImages(self._buffers.graphs["vision"], graphs.device, count=keep_images)
+        self._keeps_images = keep_images > 0
+        self._recent = Recent([self._slot() for _ in range(keep_images)])
+        """Outputs of the vision graph for recent images, by their pixels."""
+
+    def _slot(self) -> dict[str, DeviceTensor]:
+        (launch,) = self._programs.launches("vision")
+        places = {name: self._memory.tensor(place) for name, place in launch.outputs.items()}
+        return {
+            name: whole._replace(address=self._device.allocate(whole.num_bytes, purpose="kept images"))
+            for name, whole in places.items()
+        }
 
     @property
     def reads_question(self) -> bool:
         """Whether the reduce graph reads the question, so that its tokens depend on the question."""
-        reduce = self._buffers.graphs.get("reduce")
-        return self._clip_texts is not None or (reduce is not None and "text_embeds" in reduce.input_names)
+        return self._clip_texts is not None or TEXT_EMBEDS in self._reduce_inputs
 
     @property
     def graph_ms(self) -> dict[str, float]:
@@ -147,7 +161,7 @@ class Vision:
             self._profile_of(layout),
             partial(images.prepare, image),
             clip_texts=self._texts(question),
-            key=self._seen.key_of(image, images),
+            key=_key_of(image, images) if self._keeps_images else b"",
         )
 
     def prepare_video(self, video: Video, question: str, *, videos: VideoProcessing) -> list[PreparedImage]:
@@ -169,7 +183,7 @@ class Vision:
 
     def _profile_of(self, layout: ImageLayout) -> Profile:
         """Return the first profile of the vision graph with room for an image."""
-        for profile in self._buffers.graphs["vision"].profiles:
+        for profile in self._spec.profiles:
             if all(profile.sizes[name] >= size for name, size in layout.sizes.items()):
                 return profile
         raise ShapeError(
@@ -251,12 +265,12 @@ class Vision:
         was_kept = self._bring_back(prepared)
         if not was_kept:
             self.run_vision(prepared.inputs, prepared.profile)
-            self._seen.keep(prepared.key, self._device, self._vision_outputs(prepared.profile))
+            self._keep(prepared)
         outputs = [tensor.rows(0, num_visual) for tensor in self._vision_tokens(prepared.profile)]
         if manifest.encoder_keep is not None and (must_know or keep is not None):
             self._device.synchronize()
         if keep is not None:
-            reduced = self._reduce(prepared, after, text_bucket)
+            reduced = self.reduce_tokens(*self._inputs_of_reduce(prepared, after, text_bucket))
             outputs = [tensor.rows(0, min(keep, num_visual)) for tensor in reduced]
             if must_know:
                 self._device.synchronize()
@@ -265,15 +279,14 @@ class Vision:
 
     def _keep_previous(self, prepared: PreparedImage) -> None:
         """Enqueue a copy of the last frames' tokens to the input of a reduce graph that compares frames."""
-        spec = self._buffers.graphs.get("reduce")
-        if spec is not None and PREVIOUS_TOKENS in spec.input_names:
-            profile = find_profile(spec, {"N": prepared.profile.sizes["N"]})
+        if PREVIOUS_TOKENS in self._reduce_inputs:
             tokens, *_ = self._vision_tokens(prepared.profile)
-            copy_tensor(self._device, self._buffers.tensors(spec, profile)[PREVIOUS_TOKENS], tokens)
+            place = self._programs.launches("reduce")[-1].inputs[PREVIOUS_TOKENS]
+            copy_tensor(self._device, self._memory.tensor(place, tokens.shape), tokens)
 
     def _collected(self, outputs: Sequence[DeviceTensor], *, first: int) -> list[DeviceTensor]:
         """Enqueue copies of an image's tokens and planes to the memory for all images, from row ``first`` on."""
-        several = self._buffers.several(self._device)
+        several = self._memory.images(self._device)
         places = [whole.rows(first, tensor.shape[0]) for whole, tensor in zip(several, outputs)]
         for place, source in zip(places, outputs):
             copy_tensor(self._device, place, source)
@@ -295,20 +308,28 @@ class Vision:
 
     def _bring_back(self, prepared: PreparedImage) -> bool:
         """Enqueue copies of the vision graph's outputs for a kept image; return False if the graph must run."""
-        spec, profile = self._buffers.graphs["vision"], prepared.profile
-        if not self._seen.bring_back(prepared.key, self._device, self._vision_outputs(profile)):
+        if (slot := self._recent.find(prepared.key)) is None:
             return False
-        kept = self._buffers.fetch(self._device, spec, profile)
-        self._kept = {} if kept is None else {spec.role: kept}
+        launch = self._vision_launch(prepared.profile)
+        for name in launch.spec.outputs:
+            copy_tensor(self._device, launch.tensors[name], slot[name])
+        self._kept = {}
+        self._fetch_kept(launch, role="vision")
         return True
 
-    def _vision_outputs(self, profile: Profile) -> dict[str, DeviceTensor]:
-        spec = self._buffers.graphs["vision"]
-        tensors = self._buffers.tensors(spec, profile)
-        return {tensor.name: tensors[tensor.name] for tensor in spec.outputs}
+    def _keep(self, prepared: PreparedImage) -> None:
+        """Enqueue copies of the vision graph's outputs; an image without a key is not kept."""
+        if (slot := self._recent.take(prepared.key)) is not None:
+            launch = self._vision_launch(prepared.profile)
+            for name in launch.spec.outputs:
+                copy_tensor(self._device, slot[name], launch.tensors[name])
+
+    def _vision_launch(self, profile: Profile) -> BoundLaunch:
+        (launch,) = self._programs.at("vision", profile.sizes)
+        return launch
 
     def _vision_tokens(self, profile: Profile) -> tuple[DeviceTensor, ...]:
-        return self._with_planes(self._vision_outputs(profile), VISUAL_TOKENS, DEEPSTACK_TOKENS)
+        return self._with_planes(self._vision_launch(profile), VISUAL_TOKENS, DEEPSTACK_TOKENS)
 
     @property
     def layouts(self) -> tuple[ImageLayout, ...]:
@@ -335,38 +356,32 @@ class Vision:
             result.append((layout.positions, layout.position_span))
         return tuple(result)
 
-    def _reduce(
-        self, prepared: PreparedImage, after: NDArray[Any], text_bucket: int
-    ) -> tuple[DeviceTensor, ...]:
-        inputs, sizes = self._reduce_inputs(prepared, after, text_bucket)
-        if prepared.clip_texts is not None:
-            clip_ids, marks = prepared.clip_texts
-            self.encode_question(clip_ids)
-            inputs, sizes = {**inputs, "text_marks": marks}, {**sizes, "M": len(marks)}
-        return self.reduce_tokens(inputs, sizes=sizes)
-
-    def _reduce_inputs(
+    def _inputs_of_reduce(
         self, prepared: PreparedImage, after: NDArray[Any], text_bucket: int
     ) -> tuple[dict[str, NDArray[Any]], dict[str, int]]:
-        """Return the reduce graph's inputs that no other graph provides, and its sizes."""
+        """Return the inputs of the reduce program that no other graph provides, and its sizes."""
         num_visual, rows = prepared.layout.num_visual, prepared.profile.sizes["N"]
         is_newline = np.zeros(rows, np.int32)
         layout = prepared.layout.kept(self._kept["vision"]) if "vision" in self._kept else prepared.layout
         is_newline[:num_visual] = np.isnan(layout.boxes[:, 0])
         inputs: dict[str, NDArray[Any]] = {
-            "num_visual": np.array([num_visual], np.int32),
-            "is_newline": is_newline,
+            NUM_VISUAL: np.array([num_visual], np.int32),
+            IS_NEWLINE: is_newline,
         }
-        if "text_embeds" in self._buffers.graphs["reduce"].input_names:
+        sizes = {"N": rows, "T": text_bucket}
+        if TEXT_EMBEDS in self._reduce_inputs:
             text = np.zeros((text_bucket, self._manifest.dimensions.hidden_size), self._manifest.dtype)
             text[: len(after)] = after
-            inputs |= {"text_embeds": text, "num_text": np.array([len(after)], np.int32)}
-        if PREVIOUS_TOKENS in self._buffers.graphs["reduce"].input_names:
+            inputs |= {TEXT_EMBEDS: text, NUM_TEXT: np.array([len(after)], np.int32)}
+        if PREVIOUS_TOKENS in self._reduce_inputs:
             inputs[HAS_PREVIOUS] = np.array([prepared.has_previous], np.int32)
             if not prepared.has_previous:  # the graph reads them in any case
                 shape = rows, self._manifest.dimensions.hidden_size
                 inputs[PREVIOUS_TOKENS] = np.zeros(shape, self._manifest.dtype)
-        return inputs, {"N": rows, "T": text_bucket}
+        if prepared.clip_texts is not None:
+            inputs[CLIP_IDS], inputs[TEXT_MARKS] = prepared.clip_texts
+            sizes["M"] = len(inputs[TEXT_MARKS])
+        return inputs, sizes
 
     # The graphs one by one
 
@@ -379,50 +394,50 @@ class Vision:
             ShapeError: If an input is missing, unknown or of another shape or dtype.
         """
         self._kept = {}
-        self._run(self._buffers.graphs["vision"], profile, inputs)
-        return self._vision_tokens(profile)
-
-    def encode_question(self, clip_ids: NDArray[np.int32]) -> None:
-        """Enqueue CLIP's text tower for texts [M, L]; the reduce graph reads its output on the device."""
-        spec = self._buffers.graphs["clip_text"]
-        self._run(spec, find_profile(spec, {"M": len(clip_ids)}), {"clip_ids": clip_ids})
+        launch = self._vision_launch(profile)
+        self._run((launch,), inputs)
+        return self._with_planes(launch, VISUAL_TOKENS, DEEPSTACK_TOKENS)
 
     def reduce_tokens(
-        self, inputs: Mapping[str, NDArray[Any]], *, sizes: Mapping[str, int]
+        self, inputs: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]
     ) -> tuple[DeviceTensor, ...]:
-        """Enqueue the reduce graph and return its tokens and planes on the device, [K, D] each.
+        """Enqueue the reduce program and return its tokens and planes on the device, [K, D] each.
 
-        ``inputs`` are those that no other graph provides. ``sizes`` are N, and T or M if the graph reads the question.
+        ``inputs`` are those that no other graph provides. ``sizes`` are N, and T or M if it reads the question.
         """
-        spec = self._buffers.graphs["reduce"]
-        wanted = {name: sizes[name] for name in spec.profiles[0].sizes}
-        outputs = self._run(spec, find_profile(spec, wanted), inputs)
-        return self._with_planes(outputs, REDUCED_TOKENS, REDUCED_DEEPSTACK)
+        wanted = {name: sizes[name] for name in self._programs.sizes("reduce")[0]}
+        launches = self._programs.at("reduce", wanted)
+        self._run(launches, inputs)
+        return self._with_planes(launches[-1], REDUCED_TOKENS, REDUCED_DEEPSTACK)
 
-    def _with_planes(
-        self, outputs: Mapping[str, DeviceTensor], tokens: str, planes: str
-    ) -> tuple[DeviceTensor, ...]:
-        return outputs[tokens], *(
-            outputs[f"{planes}{index}"] for index in range(self._manifest.num_deepstack)
-        )
+    def _with_planes(self, launch: BoundLaunch, tokens: str, planes: str) -> tuple[DeviceTensor, ...]:
+        names = [tokens, *(f"{planes}{index}" for index in range(self._manifest.num_deepstack))]
+        return tuple(launch.tensors[name] for name in names)
 
-    def _run(
-        self, spec: GraphSpec, profile: Profile, inputs: Mapping[str, NDArray[Any]]
-    ) -> dict[str, DeviceTensor]:
-        tensors = self._buffers.tensors(spec, profile)
+    def _run(self, launches: Sequence[BoundLaunch], inputs: Mapping[str, NDArray[Any]]) -> None:
+        """Send ``inputs`` and enqueue the launches."""
         for name, array in inputs.items():
-            wanted = tensors.get(name)
-            if wanted is None or array.shape != wanted.shape or array.dtype != wanted.dtype:
+            launch = next((launch for launch in launches if name in launch.spec.inputs), None)
+            wanted = None if launch is None else launch.tensors[name]
+            if launch is None or wanted is None or array.shape != wanted.shape or array.dtype != wanted.dtype:
                 expected = "none" if wanted is None else f"{wanted.dtype} {list(wanted.shape)}"
                 raise ShapeError(
-                    f"{spec.name} input {name!r}: expected {expected}, got {array.dtype} {list(array.shape)}"
+                    f"{launches[-1].spec.runs} input {name!r}: expected {expected}, got {array.dtype} {list(array.shape)}"
                 )
-        self._buffers.send(self._device, spec, inputs)
-        key = (spec.name, profile.name)
-        if key not in self._launches:
-            self._launches[key] = self._engines[spec.name].prepare(profile, tensors)
-        self._timeline.enqueue(f"{spec.name}.{len(self._layouts)}", self._launches[key])
-        kept = self._buffers.fetch(self._device, spec, profile)
-        if kept is not None:
-            self._kept[spec.role] = kept
-        return tensors
+            self._memory.send_one(self._device, launch.spec.inputs[name], array)
+        for launch in launches:
+            self._timeline.enqueue(f"{launch.spec.label}.{len(self._layouts)}", launch.launch)
+            self._fetch_kept(launch, role=launch.spec.runs)
+
+    def _fetch_kept(self, launch: BoundLaunch, *, role: str) -> None:
+        """Enqueue a copy of the indices that a graph kept; nothing if it drops nothing."""
+        for name, place in launch.spec.outputs.items():
+            if place == f"kept.{role}":
+                self._kept[role] = self._memory.fetch_one(self._device, place, launch.tensors[name].shape)
+
+
+def _key_of(image: Image.Image, processing: object) -> bytes:
+    """Return a digest of pixels and processing."""
+    digest = hashlib.blake2b(repr((image.size, image.mode, processing)).encode(), digest_size=32)
+    digest.update(image.tobytes())
+    return digest.digest()

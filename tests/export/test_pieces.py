@@ -22,11 +22,10 @@ from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import ManifestError
 from trio_edge.runtime.bundle.graph_io import check_tensors
-from trio_edge.runtime.bundle.manifest import manifest_from_json
+from trio_edge.runtime.bundle.manifest import manifest_from_json, shape_at
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.cli import build as cli_build
-from trio_edge.runtime.devices.interface import shape_at
 from trio_edge.runtime.engines.cpu import ACCURACY_KEY, ACCURACY_LEVELS, onnxruntime_version
 
 if TYPE_CHECKING:

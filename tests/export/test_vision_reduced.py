@@ -97,9 +97,9 @@ def test_encoder_reduction_combines_with_stages_and_draws(bundle: Path) -> None:
 def test_the_average_keep_is_a_share_of_the_picture_without_encoder_reduction(bundle: Path) -> None:
     """5 tiles of 64 patches, and newlines that encoder reduction has none of; two layers see 160 and 40."""
     manifest = open_bundle(bundle).manifest
-    assert manifest.cost.picture_tokens is not None
-    assert manifest.cost.picture_tokens > 5 * 64 > manifest.cost.num_visual == 5 * 32
-    assert manifest.average_keep == pytest.approx((160 + 40) / (2 * manifest.cost.picture_tokens))
+    assert manifest.cost.image_tokens is not None
+    assert manifest.cost.image_tokens > 5 * 64 > manifest.cost.num_visual == 5 * 32
+    assert manifest.average_keep == pytest.approx((160 + 40) / (2 * manifest.cost.image_tokens))
     assert manifest.cost.full_kv_bytes / manifest.cost.reduced_kv_bytes > 2.5
 
 

@@ -3,9 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trio_edge.runtime.buffers.decoder import TopTokens
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
-from trio_edge.runtime.model.sampling import make_sampler
+from trio_edge.runtime.model.sampling import TopTokens, make_sampler
 
 LOGITS_V = np.log(np.array([0.05, 0.5, 0.3, 0.15], np.float32))
 
