@@ -25,6 +25,7 @@ from trio_edge.runtime.engines.package import ENGINE_BACKENDS
 from trio_edge.runtime.images.interface import image_processing
 from trio_edge.runtime.model.decoder import Decoder, PrefillResult
 from trio_edge.runtime.model.decoder_prompt import DecoderPrompt
+from trio_edge.runtime.model.programs import Programs
 from trio_edge.runtime.model.vision import Vision
 from trio_edge.runtime.prompts.positions import PromptPositions
 
@@ -150,11 +151,12 @@ def _loaded(
     )
     graphs = make_backend(backend, bundle=bundle).load(bundle)
     try:
+        programs = Programs(manifest, graphs)
         yield _Loaded(
             bundle=bundle,
             graphs=graphs,
-            vision=Vision(manifest, graphs, images=processing),
-            decoder=Decoder(manifest, graphs),
+            vision=Vision(programs, images=processing),
+            decoder=Decoder(programs),
             inputs=processing.prepare(picture, profile.sizes),
             profile=profile,
             num_visual=needed["N"],

@@ -61,6 +61,11 @@ def check_programs(manifest: Manifest, *, where: str) -> None:
         wanted.append("exact")
     if [name for name in names if name != "question"] != wanted or names.count("question") > 1:
         raise ManifestError(f"{where}: programs: expected {wanted}, got {names}; export the bundle again")
+    run = {launch.runs for program in manifest.programs for launch in program.launches}
+    if unused := [spec.name for spec in manifest.graphs if spec.name not in run]:
+        raise ManifestError(
+            f"{where}: graph {unused[0]!r}: expected a program that runs it, got none; export the bundle again"
+        )
     checker = _Checker(manifest, where)
     for program in manifest.programs:
         checker.check(program)
@@ -80,8 +85,10 @@ class _Checker:
 
     def check(self, program: Program) -> None:
         self.program, self.launch = program.name, ""
-        if not program.sizes or not program.launches:
-            self._refuse("sizes and launches", "none")
+        if not program.launches:
+            self._refuse("launches", "none")
+        if (wanted := self._sizes_of(program)) != program.sizes:
+            self._refuse(f"the sizes {wanted}", str(program.sizes))
         found: dict[str, set[Array]] = {}
         for index, sizes in enumerate(program.sizes):
             try:
@@ -106,6 +113,19 @@ class _Checker:
         for place, arrays in found.items():
             self.earlier.setdefault(place, set()).update(arrays)
 
+    def _sizes_of(self, program: Program) -> tuple[dict[str, int], ...]:
+        """Return the sizes at which the runtime will ask for ``program``."""
+        manifest = self.manifest
+        if program.name in ("vision", "reduce"):
+            return tuple(profile.sizes for profile in manifest.graph(program.name).profiles)
+        if program.name == "question":
+            return tuple({"T": bucket} for bucket in manifest.text_buckets)
+        if program.name == "decode":
+            return ({},)
+        return tuple(
+            {"N": rows, "T": bucket} for rows in manifest.visual_sizes for bucket in manifest.text_buckets
+        )
+
     def _check_graph(
         self, launch: Launch, index: int, *, sent: dict[str, Array], written: dict[str, Array]
     ) -> None:
@@ -123,7 +143,9 @@ class _Checker:
                     if math.prod(shape):
                         self._refuse(f"a place of {tensor.name} {_text(array)}", "none")
                 elif side == "inputs":
-                    self._check_source(tensor.name, place, array, sent=sent, written=written)
+                    self._check_source(
+                        tensor.name, place, array, stage=launch.stage, sent=sent, written=written
+                    )
                 else:
                     self._check_target(tensor.name, place, sent=sent)
                     written[place] = array
@@ -142,19 +164,19 @@ class _Checker:
         return spec, profile
 
     def _check_source(
-        self, name: str, place: str, array: Array, *, sent: dict[str, Array], written: dict[str, Array]
+        self,
+        name: str,
+        place: str,
+        array: Array,
+        *,
+        stage: int,
+        sent: dict[str, Array],
+        written: dict[str, Array],
     ) -> None:
-        dtype, shape = array
         if place.startswith(ZEROS):
             return
         if place.startswith(CACHE):
-            dims = self.manifest.dimensions
-            if (
-                dtype != self.manifest.kv_dtype
-                or len(shape) != 4
-                or (*shape[:2], shape[3]) != (1, dims.num_kv_heads, dims.head_size)
-            ):
-                self._refuse(f"keys or values of the KV cache as {name}", _text(array))
+            self._check_cached(name, array, stage=stage)
             return
         if place.startswith("image.") and self.program in ("vision", "reduce"):
             return
@@ -163,6 +185,14 @@ class _Checker:
             return
         if known != array:
             self._refuse(f"{name} {_text(array)} from {place}", _text(known))
+
+    def _check_cached(self, name: str, array: Array, *, stage: int) -> None:
+        """Raise unless an input has none or all rows of a KV cache."""
+        dims, capacities = self.manifest.dimensions, self.manifest.kv_capacities
+        sizes = (0, *capacities[stage : stage + 1])
+        wanted = [(self.manifest.kv_dtype, (1, dims.num_kv_heads, rows, dims.head_size)) for rows in sizes]
+        if array not in wanted:
+            self._refuse(f"{name} {_text(wanted[-1])} from a KV cache", _text(array))
 
     def _check_target(self, name: str, place: str, *, sent: dict[str, Array]) -> None:
         if place in sent or place.partition(".")[0] in SENT:
@@ -209,6 +239,8 @@ class _Checker:
         if launch.runs == "exact_nms":
             self._check_exact(launch)
             return
+        if launch.runs == "likeliest_rows" and self.manifest.head_rows is None:
+            self._refuse("head_rows in the manifest", "none")
         inputs, outputs = _TENSORS_ON_HOST[launch.runs]
         if launch.inputs.keys() != inputs or launch.outputs.keys() != outputs:
             self._refuse(", ".join(sorted(inputs | outputs)), ", ".join(sorted(launch.places)))

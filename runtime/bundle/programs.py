@@ -148,7 +148,7 @@ def sent_by_host(manifest: Manifest, program: str, sizes: Mapping[str, int]) -> 
 
 
 def read_by_host(manifest: Manifest, program: str, sizes: Mapping[str, int]) -> dict[str, Array]:
-    """Return what the host reads after ``program`` has run at ``sizes``."""
+    """Return what the host reads after ``program`` has run at ``sizes``, or writes in place of a select graph."""
     count, stages = graph_io.num_candidates(manifest.dimensions), manifest.schedule.stages
     logits: Array = ("float32", (1, manifest.dimensions.vocab_size))
     top = (1, count) if graph_io.is_shared(manifest.graph("head")) else (count,)
@@ -181,4 +181,7 @@ def read_by_host(manifest: Manifest, program: str, sizes: Mapping[str, int]) -> 
         found[f"results.kept_indices.{index}"] = "int32", (stage.keep,)
         found[f"results.scores.{index}"] = "float32", (entering,)
         found[f"results.unsettled.{index}"] = "int32", (1,)
+        found[f"select_{index + 1}.{graph_io.KEPT_VISUAL_ROWS}"] = "int32", (stage.keep,)
+        if manifest.schedule.budget == "image":
+            found[f"select_{index + 1}.{graph_io.KEPT_VISUAL_IMAGES}"] = "int32", (stage.keep,)
     return found

@@ -37,6 +37,7 @@ from trio_edge.runtime.devices import cuda as device_cuda
 from trio_edge.runtime.devices.interface import array_at
 from trio_edge.runtime.devices.machine import Host
 from trio_edge.runtime.model.decoder import Decoder
+from trio_edge.runtime.model.programs import Programs
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def test_an_engine_that_cannot_be_captured_is_run_without_and_told(
 ) -> None:
     captured = answer(pipeline, tokens=5).token_ids
     graphs = pipeline._graphs
-    pipeline._decoder = Decoder(pipeline.manifest, graphs)
+    pipeline._decoder = Decoder(Programs(pipeline.manifest, graphs))
     cuda.uncapturable = "segment_1"
     cuda.calls.clear()
     assert answer(pipeline, tokens=5).token_ids == captured

@@ -62,7 +62,9 @@ def plain_answer(pipeline: Pipeline, plain: PlainDecoder, picture: Any, prompt: 
         outputs = plain.run("vision", prepared.inputs)
         visual = outputs["visual_tokens"]
         if manifest.token_keep is not None:
-            more, _ = pipeline._vision._reduce_inputs(prepared, embedding[ids.after], pipeline._bucket(ids))
+            more, _ = pipeline._vision._inputs_of_reduce(
+                prepared, embedding[ids.after], pipeline._bucket(ids)
+            )
             known = {name: outputs[name] for name in manifest.graph("reduce").input_names if name in outputs}
             visual = plain.run("reduce", more | known)["reduced_tokens"]
         visual = visual[: seen.tokens.shape[0]]

@@ -15,6 +15,7 @@ from tests.pictures import random_picture
 from trio_edge.export.checkpoints.checkpoint import TINY_FOLDER
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle import graph_io
+from trio_edge.runtime.bundle.checks import check_programs
 from trio_edge.runtime.bundle.errors import ManifestError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
@@ -71,13 +72,13 @@ def test_gradient_is_that_of_the_loss_over_the_likeliest_tokens(tiny: Path) -> N
     )
     with Pipeline.from_bundle(tiny, backend="onnxruntime", threads=1) as pipeline:
         assert pipeline.generate(random_picture(96, 96), "what color ?", max_new_tokens=1).text is not None
-        buffers = pipeline._decoder._buffers
-        assert buffers.candidates is not None and buffers.gradient is not None
-        found = np.empty_like(buffers.candidates.output)
-        gradient = buffers.gradient_tensors(buffers.gradient.profiles[0])[graph_io.OUTPUT_GRADIENT]
-        pipeline._graphs.device.download(found, gradient)
-        pipeline._graphs.device.synchronize()
-        expected = _gradient(buffers.candidates.output, table, _norm(), count=graph_io.MAX_CANDIDATES)
+        memory, device = pipeline._decoder._memory, pipeline._graphs.device
+        output, gradient = (memory.tensor(f"probe.{name}") for name in ("probe_output", "output_gradient"))
+        rows, found = np.empty(output.shape, np.float32), np.empty(gradient.shape, np.float32)
+        device.download(rows, output)
+        device.download(found, gradient)
+        device.synchronize()
+        expected = _gradient(rows, table, _norm(), count=graph_io.MAX_CANDIDATES)
     scale = np.abs(expected).max(axis=1, keepdims=True)
     np.testing.assert_allclose(found / scale, expected / scale, atol=2e-3)
 
@@ -126,4 +127,4 @@ def test_a_head_that_int4_cannot_store_keeps_its_exact_gradient() -> None:
 def test_a_manifest_without_the_rows_is_refused(fields: dict[str, Any], tiny: Path) -> None:
     manifest: Manifest = msgspec.structs.replace(open_bundle(tiny).manifest, **fields)
     with pytest.raises(ManifestError, match=r"expected head_rows .* got none; export the bundle again"):
-        graph_io.check_tensors(manifest, where="trio.json")
+        check_programs(manifest, where="trio.json")

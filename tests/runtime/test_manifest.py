@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from trio_edge.runtime.bundle.checks import check_programs
 from trio_edge.runtime.bundle.errors import BackendError, ManifestError
-from trio_edge.runtime.bundle.graph_io import check_tensors
 from trio_edge.runtime.bundle.manifest import json_from_manifest, manifest_from_json
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.pipeline import Pipeline
@@ -68,8 +68,8 @@ def test_a_probe_of_no_layer_is_refused_in_one_line(reduced_bundle: Path) -> Non
     manifest["graphs"].append(select | {"name": "probe_7", "role": "probe", "first_layer": 7})
     opened = manifest_from_json(json.dumps(manifest).encode(), where="trio.json")
     assert opened.format_of(opened.graphs[-1]) is None
-    with pytest.raises(ManifestError, match="graph 'probe_7', inputs: expected"):
-        check_tensors(opened, where="trio.json")
+    with pytest.raises(ManifestError, match="graph 'probe_7': expected a program that runs it, got none"):
+        check_programs(opened, where="trio.json")
 
 
 def _set(manifest: dict[str, Any], keys: tuple[str | int, ...], value: object) -> None:
@@ -114,7 +114,9 @@ def test_sizes_that_no_bundle_has_are_refused_in_one_line(
     manifest = json.loads((reduced_bundle / "trio.json").read_bytes())
     _set(manifest, keys, value)
     with pytest.raises(ManifestError) as caught:
-        check_tensors(manifest_from_json(json.dumps(manifest).encode(), where="trio.json"), where="trio.json")
+        check_programs(
+            manifest_from_json(json.dumps(manifest).encode(), where="trio.json"), where="trio.json"
+        )
     assert "\n" not in str(caught.value)
     assert "export the bundle again" in str(caught.value)
 
@@ -124,7 +126,8 @@ def test_sizes_that_the_machine_has_no_memory_for_are_refused_before_anything_is
 ) -> None:
     bundle = shutil.copytree(reduced_bundle, tmp_path / "bundle")
     manifest = json.loads((bundle / "trio.json").read_bytes())
-    manifest["graphs"][0]["profiles"][0]["sizes"]["B"] = 1 << 25
+    for sizes in (manifest["graphs"][0]["profiles"][0]["sizes"], manifest["programs"][0]["sizes"][0]):
+        sizes["B"] = 1 << 25
     (bundle / "trio.json").write_text(json.dumps(manifest))
     with pytest.raises(BackendError, match=r"CPU memory: expected .* GB in all .*, got|memory: expected"):
         Pipeline.from_bundle(bundle, backend="onnxruntime")

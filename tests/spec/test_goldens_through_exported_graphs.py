@@ -13,6 +13,7 @@ from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.model.decoder import Decoder, PrefillResult
 from trio_edge.runtime.model.decoder_prompt import DecoderPrompt
+from trio_edge.runtime.model.programs import Programs
 from trio_edge.runtime.prompts.positions import plain_positions
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Run:
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     golden, folder = load_golden(request.param), tmp_path_factory.mktemp(request.param)
     bundle = open_bundle(golden_bundle(golden, folder / "ck"))
-    decoder = Decoder(bundle.manifest, make_backend("onnxruntime").load(bundle))
+    decoder = Decoder(Programs(bundle.manifest, make_backend("onnxruntime").load(bundle)))
     return Run(golden, decoder, max_visual=bundle.manifest.max_visual, bucket=bundle.manifest.text_buckets[0])
 
 

@@ -190,7 +190,7 @@ def test_decode_after_a_reduction_goes_on_at_the_original_positions(
 
     def decode_and_record(row: Any) -> Any:
         top = decode(row)
-        ids.append(decoder._buffers.step.host(f"position_ids.{last_range}", (3,)).tolist())
+        ids.append(decoder._memory.host(f"step.position_ids.{last_range}", (3,)).tolist())
         return top
 
     monkeypatch.setattr(decoder, "decode", decode_and_record)
