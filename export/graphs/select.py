@@ -13,6 +13,7 @@
 | in  prompt_length     | [1]       | int32   | runtime: real rows of the prompt (some methods)                      |
 | in  saliency          | [N]       | float32 | ``export/graphs/probe.py``: scores (TRIO)                            |
 | in  visual_images     | [N]       | int32   | runtime, or the stage before: image of each visual token (--budget image) |
+| in  (a selector's own names) | any  | any     | the place that its ``other_inputs`` name                             |
 | in  deepstack_embeds.{i} | [1, S, D] | model | the planes that entered the range before (with DeepStack: i >= l)   |
 | out kept_hidden_states| [1, R, D] | model   | next layer range; R = S - N + K                                      |
 | out kept_position_ids | [A, R]    | int32   | next layer range: 0..R-1 ("compact") or gathered ("preserved")       |
@@ -35,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from trio_edge.trio.compaction import CompactedRows, compact_rows
-from trio_edge.trio.selectors.interface import PromptInputs, StageInputs
+from trio_edge.trio.selectors.interface import PromptInputs, StageInputs, other_inputs_of
 
 if TYPE_CHECKING:
     from trio_edge.trio.selectors.interface import Selection, StageSelector
@@ -76,12 +77,16 @@ class Select(nn.Module):
         cos, sin = self.rotary(position_ids)
         num_others = len(others) - self.num_planes
         rest, planes = list(others[:num_others]), others[num_others:]
+        names = list(other_inputs_of(self.selector))
+        own = {name: rest.pop() for name in reversed(names)}
         image_N = rest.pop() if self.takes_images else None
         saliency_N = rest.pop() if self.takes_saliency else None
         previous_SD = rest.pop(0)[0] if self.selector.needs_previous else None
         prompt = PromptInputs(rest[0][0], rest[1], rest[2]) if self.selector.needs_prompt else None
         sequence = hidden_SD, cos[0], sin[0], visual_rows, num_visual, length
-        selection: Selection = self.selector(StageInputs(*sequence, previous_SD, prompt, saliency_N, image_N))
+        selection: Selection = self.selector(
+            StageInputs(*sequence, previous_SD, prompt, saliency_N, image_N, own)
+        )
         compacted = compact_rows(
             selection.kept_K,
             visual_rows,

@@ -115,11 +115,12 @@ def select_tensors(
     with_prompt: bool,
     with_saliency: bool = False,
     with_images: bool = False,
+    others: Sequence[TensorSpec] = (),
     planes: range = range(0),
 ) -> GraphTensors:
     """Return the tensors of a select graph that keeps ``num_keep`` visual tokens.
 
-    ``planes`` are the layers after the stage to whose outputs DeepStack adds a plane.
+    ``others`` are inputs that a selector adds. ``planes`` are the layers after the stage to whose outputs DeepStack adds a plane.
     """
     width = dimensions.hidden_size
     inputs = [
@@ -140,7 +141,7 @@ def select_tensors(
     if with_images:
         inputs.append(TensorSpec(name=VISUAL_IMAGES, dtype="int32", shape=("N",)))
         kept_images.append(TensorSpec(name=KEPT_VISUAL_IMAGES, dtype="int32", shape=(num_keep,)))
-    inputs += _planes(DEEPSTACK, planes, (1, "S", width), dtype)
+    inputs += [*others, *_planes(DEEPSTACK, planes, (1, "S", width), dtype)]
     outputs = (
         TensorSpec(name=KEPT_HIDDEN, dtype=dtype, shape=(1, "R", width)),
         TensorSpec(name=KEPT_POSITIONS, dtype="int32", shape=(position_axes, "R")),

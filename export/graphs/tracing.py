@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import msgspec
 import torch
@@ -54,6 +54,7 @@ from trio_edge.runtime.bundle.graph_io import (
 )
 from trio_edge.runtime.bundle.manifest import GraphSpec, TensorSpec
 from trio_edge.trio.saliency import CandidateHead, ProbeHead, key_value_gram
+from trio_edge.trio.selectors.interface import other_inputs_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
 
     from trio_edge.export.families.clip import ClipGraphs
     from trio_edge.export.plan import ExportPlan
-    from trio_edge.runtime.bundle.manifest import PieceName, Profile, Role
+    from trio_edge.runtime.bundle.manifest import DType, PieceName, Profile, Role
     from trio_edge.trio.cost.selections import SaliencyForm
     from trio_edge.trio.saliency import ProxySaliency
 
@@ -430,6 +431,7 @@ def _select(tracer: _Tracer, stage: int, selector: Any) -> TracedGraph:
         takes_images=schedule.budget == "image",
         num_planes=len(planes),
     )
+    own = other_inputs_of(selector)
     tensors = select_tensors(
         num_keep,
         dimensions=tracer.dimensions,
@@ -439,11 +441,17 @@ def _select(tracer: _Tracer, stage: int, selector: Any) -> TracedGraph:
         with_prompt=selector.needs_prompt,
         with_saliency=has_probe,
         with_images=schedule.budget == "image",
+        others=[
+            TensorSpec(name=name, dtype=cast("DType", other.dtype), shape=other.shape)
+            for name, other in own.items()
+        ],
         planes=planes,
     )
-    profiles = layout.select_profiles(stage, with_prompt=selector.needs_prompt)
+    has_prompt_rows = any("F" in tensor.shape for tensor in tensors.inputs)
+    profiles = layout.select_profiles(stage, with_prompt=has_prompt_rows)
     spec = tracer.spec(f"select_{stage + 1}", "select", tensors, profiles, first_layer=layer_index)
-    return tracer.graph(module, spec, num_named=5, constants={"rotary.inv_freq": tracer.model.inv_freq})
+    graph = tracer.graph(module, spec, num_named=5, constants={"rotary.inv_freq": tracer.model.inv_freq})
+    return replace(graph, sources={name: other.place for name, other in own.items()})
 
 
 def _probe_halves(tracer: _Tracer, stage: int, probe: ProxySaliency) -> _Pieces:

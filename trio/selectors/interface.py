@@ -10,6 +10,7 @@ for CLIP M texts, L tokens per text, Z width of the space that texts and images 
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -17,6 +18,8 @@ import torch
 from trio_edge.runtime.bundle.errors import ScheduleError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from trio_edge.runtime.bundle.schedule import Schedule
@@ -31,6 +34,16 @@ class PromptInputs(NamedTuple):
     """[F] int32, 1 at visual tokens."""
     length: Tensor
     """[1] int32, real rows."""
+
+
+class OtherInput(NamedTuple):
+    """A further input of a select graph. The runtime gives it what lies at ``place`` and need not know what it means."""
+
+    dtype: str
+    shape: tuple[int | str, ...]
+    """Symbols as in the manifest: N, S, R and F at the stage."""
+    place: str
+    """What an earlier graph wrote, such as ``prefix.hidden_states_out``; see ``trio_edge.runtime.bundle.programs``."""
 
 
 class StageInputs(NamedTuple):
@@ -55,6 +68,8 @@ class StageInputs(NamedTuple):
     """[N] float32, scores of a probe that has run before, -1 at padding."""
     image_N: Tensor | None = None
     """[N] int32, image of each token, if each image has a share of the kept tokens."""
+    others: Mapping[str, Tensor] = MappingProxyType({})
+    """By name, for selectors with ``other_inputs``."""
 
 
 class ClipInputs(NamedTuple):
@@ -133,7 +148,10 @@ class StageParts(NamedTuple):
 
 
 class StageSelector(Protocol):
-    """A selector before a decoder layer; a ``torch.nn.Module``."""
+    """A selector before a decoder layer; a ``torch.nn.Module``.
+
+    It may have ``other_inputs``, a mapping of names to ``OtherInput``: see ``other_inputs_of``.
+    """
 
     num_keep: int
     """K."""
@@ -162,6 +180,12 @@ class TokenSelector(Protocol):
 
     def __call__(self, inputs: TokenInputs) -> Selection:
         """Return the selection."""
+
+
+def other_inputs_of(selector: Any) -> Mapping[str, OtherInput]:
+    """Return the inputs that a selector adds to its select graph."""
+    found: Mapping[str, OtherInput] = getattr(selector, "other_inputs", {})
+    return found
 
 
 def best_tokens(
