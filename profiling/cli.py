@@ -19,18 +19,19 @@ from trio_edge.profiling.predict.options import (
     PredictOptions,
     check_given,
     predict_options,
-    print_predictions,
-    run_prediction,
+    predictions_of,
 )
+from trio_edge.profiling.predict.printing import print_prediction, summary_of
 from trio_edge.profiling.report.profile import ProfileConditions
 from trio_edge.profiling.report.summary import report_of
 from trio_edge.profiling.report.table import print_profile
 from trio_edge.runtime.backends.registry import with_accuracy
-from trio_edge.runtime.bundle.errors import BundleError, TargetError
+from trio_edge.runtime.bundle.errors import BundleError
 from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.backend_options import backend_options
 from trio_edge.runtime.cli.console import run
+from trio_edge.runtime.cli.tables import wide_console
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -121,16 +122,13 @@ def _check(outputs: _Outputs) -> None:
 
 
 def _predict(wishes: PredictOptions, outputs: _Outputs, *, bundle: Path | None, num_new: int) -> None:
-    outcome = run_prediction(wishes, bundle=bundle, num_new=num_new)
+    found = predictions_of(wishes, bundle=bundle, num_new=num_new)
     if outputs.json is not None:
-        write_output("--json", outputs.json, _json(outcome.values))
-    if outputs.html is not None:
-        from trio_edge.profiling.predict.page import prediction_page
-
-        write_output("--html", outputs.html, prediction_page(outcome.found, outcome.values))
-    print_predictions(outcome)  # last, so that the files are there if the output is closed early
-    if outcome.unmet is not None:
-        raise TargetError(outcome.unmet)
+        values = {"prediction": True, "found": [summary_of(*entry) for entry in found]}
+        write_output("--json", outputs.json, _json(values))
+    console = wide_console()  # last, so that the file is there if the output is closed early
+    for plan, prediction in found:
+        print_prediction(console, plan, prediction)
 
 
 def _profile(options: MeasureOptions, outputs: _Outputs) -> None:

@@ -4,57 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from trio_edge.runtime.bundle.graph_io import (
-    CANDIDATE_LOGITS,
-    CANDIDATE_ROWS,
-    DEEPSTACK,
-    EMBEDS,
-    GRADIENT,
-    GRADIENT_ATTENTION,
-    GRADIENT_HIDDEN,
-    GRADIENT_KEYS,
-    GRADIENT_NUM_VISUAL,
-    GRADIENT_POSITIONS,
-    GRADIENT_STATE,
-    GRADIENT_VISUAL_ROWS,
-    HIDDEN,
-    HIDDEN_OUT,
-    KEPT_DEEPSTACK,
-    KEPT_HIDDEN,
-    KEPT_INDICES,
-    KEPT_POSITIONS,
-    KEPT_VISUAL_IMAGES,
-    KEPT_VISUAL_ROWS,
-    LAST_ROW,
-    LENGTH,
-    LOGITS,
-    NUM_VISUAL,
-    OUTPUT_GRADIENT,
-    PAST_LENGTH,
-    PAST_PREFIX,
-    POSITIONS,
-    PRESENT_PREFIX,
-    PREVIOUS,
-    PROBE_HIDDEN,
-    PROBE_LENGTH,
-    PROBE_OUTPUT,
-    PROBE_POSITIONS,
-    PROBE_RESULTS,
-    PROBE_ROWS,
-    PROBE_VISUAL_ROWS,
-    PROMPT_EMBEDS,
-    PROMPT_IS_VISUAL,
-    PROMPT_LENGTH,
-    SALIENCY,
-    SALIENCY_SCORES,
-    SCORES,
-    TOP_IDS,
-    TOP_LOGITS,
-    UNSETTLED,
-    VISUAL_IMAGES,
-    VISUAL_ROWS,
-    num_candidates,
-)
+from trio_edge.runtime.bundle import graph_io
 from trio_edge.runtime.bundle.manifest import TensorSpec
 
 if TYPE_CHECKING:
@@ -88,20 +38,26 @@ def range_tensors(
     new_shape = (1, dimensions.num_kv_heads, "S", dimensions.head_size)
     hidden_shape = (1, "S", dimensions.hidden_size)
     parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
-    hidden = EMBEDS if layers.start == 0 else HIDDEN
+    hidden = graph_io.EMBEDS if layers.start == 0 else graph_io.HIDDEN
     inputs = (
         TensorSpec(name=hidden, dtype=dtype, shape=hidden_shape),
-        TensorSpec(name=POSITIONS, dtype="int32", shape=(position_axes, "S")),
-        _one(PAST_LENGTH),
-        *(TensorSpec(name=f"{PAST_PREFIX}{part}", dtype=kv_dtype, shape=past_shape) for part in parts),
-        *_planes(DEEPSTACK, layers[: max(num_deepstack - layers.start, 0)], hidden_shape, dtype),
+        TensorSpec(name=graph_io.POSITIONS, dtype="int32", shape=(position_axes, "S")),
+        _one(graph_io.PAST_LENGTH),
+        *(
+            TensorSpec(name=f"{graph_io.PAST_PREFIX}{part}", dtype=kv_dtype, shape=past_shape)
+            for part in parts
+        ),
+        *_planes(graph_io.DEEPSTACK, layers[: max(num_deepstack - layers.start, 0)], hidden_shape, dtype),
     )
     outputs = (
-        TensorSpec(name=HIDDEN_OUT, dtype=dtype, shape=hidden_shape),
-        *(TensorSpec(name=f"{PRESENT_PREFIX}{part}", dtype=kv_dtype, shape=new_shape) for part in parts),
+        TensorSpec(name=graph_io.HIDDEN_OUT, dtype=dtype, shape=hidden_shape),
+        *(
+            TensorSpec(name=f"{graph_io.PRESENT_PREFIX}{part}", dtype=kv_dtype, shape=new_shape)
+            for part in parts
+        ),
     )
     if with_previous:
-        outputs = (*outputs, TensorSpec(name=PREVIOUS, dtype=dtype, shape=hidden_shape))
+        outputs = (*outputs, TensorSpec(name=graph_io.PREVIOUS, dtype=dtype, shape=hidden_shape))
     return GraphTensors(inputs, outputs)
 
 
@@ -124,33 +80,36 @@ def select_tensors(
     """
     width = dimensions.hidden_size
     inputs = [
-        TensorSpec(name=HIDDEN, dtype=dtype, shape=(1, "S", width)),
-        TensorSpec(name=POSITIONS, dtype="int32", shape=(position_axes, "S")),
-        TensorSpec(name=VISUAL_ROWS, dtype="int32", shape=("N",)),
-        _one(NUM_VISUAL),
-        _one(LENGTH),
+        TensorSpec(name=graph_io.HIDDEN, dtype=dtype, shape=(1, "S", width)),
+        TensorSpec(name=graph_io.POSITIONS, dtype="int32", shape=(position_axes, "S")),
+        TensorSpec(name=graph_io.VISUAL_ROWS, dtype="int32", shape=("N",)),
+        _one(graph_io.NUM_VISUAL),
+        _one(graph_io.LENGTH),
     ]
     if with_previous:
-        inputs.append(TensorSpec(name=PREVIOUS, dtype=dtype, shape=(1, "S", width)))
+        inputs.append(TensorSpec(name=graph_io.PREVIOUS, dtype=dtype, shape=(1, "S", width)))
     if with_prompt:
-        inputs.append(TensorSpec(name=PROMPT_EMBEDS, dtype=dtype, shape=(1, "F", width)))
-        inputs += [TensorSpec(name=PROMPT_IS_VISUAL, dtype="int32", shape=("F",)), _one(PROMPT_LENGTH)]
+        inputs.append(TensorSpec(name=graph_io.PROMPT_EMBEDS, dtype=dtype, shape=(1, "F", width)))
+        inputs += [
+            TensorSpec(name=graph_io.PROMPT_IS_VISUAL, dtype="int32", shape=("F",)),
+            _one(graph_io.PROMPT_LENGTH),
+        ]
     if with_saliency:
-        inputs.append(TensorSpec(name=SALIENCY, dtype="float32", shape=("N",)))
+        inputs.append(TensorSpec(name=graph_io.SALIENCY, dtype="float32", shape=("N",)))
     kept_images = []
     if with_images:
-        inputs.append(TensorSpec(name=VISUAL_IMAGES, dtype="int32", shape=("N",)))
-        kept_images.append(TensorSpec(name=KEPT_VISUAL_IMAGES, dtype="int32", shape=(num_keep,)))
-    inputs += [*others, *_planes(DEEPSTACK, planes, (1, "S", width), dtype)]
+        inputs.append(TensorSpec(name=graph_io.VISUAL_IMAGES, dtype="int32", shape=("N",)))
+        kept_images.append(TensorSpec(name=graph_io.KEPT_VISUAL_IMAGES, dtype="int32", shape=(num_keep,)))
+    inputs += [*others, *_planes(graph_io.DEEPSTACK, planes, (1, "S", width), dtype)]
     outputs = (
-        TensorSpec(name=KEPT_HIDDEN, dtype=dtype, shape=(1, "R", width)),
-        TensorSpec(name=KEPT_POSITIONS, dtype="int32", shape=(position_axes, "R")),
-        TensorSpec(name=KEPT_VISUAL_ROWS, dtype="int32", shape=(num_keep,)),
-        TensorSpec(name=KEPT_INDICES, dtype="int32", shape=(num_keep,)),
-        TensorSpec(name=SCORES, dtype="float32", shape=("N",)),
-        _one(UNSETTLED),
+        TensorSpec(name=graph_io.KEPT_HIDDEN, dtype=dtype, shape=(1, "R", width)),
+        TensorSpec(name=graph_io.KEPT_POSITIONS, dtype="int32", shape=(position_axes, "R")),
+        TensorSpec(name=graph_io.KEPT_VISUAL_ROWS, dtype="int32", shape=(num_keep,)),
+        TensorSpec(name=graph_io.KEPT_INDICES, dtype="int32", shape=(num_keep,)),
+        TensorSpec(name=graph_io.SCORES, dtype="float32", shape=("N",)),
+        _one(graph_io.UNSETTLED),
         *kept_images,
-        *_planes(KEPT_DEEPSTACK, planes, (1, "R", width), dtype),
+        *_planes(graph_io.KEPT_DEEPSTACK, planes, (1, "R", width), dtype),
     )
     return GraphTensors(tuple(inputs), outputs)
 
@@ -171,14 +130,16 @@ def probe_tensors(
 ) -> GraphTensors:
     """Return the tensors of a probe's forward half; without ``with_mlp`` its gradient goes around the layer's MLP."""
     inputs = (
-        TensorSpec(name=PROBE_HIDDEN, dtype=dtype, shape=(1, "PS", dimensions.hidden_size)),
-        TensorSpec(name=PROBE_POSITIONS, dtype="int32", shape=(position_axes, "PS")),
-        TensorSpec(name=PROBE_VISUAL_ROWS, dtype="int32", shape=("PN",)),
-        TensorSpec(name=PROBE_ROWS, dtype="int32", shape=("PR",)),
-        _one(PROBE_LENGTH),
+        TensorSpec(name=graph_io.PROBE_HIDDEN, dtype=dtype, shape=(1, "PS", dimensions.hidden_size)),
+        TensorSpec(name=graph_io.PROBE_POSITIONS, dtype="int32", shape=(position_axes, "PS")),
+        TensorSpec(name=graph_io.PROBE_VISUAL_ROWS, dtype="int32", shape=("PN",)),
+        TensorSpec(name=graph_io.PROBE_ROWS, dtype="int32", shape=("PR",)),
+        _one(graph_io.PROBE_LENGTH),
     )
-    output = TensorSpec(name=PROBE_OUTPUT, dtype="float32", shape=("PR", dimensions.hidden_size))
-    state = _probe_state("PR", "PN", dimensions, PROBE_RESULTS[1:], with_keys=with_keys, with_mlp=with_mlp)
+    output = TensorSpec(name=graph_io.PROBE_OUTPUT, dtype="float32", shape=("PR", dimensions.hidden_size))
+    state = _probe_state(
+        "PR", "PN", dimensions, graph_io.PROBE_RESULTS[1:], with_keys=with_keys, with_mlp=with_mlp
+    )
     return GraphTensors(inputs, (output, *state))
 
 
@@ -186,16 +147,16 @@ def saliency_tensors(
     *, dimensions: Dimensions, dtype: DType, position_axes: int, with_keys: bool, with_mlp: bool
 ) -> GraphTensors:
     """Return the tensors of a probe's backward half."""
-    state = (GRADIENT_STATE, GRADIENT_ATTENTION, GRADIENT_KEYS)
+    state = (graph_io.GRADIENT_STATE, graph_io.GRADIENT_ATTENTION, graph_io.GRADIENT_KEYS)
     inputs = (
-        TensorSpec(name=GRADIENT_HIDDEN, dtype=dtype, shape=(1, "GS", dimensions.hidden_size)),
-        TensorSpec(name=GRADIENT_POSITIONS, dtype="int32", shape=(position_axes, "GS")),
-        TensorSpec(name=GRADIENT_VISUAL_ROWS, dtype="int32", shape=("GN",)),
-        _one(GRADIENT_NUM_VISUAL),
-        TensorSpec(name=GRADIENT, dtype="float32", shape=("GR", dimensions.hidden_size)),
+        TensorSpec(name=graph_io.GRADIENT_HIDDEN, dtype=dtype, shape=(1, "GS", dimensions.hidden_size)),
+        TensorSpec(name=graph_io.GRADIENT_POSITIONS, dtype="int32", shape=(position_axes, "GS")),
+        TensorSpec(name=graph_io.GRADIENT_VISUAL_ROWS, dtype="int32", shape=("GN",)),
+        _one(graph_io.GRADIENT_NUM_VISUAL),
+        TensorSpec(name=graph_io.GRADIENT, dtype="float32", shape=("GR", dimensions.hidden_size)),
         *_probe_state("GR", "GN", dimensions, state, with_keys=with_keys, with_mlp=with_mlp),
     )
-    return GraphTensors(inputs, (TensorSpec(name=SALIENCY_SCORES, dtype="float32", shape=("GN",)),))
+    return GraphTensors(inputs, (TensorSpec(name=graph_io.SALIENCY_SCORES, dtype="float32", shape=("GN",)),))
 
 
 def _probe_state(
@@ -225,16 +186,16 @@ def _probe_state(
 
 def head_tensors(*, dimensions: Dimensions, dtype: DType, is_shared: bool = False) -> GraphTensors:
     """Return the tensors of the head; a head that probes share has L rows: 1, 0 while its gradient runs, or all probe rows."""
-    count = num_candidates(dimensions)
+    count = graph_io.num_candidates(dimensions)
     rows, top = ("L", ("L", count)) if is_shared else (1, (count,))
     inputs = (
-        TensorSpec(name=HIDDEN, dtype=dtype, shape=(1, "S", dimensions.hidden_size)),
-        TensorSpec(name=LAST_ROW, dtype="int32", shape=(rows,)),
+        TensorSpec(name=graph_io.HIDDEN, dtype=dtype, shape=(1, "S", dimensions.hidden_size)),
+        TensorSpec(name=graph_io.LAST_ROW, dtype="int32", shape=(rows,)),
     )
     outputs = (
-        TensorSpec(name=LOGITS, dtype="float32", shape=(rows, dimensions.vocab_size)),
-        TensorSpec(name=TOP_LOGITS, dtype="float32", shape=top),
-        TensorSpec(name=TOP_IDS, dtype="int32", shape=top),
+        TensorSpec(name=graph_io.LOGITS, dtype="float32", shape=(rows, dimensions.vocab_size)),
+        TensorSpec(name=graph_io.TOP_LOGITS, dtype="float32", shape=top),
+        TensorSpec(name=graph_io.TOP_IDS, dtype="int32", shape=top),
     )
     return GraphTensors(inputs, outputs)
 
@@ -242,14 +203,14 @@ def head_tensors(*, dimensions: Dimensions, dtype: DType, is_shared: bool = Fals
 def gradient_tensors(*, dimensions: Dimensions, candidates_dtype: DType | None = None) -> GraphTensors:
     """Return the tensors of the head's gradient; ``candidates_dtype`` is that of the candidates' rows, if they are given."""
     width = dimensions.hidden_size
-    inputs = [TensorSpec(name=PROBE_OUTPUT, dtype="float32", shape=("GR", width))]
+    inputs = [TensorSpec(name=graph_io.PROBE_OUTPUT, dtype="float32", shape=("GR", width))]
     if candidates_dtype is not None:
-        count = num_candidates(dimensions)
+        count = graph_io.num_candidates(dimensions)
         inputs += [
-            TensorSpec(name=CANDIDATE_LOGITS, dtype="float32", shape=("GR", count)),
-            TensorSpec(name=CANDIDATE_ROWS, dtype=candidates_dtype, shape=("GR", count, width)),
+            TensorSpec(name=graph_io.CANDIDATE_LOGITS, dtype="float32", shape=("GR", count)),
+            TensorSpec(name=graph_io.CANDIDATE_ROWS, dtype=candidates_dtype, shape=("GR", count, width)),
         ]
-    output = TensorSpec(name=OUTPUT_GRADIENT, dtype="float32", shape=("GR", width))
+    output = TensorSpec(name=graph_io.OUTPUT_GRADIENT, dtype="float32", shape=("GR", width))
     return GraphTensors(tuple(inputs), (output,))
 
 

@@ -1,21 +1,19 @@
-"""``trio-profile --predict``: its options, and its output."""
+"""``trio-profile --predict``: its options."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from trio_edge.profiling.predict.answer import PRECISIONS
+from trio_edge.profiling.predict.answer import PRECISIONS, predict
 from trio_edge.profiling.predict.plan import plan_for
-from trio_edge.profiling.predict.printing import goal_summary, print_prediction, print_sweep, summary_of
-from trio_edge.profiling.predict.sweep import choose, parse_goal, parse_size, parse_sweep, sweep, unmet_text
 from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.runtime.cli.tables import wide_console
 from trio_edge.trio.cost.devices import DEVICES, find_device
 
 if TYPE_CHECKING:
@@ -24,10 +22,8 @@ if TYPE_CHECKING:
 
     from trio_edge.profiling.predict.answer import Precision, Prediction
     from trio_edge.profiling.predict.plan import Plan
-    from trio_edge.profiling.predict.sweep import Choice
     from trio_edge.trio.cost.devices import DeviceSpec
 
-_GOAL_AXES = "keep,image-size,dtype"
 _OPTIONS = (
     click.option(
         "--predict",
@@ -56,16 +52,6 @@ _OPTIONS = (
     click.option(
         "--text", type=click.IntRange(1), default=40, help="With --predict: text tokens of the prompt."
     ),
-    click.option(
-        "--sweep",
-        metavar="AXES",
-        help="With --predict: predict all combinations of keep, image-size and dtype, such as keep=33.3%/11.1%,dtype.",
-    ),
-    click.option(
-        "--want",
-        metavar="METRIC=NUMBER",
-        help="With --predict: find the setting that reaches answers-per-second, tokens-per-second or ttft-ms.",
-    ),
 )
 
 
@@ -80,12 +66,10 @@ class PredictOptions:
     images: int | None
     dtype: Precision | None
     text: int
-    sweep: str | None
-    want: str | None
 
 
 PREDICT_NAMES = frozenset(field.name for field in dataclasses.fields(PredictOptions))
-_SHARED = ("bundle", "new_tokens", "json_file", "html_file")
+_SHARED = ("bundle", "new_tokens", "json_file")
 """Parameters of both measuring and predicting."""
 
 
@@ -112,30 +96,13 @@ def predict_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Predictions:
-    """The result of ``trio-profile --predict``."""
-
-    values: dict[str, Any]
-    """Content of the JSON."""
-    found: list[tuple[Plan, Prediction]]
-    is_sweep: bool
-    choices: list[Choice]
-    """One choice per device, if there is a goal."""
-
-    @property
-    def unmet(self) -> str | None:
-        """The error message if there is a goal that no device meets."""
-        if not self.choices or any(choice.met for choice in self.choices):
-            return None
-        return unmet_text(self.choices)
-
-
-def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int) -> Predictions:
-    """Return the predictions for ``options``; ``bundle`` is a folder, or None if the options name a model.
+def predictions_of(
+    options: PredictOptions, *, bundle: Path | None, num_new: int
+) -> list[tuple[Plan, Prediction]]:
+    """Return the prediction on each device; ``bundle`` is a folder, or None if the options name a model.
 
     Raises:
-        TargetError: If a name, a sweep or a goal cannot be read.
+        TargetError: If a name or a size cannot be read.
         TrioEdgeError: If the bundle cannot be read, or cannot have the wished shapes.
     """
     if (bundle is None) == (options.model is None):
@@ -152,32 +119,19 @@ def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int
         num_new=num_new,
         num_images=options.images,
     )
-    goal = None if options.want is None else parse_goal(options.want)
-    axes = _GOAL_AXES if options.sweep is None and goal is not None else options.sweep
-    found = sweep(plan, {} if axes is None else parse_sweep(axes), devices)
-    values: dict[str, Any] = {"prediction": True, "found": [summary_of(*entry) for entry in found]}
-    choices: list[Choice] = []
-    if goal is not None:
-        choices = [
-            choose([entry for entry in found if entry[1].device == device], goal) for device in devices
-        ]
-        values["wish"] = goal_summary(choices)
-        values["chosen"] = [summary_of(choice.plan, choice.prediction) for choice in choices if choice.met]
-    return Predictions(values=values, found=found, is_sweep=axes is not None, choices=choices)
+    return [(plan, predict(plan.setting(), device)) for device in devices]
 
 
-def print_predictions(predictions: Predictions) -> None:
-    """Print the predictions to standard output."""
-    console = wide_console()
-    if predictions.is_sweep:
-        print_sweep(console, predictions.found)
-    else:
-        for plan, prediction in predictions.found:
-            print_prediction(console, plan, prediction)
-    for choice in predictions.choices:
-        goal = f"[bold]{choice.goal.metric} {choice.goal.value:g}[/]"
-        text = f"{goal} on {choice.prediction.device.name}: {choice.text}"
-        console.print(text, highlight=False, soft_wrap=True)
+def parse_size(text: str) -> tuple[int, int]:
+    """Return width and height written as ``672x672``.
+
+    Raises:
+        TargetError: If the text is not of that form.
+    """
+    match = re.fullmatch("([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
+    if match is None:
+        raise TargetError(f"image-size: expected WIDTHxHEIGHT in pixels, got {text!r}; write it as 672x672")
+    return int(match[1]), int(match[2])
 
 
 def _devices(text: str) -> list[DeviceSpec]:

@@ -8,17 +8,13 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from trio_edge.profiling.predict.speed import fitted_for
-from trio_edge.profiling.predict.sweep import metric_of
-from trio_edge.runtime.cli.tables import print_table, whole_table
+from trio_edge.runtime.cli.tables import whole_table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from rich.console import Console
 
     from trio_edge.profiling.predict.answer import Prediction, Setting
     from trio_edge.profiling.predict.plan import Plan
-    from trio_edge.profiling.predict.sweep import Choice
     from trio_edge.trio.cost.devices import DeviceSpec
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -63,31 +59,6 @@ def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def goal_summary(choices: Sequence[Choice]) -> dict[str, Any]:
-    """Return for each device the setting that meets a goal, or the nearest one, as JSON types."""
-    goal = choices[0].goal
-    return {
-        "metric": goal.metric,
-        "value": goal.value,
-        "met": any(choice.met for choice in choices),
-        "answers": [
-            {
-                "device": choice.prediction.device.name,
-                "met": choice.met,
-                "value": metric_of(choice.prediction, goal.metric),
-                "times_too_slow": max(1.0, choice.shortfall),
-                "of_settings": choice.num_settings,
-                "fits": choice.prediction.memory.fits,
-                "keep": choice.plan.keep,
-                "picture": None if choice.plan.picture is None else list(choice.plan.picture),
-                "precision": choice.plan.precision,
-                "text": choice.text,
-            }
-            for choice in choices
-        ],
-    }
-
-
 def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> None:
     """Print the time of every graph, and a summary."""
     setting, device = prediction.setting, prediction.device
@@ -106,14 +77,15 @@ def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> No
         "first token": f"{milliseconds(prediction.seconds('prefill'))} ms, up to"
         f" {milliseconds(prediction.seconds('prefill') + prediction.unfused_seconds)} ms if attention is not one kernel",
         "next tokens": f"{1e3 * prediction.seconds('decode'):.1f} ms each,"
-        f" {metric_of(prediction, 'tokens-per-second'):.1f} a second",
+        f" {1 / prediction.seconds('decode'):.1f} a second",
         "answer": f"{milliseconds(prediction.answer_seconds)} ms,"
-        f" {metric_of(prediction, 'answers-per-second'):.2f} a second, without the host's work",
+        f" {1 / prediction.answer_seconds:.2f} a second, without the host's work",
         "memory": _memory(prediction),
     }
     for name, text in lines.items():
         console.print(f"[bold]{name:12}[/] {text}", highlight=False, soft_wrap=True)
-    _print_note(console, [prediction])
+    for note in (f"[bold]{NOTE}.[/]", device_note(device)):
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 def milliseconds(seconds: float) -> str:
@@ -124,30 +96,6 @@ def milliseconds(seconds: float) -> str:
 def text_of(setting: Setting) -> str:
     """Return the prompt's text in words: ``40 text in 64 rows``."""
     return f"{setting.num_text} text in {setting.text_bucket} rows"
-
-
-def row_of(plan: Plan, prediction: Prediction) -> dict[str, str]:
-    """Return a table's row for a prediction, by header."""
-    memory = prediction.memory
-    return {
-        "device": prediction.device.name,
-        "setting": plan.described(),
-        "visual tokens": " > ".join(map(str, prediction.setting.visual_rows)),
-        "first token ms": milliseconds(prediction.seconds("prefill")),
-        "token ms": f"{1e3 * prediction.seconds('decode'):.1f}",
-        "answers/s": f"{metric_of(prediction, 'answers-per-second'):.2f}",
-        "memory": _size(memory.total) + ("" if memory.fits else ", too much"),
-    }
-
-
-def print_sweep(console: Console, found: Sequence[tuple[Plan, Prediction]]) -> None:
-    """Print one line per prediction."""
-    setting = found[0][1].setting
-    rows = [row_of(*entry) for entry in found]
-    title = escape(f"{setting.model.name}: {text_of(setting)}, {setting.num_new} new tokens")
-    cells = [tuple(row.values()) for row in rows]
-    print_table(console, tuple(rows[0]), cells, title=title, less=("visual tokens",))
-    _print_note(console, [prediction for _, prediction in found])
 
 
 def _memory(prediction: Prediction) -> str:
@@ -161,13 +109,6 @@ def _memory(prediction: Prediction) -> str:
 
 def _size(count: int) -> str:
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.3g} MiB"
-
-
-def _print_note(console: Console, predictions: Sequence[Prediction]) -> None:
-    """Print the note, and one for each device."""
-    console.print(f"[bold]{NOTE}.[/]", highlight=False, soft_wrap=True)
-    for device in {prediction.device.name: prediction.device for prediction in predictions}.values():
-        console.print(device_note(device), highlight=False, soft_wrap=True)
 
 
 def device_note(device: DeviceSpec) -> str:
