@@ -32,7 +32,6 @@ from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.profiling import cli as cli_profile
 from trio_edge.profiling.predict.answer import predict
 from trio_edge.profiling.predict.plan import plan_for
-from trio_edge.profiling.predict.sweep import parse_sweep, sweep
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import BackendError, ManifestError
 from trio_edge.runtime.bundle.manifest import json_from_manifest, manifest_from_json
@@ -326,16 +325,6 @@ def test_a_prediction_for_a_device_without_fp8_is_refused(
     (error,) = capsys.readouterr().err.splitlines()
     assert "--predict: expected compute capability 8.9 or later" in error
     assert "got 8.7 of jetson-orin-nx-16" in error
-
-
-def test_a_sweep_leaves_out_what_a_device_has_not() -> None:
-    plan, axes = plan_for(model="llava-next-7b"), parse_sweep("dtype")
-    found = sweep(plan, axes, [find_device("orin-nx-16"), find_device("rtx-4090")])
-    names = [(prediction.device.name, one.precision) for one, prediction in found]
-    assert names == [
-        *(("jetson-orin-nx-16", precision) for precision in ("float16", "int8", "int4")),
-        *(("rtx-4090", precision) for precision in ("float16", "int8", "fp8", "int4")),
-    ]
 
 
 def test_inputs_in_fp8_are_predicted_at_the_rate_of_fp8(bundle: Bundle) -> None:

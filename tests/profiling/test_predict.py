@@ -20,7 +20,6 @@ from trio_edge.profiling.predict.answer import graph_runs, predict
 from trio_edge.profiling.predict.models import MODELS
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.profiling.predict.speed import FITTED, Formats, Rates, fitted_for, graph_time, rates_of
-from trio_edge.profiling.predict.sweep import choose, parse_goal, parse_sweep, sweep
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import probe_graphs
 from trio_edge.runtime.bundle.reader import open_bundle
@@ -129,7 +128,7 @@ def test_published_times_are_within_the_errors_that_are_stated(
     assert errors[math.ceil(0.9 * len(errors)) - 1] <= fitted.new_model.nine_in_ten + 0.005
 
 
-# Plans, sweeps and wishes
+# Plans
 
 
 def test_a_bundle_is_predicted_with_its_own_graphs_in_their_order(reduced_bundle: Path) -> None:
@@ -175,45 +174,6 @@ def test_a_picture_with_fewer_tokens_than_a_bundle_keeps_is_refused(reduced_bund
         plan_for(manifest=keeps_most, picture=(24, 24)).setting()
 
 
-def test_a_sweep_predicts_every_combination_once() -> None:
-    found = sweep(
-        plan_for(model="llava-1.5-7b"),
-        parse_sweep("keep=100%/11.1%,dtype,image-size=336x336/672x672"),
-        [ORIN, NX],
-    )
-    assert len(found) == 2 * 3 * 2  # one crop whatever the picture's size
-
-
-def test_impossible_keeps_are_left_out_of_a_sweep() -> None:
-    found = sweep(plan_for(model="llava-1.5-7b"), parse_sweep("keep=50%/0.1%"), [ORIN])
-    assert [plan.keep for plan, _ in found] == ["50%"]
-
-
-def test_a_wish_chooses_what_loses_least() -> None:
-    found = sweep(plan_for(model="llava-next-7b"), parse_sweep("keep,dtype"), [ORIN])
-    choice = choose(found, parse_goal("ttft-ms=1000"))
-    assert choice.met
-    assert (choice.plan.keep, choice.plan.precision) == ("33.3%", "float16")
-    assert choice.prediction.seconds("prefill") <= 1.0
-
-
-@pytest.mark.parametrize(
-    "axes", ["keep=11.1%/100%/33.3%,dtype=int4/float16", "dtype=int4/float16,keep=11.1%/33.3%/100%"]
-)
-def test_what_loses_least_is_chosen_in_whatever_order_it_is_wished(axes: str) -> None:
-    found = sweep(plan_for(model="llava-next-7b"), parse_sweep(axes), [ORIN])
-    assert [plan.keep for plan, _ in found] == ["100%", "100%", "33.3%", "33.3%", "11.1%", "11.1%"]
-    choice = choose(found, parse_goal("ttft-ms=1000"))
-    assert (choice.plan.keep, choice.plan.precision) == ("33.3%", "float16")
-
-
-def test_a_wish_is_not_met_by_what_does_not_fit_the_memory() -> None:
-    found = sweep(plan_for(model="llava-1.5-7b"), parse_sweep("dtype=float16"), [NX])
-    choice = choose(found, parse_goal("tokens-per-second=1"))
-    assert not choice.met
-    assert "float16: does not fit the memory)" in choice.nearest
-
-
 # The command
 
 
@@ -241,7 +201,7 @@ def test_all_predicts_every_device_and_json_has_every_graph(
 
 def test_the_docs_name_every_key_of_a_predictions_json(tmp_path: Path) -> None:
     file = tmp_path / "prediction.json"
-    arguments = [*MODEL, "--keep", "11.1%", "--want", "ttft-ms=1000", "--json", str(file)]
+    arguments = [*MODEL, "--keep", "11.1%", "--json", str(file)]
     assert cli_profile.main(arguments) == 0
     text = (Path(__file__).parents[2] / "docs/prediction.md").read_text(encoding="utf-8")
     named = set(re.findall(r"[`\"](\w+)[`\"]", text))
@@ -251,42 +211,6 @@ def test_the_docs_name_every_key_of_a_predictions_json(tmp_path: Path) -> None:
 def test_a_device_that_is_named_twice_is_predicted_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli_profile.main(["--model", "internvl3-1b", "--predict", "orin-nx-16,jetson-orin-nx-16"]) == 0
     assert capsys.readouterr().out.count("first token") == 1
-
-
-def test_a_wish_that_is_met_is_named_with_its_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--model", "internvl3-1b", "--predict", "orin-nx-16", "--want", "answers-per-second=2"]
-    assert cli_profile.main(arguments) == 0
-    assert "answers-per-second 2 on jetson-orin-nx-16: keep" in capsys.readouterr().out
-
-
-def test_a_wish_that_one_device_meets_tells_what_the_others_lack(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "prediction.json"
-    arguments = ["--model", "internvl3-1b", "--predict", "orin-nx-16,agx-orin-64", "--new-tokens", "4"]
-    assert cli_profile.main([*arguments, "--want", "answers-per-second=10", "--json", str(file)]) == 0
-    output = capsys.readouterr().out
-    assert "answers-per-second 10 on jetson-orin-nx-16: no setting; 6.5 as" in output
-    assert "times too slow)" in output
-    assert "answers-per-second 10 on jetson-agx-orin-64: keep" in output
-    (chosen,) = json.loads(file.read_bytes())["chosen"]
-    assert chosen["device"] == "jetson-agx-orin-64"
-
-
-def test_a_wish_that_nothing_meets_is_an_error_whose_answer_is_in_the_json(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "prediction.json"
-    wish = ["--want", "answers-per-second=10", "--sweep", "dtype=float16/int4", "--json", str(file)]
-    assert cli_profile.main([*MODEL, *wish]) == 2
-    shown = capsys.readouterr()
-    assert shown.err.count("\n") == 1
-    values = json.loads(file.read_bytes())
-    assert (values["chosen"], values["wish"]["met"], len(values["found"])) == ([], False, 2)
-    (answer,) = values["wish"]["answers"]
-    assert (answer["device"], answer["precision"], answer["fits"]) == ("jetson-agx-orin-64", "int4", True)
-    assert answer["times_too_slow"] == pytest.approx(10 / answer["value"])
-    assert answer["text"] in shown.out
 
 
 def test_a_bundle_fills_its_own_buffers_whatever_is_asked(reduced_bundle: Path) -> None:
@@ -309,19 +233,9 @@ WRONG = {
         ["bundle", "--keep", "11.1%"],
         "--keep: expected --predict DEVICE with it",
     ),
-    "axis": ([*MODEL, "--sweep", "keep,colour"], "expected each of keep, image-size, dtype at most once"),
-    "no axis": ([*MODEL, "--sweep", ""], "at most once, got '' in ''"),
-    "axis twice": ([*MODEL, "--sweep", "keep,keep"], "at most once, got 'keep'"),
-    "value": ([*MODEL, "--sweep", "dtype=float8"], "expected one of float16, int8, fp8, int4, got 'float8'"),
-    "keep": ([*MODEL, "--sweep", "keep=lots"], "expected a fraction"),
     "picture": ([*MODEL, "--image-size", "672"], "expected WIDTHxHEIGHT in pixels, got '672'"),
-    "wish": ([*MODEL, "--want", "speed=10"], "expected METRIC=NUMBER with one of answers-per-second"),
-    "wish of nothing": ([*MODEL, "--want", "ttft-ms=0"], "got 'ttft-ms=0'"),
-    "unreachable wish": (
-        [*MODEL, "--want", "answers-per-second=10"],
-        "as the nearest of 12 (keep 11.1%, 1008x1008, int4: 5 times too slow)",
-    ),
     "endless text": ([*MODEL, "--text", "1048577"], "--text: expected 1..1048576 tokens, got 1048577"),
+    "keep": ([*MODEL, "--keep", "lots"], "expected a fraction"),
     "impossible keep": ([*MODEL, "--keep", "0.1%"], "expected an average of at least"),
 }
 
@@ -367,11 +281,10 @@ def test_files_are_written_before_anything_is_printed(
     class ReachedError(Exception):
         """Standard output was written to."""
 
-    def close(_outcome: object) -> None:
+    def close() -> None:
         raise ReachedError
 
-    monkeypatch.setattr(cli_profile, "print_predictions", close)
+    monkeypatch.setattr(cli_profile, "wide_console", close)
     with pytest.raises(ReachedError):
-        cli_profile.main([*MODEL, "--json", str(tmp_path / "json"), "--html", str(tmp_path / "html")])
+        cli_profile.main([*MODEL, "--json", str(tmp_path / "json")])
     assert json.loads((tmp_path / "json").read_bytes())["prediction"] is True
-    assert (tmp_path / "html").stat().st_size > 0
