@@ -1,4 +1,4 @@
-# make demo  sets up and answers a question about an image; make serve  answers over HTTP; make test  sets up and passes the tests; make lint;
+# make demo  sets up and answers a question about an image; make serve  answers over HTTP; make test  sets up and passes the tests; make test-quick  the edit loop; make lint;
 # make check  runs trio-check here; make docs  builds the site in out/site; make wheel  builds the files of a release, dist/*.whl and *.tar.gz
 PYTHON ?= python3.11
 VENV := .venv
@@ -20,7 +20,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 PORT ?= 8000
 
-.PHONY: demo serve check docs wheel test fuzz test-arm test-matrix lint format bundle clean
+.PHONY: demo serve check docs wheel test test-quick fuzz test-arm test-matrix lint format bundle clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -57,6 +57,15 @@ wheel: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 6 --dist worksteal $(PYTEST_ARGS)
+
+# For the edit loop: the tests that export, build and serve nothing. One process, so that torch is imported once.
+QUICK := tests/test_architecture.py tests/test_no_clock.py \
+	$(addprefix tests/trio/test_,budgets.py compaction.py cost.py nms.py) \
+	$(addprefix tests/runtime/test_,atomic_folder.py chat.py sampling.py text.py typed_json.py) \
+	$(addprefix tests/profiling/test_,advice.py statistics.py)
+
+test-quick: $(READY)
+	$(BIN)/python -m pytest $(QUICK) $(PYTEST_ARGS)
 
 # On aarch64, emulated; docs/jetson.md says what it needs and what it showed.
 test-arm: wheel $(BUNDLE)/trio.json
