@@ -107,8 +107,6 @@ def _faster_tracing() -> Iterator[None]:
             patch.setattr(utils, "_materialize_cpp_cia_ops", functools.cache(utils._materialize_cpp_cia_ops))
         with contextlib.suppress(ImportError, AttributeError):
             _compare_operators_before_patterns(patch)
-        with contextlib.suppress(ImportError, AttributeError):
-            _run_only_promoted_nodes(patch)
         yield
     gc.unfreeze()
 
@@ -127,24 +125,6 @@ def _compare_operators_before_patterns(patch: pytest.MonkeyPatch) -> None:
         return match(self, model, graph, node, **settings)
 
     patch.setattr(SimplePatternMatcher, "match", match_same_operator)
-
-
-def _run_only_promoted_nodes(patch: pytest.MonkeyPatch) -> None:
-    """Let torch take the known value of a node whose types it does not promote; it runs each node again, 7% of a trace."""
-    from torch.fx import Interpreter
-    from torch.onnx._internal.fx.passes import type_promotion
-
-    def run_node(self: Any, node: Any) -> Any:
-        before = node.target, node.args, node.kwargs
-        with self._set_current_node(node):
-            if rule := type_promotion.get_type_promotion_rule(node, self.type_promotion_table):
-                self._maybe_promote_node(node, rule)
-        is_known = node.op == "call_function" and "val" in node.meta
-        if is_known and before == (node.target, node.args, node.kwargs):
-            return node.meta["val"]
-        return Interpreter.run_node(self, node)
-
-    patch.setattr(type_promotion._TypePromotionInterpreter, "run_node", run_node)
 
 
 @pytest.fixture(scope="session")

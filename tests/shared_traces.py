@@ -13,7 +13,6 @@ import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import PreTrainedConfig
 
@@ -56,7 +55,7 @@ def trace_once(module: nn.Module, **settings: Any) -> ir.Model:
     """Return what ``trace`` does; a module of equal structure and arguments gives the same graph."""
 
     def make(out: Path) -> None:
-        with pytest.MonkeyPatch.context() as patch, _without_collection(), _use_lazy_graph_module(True):
+        with pytest.MonkeyPatch.context() as patch, _without_collection():
             patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(_registry))
             _write(trace(module, **settings), out)
 
