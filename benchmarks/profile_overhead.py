@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from trio_edge.profiling.measure.sensors.interface import Sensor
-    from trio_edge.runtime.devices.interface import Launch
+    from trio_edge.runtime.devices.interface import PreparedLaunch
 
 WARM_UP, REPEATS = 5, 20
 BEYOND_CACHES = 4 << 20
@@ -90,7 +90,7 @@ def hooks_ms(num_launches: int) -> float:
     nothing = _Nothing()
     recorded = recording.timed(nothing, ("graph", "decode"), capture=False)
 
-    def run(launch: Launch) -> float:
+    def run(launch: PreparedLaunch) -> float:
         times = []
         for _ in range(num_launches):
             much.sum()

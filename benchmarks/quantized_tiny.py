@@ -37,8 +37,8 @@ from trio_edge.trio.budgets import parse_keep, schedule_for_keep
 
 if TYPE_CHECKING:
     from trio_edge.calibration.questions import Question
-    from trio_edge.runtime.backends.interface import CpuAccuracy
     from trio_edge.runtime.bundle.manifest import FloatType
+    from trio_edge.runtime.engines.cpu import CpuAccuracy
 
 
 @dataclass(frozen=True)

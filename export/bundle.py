@@ -22,8 +22,6 @@ from trio_edge.export.checkpoints.weights import bytes_to_write, store_constants
 from trio_edge.export.families.decoder_config import max_positions
 from trio_edge.export.graphs.assembly.onnx_graph import attach_weights, save
 from trio_edge.export.graphs.assembly.pieces import join, with_pieces
-from trio_edge.export.graphs.programs import programs_of
-from trio_edge.export.graphs.tracing import trace_graphs
 from trio_edge.export.model_cost import cost_of
 from trio_edge.export.options import Progress
 from trio_edge.export.plan import build, read, resolve, without_values
@@ -39,6 +37,8 @@ from trio_edge.export.quantize.assign import (
 from trio_edge.export.quantize.cache import check_cache, quantize_caches
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.export.quantize.store import quantized_bytes, store_quantized
+from trio_edge.export.tracing.graphs import trace_graphs
+from trio_edge.export.tracing.programs import programs_of
 from trio_edge.runtime.bundle.errors import CheckpointError, TrioEdgeError, printable
 from trio_edge.runtime.bundle.files import atomic_folder
 from trio_edge.runtime.bundle.manifest import (
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
-    from trio_edge.export.graphs.tracing import TracedGraph
+    from trio_edge.export.graphs.assembly.traced import TracedGraph
     from trio_edge.export.options import ExportOptions, ScheduleInputs
     from trio_edge.export.plan import ExportPlan
     from trio_edge.export.quantize.assign import StoredForm

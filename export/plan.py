@@ -19,11 +19,11 @@ from trio_edge.export.families import check_architecture, family_of
 from trio_edge.export.families.base import VideoFamily
 from trio_edge.export.families.clip import build_clip, read_clip, with_patches
 from trio_edge.export.families.decoder_config import check_positions
-from trio_edge.export.graphs.layout import Layout, vision_profiles
 from trio_edge.export.graphs.vision.clip import KEEP_MULTIPLE
 from trio_edge.export.options import ScheduleInputs
 from trio_edge.export.quantize.plan import check_packed
 from trio_edge.export.token_selectors import check_image_shares, full_grid, token_selector
+from trio_edge.export.tracing.layout import Layout, vision_profiles
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import text_buckets
 from trio_edge.runtime.bundle.manifest import Dimensions

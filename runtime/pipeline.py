@@ -58,9 +58,10 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from trio_edge.runtime.backends.interface import Backend, CpuAccuracy
+    from trio_edge.runtime.backends.interface import Backend
     from trio_edge.runtime.bundle.generation import GenerationSettings
     from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.images.reading import ImageSource
     from trio_edge.runtime.model.host_selection import SelectorOverride
     from trio_edge.runtime.model.sampling import TokenConstraint

@@ -47,7 +47,7 @@ _IRRELEVANT = {
 def shared_traces() -> Iterator[None]:
     """Let an export trace only what no test run has traced yet."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trio_edge.export.graphs.tracing.trace", trace_once)
+        patch.setattr("trio_edge.export.tracing.graphs.trace", trace_once)
         yield
 
 

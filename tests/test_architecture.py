@@ -79,6 +79,20 @@ def test_no_module_imports_itself_through_others() -> None:
         pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
 
 
+def test_folders_side_by_side_do_not_import_each_other() -> None:
+    pairs = {pair for name in modules() for other in imports(name) if (pair := _neighbours(name, other))}
+    assert not [f"{one} and {two}" for one, two in sorted(pairs) if one < two and (two, one) in pairs]
+
+
+def _neighbours(name: str, other: str) -> tuple[str, str] | None:
+    """Return the folders of two modules below the last folder that they share; None if one lies directly in it."""
+    one, two = name.split("."), other.split(".")
+    shared = next((depth for depth, (a, b) in enumerate(zip(one, two)) if a != b), 0)
+    if min(len(one), len(two)) < shared + 2:
+        return None
+    return ".".join(one[: shared + 1]), ".".join(two[: shared + 1])
+
+
 def test_every_name_imported_from_the_product_is_there() -> None:
     """A renamed module is missed otherwise by what only runs elsewhere: benchmarks, examples, slow tests, lazy imports."""
     users = [

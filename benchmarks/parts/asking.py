@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.evaluate.answering import Outcome
     from trio_edge.calibration.evaluate.runs import Run, RunInfo
-    from trio_edge.runtime.backends.interface import CpuAccuracy
+    from trio_edge.runtime.engines.cpu import CpuAccuracy
 
 METRIC = "exact"
 

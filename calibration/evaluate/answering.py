@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trio_edge.calibration.questions import Question
-    from trio_edge.runtime.backends.interface import CpuAccuracy
+    from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.images.reading import ImageSource
 
 OWN_SELECTION = "bundle"

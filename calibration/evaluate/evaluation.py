@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.evaluate.runs import Answers, RunKey
     from trio_edge.calibration.questions import Question
-    from trio_edge.runtime.backends.interface import CpuAccuracy
+    from trio_edge.runtime.engines.cpu import CpuAccuracy
 
 DEFAULT_SYNTHETIC_COUNT = 500
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trio_edge.calibration.model.divergence import divergence, keep_all
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.quantize.collecting import products_of
 from trio_edge.calibration.quantize.sections import block_of, quantized_sections
-from trio_edge.calibration.search.measuring import divergence, keep_all
 from trio_edge.export.quantize.numerics import quantize, rounded_activations
 from trio_edge.export.quantize.plan import PARTS, QuantizePlan
 from trio_edge.trio.methods import stage_method
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from trio_edge.calibration.model.divergence import MeasuredSchedule
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.quantize.sections import Section
     from trio_edge.calibration.questions import Question
-    from trio_edge.calibration.search.measuring import MeasuredSchedule
     from trio_edge.export.quantize.numerics import QuantizedWeight
     from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
     from trio_edge.runtime.bundle.manifest import FloatType

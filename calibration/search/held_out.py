@@ -16,9 +16,9 @@ from trio_edge.runtime.bundle.schedule import Schedule
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from trio_edge.calibration.model.divergence import MeasuredSchedule
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.questions import Question
-    from trio_edge.calibration.search.measuring import MeasuredSchedule
 
 MAX_ANSWER_TOKENS = 16
 """Tokens of an answer whose exact match is scored."""

@@ -10,15 +10,14 @@ A sample agrees if each of these tokens is the schedule's likeliest too, so that
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple, final
+from typing import TYPE_CHECKING, final
 
 import msgspec
 import torch
 
 from trio_edge.calibration.json_lines import ResultFile, locked_folder, opened_results, read_header
-from trio_edge.calibration.model.greedy import greedy_answer
+from trio_edge.calibration.model.divergence import KeepAll, MeasuredSchedule, divergence, keep_all
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.sequence import advanced, answer_logits, order_of, saliency, with_kept
 from trio_edge.calibration.search.schedules.space import stages_of
@@ -29,41 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
     from pathlib import Path
 
-    from torch import Tensor
-
     from trio_edge.calibration.model.sequence import Sequence
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.questions import Question
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeepAll:
-    """One sample without reduction."""
-
-    inputs: list[Sequence]
-    """Rows before each layer, prompt and answer."""
-    tokens: list[int]
-    log_probs_TV: Tensor
-    """float64, in nats."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that it holds."""
-        return sum(sequence.hidden_SD.nbytes for sequence in self.inputs) + self.log_probs_TV.nbytes
-
-
-class MeasuredSchedule(NamedTuple):
-    """One schedule on one sample."""
-
-    kl: float
-    agrees: bool
-    rounds: int
-
-
-def keep_all(model: TorchModel, prompt: Sequence, *, num_tokens: int) -> KeepAll:
-    """Return keep-all's answer of at most ``num_tokens`` tokens, and the inputs of every layer."""
-    answer = greedy_answer(model, prompt, Schedule(), max_tokens=num_tokens)
-    return KeepAll(inputs=answer.inputs, tokens=answer.tokens, log_probs_TV=_log_probs(answer.logits_TV))
 
 
 def measure(
@@ -123,19 +90,6 @@ class _Branching:
             return MeasuredSchedule(0.0, True, 0)
         logits_TV = answer_logits(self._model, at(self._model.num_layers))
         return divergence(self._whole.log_probs_TV, self._whole.tokens, logits_TV, rounds=rounds)
-
-
-def divergence(log_p_TV: Tensor, tokens: list[int], logits_TV: Tensor, *, rounds: int) -> MeasuredSchedule:
-    """Return the divergence of logits from keep-all's log probabilities ``log_p_TV``, and agreement with its ``tokens``."""
-    log_q_TV = _log_probs(logits_TV)
-    kl = float((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(-1).mean())
-    chosen_T = torch.tensor(tokens, device=log_q_TV.device)
-    return MeasuredSchedule(max(kl, 0.0), bool((log_q_TV.argmax(-1) == chosen_T).all()), rounds)
-
-
-def _log_probs(logits_TV: Tensor) -> Tensor:
-    # in float32, rounding gives a KL of 1e-6
-    return torch.log_softmax(logits_TV.to(torch.float64), dim=-1)
 
 
 RECORD_NAME = "measurements.jsonl"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
-    from trio_edge.export.graphs.tracing import TracedGraph
+    from trio_edge.export.graphs.assembly.traced import TracedGraph
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
     from trio_edge.runtime.bundle.manifest import Part, QuantizedFormat, Role

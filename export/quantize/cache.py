@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from trio_edge.export.quantize.graph import add_constants, make_node, raise_opset
+from trio_edge.export.graphs.assembly.onnx_graph import add_constants, make_node, raise_opset
 from trio_edge.export.quantize.numerics import activation_scale
 from trio_edge.export.quantize.plan import OPSETS
 from trio_edge.runtime.bundle.errors import ScheduleError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.export.graphs.tracing import TracedGraph
+    from trio_edge.export.graphs.assembly.traced import TracedGraph
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CacheRange, CalibratedScales
     from trio_edge.runtime.bundle.manifest import TensorSpec

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
-from onnxscript import version_converter
 
+from trio_edge.export.graphs.assembly.onnx_graph import add_constants, make_node, raise_opset
 from trio_edge.export.quantize.numerics import activation_scale
 
 if TYPE_CHECKING:
@@ -91,12 +91,6 @@ def quantize_graph(
                     node.replace_input_with(0, quantized_inputs[source])
     model.graph.sort()  # new nodes come after the nodes that read them
     return constants
-
-
-def raise_opset(model: ir.Model, opset: int) -> None:
-    """Convert ``model`` to ``opset`` if it has a lower one."""
-    if model.opset_imports[""] < opset:
-        version_converter.convert_version(model, opset)
 
 
 def _dequantized(graph: ir.Graph, name: str, form: LinearForm) -> ir.Value:
@@ -180,26 +174,3 @@ def _quantized(
     )
     graph.extend([down, up])
     return up.outputs[0]
-
-
-def add_constants(graph: ir.Graph, constants: Mapping[str, NDArray[Any]]) -> list[ir.Value]:
-    """Add an initializer for each scalar in ``constants``, still without its value, and return them."""
-    values = [
-        ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(ir.DataType.from_numpy(value.dtype)))
-        for name, value in constants.items()
-    ]
-    graph.initializers.update({str(value.name): value for value in values})
-    return values
-
-
-def make_node(
-    kind: str,
-    inputs: list[ir.Value],
-    name: str,
-    dtype: ir.DataType,
-    shape: ir.Shape | None,
-    attributes: dict[str, Any],
-) -> ir.Node:
-    """Return a node with one output; both are called ``name``."""
-    output = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
-    return ir.node(kind, inputs, attributes, outputs=[output], name=name)

@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
     from trio_edge.profiling.measure.ceilings import Ceilings
     from trio_edge.profiling.measure.layers import LayerTime
-    from trio_edge.runtime.backends.interface import Backend, CpuAccuracy
+    from trio_edge.runtime.backends.interface import Backend
     from trio_edge.runtime.bundle.reader import Bundle
+    from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.pipeline import Pipeline
 
 

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from trio_edge.runtime.backends.interface import Backend
     from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
     from trio_edge.runtime.bundle.reader import Bundle
-    from trio_edge.runtime.devices.interface import Device, DeviceTensor, Engine, Event, Launch, LoadedGraphs
+    from trio_edge.runtime.devices.interface import (
+        Device,
+        DeviceTensor,
+        Engine,
+        Event,
+        LoadedGraphs,
+        PreparedLaunch,
+    )
 
 DECODE = "decode"
 """Name of the profile of a decode step."""
@@ -74,7 +81,7 @@ class Recording:
         """Return the free memory of the device; None if it does not tell."""
         return None if self._device is None else self._device.free_bytes()
 
-    def timed(self, launch: Launch, names: tuple[str, str], *, capture: bool) -> Launch:
+    def timed(self, launch: PreparedLaunch, names: tuple[str, str], *, capture: bool) -> PreparedLaunch:
         """Return a launch that also records its time; one that the decoder may ``capture`` is not timed when it does."""
         assert self._device is not None  # a launch belongs to a device
         if isinstance(self._device, HostDevice):
@@ -147,7 +154,7 @@ class _RecordingEngine:
     def spec(self) -> GraphSpec:
         return self._engine.spec
 
-    def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> Launch:
+    def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> PreparedLaunch:
         launch = self._engine.prepare(profile, tensors)
         names = (self._engine.spec.name, profile.name)
         # the decoder captures only decode steps
@@ -164,7 +171,7 @@ class _ClockedLaunch:
     __slots__ = ("enqueue",)
     capturable = False
 
-    def __init__(self, launch: Launch, names: tuple[str, str], stamps: list[Stamp]) -> None:
+    def __init__(self, launch: PreparedLaunch, names: tuple[str, str], stamps: list[Stamp]) -> None:
         plain, clock, keep = launch.enqueue, time.perf_counter, stamps.append
 
         def timed() -> None:
@@ -183,7 +190,7 @@ class _EventedLaunch:
 
     def __init__(
         self,
-        launch: Launch,
+        launch: PreparedLaunch,
         recording: Recording,
         names: tuple[str, str],
         pairs: _EventPairs,

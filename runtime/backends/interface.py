@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 OnnxRuntimeName = Literal["onnxruntime-tensorrt", "onnxruntime-cuda", "onnxruntime"]
 
-CpuAccuracy = Literal["auto", "float32", "int8"]
-
 
 class Backend(Protocol):
     """Loads graphs onto a device."""

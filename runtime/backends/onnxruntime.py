@@ -34,10 +34,11 @@ from trio_edge.runtime.engines.files import ENGINES_FOLDER
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from trio_edge.runtime.backends.interface import CpuAccuracy, OnnxRuntimeName
+    from trio_edge.runtime.backends.interface import OnnxRuntimeName
     from trio_edge.runtime.bundle.manifest import GraphSpec, Profile, TensorSpec
     from trio_edge.runtime.bundle.reader import Bundle
     from trio_edge.runtime.devices.interface import Device, DeviceTensor
+    from trio_edge.runtime.engines.cpu import CpuAccuracy
 
 _PROVIDERS: dict[OnnxRuntimeName, str] = {
     "onnxruntime": "CPUExecutionProvider",

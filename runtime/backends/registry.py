@@ -13,8 +13,9 @@ from trio_edge.runtime.engines.package import ENGINE_BACKENDS, installed_backend
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trio_edge.runtime.backends.interface import Backend, CpuAccuracy, OnnxRuntimeName
+    from trio_edge.runtime.backends.interface import Backend, OnnxRuntimeName
     from trio_edge.runtime.bundle.reader import Bundle
+    from trio_edge.runtime.engines.cpu import CpuAccuracy
 
 _ONNX_RUNTIMES: tuple[OnnxRuntimeName, ...] = ("onnxruntime-tensorrt", "onnxruntime-cuda", "onnxruntime")
 # Each graph gets this many threads. If the system has no more threads to give, onnxruntime waits forever.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 from trio_edge.runtime.buffers.blocks import Block
 from trio_edge.runtime.buffers.kv_cache import KVCache, Stack
 from trio_edge.runtime.bundle.manifest import shape_at
-from trio_edge.runtime.bundle.programs import CACHE, JOINT, SINGLE, stack_of, stacks_of
+from trio_edge.runtime.bundle.programs.program import CACHE, JOINT, SINGLE, stack_of, stacks_of
 from trio_edge.runtime.devices.interface import DeviceTensor
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile
-    from trio_edge.runtime.bundle.programs import Launch
+    from trio_edge.runtime.bundle.programs.program import Launch
     from trio_edge.runtime.devices.interface import Allocator, Device
 
 

@@ -29,7 +29,7 @@ from trio_edge.runtime.bundle.limits import (
     Tokens,
     Work,
 )
-from trio_edge.runtime.bundle.programs import Program
+from trio_edge.runtime.bundle.programs.program import Program
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.bundle.typed_json import typed
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from trio_edge.runtime.bundle.checks import check_programs
 from trio_edge.runtime.bundle.errors import BundleError
 from trio_edge.runtime.bundle.files import read_regular
 from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
@@ -23,6 +22,7 @@ from trio_edge.runtime.bundle.manifest import (
     manifest_from_json,
 )
 from trio_edge.runtime.bundle.onnx_files import check_weight_places
+from trio_edge.runtime.bundle.programs.checks import check_programs
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from trio_edge.runtime.answer import Generation
-    from trio_edge.runtime.backends.interface import CpuAccuracy
+    from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.pipeline import Pipeline
 
 

@@ -4,7 +4,7 @@
     Device           an allocator with one stream: copies, events, captured sequences
     Event            a point in the stream
     Engine           one loaded graph
-    Launch           one profile of an engine, bound to addresses once and enqueued any number of times
+    PreparedLaunch   one profile of an engine, bound to addresses once and enqueued any number of times
     LoadedGraphs     a device and the engines on it, as a backend returns them
 
 All calls except ``Event.wait`` and ``Device.synchronize`` only enqueue work, which the device does in this order. Nothing
@@ -130,7 +130,7 @@ class Device(Allocator, Protocol):
         """Wait, then release all memory and events."""
 
 
-class Launch(Protocol):
+class PreparedLaunch(Protocol):
     """One profile of an engine at fixed addresses."""
 
     @property
@@ -152,7 +152,7 @@ class Engine(Protocol):
     def spec(self) -> GraphSpec:
         """The graph's entry in the manifest."""
 
-    def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> Launch:
+    def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> PreparedLaunch:
         """Return a launch of ``profile`` whose inputs and outputs lie at ``tensors``.
 
         Raises:

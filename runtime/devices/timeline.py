@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, final
 
 if TYPE_CHECKING:
-    from trio_edge.runtime.devices.interface import Device, Event, Launch
+    from trio_edge.runtime.devices.interface import Device, Event, PreparedLaunch
 
 
 @final
@@ -21,7 +21,7 @@ class Timeline:
         """Forget what was recorded."""
         self._recorded.clear()
 
-    def enqueue(self, name: str, *launches: Launch) -> None:
+    def enqueue(self, name: str, *launches: PreparedLaunch) -> None:
         """Enqueue ``launches`` between two events; a later call with the same name replaces the time."""
         if name not in self._events:
             self._events[name] = self._device.event(), self._device.event()

@@ -12,7 +12,7 @@ import hashlib
 import platform
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 import onnxruntime as ort
@@ -29,10 +29,11 @@ from trio_edge.runtime.engines.files import ENGINES_FOLDER, atomic_engines
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from trio_edge.runtime.backends.interface import CpuAccuracy
     from trio_edge.runtime.bundle.manifest import GraphSpec
     from trio_edge.runtime.bundle.reader import Bundle
 
+CpuAccuracy = Literal["auto", "float32", "int8"]
+"""Type that ONNX Runtime rounds the inputs of quantized products to; "auto" chooses by the graph's size."""
 CPU_TARGET = "onnxruntime-cpu"
 """Folder below ``engines``."""
 _FILE_NAME = "graphs.json"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trio_edge.runtime.buffers.memory import Memory
-    from trio_edge.runtime.bundle.programs import Launch
+    from trio_edge.runtime.bundle.programs.program import Launch
     from trio_edge.runtime.bundle.token_table import TokenTable
     from trio_edge.runtime.devices.interface import Device
 

@@ -12,17 +12,16 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.buffers.kv_cache import KVCache, Stack
     from trio_edge.runtime.bundle.manifest import Manifest, Profile
-    from trio_edge.runtime.bundle.programs import Launch as LaunchSpec
-    from trio_edge.runtime.bundle.programs import Program
+    from trio_edge.runtime.bundle.programs.program import Launch, Program
     from trio_edge.runtime.bundle.token_table import TokenTable
-    from trio_edge.runtime.devices.interface import DeviceTensor, Launch, LoadedGraphs
+    from trio_edge.runtime.devices.interface import DeviceTensor, LoadedGraphs, PreparedLaunch
 
 
 class BoundLaunch(NamedTuple):
     """A launch at one of its program's sizes."""
 
-    spec: LaunchSpec
-    launch: Launch
+    spec: Launch
+    launch: PreparedLaunch
     tensors: dict[str, DeviceTensor]
     """Inputs and outputs of the graph; empty for a function on the host."""
     cache: KVCache | None = None
@@ -51,7 +50,7 @@ class Programs:
     def __contains__(self, name: object) -> bool:
         return name in self._programs
 
-    def launches(self, name: str) -> tuple[LaunchSpec, ...]:
+    def launches(self, name: str) -> tuple[Launch, ...]:
         """Return the launches of a program as the manifest describes them; none without the program."""
         return self._programs[name].launches if name in self else ()
 
@@ -66,7 +65,7 @@ class Programs:
             self._bound[key] = tuple(self._bind(spec, key[1]) for spec in self.launches(name))
         return self._bound[key]
 
-    def _bind(self, spec: LaunchSpec, index: int) -> BoundLaunch:
+    def _bind(self, spec: Launch, index: int) -> BoundLaunch:
         if not spec.profiles:
             return BoundLaunch(spec, self._on_host(spec), {})
         profile, tensors = self.memory.bound(spec, index)
@@ -77,11 +76,11 @@ class Programs:
         return BoundLaunch(spec, launch, tensors, self.memory.cache(spec.cache), new)
 
     def _engine_launch(
-        self, spec: LaunchSpec, profile: Profile, tensors: Mapping[str, DeviceTensor]
-    ) -> Launch:
+        self, spec: Launch, profile: Profile, tensors: Mapping[str, DeviceTensor]
+    ) -> PreparedLaunch:
         return self._engines[spec.runs].prepare(profile, tensors)
 
-    def _on_host(self, spec: LaunchSpec) -> Launch:
+    def _on_host(self, spec: Launch) -> PreparedLaunch:
         if spec.runs == "enter_head":
             return EnterHead(self.device, self.memory, spec)
         assert self._head_rows is not None, "the manifest has them"

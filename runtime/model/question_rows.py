@@ -13,7 +13,7 @@ import numpy as np
 
 from trio_edge.runtime.buffers.blocks import copy_tensor
 from trio_edge.runtime.buffers.recent import Recent
-from trio_edge.runtime.bundle.programs import stack_of
+from trio_edge.runtime.bundle.programs.program import stack_of
 
 if TYPE_CHECKING:
     from trio_edge.runtime.buffers.kv_cache import KVCache, Stack

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from tests.shared_traces import shared_traces
 from trio_edge.export.bundle import write_graph
 from trio_edge.export.checkpoints.weights import store_weights
-from trio_edge.export.graphs import tracing
 from trio_edge.export.options import ExportOptions
 from trio_edge.export.plan import build, read, resolve, without_values
 from trio_edge.export.quantize.assign import StoredForm, plain_tensors, quantize_graphs
 from trio_edge.export.quantize.store import store_quantized
+from trio_edge.export.tracing import graphs as tracing
 from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:

@@ -11,12 +11,13 @@ import pytest
 from tests.calibration.question_files import questions_about, write_questions
 from tests.pictures import random_picture
 from trio_edge.calibration.json_lines import ResultFile
+from trio_edge.calibration.model.divergence import MeasuredSchedule
 from trio_edge.calibration.model.prompts import SampleShape
 from trio_edge.calibration.search.bundle_shape import image_sizes, rounds_with_margin, text_buckets
 from trio_edge.calibration.search.calibrate import SearchProgress, _warn_above
 from trio_edge.calibration.search.calibration_file import Fidelity, Measure, read_options
 from trio_edge.calibration.search.held_out import accuracy
-from trio_edge.calibration.search.measuring import MeasuredLine, MeasuredSchedule
+from trio_edge.calibration.search.measuring import MeasuredLine
 from trio_edge.calibration.search.options import CalibrationOptions
 from trio_edge.calibration.search.samples import read_samples, split_samples
 from trio_edge.calibration.search.schedules.candidates import Candidate, first_fronts, pareto_front

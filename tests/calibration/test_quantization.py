@@ -18,6 +18,7 @@ from tests.calibration.smoothing import apply_smoothing
 from tests.checkpoints import save_checkpoint
 from tests.decode_logits import record_logits
 from tests.shared_traces import shared_traces
+from trio_edge.calibration.model.divergence import MeasuredSchedule, keep_all
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.sequence import run_layer
@@ -39,7 +40,7 @@ from trio_edge.calibration.quantize.rounding import (
 from trio_edge.calibration.quantize.sections import quantized_sections
 from trio_edge.calibration.questions import Question, read_questions
 from trio_edge.calibration.search import cli as cli_calibrate
-from trio_edge.calibration.search.measuring import MeasuredSchedule, keep_all, measure
+from trio_edge.calibration.search.measuring import measure
 from trio_edge.export.graphs.linear_groups import LinearGroup, decoder_groups
 from trio_edge.export.quantize.numerics import block_size, quantize
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan

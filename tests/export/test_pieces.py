@@ -20,9 +20,9 @@ from trio_edge.export.options import ExportOptions
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.runtime.backends.registry import make_backend
-from trio_edge.runtime.bundle.checks import check_programs
 from trio_edge.runtime.bundle.errors import ManifestError
 from trio_edge.runtime.bundle.manifest import manifest_from_json, shape_at
+from trio_edge.runtime.bundle.programs.checks import check_programs
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.cli import build as cli_build

@@ -11,8 +11,8 @@ from tests.fuzz.commands import run_command
 from tests.fuzz.subject import Outcome, Subject, judged
 from tests.fuzz.values import damaged, mutated
 from trio_edge.runtime.buffers.estimate import check_memory, estimate
-from trio_edge.runtime.bundle.checks import check_programs
 from trio_edge.runtime.bundle.manifest import manifest_from_json
+from trio_edge.runtime.bundle.programs.checks import check_programs
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.devices.host import HostDevice
 from trio_edge.runtime.images.interface import image_processing

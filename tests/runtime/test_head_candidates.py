@@ -15,8 +15,8 @@ from tests.pictures import random_picture
 from trio_edge.export.checkpoints.checkpoint import TINY_FOLDER
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle import graph_io
-from trio_edge.runtime.bundle.checks import check_programs
 from trio_edge.runtime.bundle.errors import ManifestError
+from trio_edge.runtime.bundle.programs.checks import check_programs
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.bundle.token_table import TokenTable

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from trio_edge.runtime.bundle.checks import check_programs
 from trio_edge.runtime.bundle.errors import BackendError, ManifestError
 from trio_edge.runtime.bundle.manifest import json_from_manifest, manifest_from_json
+from trio_edge.runtime.bundle.programs.checks import check_programs
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.pipeline import Pipeline
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from trio_edge.runtime.bundle.checks import check_programs
 from trio_edge.runtime.bundle.errors import ManifestError
 from trio_edge.runtime.bundle.manifest import manifest_from_json
+from trio_edge.runtime.bundle.programs.checks import check_programs
 
 if TYPE_CHECKING:
     from collections.abc import Callable

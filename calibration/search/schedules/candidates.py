@@ -12,7 +12,7 @@ from trio_edge.profiling.statistics import bootstrap_interval
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from trio_edge.calibration.search.measuring import MeasuredSchedule
+    from trio_edge.calibration.model.divergence import MeasuredSchedule
     from trio_edge.calibration.search.schedules.prefill_cost import CostKind, ScheduleCost
     from trio_edge.runtime.bundle.schedule import Schedule
 

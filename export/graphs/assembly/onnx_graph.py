@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
-from onnxscript import optimizer
+from onnxscript import optimizer, version_converter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -192,3 +192,32 @@ def save(model: ir.Model, path: Path) -> None:
     """Write ``model``; external data stays where it is."""
     model.producer_name, model.producer_version = "trio-edge", None
     ir.save(model, path)
+
+
+def raise_opset(model: ir.Model, opset: int) -> None:
+    """Convert ``model`` to ``opset`` if it has a lower one."""
+    if model.opset_imports[""] < opset:
+        version_converter.convert_version(model, opset)
+
+
+def add_constants(graph: ir.Graph, constants: Mapping[str, NDArray[Any]]) -> list[ir.Value]:
+    """Add an initializer for each scalar in ``constants``, still without its value, and return them."""
+    values = [
+        ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(ir.DataType.from_numpy(value.dtype)))
+        for name, value in constants.items()
+    ]
+    graph.initializers.update({str(value.name): value for value in values})
+    return values
+
+
+def make_node(
+    kind: str,
+    inputs: list[ir.Value],
+    name: str,
+    dtype: ir.DataType,
+    shape: ir.Shape | None,
+    attributes: dict[str, Any],
+) -> ir.Node:
+    """Return a node with one output; both are called ``name``."""
+    output = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
+    return ir.node(kind, inputs, attributes, outputs=[output], name=name)

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 import msgspec
 import onnx_ir as ir
 
+from trio_edge.export.graphs.assembly.onnx_graph import raise_opset
 from trio_edge.export.graphs.assembly.shared_products import share_products
-from trio_edge.export.quantize.graph import raise_opset
 from trio_edge.runtime.bundle.manifest import Piece
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from trio_edge.export.checkpoints.stored import StoredName
-    from trio_edge.export.graphs.tracing import TracedGraph
+    from trio_edge.export.graphs.assembly.traced import TracedGraph
     from trio_edge.runtime.bundle.manifest import GraphSpec
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from trio_edge.export.quantize.graph import make_node
+from trio_edge.export.graphs.assembly.onnx_graph import make_node
 
 
 class _Constants(NamedTuple):

@@ -18,20 +18,13 @@ from trio_edge.runtime.bundle.graph_io import (
 )
 from trio_edge.runtime.bundle.limits import MOST_TENSOR_BYTES
 from trio_edge.runtime.bundle.manifest import DTYPE_BYTES, shape_at
-from trio_edge.runtime.bundle.programs import (
-    CACHE,
-    SENT,
-    ZEROS,
-    HostFunction,
-    read_by_host,
-    sent_by_host,
-    stack_of,
-    stacks_of,
-)
+from trio_edge.runtime.bundle.programs.host import read_by_host, sent_by_host
+from trio_edge.runtime.bundle.programs.program import CACHE, SENT, ZEROS, HostFunction, stack_of, stacks_of
 
 if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile
-    from trio_edge.runtime.bundle.programs import Array, Launch, Program
+    from trio_edge.runtime.bundle.programs.host import Array
+    from trio_edge.runtime.bundle.programs.program import Launch, Program
 
 _TENSORS_ON_HOST = {
     "enter_head": ({PROBE_OUTPUT}, {HIDDEN, LAST_ROW}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -14,6 +14,7 @@ from trio_edge.export.checkpoints.checkpoint import Checkpoint, canonical_name
 from trio_edge.export.checkpoints.stored import StoredName
 from trio_edge.export.graphs.assembly.layer_stack import stack_layers
 from trio_edge.export.graphs.assembly.onnx_graph import dynamic_axes, example_input, trace
+from trio_edge.export.graphs.assembly.traced import TracedGraph
 from trio_edge.export.graphs.decoder_range import DecoderRange
 from trio_edge.export.graphs.head import Head
 from trio_edge.export.graphs.probe import Probe, Saliency
@@ -49,7 +50,6 @@ from trio_edge.runtime.bundle.graph_io import (
     TEXT_EMBEDS,
     TEXT_MARKS,
     VISUAL_TOKENS,
-    is_probe,
     num_candidates,
 )
 from trio_edge.runtime.bundle.manifest import GraphSpec, TensorSpec
@@ -82,28 +82,6 @@ _MORE = {
 
 
 _Pieces: TypeAlias = "dict[PieceName, TracedGraph]"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TracedGraph:
-    """A graph without weights, and the source of each initializer."""
-
-    spec: GraphSpec
-    """Description, with ``weight_bytes`` still 0."""
-    model: ir.Model
-    weights: dict[str, StoredName]
-    """Initializer name -> array in the bundle."""
-    constants: dict[str, NDArray[Any]]
-    """Initializer name -> values computed by the export."""
-    sources: Mapping[str, str] = field(default_factory=dict)
-    """Places of inputs that only a selector knows, by name."""
-    piece: PieceName | None = None
-    """Set if ``assembly/pieces.py`` joins the graph with others; all have the joined graph's name."""
-
-    @property
-    def is_probe(self) -> bool:
-        """Whether it is a piece of a probe, which reads weights of other roles, and in both directions."""
-        return is_probe(self.spec)
 
 
 class _Tracer:

@@ -12,12 +12,12 @@ import msgspec
 
 from trio_edge.runtime.bundle import graph_io
 from trio_edge.runtime.bundle.manifest import find_profile, shape_at
-from trio_edge.runtime.bundle.programs import Launch, Program
+from trio_edge.runtime.bundle.programs.program import Launch, Program
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from trio_edge.export.graphs.layout import Layout
+    from trio_edge.export.tracing.layout import Layout
     from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
 
 _TOP = (graph_io.TOP_LOGITS, graph_io.TOP_IDS)
