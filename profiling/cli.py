@@ -12,7 +12,7 @@ import msgspec
 from rich.console import Console
 
 from trio_edge.profiling.measure.machine_info import find_governor, find_power_mode, load_average
-from trio_edge.profiling.measure.measuring import NEW_TOKENS, PROMPT, MeasureOptions, measure
+from trio_edge.profiling.measure.measuring import NEW_TOKENS, PROMPT, Measurement, MeasureOptions, measure
 from trio_edge.profiling.page.figures import check_matplotlib
 from trio_edge.profiling.predict.options import (
     PREDICT_NAMES,
@@ -36,7 +36,6 @@ from trio_edge.runtime.cli.tables import wide_console
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.profiling.measure.measuring import Measurement
 
 PATH = click.Path(path_type=Path)
 

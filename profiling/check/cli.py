@@ -12,7 +12,7 @@ import msgspec
 from rich.console import Console
 
 from trio_edge.profiling.check.answers import QUESTIONS
-from trio_edge.profiling.check.checks import CheckResult, check_backends
+from trio_edge.profiling.check.checks import check_backends
 from trio_edge.profiling.check.packaged import put_together, stored_answers
 from trio_edge.profiling.measure.machine_info import find_machine, find_power_mode, find_versions
 from trio_edge.runtime.bundle.errors import BackendError
@@ -23,6 +23,8 @@ from trio_edge.runtime.devices.machine import available_memory_bytes, l4t_releas
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from trio_edge.profiling.check.worker import CheckResult
 
 SCHEMA_VERSION = 1
 
@@ -119,5 +121,5 @@ def as_dict(facts: dict[str, Any], results: Sequence[CheckResult]) -> dict[str, 
         "schema_version": SCHEMA_VERSION,
         "passed": not any(result.status == "fail" for result in results),
         **facts,
-        "checks": msgspec.to_builtins(list(results)),
+        "checks": msgspec.to_builtins([msgspec.structs.replace(result, answers=[]) for result in results]),
     }

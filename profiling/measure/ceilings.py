@@ -20,13 +20,15 @@ from trio_edge.runtime.bundle.manifest import (
     MANIFEST_NAME,
     FileEntry,
     GraphSpec,
+    Manifest,
     Profile,
+    Role,
     TensorSpec,
     json_from_manifest,
 )
 from trio_edge.runtime.bundle.reader import Bundle
 from trio_edge.runtime.bundle.schedule import Schedule
-from trio_edge.runtime.devices.interface import PitchedRows
+from trio_edge.runtime.devices.interface import Device, PitchedRows
 from trio_edge.runtime.engines.build import BuildOptions, build_engines, plan_build
 from trio_edge.runtime.engines.package import ENGINE_BACKENDS
 
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trio_edge.runtime.backends.interface import Backend
-    from trio_edge.runtime.bundle.manifest import Manifest, Role
-    from trio_edge.runtime.devices.interface import Device
 
 
 _HOST_BACKEND = "onnxruntime"

@@ -10,12 +10,11 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trio_edge.profiling.measure.answers import RunQuestion
+from trio_edge.profiling.measure.answers import LoadedBundle, RunQuestion
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.profiling.measure.answers import LoadedBundle
 
 ROUNDS = 8
 _LEAST_ROUNDS = 2

@@ -19,25 +19,22 @@ import numpy as np
 from PIL import Image
 
 from trio_edge.profiling.measure.answers import Answer, LoadedBundle, RunQuestion
-from trio_edge.profiling.measure.ceilings import measure_ceilings
+from trio_edge.profiling.measure.ceilings import Ceilings, measure_ceilings
 from trio_edge.profiling.measure.contexts import TimedContext, time_contexts
-from trio_edge.profiling.measure.layers import layer_runs, layer_times
+from trio_edge.profiling.measure.layers import LayerTime, layer_runs, layer_times
 from trio_edge.profiling.measure.machine_info import find_machine
 from trio_edge.profiling.measure.sensors.interface import open_sensors
 from trio_edge.profiling.measure.sensors.sampling_thread import SamplingThread, SensorSample
 from trio_edge.profiling.statistics import LEAST_FOR_INTERVAL, distribution
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError, TrioEdgeError
-from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.images.reading import open_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from trio_edge.profiling.measure.ceilings import Ceilings
-    from trio_edge.profiling.measure.layers import LayerTime
     from trio_edge.runtime.backends.interface import Backend
-    from trio_edge.runtime.bundle.reader import Bundle
     from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.pipeline import Pipeline
 

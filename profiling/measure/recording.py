@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, final
 
 from trio_edge.runtime.devices.host import HostDevice
@@ -69,13 +70,17 @@ class Recording:
         """Whether decode steps run as one captured sequence, whose graphs are not timed."""
         self._device: Device | None = None
         self._stamps: list[Stamp] = []
-        self._events = _EventPairs()
+        self._first_launch = 0.0
+        """``time.perf_counter`` seconds when the host enqueued the first launch between events."""
+        self._launched: list[tuple[str, str]] = []
+        """Graph and profile of each launch between events since the last ``take``."""
+        self._marks: list[tuple[Event, Event]] = []
+        """The events before and after each launch, reused for every answer."""
 
     def attach(self, graphs: LoadedGraphs) -> None:
         """Time launches on the graphs' device from now on."""
-        self._device, self._stamps, self._events = graphs.device, [], _EventPairs()
-        self.memory = dict(graphs.memory)
-        self.captured = False
+        self._device, self.memory, self.captured = graphs.device, dict(graphs.memory), False
+        self._stamps, self._launched, self._marks = [], [], []
 
     def free_bytes(self) -> int | None:
         """Return the free memory of the device; None if it does not tell."""
@@ -83,38 +88,31 @@ class Recording:
 
     def timed(self, launch: PreparedLaunch, names: tuple[str, str], *, capture: bool) -> PreparedLaunch:
         """Return a launch that also records its time; one that the decoder may ``capture`` is not timed when it does."""
-        assert self._device is not None  # a launch belongs to a device
         if isinstance(self._device, HostDevice):
             return _ClockedLaunch(launch, names, self._stamps)
-        return _EventedLaunch(launch, self, names, self._events, self._device, capture=capture)
+        return _EventedLaunch(launch, self, names, capture)
+
+    def events(self, names: tuple[str, str]) -> tuple[Event, Event]:
+        """Return the events to record before and after the next launch."""
+        index = len(self._launched)
+        if index == len(self._marks):
+            assert self._device is not None  # a launch belongs to a device
+            self._marks.append((self._device.event(), self._device.event()))
+        if index == 0:  # events and the host have no common clock; this moment relates the two
+            self._first_launch = time.perf_counter()
+        self._launched.append(names)
+        return self._marks[index]
 
     def take(self) -> list[Stamp]:
         """Return the launches since the last ``take``, in order; the device must have finished them."""
-        found = [*self._stamps, *self._events.take()]
-        self._stamps.clear()
-        return found
-
-
-@final
-class _EventPairs:
-    """Pairs of events around launches, reused for every answer."""
-
-    def __init__(self) -> None:
-        self.first_launch = 0.0
-        """``time.perf_counter`` seconds when the host enqueued the first launch."""
-        self.launched: list[tuple[str, str]] = []
-        """Graph and profile of each launch since the last ``take``."""
-        self.marks: list[tuple[Event, Event]] = []
-        """The events before and after each launch."""
-
-    def take(self) -> list[Stamp]:
-        found = []
-        for names, marks in zip(self.launched, self.marks):
+        found = list(self._stamps)
+        for names, marks in zip(self._launched, self._marks):
             start, end = (
-                self.first_launch + mark.milliseconds_since(self.marks[0][0]) / 1e3 for mark in marks
+                self._first_launch + mark.milliseconds_since(self._marks[0][0]) / 1e3 for mark in marks
             )
             found.append((names, start, end))
-        self.launched.clear()  # the events stay, because making them takes longer than recording them
+        self._stamps.clear()
+        self._launched.clear()  # the events stay, because making them takes longer than recording them
         return found
 
 
@@ -139,29 +137,31 @@ class RecordingBackend:
         graphs = self._backend.load(bundle, names)
         self._recording.attach(graphs)
         engines: dict[str, Engine] = {
-            name: _RecordingEngine(engine, self._recording, capture=self._capture)
+            name: _RecordingEngine(engine, self._recording, self._capture)
             for name, engine in graphs.engines.items()
         }
         return dataclasses.replace(graphs, engines=engines)
 
 
 @final
+@dataclass(frozen=True)
 class _RecordingEngine:
-    def __init__(self, engine: Engine, recording: Recording, *, capture: bool) -> None:
-        self._engine, self._recording, self._capture = engine, recording, capture
+    engine: Engine
+    recording: Recording
+    capture: bool
 
     @property
     def spec(self) -> GraphSpec:
-        return self._engine.spec
+        return self.engine.spec
 
     def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> PreparedLaunch:
-        launch = self._engine.prepare(profile, tensors)
-        names = (self._engine.spec.name, profile.name)
+        launch = self.engine.prepare(profile, tensors)
+        names = (self.engine.spec.name, profile.name)
         # the decoder captures only decode steps
-        return self._recording.timed(launch, names, capture=self._capture and profile.name == DECODE)
+        return self.recording.timed(launch, names, capture=self.capture and profile.name == DECODE)
 
     def close(self) -> None:
-        self._engine.close()
+        self.engine.close()
 
 
 @final
@@ -183,44 +183,25 @@ class _ClockedLaunch:
 
 
 @final
+@dataclass(frozen=True, slots=True)
 class _EventedLaunch:
     """A launch between two events of its stream."""
 
-    __slots__ = ("_capture", "_device", "_launch", "_names", "_pairs", "_recording")
-
-    def __init__(
-        self,
-        launch: PreparedLaunch,
-        recording: Recording,
-        names: tuple[str, str],
-        pairs: _EventPairs,
-        device: Device,
-        *,
-        capture: bool,
-    ) -> None:
-        self._launch, self._recording, self._names = launch, recording, names
-        self._pairs, self._device, self._capture = pairs, device, capture
+    launch: PreparedLaunch
+    recording: Recording
+    names: tuple[str, str]
+    capture: bool
 
     @property
     def capturable(self) -> bool:
-        return self._capture and self._launch.capturable
+        return self.capture and self.launch.capturable
 
     def enqueue(self) -> None:
-        if self._capture and self._launch.capturable:
-            self._recording.captured = True
-            self._launch.enqueue()
-        else:
-            self._enqueue_between_events()
-
-    def _enqueue_between_events(self) -> None:
-        pairs = self._pairs
-        index = len(pairs.launched)
-        if index == len(pairs.marks):
-            pairs.marks.append((self._device.event(), self._device.event()))
-        if index == 0:  # events and the host have no common clock; this moment relates the two
-            pairs.first_launch = time.perf_counter()
-        start, end = pairs.marks[index]
-        pairs.launched.append(self._names)
+        if self.capturable:
+            self.recording.captured = True
+            self.launch.enqueue()
+            return
+        start, end = self.recording.events(self.names)
         start.record()
-        self._launch.enqueue()
+        self.launch.enqueue()
         end.record()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from trio_edge.runtime.bundle.errors import TargetError
-from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
-from trio_edge.runtime.images.interface import image_processing
+from trio_edge.runtime.bundle.manifest import Dimensions, Manifest, VisionDimensions
+from trio_edge.runtime.images.interface import ImageProcessing, image_processing
 from trio_edge.runtime.images.internvl import InternVlImages
 from trio_edge.runtime.images.llava import ONEVISION_PINPOINTS, LlavaImages
 from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages
@@ -18,9 +18,6 @@ from trio_edge.runtime.images.smolvlm import SmolVlmImages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    from trio_edge.runtime.bundle.manifest import Manifest
-    from trio_edge.runtime.images.interface import ImageProcessing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,19 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from trio_edge.profiling.predict.answer import PRECISIONS, predict
-from trio_edge.profiling.predict.plan import plan_for
+from trio_edge.profiling.predict.answer import PRECISIONS, Precision, Prediction, predict
+from trio_edge.profiling.predict.plan import Plan, plan_for
 from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.trio.cost.devices import DEVICES, find_device
+from trio_edge.trio.cost.devices import DEVICES, DeviceSpec, find_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from trio_edge.profiling.predict.answer import Precision, Prediction
-    from trio_edge.profiling.predict.plan import Plan
-    from trio_edge.trio.cost.devices import DeviceSpec
 
 _OPTIONS = (
     click.option(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.profiling.predict.answer import Precision, Setting
-from trio_edge.profiling.predict.models import find_model, model_of
+from trio_edge.profiling.predict.models import Model, find_model, model_of
 from trio_edge.profiling.predict.speed import Formats
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import CLIP_TEXT, MAX_TEXT, bucket_of, num_clip_texts, text_buckets
@@ -28,7 +28,6 @@ from trio_edge.trio.cost.memory import Texts, TokenSelection, scratch_before
 from trio_edge.trio.methods import token_method as method_row
 
 if TYPE_CHECKING:
-    from trio_edge.profiling.predict.models import Model
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.trio.cost.work import WeightKind
 

@@ -13,6 +13,7 @@ from trio_edge.profiling.measure.recording import DECODE
 from trio_edge.profiling.measure.sensors.sampling_thread import joules, sensor_ranges
 from trio_edge.profiling.report.profile import (
     SCHEMA_VERSION,
+    Bound,
     BundleProfile,
     Comparison,
     DecodeStep,
@@ -25,7 +26,7 @@ from trio_edge.profiling.report.profile import (
 )
 from trio_edge.profiling.statistics import distribution, distribution_of_runs, line_fit, median_ratio
 from trio_edge.runtime.bundle.graph_io import CANDIDATES, is_probe
-from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
+from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec, Manifest, Profile
 from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.trio.cost.bundle_work import graph_work
 
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from trio_edge.profiling.measure.answers import Answer
     from trio_edge.profiling.measure.ceilings import Ceilings
     from trio_edge.profiling.measure.measuring import MeasuredBundle, Measurement
-    from trio_edge.profiling.report.profile import Bound
-    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile
 
 
 def report_of(measurement: Measurement, conditions: ProfileConditions) -> ProfileReport:

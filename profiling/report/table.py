@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from trio_edge.profiling.statistics import in_brackets
+from trio_edge.profiling.statistics import Distribution, in_brackets
 from trio_edge.runtime.cli.tables import print_table, whole_table, wide_console
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from trio_edge.profiling.report.profile import BundleProfile, Comparison, ProfileReport
-    from trio_edge.profiling.statistics import Distribution
 
 _SHOWN_LAYERS = 10
 

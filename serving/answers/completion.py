@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
-from trio_edge.serving.answers.job import Failed, Finished, Kept, NewText
+from trio_edge.serving.answers.job import Event, Failed, Finished, Kept, NewText
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from trio_edge.serving.answers.job import Event
 
 _CHUNK = "chat.completion.chunk"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, TypeVar, final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import msgspec
 from starlette.concurrency import run_in_threadpool
@@ -12,24 +12,21 @@ from starlette.responses import Response, StreamingResponse
 
 from trio_edge.runtime.bundle.errors import TrioEdgeError
 from trio_edge.serving.answers.completion import Completion
-from trio_edge.serving.answers.job import AnswerJob, Failed
+from trio_edge.serving.answers.job import AnswerJob, Event, Failed
 from trio_edge.serving.answers.worker import answer_settings
 from trio_edge.serving.requests.body import BodyMemory, read_body
 from trio_edge.serving.requests.content import read_prompt
 from trio_edge.serving.requests.errors import RequestError, request_error_from, unknown_model
-from trio_edge.serving.requests.protocol import parse_chat
+from trio_edge.serving.requests.protocol import ChatRequest, parse_chat
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Mapping
-    from typing import Any
 
     from starlette.types import Message, Receive, Scope, Send
 
     from trio_edge.serving.answers.interface import ModelWorker
-    from trio_edge.serving.answers.job import Event
     from trio_edge.serving.metrics import Metrics
     from trio_edge.serving.requests.media import MediaReader
-    from trio_edge.serving.requests.protocol import ChatRequest
     from trio_edge.serving.settings import ServerSettings
 
 _T = TypeVar("_T")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import ShapeError
-from trio_edge.serving.requests.errors import invalid_value
+from trio_edge.serving.requests.errors import RequestError, invalid_value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.model.sampling import TokenConstraint
     from trio_edge.runtime.pipeline import Pipeline
-    from trio_edge.serving.requests.errors import RequestError
     from trio_edge.serving.requests.protocol import ChatRequest
 
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from trio_edge.runtime.bundle.manifest import json_from_manifest
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.serving.answers.job import AnswerJob, Failed, Finished
+from trio_edge.serving.answers.job import AnswerJob, Event, Failed, Finished
 from trio_edge.serving.answers.worker import Worker
 from trio_edge.serving.fleet.wire import packed_events, unpacked_request
 from trio_edge.serving.metrics import Metrics
@@ -19,7 +19,6 @@ from trio_edge.serving.requests.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from trio_edge.serving.answers.job import Event
     from trio_edge.serving.settings import ServerSettings
 
 STARTED = b""

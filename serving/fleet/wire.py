@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from trio_edge.serving.answers.job import Event
+from trio_edge.serving.answers.job import AnswerJob, Event
 from trio_edge.serving.requests.errors import RequestError
 from trio_edge.serving.requests.protocol import ChatRequest, Turn
 
 if TYPE_CHECKING:
     from trio_edge.runtime.prompts.chat import Message
-    from trio_edge.serving.answers.job import AnswerJob
 
 _NO_MESSAGES = [Turn(role="user", content="")]
 

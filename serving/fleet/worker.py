@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.manifest import Manifest, manifest_from_json
 from trio_edge.serving.answers.interface import cut_short, queue_full, smoothed, still_loading, stopping
-from trio_edge.serving.answers.job import AnswerJob, Failed, Finished
+from trio_edge.serving.answers.job import AnswerJob, Event, Failed, Finished
 from trio_edge.serving.fleet.replica import STARTED
 from trio_edge.serving.fleet.wire import packed_request, unpacked_events
 from trio_edge.serving.requests.errors import RequestError
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
     from ray.serve.schema import DeploymentStatusOverview
 
-    from trio_edge.serving.answers.job import Event
     from trio_edge.serving.metrics import Metrics
     from trio_edge.serving.settings import ServerSettings
 

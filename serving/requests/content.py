@@ -7,14 +7,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from trio_edge.serving.requests.protocol import ImagePart, TextPart
+from trio_edge.serving.requests.protocol import ChatRequest, ImagePart, Part, TextPart
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from trio_edge.runtime.prompts.chat import Message
     from trio_edge.serving.requests.media import MediaReader
-    from trio_edge.serving.requests.protocol import ChatRequest, Part
 
 
 @final

@@ -16,12 +16,11 @@ import time
 from typing import TYPE_CHECKING, NamedTuple, final
 from urllib.parse import urljoin, urlsplit
 
-from trio_edge.serving.requests.errors import refused_media
+from trio_edge.serving.requests.errors import RequestError, refused_media
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from trio_edge.serving.requests.errors import RequestError
 
 _MAX_REDIRECTS = 3
 _PORTS = {"http": 80, "https": 443}

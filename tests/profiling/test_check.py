@@ -18,9 +18,9 @@ from tests.engine_bundles import HOST, copy_bundle
 from trio_edge.export.checkpoints.checkpoint import TINY_FOLDER
 from trio_edge.profiling.check import answers, packaged, worker
 from trio_edge.profiling.check.answers import close_difference, exact_difference
-from trio_edge.profiling.check.checks import BackendOutcome, judge, run_backend
+from trio_edge.profiling.check.checks import run_backend
 from trio_edge.profiling.check.cli import main
-from trio_edge.profiling.check.worker import WorkerJob, WorkerStep, run_worker
+from trio_edge.profiling.check.worker import WorkerJob, judge_growth, run_worker
 from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.trio.budgets import schedule_for_keep
 
@@ -106,8 +106,7 @@ def test_a_process_that_is_killed_fails_its_backend_alone(
     crashing.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(crashing))
     job = WorkerJob(bundle=str(bundle), backend="onnxruntime", questions=[], build=False)
-    outcome = run_backend(job, tmp_path)
-    found = judge("onnxruntime", outcome, expected=[], expected_from="")
+    found = run_backend(job, tmp_path)
     assert [(one.check, one.status) for one in found] == [("answers", "fail")]
     assert found[0].text == "its process was ended by signal 9: out of memory"
 
@@ -134,34 +133,25 @@ def test_engines_answer_with_and_without_a_cuda_graph_and_release_their_memory(
     on_gpu: tuple[WorkerJob, CudaOnHost],
 ) -> None:
     job, cuda = on_gpu
-    replayed: dict[str, int] = {}
-    steps: dict[str, WorkerStep] = {}
-
-    def report(step: WorkerStep) -> None:
-        replayed[step.step] = sum(call[0] == "cudaGraphLaunch" for call in cuda.calls)
+    replayed, texts = {}, {}
+    for result in run_worker(job):
+        replayed[result.check] = sum(call[0] == "cudaGraphLaunch" for call in cuda.calls)
         cuda.calls.clear()
-        steps[step.step] = step
-
-    run_worker(job, report)
-    assert list(steps) == ["start", "answers", "plain", "cycles"]
-    assert (
-        replayed["answers"] == answers.NEW_TOKENS - 2
-    )  # the first token needs no step, the first step runs plainly
-    assert replayed["plain"] == 0
-    found = judge("tensorrt", BackendOutcome(steps, None), expected=[], expected_from="")
-    assert [(one.check, one.status) for one in found] == [
-        ("answers", "pass"), ("CUDA graph", "pass"), ("load and close", "pass")
-    ]  # fmt: skip
-    assert steps["cycles"].grown["GPU"] == 0
+        texts[result.check] = result.text
+        assert result.status == "pass"
+    assert list(texts) == ["answers", "CUDA graph", "load and close"]
+    # the first token needs no step, the first step runs plainly
+    assert replayed["answers"] == answers.NEW_TOKENS - 2
+    assert replayed["CUDA graph"] == 0
+    assert "GPU +0.0 MB" in texts["load and close"]
 
 
 def test_engines_that_are_not_there_are_told(on_gpu: tuple[WorkerJob, CudaOnHost]) -> None:
     job, _ = on_gpu
     shutil.rmtree(Path(job.bundle) / "engines")
-    steps: list[WorkerStep] = []
-    run_worker(job, steps.append)
-    assert steps[-1].step == "absent"
-    assert "trio-build" in steps[-1].text
+    (result,) = run_worker(job)
+    assert (result.check, result.status) == ("answers", "not here")
+    assert "trio-build" in result.text
 
 
 def changed(record: AnswerRecord, **fields: Any) -> AnswerRecord:
@@ -187,11 +177,8 @@ def test_what_differs_is_named() -> None:
 
 
 def test_memory_that_grows_fails() -> None:
-    one = WorkerStep(step="answers", answers=packaged.stored_answers())
-    steps = {"answers": one, "cycles": WorkerStep(step="cycles", grown={"host": 40_000_000})}
-    found = judge("onnxruntime", BackendOutcome(steps, None), expected=one.answers, expected_from="")
-    assert [one.status for one in found] == ["pass", "not here", "fail"]
-    assert found[-1].text == "host +40.0 MB after repeated loads (32 allowed)"
+    verdict = judge_growth({"host": 40_000_000, "GPU": 0})
+    assert verdict == ("fail", "host +40.0 MB, GPU +0.0 MB after repeated loads (32 allowed)")
 
 
 def test_the_tolerances_are_those_of_the_table() -> None:

@@ -43,34 +43,27 @@ class Rapl(_FileSensor):
     name = "RAPL"
 
     def __init__(self, *, sys: Path = _SYS) -> None:
-        self._counters: dict[str, _Counter] = {}
-        for zone in sorted(sys.glob("class/powercap/*-rapl:*")):
-            # a name with two colons is part of a package, such as its cores, which the package's counter includes
-            if zone.name.count(":") == 1 and _number(zone / "energy_uj") is not None:
-                self._counters[_text(zone / "name") or zone.name] = _Counter(zone)
+        # a name with two colons is part of a package, such as its cores, which the package's counter includes
+        zones = [zone for zone in sorted(sys.glob("class/powercap/*-rapl:*")) if zone.name.count(":") == 1]
+        self._zones = {_text(zone / "name") or zone.name: zone for zone in zones}
+        counts = {name: _number(zone / "energy_uj") for name, zone in self._zones.items()}
+        self._last = {name: count for name, count in counts.items() if count is not None}
+        self._total = dict.fromkeys(self._last, 0)
 
     def read(self) -> dict[str, float]:
         """Return the readings of this moment."""
-        readings = {name: counter.joules() for name, counter in self._counters.items()}
-        return {f"energy_j.{name}": value for name, value in readings.items() if value is not None}
-
-
-class _Counter:
-    """A counter in microjoules that wraps around at its range."""
-
-    def __init__(self, zone: Path) -> None:
-        self._file = zone / "energy_uj"
-        self._range = _number(zone / "max_energy_range_uj") or 0
-        self._last = _number(self._file) or 0
-        self._total = 0
-
-    def joules(self) -> float | None:
-        now = _number(self._file)
-        if now is None:
-            return None
-        self._total += now - self._last if now >= self._last else now - self._last + self._range
-        self._last = now
-        return self._total / 1e6
+        readings = {}
+        for name, last in self._last.items():
+            if (now := _number(self._zones[name] / "energy_uj")) is not None:
+                # the counter in microjoules wraps around at its range
+                added = (
+                    now
+                    - last
+                    + (0 if now >= last else _number(self._zones[name] / "max_energy_range_uj") or 0)
+                )
+                self._total[name], self._last[name] = self._total[name] + added, now
+                readings[f"energy_j.{name}"] = self._total[name] / 1e6
+        return readings
 
 
 @final

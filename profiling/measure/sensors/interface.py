@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 from trio_edge.profiling.measure.sensors.cpu import CpuClock, Rapl, ThermalZones
-from trio_edge.profiling.measure.sensors.tegrastats import TEGRASTATS, Tegrastats
+from trio_edge.profiling.measure.sensors.tegrastats import Tegrastats
 from trio_edge.runtime.devices.machine import find_gpu, is_jetson
 
 if TYPE_CHECKING:
@@ -36,59 +36,43 @@ class Sensor(Protocol):
         """Release the sensor."""
 
 
-class SensorMissing(Exception):  # noqa: N818 - no error: it becomes one line of the report
-    """This machine lacks the sensor; the text gives the reason."""
-
-
 def open_sensors() -> tuple[list[Sensor], list[str]]:
     """Return the sensors of this machine, and one line for each that it lacks."""
     sensors: list[Sensor] = []
     missing: list[str] = []
-    for make in _makers():
+    for quantities, make in _makers().items():
         try:
             sensors.append(make())
-        except SensorMissing as reason:
-            missing.append(str(reason))
+        except OSError as error:
+            missing.append(f"{quantities}: {error}")
     return sensors, missing
 
 
-def _makers() -> list[Callable[[], Sensor]]:
+def _makers() -> dict[str, Callable[[], Sensor]]:
+    """Return functions that open a sensor, or raise OSError with the reason, by what it measures."""
     if is_jetson():
-        return [_tegrastats]
-    return [
-        _gpu,
-        lambda: _working(CpuClock(), "CPU clock: the system shows none"),
-        lambda: _working(Rapl(), "CPU energy: no readable counter in /sys/class/powercap (it may need root)"),
-        lambda: _working(ThermalZones(), "CPU temperature: no readable zone in /sys/class/thermal"),
-    ]
-
-
-def _tegrastats() -> Sensor:
-    try:
-        return Tegrastats()
-    except OSError as error:
-        raise SensorMissing(
-            f"power, clocks and temperatures: {TEGRASTATS} does not start ({error.strerror})"
-        ) from None
+        return {"power, clocks and temperatures": Tegrastats}
+    return {
+        "GPU power, clocks and memory": _gpu,
+        "CPU clock": lambda: _working(CpuClock(), "the system shows none"),
+        "CPU energy": lambda: _working(
+            Rapl(), "no readable counter in /sys/class/powercap (it may need root)"
+        ),
+        "CPU temperature": lambda: _working(ThermalZones(), "no readable zone in /sys/class/thermal"),
+    }
 
 
 def _gpu() -> Sensor:
     if find_gpu() is None:
-        raise SensorMissing("GPU power, clocks and memory: this machine has no NVIDIA GPU")
+        raise OSError("this machine has no NVIDIA GPU")
     if find_spec("pynvml") is None:
-        raise SensorMissing(
-            'GPU power, clocks and memory: nvidia-ml-py is missing; pip install "trio-edge[profile]"'
-        )
-    from trio_edge.profiling.measure.sensors.nvml import Nvml, NvmlUnavailable
+        raise OSError('nvidia-ml-py is missing; pip install "trio-edge[profile]"')
+    from trio_edge.profiling.measure.sensors.nvml import Nvml
 
-    try:
-        return Nvml()
-    except NvmlUnavailable as error:
-        raise SensorMissing(f"GPU power, clocks and memory: {error}") from None
+    return Nvml()
 
 
 def _working(sensor: Sensor, missing: str) -> Sensor:
-    if sensor.read():
-        return sensor
-    sensor.close()
-    raise SensorMissing(missing)
+    if not sensor.read():
+        raise OSError(missing)
+    return sensor

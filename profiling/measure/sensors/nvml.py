@@ -10,10 +10,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class NvmlUnavailable(Exception):  # noqa: N818 - no error: machines without NVML are profiled too
-    """The driver does not offer NVML."""
-
-
 @final
 class Nvml:
     """One GPU, without the quantities that it does not offer."""
@@ -24,14 +20,14 @@ class Nvml:
         """Open the first GPU.
 
         Raises:
-            NvmlUnavailable: If the driver has no NVML or shows no GPU.
+            OSError: If the driver has no NVML or shows no GPU.
         """
         self._nvml = nvml
         try:
             nvml.nvmlInit()
             self._device = nvml.nvmlDeviceGetHandleByIndex(0)
         except nvml.NVMLError as error:
-            raise NvmlUnavailable(str(error)) from None
+            raise OSError(str(error)) from None
         # checked once: old and small GPUs offer fewer quantities, and each refusal would cost time in every reading
         self._quantities = {
             name: read for name, read in self._all_quantities().items() if self._value(read) is not None

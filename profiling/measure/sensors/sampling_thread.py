@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple, final
 import msgspec
 import numpy as np
 
-from trio_edge.profiling.measure.sensors.interface import ENERGY, POWER
+from trio_edge.profiling.measure.sensors.interface import ENERGY, POWER, Sensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
-    from trio_edge.profiling.measure.sensors.interface import Sensor
+    from numpy.typing import NDArray
+
 
 INTERVAL_SECONDS = 0.2  # each reading takes 0.05 ms of processor time
 _SLACK = 1.0
@@ -129,14 +130,11 @@ def joules(samples: Sequence[SensorSample], windows: Sequence[tuple[float, float
 
 def _running_total(
     samples: Sequence[SensorSample], name: str, *, integrate: bool
-) -> tuple[list[float], list[float]]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the moments of a quantity's readings, and its values or their integral from the first moment."""
     points = [(one.seconds, one.readings[name]) for one in samples if name in one.readings]
-    if not integrate:
-        return [time for time, _ in points], [value for _, value in points]
-    total, sums = 0.0, []
-    for index, (moment, watts) in enumerate(points):
-        if index:
-            before, watts_before = points[index - 1]
-            total += (moment - before) * (watts + watts_before) / 2
-        sums.append(total)
-    return [time for time, _ in points], sums
+    times, values = np.asarray(points, np.float64).T
+    if integrate:
+        areas = np.diff(times) * (values[1:] + values[:-1]) / 2
+        values = np.concatenate([[0.0], np.cumsum(areas)])
+    return times, values

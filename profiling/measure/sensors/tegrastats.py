@@ -71,16 +71,19 @@ class Tegrastats:
     name = TEGRASTATS
 
     def __init__(self, *, command: str = TEGRASTATS) -> None:
-        """Start it; raises OSError if it does not start."""
-        self._process = subprocess.Popen(
-            [command, "--interval", str(_INTERVAL_MS)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # Ctrl-C must reach only this program, which stops tegrastats itself
-        )
+        """Start it; raises OSError with the reason if it does not start."""
+        try:
+            self._process = subprocess.Popen(
+                [command, "--interval", str(_INTERVAL_MS)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # Ctrl-C must reach only this program, which stops tegrastats itself
+            )
+        except OSError as error:
+            raise OSError(f"{TEGRASTATS} does not start ({error.strerror})") from None
         self._latest: dict[str, float] = {}
         self._seconds = 0.0
         self._reader = threading.Thread(target=self._follow, name="tegrastats", daemon=True)
