@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 import math
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -14,6 +15,7 @@ from rich.console import Console
 from trio_edge.profiling.measure.machine_info import find_governor, find_power_mode, load_average
 from trio_edge.profiling.measure.measuring import NEW_TOKENS, PROMPT, Measurement, MeasureOptions, measure
 from trio_edge.profiling.page.figures import check_matplotlib
+from trio_edge.profiling.page.page import page_html
 from trio_edge.profiling.predict.options import (
     PREDICT_NAMES,
     PredictOptions,
@@ -25,6 +27,7 @@ from trio_edge.profiling.predict.printing import print_prediction, summary_of
 from trio_edge.profiling.report.profile import ProfileConditions
 from trio_edge.profiling.report.summary import report_of
 from trio_edge.profiling.report.table import print_profile
+from trio_edge.profiling.report.trace import trace_json
 from trio_edge.runtime.backends.registry import with_accuracy
 from trio_edge.runtime.bundle.errors import BundleError
 from trio_edge.runtime.bundle.files import check_outputs, write_output
@@ -86,10 +89,13 @@ def command(
     """
     wishes = PredictOptions(**{name: settings.pop(name) for name in PREDICT_NAMES})
     check_given(predicting=wishes.predict is not None)
-    outputs = _Outputs(json=json_file, html=html_file, trace=trace_file)
-    _check(outputs)
+    named = {"--json": json_file, "--html": html_file, "--trace": trace_file}
+    outputs = {option: path for option, path in named.items() if path is not None}
+    check_outputs(outputs)
+    if html_file is not None:
+        check_matplotlib("--html", extra="profile")
     if wishes.predict is not None:
-        _predict(wishes, outputs, bundle=bundle, num_new=new_tokens or NEW_TOKENS)
+        _predict(wishes, json_file, bundle=bundle, num_new=new_tokens or NEW_TOKENS)
         return 0
     if not math.isfinite(settings["seconds"]):  # click's ranges let "nan" pass
         raise click.UsageError(f"--seconds: expected a time, got {settings['seconds']}; for instance 30")
@@ -104,33 +110,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(command, argv)
 
 
-class _Outputs(NamedTuple):
-    """Files to write, each if it is wanted."""
-
-    json: Path | None
-    html: Path | None
-    trace: Path | None
-
-
-def _check(outputs: _Outputs) -> None:
-    """Raise before minutes of measuring if a file could not be written after them."""
-    named = {"--json": outputs.json, "--html": outputs.html, "--trace": outputs.trace}
-    check_outputs({option: path for option, path in named.items() if path is not None})
-    if outputs.html is not None:
-        check_matplotlib("--html", extra="profile")
-
-
-def _predict(wishes: PredictOptions, outputs: _Outputs, *, bundle: Path | None, num_new: int) -> None:
+def _predict(wishes: PredictOptions, json_file: Path | None, *, bundle: Path | None, num_new: int) -> None:
     found = predictions_of(wishes, bundle=bundle, num_new=num_new)
-    if outputs.json is not None:
+    if json_file is not None:
         values = {"prediction": True, "found": [summary_of(*entry) for entry in found]}
-        write_output("--json", outputs.json, _json(values))
+        write_output("--json", json_file, _json(values))
     console = wide_console()  # last, so that the file is there if the output is closed early
     for plan, prediction in found:
         print_prediction(console, plan, prediction)
 
 
-def _profile(options: MeasureOptions, outputs: _Outputs) -> None:
+def _profile(options: MeasureOptions, outputs: dict[str, Path]) -> None:
     for folder in options.bundles:
         open_bundle(folder)
     # before the first run, after which the load is this program's own
@@ -139,17 +129,9 @@ def _profile(options: MeasureOptions, outputs: _Outputs) -> None:
     with console.status("") as status:
         measurement = measure(options, on_step=status.update if console.is_terminal else lambda _step: None)
     report = report_of(measurement, _conditions(measurement, options, started=started, busy=busy))
-    if outputs.json is not None:
-        write_output("--json", outputs.json, _json(report))
-    if outputs.html is not None:
-        from trio_edge.profiling.page.page import page_html
-
-        write_output("--html", outputs.html, page_html(report))
-    if outputs.trace is not None:
-        from trio_edge.profiling.report.trace import trace_json
-
-        labels = [profile.label for profile in report.bundles]
-        write_output("--trace", outputs.trace, trace_json(measurement, labels))
+    contents = {"--json": _json, "--html": page_html, "--trace": partial(trace_json, measurement)}
+    for option, path in outputs.items():
+        write_output(option, path, contents[option](report))
     print_profile(report)
 
 

@@ -22,12 +22,10 @@ from trio_edge.runtime.bundle.manifest import (
     GraphSpec,
     Manifest,
     Profile,
-    Role,
     TensorSpec,
     json_from_manifest,
 )
 from trio_edge.runtime.bundle.reader import Bundle
-from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.devices.interface import Device, PitchedRows
 from trio_edge.runtime.engines.build import BuildOptions, build_engines, plan_build
 from trio_edge.runtime.engines.package import ENGINE_BACKENDS
@@ -70,7 +68,7 @@ def measure_ceilings(backend: Backend, manifest: Manifest, *, cores: int) -> Cei
     with tempfile.TemporaryDirectory() as folder:
         bundle = write_product_bundle(Path(folder), manifest, size=size)
         if backend.name in ENGINE_BACKENDS:
-            build_engines(plan_build(bundle, BuildOptions(backend=backend.name)))
+            build_engines(plan_build(bundle, BuildOptions(backend=backend.name, graphs=(PRODUCT_GRAPH,))))
         graphs = backend.load(bundle, [PRODUCT_GRAPH])
         try:
             product = SingleGraph(graphs, PRODUCT_GRAPH, profile=PRODUCT_PROFILE)
@@ -132,7 +130,7 @@ def _least(milliseconds: Callable[[], float]) -> float:
 
 PRODUCT_GRAPH, PRODUCT_PROFILE = "head", "matmul"
 _FILE, _WEIGHTS_FILE = "matmul.onnx", "weights.bin"
-_INPUT, _OUTPUT = "rows", "product"
+_INPUT = "rows"
 _ELEMENT_TYPES = {"float32": 1, "float16": 10}
 _SEED = 0
 # product [S, S] = rows [S, S] x weights, of opset 18, as onnx serializes it; %c are rows and columns of the weights, in two bytes
@@ -158,7 +156,8 @@ def product_model(dtype: str, *, size: int) -> bytes:
 def write_product_bundle(folder: Path, manifest: Manifest, *, size: int) -> Bundle:
     """Write a bundle with the product [size, size] x [size, size] into ``folder`` and return it.
 
-    Every backend can load it, and trio-build can build it. Its dtype is that of ``manifest``, another bundle's.
+    It stands for the head of ``manifest``, another bundle's, in the dtype of that. Every backend can load it, and trio-build can
+    build it.
     """
     contents = {
         _FILE: product_model(manifest.dtype, size=size),
@@ -170,22 +169,23 @@ def write_product_bundle(folder: Path, manifest: Manifest, *, size: int) -> Bund
         FileEntry(path=name, num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
         for name, content in contents.items()
     ]
-    # a manifest must have vision, decoder and head: all of them are the product, and only the head is loaded
-    product = msgspec.structs.replace(
-        manifest,
-        schedule=Schedule(),
-        token_method=None,
-        token_keep=None,
-        clip_text=None,
-        graphs=(
-            _graph("vision", manifest, size=size),
-            _graph("prefix", manifest, size=size, num_layers=manifest.dimensions.num_layers),
-            _graph("head", manifest, size=size),
-        ),
-        files=(*manifest.files, *entries),
+    rows, product = (
+        TensorSpec(name=name, dtype=manifest.dtype, shape=("S", "S")) for name in (_INPUT, "product")
     )
-    (folder / MANIFEST_NAME).write_bytes(json_from_manifest(product))
-    return Bundle(folder=folder, manifest=product)
+    graph = GraphSpec(
+        name=PRODUCT_GRAPH,
+        role="head",
+        file=_FILE,
+        inputs=(rows,),
+        outputs=(product,),
+        profiles=(Profile(name=PRODUCT_PROFILE, sizes={"S": size}),),
+        weight_bytes=len(contents[_WEIGHTS_FILE]),
+    )
+    # the other graphs are not loaded; they stay because a manifest must have them
+    graphs = tuple(graph if spec.name == graph.name else spec for spec in manifest.graphs)
+    changed = msgspec.structs.replace(manifest, graphs=graphs, files=(*manifest.files, *entries))
+    (folder / MANIFEST_NAME).write_bytes(json_from_manifest(changed))
+    return Bundle(folder=folder, manifest=changed)
 
 
 def product_inputs(manifest: Manifest, *, size: int) -> dict[str, NDArray[Any]]:
@@ -198,20 +198,3 @@ def _random(manifest: Manifest, *, size: int) -> NDArray[Any]:
     # a GPU needs less power for equal numbers than for random ones, and so has a higher clock
     values = np.random.default_rng(_SEED).standard_normal((size, size), np.float32)
     return values.astype(manifest.dtype)
-
-
-def _graph(role: Role, manifest: Manifest, *, size: int, num_layers: int = 0) -> GraphSpec:
-    rows, product = (
-        TensorSpec(name=name, dtype=manifest.dtype, shape=("S", "S")) for name in (_INPUT, _OUTPUT)
-    )
-    return GraphSpec(
-        name=role,
-        role=role,
-        file=_FILE,
-        inputs=(rows,),
-        outputs=(product,),
-        profiles=(Profile(name=PRODUCT_PROFILE, sizes={"S": size}),),
-        weight_bytes=size * size * (2 if manifest.dtype == "float16" else 4),
-        first_layer=0 if num_layers else None,
-        num_layers=num_layers,
-    )

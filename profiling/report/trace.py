@@ -9,17 +9,18 @@ import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from trio_edge.profiling.measure.answers import Answer
     from trio_edge.profiling.measure.measuring import Measurement
+    from trio_edge.profiling.report.profile import ProfileReport
 
 _ANSWERS, _GRAPHS = 1, 2
 _SENSOR_PROCESS = 0
 
 
-def trace_json(measurement: Measurement, labels: Sequence[str]) -> bytes:
-    """Return the trace of all timed answers; ``labels`` name the bundles."""
+def trace_json(measurement: Measurement, report: ProfileReport) -> bytes:
+    """Return the trace of all timed answers; the report has the bundles' labels."""
     origin = min(one.answers[0].start for one in measurement.measured)
     last = max(one.answers[-1].end for one in measurement.measured)
     events: list[dict[str, Any]] = [_name("process_name", _SENSOR_PROCESS, 0, "sensors")]
@@ -35,8 +36,8 @@ def trace_json(measurement: Measurement, labels: Sequence[str]) -> bytes:
                         "args": {"value": value},
                     }
                 )
-    for index, (measured, label) in enumerate(zip(measurement.measured, labels)):
-        process = index + 1
+    for index, (measured, profile) in enumerate(zip(measurement.measured, report.bundles)):
+        process, label = index + 1, profile.label
         events += [
             _name("process_name", process, 0, label),
             _name("thread_name", process, _ANSWERS, "answers"),

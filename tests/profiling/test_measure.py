@@ -15,7 +15,7 @@ import tensorrt_rtx
 
 from tests.engine_bundles import copy_bundle
 from trio_edge.profiling.cli import main
-from trio_edge.profiling.measure import ceilings, contexts, measuring
+from trio_edge.profiling.measure import ceilings, measuring
 from trio_edge.profiling.measure.answers import LoadedBundle, RunQuestion
 from trio_edge.profiling.measure.layers import SLOWEST, layer_runs, layer_times
 from trio_edge.profiling.measure.measuring import PROMPT, measured_sizes, random_image
@@ -51,7 +51,7 @@ def measure_quickly(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ceilings, "_COPY_BYTES", 1 << 20)
     patch.setattr(ceilings, "_SIZES", {True: 64})
     patch.setattr(measuring, "_SIZE_RUNS", 2)
-    patch.setattr(contexts, "ROUNDS", QUICK_ROUNDS)
+    patch.setattr(measuring, "ROUNDS", QUICK_ROUNDS)
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +115,7 @@ def test_tokens_are_timed_from_a_question_without_a_picture_to_the_end_of_the_ca
     for bundle in profile.report.bundles:
         manifest = open_bundle(bundle.bundle).manifest
         first, question, *_, last = bundle.decode
-        assert len(bundle.decode) == 1 + contexts.POINTS
+        assert len(bundle.decode) == 1 + measuring.POINTS
         assert first.context == first.cached_rows <= bundle.text_tokens
         assert question.context == bundle.visual_tokens + bundle.text_tokens
         end = manifest.visual_rows[0] + manifest.text_buckets[-1] + manifest.max_new_tokens
@@ -131,7 +131,7 @@ def test_tokens_are_timed_from_a_question_without_a_picture_to_the_end_of_the_ca
 def test_contexts_are_timed_upwards_and_downwards_once_when_the_time_is_over(
     reduced_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contexts, "ROUNDS", 8)
+    monkeypatch.setattr(measuring, "ROUNDS", 8)
     loaded = LoadedBundle(reduced_bundle, make_backend("onnxruntime", threads=1))
     skipped: list[int] = []
     counts: list[int] = []
@@ -148,11 +148,11 @@ def test_contexts_are_timed_upwards_and_downwards_once_when_the_time_is_over(
     question = RunQuestion(
         image=random_image(measured_sizes(loaded.pipeline)[0]), prompt=PROMPT, new_tokens=2
     )
-    (timed,) = contexts.time_contexts([loaded], question, seconds=0.0)
+    (timed,) = measuring.time_contexts([loaded], question, seconds=0.0)
     loaded.close()
     assert {len(one.milliseconds) for one in timed} == {2}
     assert counts[:3] == [12, 4, 12]  # after each prefill twelve are left out
-    upwards, downwards = skipped[3 : 3 + contexts.POINTS], skipped[-contexts.POINTS :]
+    upwards, downwards = skipped[3 : 3 + measuring.POINTS], skipped[-measuring.POINTS :]
     assert all(skip >= 0 for skip in upwards[1:])
     assert downwards[0] > 0 and all(skip < 0 for skip in downwards[1:])
 

@@ -8,10 +8,9 @@ import pytest
 
 from tests.cuda_on_host import CudaOnHost, pretend_gpu, write_engines
 from tests.engine_bundles import HOST, copy_bundle
-from trio_edge.profiling.measure import contexts
+from trio_edge.profiling.measure import measuring
 from trio_edge.profiling.measure.answers import LoadedBundle, RunQuestion, without_stop_tokens
-from trio_edge.profiling.measure.contexts import time_contexts
-from trio_edge.profiling.measure.measuring import measured_sizes, random_image
+from trio_edge.profiling.measure.measuring import measured_sizes, random_image, time_contexts
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.pipeline import Pipeline
@@ -95,12 +94,12 @@ def test_profiling_waits_no_more_often(capture: bool, cuda: CudaOnHost, tmp_path
 def test_tokens_at_all_contexts_are_captured_steps(
     cuda: CudaOnHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contexts, "ROUNDS", 1)
+    monkeypatch.setattr(measuring, "ROUNDS", 1)
     bundle = open_bundle(tmp_path / "bundle")
     loaded = LoadedBundle(bundle.folder, make_backend("tensorrt", bundle=bundle))
     question = question_for(loaded.pipeline)
     (timed,) = time_contexts([loaded], question, seconds=1.0)
-    assert len(timed) == 1 + contexts.POINTS
+    assert len(timed) == 1 + measuring.POINTS
     assert all(one.milliseconds[0] > 0 for one in timed)
     assert loaded.recording.captured
     assert loaded.recording.take() == []  # no events between the launches of a step
