@@ -1,31 +1,22 @@
-"""Questions about images, from a JSON-lines file or a synthetic set; their digest and shards."""
+"""Questions about images, from a JSON-lines file, and their digest."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-import re
 import string
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from trio_edge.calibration.shapes.samples import held_out
-from trio_edge.calibration.shapes.several import held_out_several
 from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from trio_edge.calibration.shapes.samples import ShapeSample
-
-
-SYNTHETIC = "shapes"
-SYNTHETIC_SEVERAL = "shapes-several"
-SYNTHETIC_SETS = (SYNTHETIC, SYNTHETIC_SEVERAL)
 _ID_LENGTH = 16  # 64 bits: in one of 10^7 data sets of a million images two ids are equal by chance
 
 
@@ -37,7 +28,7 @@ class Question:
     """Place in the whole data set; it pairs the outcomes of different runs, and seeds random selections."""
     sample_id: str
     kind: str
-    images: tuple[Image.Image | Path, ...]
+    images: tuple[Path, ...]
     """At least one, in the order of the prompt."""
     image_names: tuple[str, ...]
     image_id: str
@@ -48,32 +39,6 @@ class Question:
     choices: tuple[str, ...] = ()
     where: str = ""
     """FILE:LINE, for messages."""
-
-
-def questions_of(samples: Iterable[ShapeSample]) -> list[Question]:
-    """Return generated samples as questions."""
-    return [
-        Question(
-            index=index,
-            sample_id=sample.sample_id,
-            kind=sample.kind,
-            images=sample.images,
-            image_names=(sample.sample_id,),
-            image_id=_joined_id(
-                [hashlib.sha256(image.tobytes()).hexdigest()[:_ID_LENGTH] for image in sample.images]
-            ),
-            question=sample.question,
-            answers=(sample.answer,),
-            where=f"shapes sample {sample.sample_id}",
-        )
-        for index, sample in enumerate(samples)
-    ]
-
-
-def synthetic_questions(count: int, *, seed: int, name: str = SYNTHETIC) -> list[Question]:
-    """Return the first ``count`` questions of a packaged held-out set, one of ``SYNTHETIC_SETS``."""
-    samples = held_out_several(count, seed=seed) if name == SYNTHETIC_SEVERAL else held_out(count, seed=seed)
-    return questions_of(samples)
 
 
 def read_questions(
@@ -110,17 +75,28 @@ def read_questions(
         entry = _entry(line, where=where)
         if split is not None and entry.get("split") != split:
             continue
-        if not need_answers and "answer" not in entry:
-            entry = {"answers": [], **entry}
-        question = _question(
-            entry, index=len(questions), number=number, path=path, suffix=suffix, need_answers=need_answers
-        )
-        images = tuple(path.parent / name for name in question.image_names)
+        names, prompt = _image_names(entry, where=where), _question(entry, where=where)
+        answers = _answers(entry, where=where, need_answers=need_answers)
+        choices = _choices(entry, where=where)
+        options = [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices)]
+        images = tuple(path.parent / name for name in names)
         for image in images:
             if image not in image_ids:
                 image_ids[image] = image_id(image, where=where)
-        together = _joined_id([image_ids[image] for image in images])
-        questions.append(replace(question, images=images, image_id=together))
+        questions.append(
+            Question(
+                index=len(questions),
+                sample_id=str(entry.get("id", number)),
+                kind=str(entry.get("kind", "all")),
+                images=images,
+                image_names=names,
+                image_id=_joined_id([image_ids[image] for image in images]),
+                question="\n".join([prompt, *options, *([suffix] if suffix else [])]),
+                answers=answers,
+                choices=choices,
+                where=where,
+            )
+        )
     if not questions:
         wanted = "" if split is None else f" of split {split!r}"
         raise DataError(f"{path}: expected at least one question{wanted}, got none; check the file")
@@ -139,59 +115,39 @@ def digest_of(questions: Sequence[Question], *, metric: str) -> str:
     return digest.hexdigest()
 
 
-def shard_of(questions: Sequence[Question], *, shard: int, num_shards: int) -> list[Question]:
-    """Return every ``num_shards``-th question; shards 1..num_shards are disjoint and complete."""
-    return list(questions[shard - 1 :: num_shards])
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """Return I and N of ``I/N``, 1 <= I <= N."""
-    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text.strip())
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise DataError(f"--shard: expected I/N with 1 <= I <= N, got {text!r}; write it as 1/2")
-    return int(match[1]), int(match[2])
-
-
 def _entry(line: str, *, where: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
     except (json.JSONDecodeError, RecursionError):
-        raise DataError(f"{where}: expected one JSON object, got {line[:60]!r}; correct the line") from None
+        entry = None
     if not isinstance(entry, dict):
         raise DataError(f"{where}: expected one JSON object, got {line[:60]!r}; correct the line")
     return entry
 
 
-def _question(
-    entry: dict[str, Any], *, index: int, number: int, path: Path, suffix: str, need_answers: bool
-) -> Question:
-    where = f"{path}:{number}"
-    names = _image_names(entry, where=where)
-    if not _is_text(entry.get("question")):
-        raise DataError(
-            f"{where}: expected a text 'question', got {entry.get('question')!r}; correct the line"
-        )
-    answers = _texts(entry["answers"] if "answers" in entry else [entry.get("answer")])
+def _question(entry: dict[str, Any], *, where: str) -> str:
+    text = entry.get("question")
+    if not _is_text(text):
+        raise DataError(f"{where}: expected a text 'question', got {text!r}; correct the line")
+    return str(text)
+
+
+def _answers(entry: dict[str, Any], *, where: str, need_answers: bool) -> tuple[str, ...]:
+    """Return the texts in a line's 'answers' or 'answer'; an empty tuple if it has none and needs none."""
+    found = entry.get("answers", [entry["answer"]] if "answer" in entry else [])
+    answers = _texts(found)
     if answers is None or (need_answers and not answers):
         raise DataError(
             f"{where}: expected 'answer' or a list 'answers' of texts, got none; correct the line"
         )
+    return answers
+
+
+def _choices(entry: dict[str, Any], *, where: str) -> tuple[str, ...]:
     choices = _texts(entry.get("choices", []))
     if choices is None:
         raise DataError(f"{where}: expected a list 'choices' of texts, got something else; correct the line")
-    options = [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices)]
-    return Question(
-        index=index,
-        sample_id=str(entry.get("id", number)),
-        kind=str(entry.get("kind", "all")),
-        images=(),
-        image_names=names,
-        image_id="",
-        question="\n".join([entry["question"], *options, *([suffix] if suffix else [])]),
-        answers=answers,
-        choices=choices,
-        where=where,
-    )
+    return choices
 
 
 def _image_names(entry: dict[str, Any], *, where: str) -> tuple[str, ...]:

@@ -21,14 +21,9 @@ if TYPE_CHECKING:
     from trio_edge.runtime.images.interface import ImageProcessing
 
 
-def processing_of(images: Sequence[Image.Image], processing: ImageProcessing) -> ImageProcessing:
-    """Return the processing of each of a prompt's ``images``; prompts with several images may have their own."""
-    return processing if len(images) == 1 else processing.of_several()
-
-
 def image_tokens(processing: ImageProcessing, images: Sequence[Image.Image]) -> list[int]:
     """Return the visual tokens of each of a prompt's images, before the ``reduce`` graph."""
-    own = processing_of(images, processing)
+    own = processing if len(images) == 1 else processing.of_several()
     return [own.sizes(*image.size)["N"] for image in images]
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.evaluate.answering import Outcome
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,8 +83,6 @@ class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
     questions: int
     compared: int
     """Answered by every run."""
-    shard: str
-    """I/N, the part that this run asked; 1/1 is all."""
 
 
 class EvaluationConditions(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,7 +91,6 @@ class EvaluationConditions(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str]
     backend: str
     threads: int
-    workers: int
     answer_tokens: int
     machine: dict[str, str]
 

@@ -1,27 +1,20 @@
-"""An evaluation's report as tables, and as a plot of accuracy against FLOPs with one line per method."""
+"""An evaluation's report as tables."""
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from trio_edge.profiling.page.figures import LIGHT, check_matplotlib, colour, figure_style, new_figure
-from trio_edge.runtime.bundle.errors import DataError
-from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.cli.tables import whole_table, wide_console
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.table import Table
 
     from trio_edge.calibration.evaluate.comparison import (
         AgainstReference,
         Estimate,
         EvaluationReport,
-        RunReport,
     )
 
 
@@ -37,7 +30,7 @@ def print_report(report: EvaluationReport) -> None:
     data, conditions = report.data, report.conditions
     console.print(
         f"{data.name}: {data.compared} of {data.questions} questions, metric {data.metric}; {conditions.backend},"
-        f" {conditions.workers} x {conditions.threads} threads; 95 % intervals",
+        f" {conditions.threads} threads; 95 % intervals",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -114,54 +107,3 @@ def _kind_table(report: EvaluationReport) -> Table:
     for run in report.runs:
         table.add_row(escape(run.run.label), *(f"{100 * run.by_kind[kind].value:.1f}" for kind in kinds))
     return table
-
-
-SUFFIXES = (".png", ".svg")
-_MARKERS = "osD^vP*X<>"
-_INCHES = (8.0, 5.0)
-_DOTS_PER_INCH = 150
-
-
-def check_plot(path: Path) -> None:
-    """Raise DataError unless a plot can be written to ``path``."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise DataError(f"--plot: expected a name that ends in .png or .svg, got {path}; rename it")
-    check_outputs({"--plot": path})
-    check_matplotlib("--plot", extra="eval")
-
-
-def draw_plot(report: EvaluationReport, path: Path) -> None:
-    """Write the plot as PNG or SVG, by ``path``'s suffix."""
-    content = io.BytesIO()
-    with figure_style(report.data.name):
-        figure = new_figure(*_INCHES)
-        axes = figure.add_subplot()
-        unit, size = flops_unit(max(run.flops for run in report.runs))
-        for index, method in enumerate(dict.fromkeys(run.run.method for run in report.runs)):
-            runs = sorted((run for run in report.runs if run.run.method == method), key=lambda run: run.flops)
-            _draw_method(axes, runs, index=index, size=size)
-        axes.set(
-            xlabel=f"{unit} of a prefill, mean",
-            ylabel=f"{report.data.metric} accuracy, % (95 % interval)",
-            title=f"{report.data.name}, {report.data.compared} questions",
-        )
-        axes.legend()
-        figure.savefig(content, format=path.suffix[1:].lower(), dpi=_DOTS_PER_INCH, facecolor=LIGHT["back"])
-    write_output("--plot", path, content.getvalue())
-
-
-def _draw_method(axes: Any, runs: list[RunReport], *, index: int, size: float) -> None:
-    accuracies = [100 * run.accuracy.value for run in runs]
-    bounds = [[100 * end for end in run.accuracy.interval_95] for run in runs]
-    axes.errorbar(
-        [run.flops / size for run in runs],
-        accuracies,
-        yerr=[
-            [max(0.0, value - low) for value, (low, _) in zip(accuracies, bounds)],
-            [max(0.0, high - value) for value, (_, high) in zip(accuracies, bounds)],
-        ],
-        color=LIGHT[colour(index)],
-        marker=_MARKERS[index % len(_MARKERS)],
-        capsize=3,
-        label=runs[0].run.method,
-    )

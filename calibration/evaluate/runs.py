@@ -7,38 +7,30 @@ The reference goes first, because the others compare their first token with its.
 from __future__ import annotations
 
 import hashlib
-from contextlib import closing
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from trio_edge.calibration.evaluate.answering import OWN_SELECTION, Asking, Failure, Outcome, Settings
-from trio_edge.calibration.evaluate.baselines import SMALLER_IMAGE
-from trio_edge.calibration.evaluate.workers import answer_here, answer_in_processes
-from trio_edge.calibration.json_lines import (
-    LOCK_NAME,
-    SUFFIX,
-    locked_folder,
-    opened_results,
-    read_header,
-    read_results,
-)
+from trio_edge.calibration.evaluate.answering import OWN_SELECTION, Outcome, answer
+from trio_edge.calibration.json_lines import LOCK_NAME, SUFFIX, locked_folder, opened_results, read_header
+from trio_edge.calibration.progress import StepProgress
 from trio_edge.runtime.backends.registry import make_backend, with_accuracy
-from trio_edge.runtime.bundle.errors import DataError
+from trio_edge.runtime.bundle.errors import DataError, ImageError, ShapeError
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle, sha256_of
+from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.trio.methods import stage_method
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Generator, Sequence
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
-    from trio_edge.calibration.evaluate.workers import Task
+    from trio_edge.calibration.evaluate.answering import AnswerSettings
     from trio_edge.calibration.questions import Question
     from trio_edge.runtime.bundle.manifest import Manifest
 
-
-_AN_OUTCOME = "an outcome"
+SCHEMA_VERSION = 1
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,15 +51,33 @@ class Run(NamedTuple):
 
     info: RunInfo
     bundle: Bundle
-    keep_all: Bundle | None = None
-    """With ``smaller-image``, the bundle that answers, at the budget of ``bundle``."""
+
+
+class RunKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that an outcome depends on; outcomes of equal keys are interchangeable."""
+
+    schema_version: int
+    data_sha256: str
+    bundle_sha256: str
+    """Digest of the manifest, which has the digests of all other files."""
+    selection: str
+    reference_sha256: str | None
+    """The bundle that ``first_token_kl`` compares with."""
+    answer_tokens: int
+    backend: str
+
+    @property
+    def file_name(self) -> str:
+        """Name of the run's file."""
+        digest = hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+        return f"{self.bundle_sha256[:12]}-{self.selection}-{digest[:12]}{SUFFIX}"
 
 
 class Answers(NamedTuple):
-    """Outcomes and failures of all runs."""
+    """Outcomes of all runs, and the questions that could not be asked."""
 
     runs: list[tuple[RunInfo, dict[int, Outcome]]]
-    failures: list[tuple[str, Failure]]
+    failures: list[dict[str, str]]
 
 
 def plan_runs(
@@ -84,33 +94,29 @@ def plan_runs(
         DataError: If the reference reduces tokens or has another model, a run is given twice, or a bundle without stages
             is to run with a baseline.
     """
-    opened = [open_bundle(folder) for folder in bundles]
-    names = list(labels) if labels is not None else _names(bundles)
-    runs, full = [], None
+    names = labels or _names(bundles)
+    named = [(open_bundle(folder), name) for folder, name in zip(bundles, names, strict=True)]
+    runs = []
     if reference is not None:
-        full = open_bundle(reference)
-        _check_reference(full, opened)
-        position = next(
-            (i for i, folder in enumerate(bundles) if folder.resolve() == reference.resolve()), None
-        )
-        label = reference.name or str(reference) if position is None else names[position]
+        full, own = open_bundle(reference), reference.resolve()
+        _check_reference(full, [bundle for bundle, _ in named])
+        label = next((name for one, name in named if one.folder.resolve() == own), _names([reference])[0])
         runs.append(_run(full, label, OWN_SELECTION, is_reference=True))
-    for bundle, name in zip(opened, names, strict=True):
-        if reference is not None and bundle.folder.resolve() == reference.resolve():
-            continue
+        named = [(bundle, name) for bundle, name in named if bundle.folder.resolve() != own]
+    for bundle, name in named:
         for selection in selections:
-            _check_selection(bundle, selection, has_reference=reference is not None)
+            _check_selection(bundle, selection)
             label = name if selection == OWN_SELECTION else f"{name} ({selection})"
-            run = _run(bundle, label, selection, is_reference=False)
-            runs.append(run._replace(keep_all=full) if selection == SMALLER_IMAGE else run)
-    wanted = [(run.info.bundle_sha256, run.info.selection) for run in runs]
-    for index, run in enumerate(runs):
-        if wanted.index(wanted[index]) != index:
+            runs.append(_run(bundle, label, selection))
+    seen = set()
+    for run in runs:
+        if (key := (run.info.bundle_sha256, run.info.selection)) in seen:
             raise DataError(f"{run.bundle.folder}: expected each bundle once, got it twice; leave one out")
+        seen.add(key)
     return runs
 
 
-def keys_of(runs: Sequence[Run], settings: Settings, *, data_sha256: str) -> list[RunKey]:
+def keys_of(runs: Sequence[Run], settings: AnswerSettings, *, data_sha256: str) -> list[RunKey]:
     """Return each run's key, under which its outcomes are stored."""
     reference = next((run.info.bundle_sha256 for run in runs if run.info.is_reference), None)
     return [
@@ -134,94 +140,75 @@ def answer_runs(
     runs: Sequence[Run],
     keys: Sequence[RunKey],
     questions: Sequence[Question],
-    settings: Settings,
+    settings: AnswerSettings,
     *,
     folder: Path,
-    merge: Sequence[Path] = (),
-    on_start: Callable[[Run, int], None] = lambda _run, _done: None,
-    on_answer: Callable[[], None] = lambda: None,
+    progress: StepProgress | None = None,
 ) -> Answers:
-    """Answer all questions that have no outcome in the work folder yet, run by run. Outcomes in ``merge`` are copied first.
-
-    ``on_start`` gets each run and its number of outcomes so far.
+    """Answer all questions that have no outcome in the work folder yet, run by run.
 
     Raises:
-        DataError: If a folder is of other data or bundles, or cannot be written.
-        BackendError: If a worker dies.
+        DataError: If the folder is of other data or bundles, or cannot be written.
     """
-    for other in merge:
-        if other.resolve() == folder.resolve():
-            raise DataError(
-                f"--merge {other}: expected another folder than --work, got the same; leave it out"
-            )
-        check_folder(other, keys)
-    answers = Answers([], [])
+    progress, answers = progress or StepProgress(), Answers([], [])
+    pictures = {question.index: question.image_id for question in questions}
     with locked_folder(folder):
-        check_folder(folder, keys)
-        # filled by the reference, which is the first run
-        firsts: dict[int, Outcome] = {}
+        _check_folder(folder, keys)
+        firsts: dict[int, Outcome] = {}  # filled by the reference, which is the first run
         for run, key in zip(runs, keys):
-            with opened_results(folder / key.file_name, key, Outcome, what=_AN_OUTCOME) as (file, known):
-                done = _still_valid(known, questions)
-                for other in merge:
-                    theirs = read_results(other / key.file_name, Outcome, what=_AN_OUTCOME)
-                    for index, outcome in _still_valid(theirs, questions).items():
-                        if index not in done:
-                            file.append(outcome)
-                            done[index] = outcome
-                on_start(run, len(done))
-                tasks = [
-                    (question, firsts[question.index].first_token if question.index in firsts else None)
-                    for question in questions
-                    if question.index not in done
-                ]
-                # closing ends the workers if an error or Ctrl-C leaves the loop
-                with closing(_answers(run, tasks, settings)) as results:
-                    for result in results:
-                        if isinstance(result, Outcome):
-                            file.append(result)
-                            done[result.index] = result
-                        else:
-                            answers.failures.append((run.info.label, result))
-                        on_answer()
+            progress.step(run.info.label, len(questions))
+            with ExitStack() as stack:
+                file, known = stack.enter_context(
+                    opened_results(folder / key.file_name, key, Outcome, what="an outcome")
+                )
+                # a question whose image has changed is asked again
+                done = {one.index: one for one in known if pictures.get(one.index) == one.picture_id}
+                missing = [question for question in questions if question.index not in done]
+                for _ in done:
+                    progress.sample()
+                if missing:
+                    pipeline = stack.enter_context(_pipeline(run, settings))
+                for question in missing:
+                    first = firsts.get(question.index)
+                    try:
+                        outcome = answer(
+                            pipeline,
+                            question,
+                            settings,
+                            selection=run.info.selection,
+                            reference=None if first is None else first.first_token,
+                            is_reference=run.info.is_reference,
+                        )
+                    except (ImageError, ShapeError) as error:
+                        failure = {"run": run.info.label, "where": question.where, "reason": str(error)}
+                        answers.failures.append(failure)
+                    else:
+                        file.append(outcome)
+                        done[outcome.index] = outcome
+                    progress.sample()
             if run.info.is_reference:
                 firsts = done
             answers.runs.append((run.info, done))
     return answers
 
 
-def _still_valid(outcomes: list[Outcome], questions: Sequence[Question]) -> dict[int, Outcome]:
-    """Return the outcomes of ``questions`` whose images have not changed, by question."""
-    images = {question.index: question.image_id for question in questions}
-    return {one.index: one for one in outcomes if images.get(one.index) == one.picture_id}
-
-
-def _answers(run: Run, tasks: list[Task], settings: Settings) -> Generator[Outcome | Failure, None, None]:
-    asking = Asking(
-        bundle=(run.keep_all or run.bundle).folder,
-        budget_of=None if run.keep_all is None else run.bundle.folder,
-        selection=run.info.selection,
-        is_reference=run.info.is_reference,
-        settings=settings,
+def _pipeline(run: Run, settings: AnswerSettings) -> Pipeline:
+    return Pipeline.from_bundle(
+        run.bundle.folder,
+        backend=settings.backend,
+        threads=settings.threads,
+        cpu_accuracy=settings.cpu_accuracy,
     )
-    workers = min(settings.workers, len(tasks))
-    if not tasks:
-        return
-    if workers > 1:
-        yield from answer_in_processes(asking, tasks, workers=workers)
-    else:
-        yield from answer_here(asking, tasks)
 
 
-def _run(bundle: Bundle, label: str, selection: str, *, is_reference: bool) -> Run:
-    manifest = bundle.manifest
+def _run(bundle: Bundle, label: str, selection: str, *, is_reference: bool = False) -> Run:
     info = RunInfo(
         label=label,
-        method=method_of(manifest, selection),
+        method=method_of(bundle.manifest, selection),
         bundle=str(bundle.folder),
         bundle_sha256=sha256_of(bundle.folder / MANIFEST_NAME),
         selection=selection,
-        dtype=manifest.dtype,
+        dtype=bundle.manifest.dtype,
         is_reference=is_reference,
     )
     return Run(info, bundle)
@@ -230,22 +217,18 @@ def _run(bundle: Bundle, label: str, selection: str, *, is_reference: bool) -> R
 def method_of(manifest: Manifest, selection: str) -> str:
     """Return the name of a run's selection, without its budget."""
     schedule = manifest.schedule
-    if selection == SMALLER_IMAGE:
-        return selection
     if selection != OWN_SELECTION:
         return selection if schedule.positions == "compact" else f"{selection}, {schedule.positions}"
-    before = [] if manifest.encoder_keep is None else ["encoder"]
-    if manifest.token_method is not None:
-        before.append(manifest.token_method)
-    decoder = []
+    parts = [] if manifest.encoder_keep is None else ["encoder"]
+    parts += [] if manifest.token_method is None else [manifest.token_method]
     if schedule.stages:
-        has_probe = stage_method(schedule.method).has_probe
-        settings = [
-            *(["answer rows"] if has_probe and schedule.probe_rows == "answer" else []),
-            *(["preserved"] if schedule.positions == "preserved" and manifest.position_axes == 1 else []),
-        ]
-        decoder = [", ".join([schedule.method, *settings])]
-    return " + ".join([*before, *decoder]) or "keep-all"
+        words = [schedule.method]
+        if stage_method(schedule.method).has_probe and schedule.probe_rows == "answer":
+            words.append("answer rows")
+        if schedule.positions == "preserved" and manifest.position_axes == 1:
+            words.append("preserved")
+        parts.append(", ".join(words))
+    return " + ".join(parts) or "keep-all"
 
 
 def _names(bundles: Sequence[Path]) -> list[str]:
@@ -268,13 +251,7 @@ def _check_reference(reference: Bundle, bundles: Sequence[Bundle]) -> None:
             )
 
 
-def _check_selection(bundle: Bundle, selection: str, *, has_reference: bool) -> None:
-    if selection == SMALLER_IMAGE:
-        if not has_reference:
-            raise DataError(
-                f"--selection {selection}: expected --reference, the keep-all bundle that answers, got none; add it"
-            )
-        return
+def _check_selection(bundle: Bundle, selection: str) -> None:
     if selection != OWN_SELECTION and not bundle.manifest.schedule.stages:
         raise DataError(
             f"--selection {selection}: expected a bundle with stages, got {bundle.folder} without any;"
@@ -287,43 +264,16 @@ def _check_selection(bundle: Bundle, selection: str, *, has_reference: bool) -> 
         )
 
 
-SCHEMA_VERSION = 1
-
-
-class RunKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that an outcome depends on; outcomes of equal keys are interchangeable."""
-
-    schema_version: int
-    data_sha256: str
-    bundle_sha256: str
-    """Digest of the manifest, which has the digests of all other files."""
-    selection: str
-    reference_sha256: str | None
-    """The bundle that ``first_token_kl`` compares with."""
-    answer_tokens: int
-    backend: str
-
-    @property
-    def file_name(self) -> str:
-        """Name of the run's file."""
-        digest = hashlib.sha256(msgspec.json.encode(self)).hexdigest()
-        return f"{self.bundle_sha256[:12]}-{self.selection}-{digest[:12]}{SUFFIX}"
-
-
-def check_folder(folder: Path, keys: Collection[RunKey]) -> None:
+def _check_folder(folder: Path, keys: Collection[RunKey]) -> None:
     """Raise DataError unless the folder is empty, or has outcomes of these questions and of at least one of these bundles."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: expected a folder of outcomes, got none; check the name")
     paths = sorted(path for path in folder.iterdir() if path.name != LOCK_NAME)
     found = [key for key in map(_key_of, paths) if key is not None]
-    if not found:
-        return
-    if any(key.data_sha256 not in {own.data_sha256 for own in keys} for key in found):
+    if not {key.data_sha256 for key in found} <= {own.data_sha256 for own in keys}:
         raise DataError(
             f"{folder}: expected outcomes of these questions, got others"
-            " (data, metric, --count, --seed, --split or --suffix differ); choose another folder"
+            " (data, metric, --count, --split or --suffix differ); choose another folder"
         )
-    if not {key.bundle_sha256 for key in found} & {own.bundle_sha256 for own in keys}:
+    if found and not {key.bundle_sha256 for key in found} & {own.bundle_sha256 for own in keys}:
         raise DataError(f"{folder}: expected outcomes of these bundles, got others; choose another folder")
 
 

@@ -36,8 +36,8 @@ from trio_edge.calibration.search.calibration_file import (
 from trio_edge.calibration.search.held_out import accuracy, fidelity
 from trio_edge.calibration.search.measuring import Measurements, RecordKey, opened_record
 from trio_edge.calibration.search.samples import read_samples, split_samples
-from trio_edge.calibration.search.schedules.search import SearchProgress, Setup, search
-from trio_edge.calibration.search.schedules.selection_rule import DEFAULT_MAX_KL, SelectionRule
+from trio_edge.calibration.search.schedules.candidates import cheapest_within
+from trio_edge.calibration.search.schedules.search import Setup, search
 from trio_edge.calibration.search.schedules.space import (
     average_keep,
     make_space,
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.model.prompts import SampleShape
     from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.quantize.report import QuantizationReport
     from trio_edge.calibration.questions import Question
     from trio_edge.calibration.search.calibration_file import Fidelity
@@ -79,7 +80,7 @@ def calibrate(
     *,
     work: Path | None = None,
     samples_sha256: str | None = None,
-    progress: SearchProgress,
+    progress: StepProgress,
 ) -> Calibrated:
     """Return the calibration that ``options`` describe. Samples with another digest than ``samples_sha256`` give a warning.
 
@@ -89,19 +90,18 @@ def calibrate(
         TargetError: If the target is unknown, or lacks a format of the plan.
         DataError: If samples are missing, unreadable or do not fit the model.
         CheckpointError: If the checkpoint cannot be read or exported.
-        ScheduleError: If no schedule can meet the options; the message names the nearest one.
+        ScheduleError: If no schedule can meet the options.
     """
     setup = _set_up(options, samples_sha256, progress)
     split = setup.split
     with _measurements(setup, work) as measurements:
         found = search(setup, measurements)
-        chosen = setup.rule.choice(found.candidates, setup.space)
-        assert chosen is not None, "the rule was checked before the search"
-        schedule, usual = chosen.schedule, _usual(setup, chosen.schedule)
+        schedule = cheapest_within(found.candidates, options.max_kl).schedule
+        usual = _usual(setup, schedule)
         points = _points(setup, measurements, [*(one.schedule for one in found.front), schedule, *usual])
         rounds = measurements.most_rounds(schedule)
     held_out = points[schedule].held_out
-    _warn_above(setup.rule, held_out, progress, way_out="give more samples, or a smaller bound")
+    _warn_above(options.max_kl, held_out, progress, way_out="give more samples, or a smaller bound")
     progress.step("answering held-out samples", len(split.held_out))
     scores = accuracy(setup.model, split.held_out, schedule, on_sample=progress.sample)
     quantized = _quantize(setup, schedule)
@@ -110,7 +110,8 @@ def calibrate(
         schema_version=SCHEMA_VERSION,
         options=options,
         data=_data(setup),
-        rule=setup.rule.text(setup.kind),
+        rule=f"the {'fastest' if setup.kind == 'time' else 'cheapest'} whose KL is at most {options.max_kl:g} nats"
+        " with 95 % confidence",
         schedule=msgspec.structs.replace(schedule, nms_rounds=rounds_with_margin(rounds)),
         shapes=Shapes(
             image_sizes=setup.shape.image_sizes, text_buckets=setup.shape.text_buckets, largest_rounds=rounds
@@ -137,10 +138,10 @@ def calibrate(
     return Calibrated(calibration=calibration, scales=quantized.scales)
 
 
-def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: SearchProgress) -> Setup:
+def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: StepProgress) -> Setup:
     plan = _checked_plan(options)
     progress.step("reading the samples", 0)
-    questions = read_samples(options.samples, prompt=options.prompt, count=options.count, seed=options.seed)
+    questions = read_samples(options.samples, prompt=options.prompt, count=options.count)
     split = split_samples(questions, held_out=options.held_out, seed=options.seed)
     digest = _digest(questions)
     if samples_sha256 is not None and samples_sha256 != digest:
@@ -161,8 +162,7 @@ def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: S
         keeps=options.keeps,
         max_stages=options.max_stages,
     )
-    cost, rule = prefill_cost(model, shape, samples, target=options.target), rule_of(options)
-    rule.check(space, cost)
+    cost = prefill_cost(model, shape, samples, target=options.target)
     setup = Setup(
         options=options,
         plan=plan,
@@ -173,8 +173,7 @@ def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: S
         shape=shape,
         space=space,
         cost=cost,
-        rule=rule,
-        kind=rule.kind(options.cost, space, cost),
+        kind=cost.kind(options.cost, space),
         progress=progress,
     )
     _warn_before_measuring(setup)
@@ -296,7 +295,7 @@ def _quantize(setup: Setup, schedule: Schedule) -> _Quantized:
     )
     held_out = fidelity(results, split.held_out)
     _warn_above(
-        setup.rule,
+        setup.options.max_kl,
         held_out,
         progress,
         what=f" with --quantize {setup.options.quantize}",
@@ -306,25 +305,16 @@ def _quantize(setup: Setup, schedule: Schedule) -> _Quantized:
     return _Quantized(report=found.report, scales=found.scales, held_out=held_out, rounds=rounds)
 
 
-def rule_of(options: CalibrationOptions) -> SelectionRule:
-    """Return the options' selection rule."""
-    if options.target_ms is not None:
-        return SelectionRule(bounded="target_ms", bound=options.target_ms)
-    if options.keep is not None:
-        return SelectionRule(bounded="keep", bound=options.keep)
-    return SelectionRule(bounded="max_kl", bound=DEFAULT_MAX_KL if options.max_kl is None else options.max_kl)
-
-
 def _warn_above(
-    rule: SelectionRule, held_out: Fidelity, progress: SearchProgress, *, way_out: str, what: str = ""
+    max_kl: float, held_out: Fidelity, progress: StepProgress, *, way_out: str, what: str = ""
 ) -> None:
-    if rule.bounded == "max_kl" and held_out.kl.value > rule.bound:
+    if held_out.kl.value > max_kl:
         progress.warn(
-            f"the held-out KL{what} is {held_out.kl.value:.3g}, above --max-kl {rule.bound:g}; {way_out}"
+            f"the held-out KL{what} is {held_out.kl.value:.3g}, above --max-kl {max_kl:g}; {way_out}"
         )
 
 
-def _looked_at(model: TorchModel, question: Question, progress: SearchProgress) -> SampleShape:
+def _looked_at(model: TorchModel, question: Question, progress: StepProgress) -> SampleShape:
     shape = sample_shape(model, question)
     if shape.sizes["N"] < 2:
         raise DataError(

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CALIBRATION_NAME = "calibration.json"
-REPORT_NAME = "calibration.html"
 BUNDLE_NAME = "bundle"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Measure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from trio_edge.calibration.progress import progress_bars
 from trio_edge.calibration.search.options import CalibrationOptions
-from trio_edge.calibration.search.samples import DEFAULT_SYNTHETIC_COUNT
-from trio_edge.calibration.search.schedules.selection_rule import DEFAULT_MAX_KL
 from trio_edge.runtime.bundle.errors import CheckpointError, DataError
 from trio_edge.runtime.bundle.files import atomic_folder, check_place
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from trio_edge.calibration.search.schedules.search import SearchProgress
+    from collections.abc import Callable, Sequence
 
 PATH = click.Path(path_type=Path)
 _REPORT_BYTES = 16 << 20
@@ -60,117 +54,81 @@ def _numbers(kind: type[int | float]) -> Callable[..., tuple[float, ...] | None]
     return parse
 
 
-@click.command(
-    "trio-calibrate", context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
-)
+def _option(name: str, text: str, default: str | None = None, **settings: Any) -> Callable[[Any], Any]:
+    """Return an option without a value of its own; its help names the default of ``CalibrationOptions``."""
+    shown = default or _DEFAULTS.get(name.removeprefix("--").replace("-", "_"), msgspec.NODEFAULT)
+    words = "" if shown in (None, msgspec.NODEFAULT) else f" [default: {shown}]"
+    return click.option(name, help=text + words, **settings)
+
+
+@click.command("trio-calibrate", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", required=False)
-@click.option(
-    "--samples", help="JSON-lines file, folder of images (with --prompt), or 'shapes' (a synthetic set)."
-)
-@click.option(
-    "--target", metavar="DEVICE", help="Device to predict times for; docs/targets.md has the names."
-)
+@_option("--samples", "JSON-lines file, or folder of images (with --prompt).")
+@_option("--target", "Device to predict times for; docs/targets.md has the names.", metavar="DEVICE")
 @click.option("--out", type=PATH, required=True, help="Folder to create.")
 @click.option("--config", type=PATH, help="Repeat this calibration.json; other options change it.")
-@click.option("--prompt", help="Question about every image of a folder.")
-@click.option(
-    "--count",
-    type=click.IntRange(1, 1_000_000),
-    help=f"Most samples to use. [default: all, {DEFAULT_SYNTHETIC_COUNT} of a synthetic set]",
-)
-@click.option(
-    "--seed", type=int, help=f"Seed of the split and of a synthetic set. [default: {_DEFAULTS['seed']}]"
-)
-@click.option(
+@_option("--prompt", "Question about every image of a folder.")
+@_option("--count", "Most samples to use.", "all", type=click.IntRange(1, 1_000_000))
+@_option("--seed", "Seed of the split.", type=int)
+@_option(
     "--held-out",
+    "Share of the images to hold out for the report.",
+    f"{_DEFAULTS['held_out']:.1%}",
     metavar="PERCENT",
     callback=_one,
-    help=f"Share of the images to hold out for the report. [default: {_DEFAULTS['held_out']:.1%}]",
 )
-@click.option(
+@_option(
     "--max-kl",
+    "Choose the cheapest schedule with at most this KL to keep-all, with 95 % confidence.",
     type=float,
     metavar="NATS",
-    help=f"Choose the cheapest schedule with at most this KL to keep-all, with 95 % confidence. [default: {DEFAULT_MAX_KL:g}]",
 )
-@click.option(
-    "--target-ms",
-    type=float,
-    metavar="MS",
-    help="Choose the lowest KL within this predicted time to the first token.",
-)
-@click.option(
-    "--keep", metavar="PERCENT", callback=_one, help="Choose the lowest KL up to this average keep."
-)
-@click.option(
-    "--answer-tokens",
-    type=int,
-    help=f"Answer tokens to compare with keep-all's. [default: {_DEFAULTS['answer_tokens']}]",
-)
-@click.option(
-    "--layers",
-    metavar="N,N,…",
-    callback=_numbers(int),
-    help="Layers to try stages at. [default: evenly spread]",
-)
-@click.option(
+@_option("--answer-tokens", "Answer tokens to compare with keep-all's.", type=int)
+@_option("--layers", "Layers to try stages at.", "evenly spread", metavar="N,N,…", callback=_numbers(int))
+@_option(
     "--keeps",
+    "Budgets to try, as shares of the largest image's visual tokens.",
+    ",".join(f"{keep:.0%}" for keep in _DEFAULTS["keeps"]),
     metavar="PERCENT,…",
     callback=_shares,
-    help="Budgets to try, as shares of the largest image's visual tokens."
-    f" [default: {','.join(f'{keep:.0%}' for keep in _DEFAULTS['keeps'])}]",
 )
-@click.option(
-    "--max-stages", type=int, help=f"Most stages of a schedule. [default: {_DEFAULTS['max_stages']}]"
-)
-@click.option(
+@_option("--max-stages", "Most stages of a schedule.", type=int)
+@_option(
     "--nms-thresholds",
+    "NMS similarity thresholds to try.",
+    ",".join(map(str, _DEFAULTS["nms_thresholds"])),
     metavar="τ,…",
     callback=_numbers(float),
-    help=f"NMS similarity thresholds to try. [default: {','.join(map(str, _DEFAULTS['nms_thresholds']))}]",
 )
-@click.option(
-    "--evaluations",
-    type=int,
-    help=f"Most schedules of several stages to measure. [default: {_DEFAULTS['evaluations']}]",
-)
-@click.option(
+@_option("--evaluations", "Most schedules of several stages to measure.", type=int)
+@_option(
     "--cost",
+    "Cost to compare schedules by.",
+    "auto, predicted time, or FLOPs if no schedule is faster than keep-all",
     type=click.Choice(["auto", "time", "flops"]),
-    help="Cost to compare schedules by. [default: auto, predicted time, or FLOPs if no schedule is faster than keep-all]",
 )
-@click.option("--revision", help="Branch, tag or commit on the Hub.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float16", "float32"]),
-    help=f"Element type of the bundle. [default: {_DEFAULTS['dtype']}]",
-)
-@click.option(
+@_option("--revision", "Branch, tag or commit on the Hub.")
+@_option("--dtype", "Element type of the bundle.", type=click.Choice(["auto", "float16", "float32"]))
+@_option(
     "--quantize",
+    "Quantize the bundle to int4, int8 or fp8, also by part (docs/quantization.md), with calibrated scales.",
     metavar="FORMAT|PART=FORMAT,…",
-    help="Quantize the bundle to int4, int8 or fp8, also by part (docs/quantization.md), with calibrated scales.",
 )
-@click.option(
-    "--max-visual", type=int, help="Most visual tokens of an image, in families that can scale images down."
-)
-@click.option(
-    "--max-new-tokens",
-    type=int,
-    help=f"Most new tokens of an answer. [default: {_DEFAULTS['max_new_tokens']}]",
-)
+@_option("--max-visual", "Most visual tokens of an image, in families that can scale images down.", type=int)
+@_option("--max-new-tokens", "Most new tokens of an answer.", type=int)
 @click.option(
     "--only-image-sizes",
     is_flag=True,
     default=None,
     help="Make no shapes for images larger than the samples.",
 )
-@click.option("--device", help=f"torch device to run the samples on. [default: {_DEFAULTS['device']}]")
+@_option("--device", "torch device to run the samples on.")
 @click.option(
     "--work",
     type=PATH,
     help="Folder for measurements. The same command continues an interrupted run from it.",
 )
-@click.option("--no-export", is_flag=True, help="Write calibration.json and the page, but no bundle.")
+@click.option("--no-export", is_flag=True, help="Write calibration.json, but no bundle.")
 @click.option("--force", is_flag=True, help="Replace an existing calibration.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def command(
@@ -200,16 +158,13 @@ def command(
                 f"trio-calibrate: expected its packages to be installed, got no {error.name};"
                 " pip install 'trio-edge[calibrate]'"
             ) from None
-        from trio_edge.calibration.search.page import check_plots
-
-        check_plots()
         options, expected_samples = read_given(model, config, given)
         check_place(out, num_bytes=_REPORT_BYTES, error=DataError, way_out=_WAY_OUT)
         check_out = partial(
             check_output, out, force=force, what="calibration", marker=CALIBRATION_NAME, error=DataError
         )
         check_out()
-        with _progress(check, quiet=quiet) as progress:
+        with progress_bars("trio-calibrate", quiet=quiet, check=check) as progress:
             calibrated = calibrate(options, work=work, samples_sha256=expected_samples, progress=progress)
             with atomic_folder(
                 out,
@@ -246,43 +201,9 @@ def read_given(
         given["model"] = model
     if config is not None:
         options, samples = read_options(config)
-        if {"max_kl", "target_ms", "keep"} & given.keys():  # only one rule can hold
-            given = {"max_kl": None, "target_ms": None, "keep": None, **given}
         same = not {"samples", "prompt", "count", "seed"} & given.keys()
         return msgspec.structs.replace(options, **given), samples if same else None
     for name, what in (("model", "MODEL"), ("samples", "--samples"), ("target", "--target")):
         if name not in given:
             raise click.UsageError(f"expected {what}, got none; give it, or --config")
     return CalibrationOptions(**given), None
-
-
-@contextmanager
-def _progress(check: Callable[[], None], *, quiet: bool) -> Iterator[SearchProgress]:
-    """Yield callbacks that show a bar for each step, and that call ``check`` for a Ctrl-C."""
-    from trio_edge.calibration.search.schedules.search import SearchProgress
-
-    console = Console(stderr=True, quiet=quiet)
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=quiet) as bars:
-        bar = bars.add_task("", total=None)
-
-        def step(text: str, total: int) -> None:
-            check()
-            bars.reset(bar, total=total or None, description=text)
-            if not console.is_terminal:
-                console.print(text)
-
-        def sample() -> None:
-            check()
-            bars.advance(bar)
-
-        def warn(text: str) -> None:
-            visible = Console(stderr=True) if console.quiet else console
-            visible.print(f"trio-calibrate: warning: {text}", soft_wrap=True, markup=False, highlight=False)
-
-        yield SearchProgress(step=step, sample=sample, warn=warn)

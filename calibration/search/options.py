@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import msgspec
 
-from trio_edge.calibration.search.schedules.space import DEFAULT_KEEPS, DEFAULT_THRESHOLDS
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.cost.devices import find_device
 
@@ -18,8 +17,6 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "held_out": (lambda share: 0.0 < share < 1.0, "a share between 0 and 100%"),
     "answer_tokens": (lambda count: 1 <= count <= 64, "1..64"),
     "max_kl": (lambda nats: 0.0 <= nats < inf, "nats of 0 or more"),
-    "target_ms": (lambda time: 0.0 < time < inf, "a time above 0"),
-    "keep": (lambda share: 0.0 < share <= 1.0, "a share above 0, up to 100%"),
     "max_stages": (lambda count: 1 <= count <= 4, "1..4"),
     "nms_thresholds": (lambda values: all(0.0 < value <= 1.0 for value in values), "values in (0, 1]"),
     "evaluations": (lambda count: 0 <= count <= 10_000, "0..10000"),
@@ -40,13 +37,12 @@ class CalibrationOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     seed: int = 0
     held_out: float = 1 / 3
     answer_tokens: int = 4
-    max_kl: float | None = None
-    target_ms: float | None = None
-    keep: float | None = None
+    max_kl: float = 0.05
     layers: tuple[int, ...] = ()
-    keeps: tuple[float, ...] = DEFAULT_KEEPS
+    keeps: tuple[float, ...] = (0.03, 0.06, 0.1, 0.16, 0.25, 0.4, 0.6)
+    """Shares of the largest image's visual tokens."""
     max_stages: int = 3
-    nms_thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS
+    nms_thresholds: tuple[float, ...] = (0.7, 0.8, 0.9)
     evaluations: int = 120
     cost: Literal["auto", "time", "flops"] = "auto"
     dtype: Literal["auto", "float16", "float32"] = "auto"
@@ -61,12 +57,6 @@ class CalibrationOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
 
         find_device(self.target)
         parse_plan(self.quantize)
-        rules = [name for name in ("max_kl", "target_ms", "keep") if getattr(self, name) is not None]
-        if len(rules) > 1:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in rules)
-            raise ScheduleError(
-                f"--max-kl, --target-ms, --keep: expected one, got {names}; leave the others out"
-            )
         for name, (holds, rule) in _BOUNDS.items():
             value = getattr(self, name)
             if value is not None and not holds(value):

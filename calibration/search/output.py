@@ -1,11 +1,10 @@
-"""Output of a calibration: ``calibration.json``, the page, the bundle, and a printed summary."""
+"""Output of a calibration: ``calibration.json``, the bundle, and a printed summary."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trio_edge.calibration.search.calibration_file import BUNDLE_NAME, CALIBRATION_NAME, REPORT_NAME, json_of
-from trio_edge.calibration.search.page import page_of
+from trio_edge.calibration.search.calibration_file import BUNDLE_NAME, CALIBRATION_NAME, json_of
 from trio_edge.export import bundle
 from trio_edge.export.options import ExportOptions, Progress
 from trio_edge.export.quantize.plan import parse_plan
@@ -13,19 +12,15 @@ from trio_edge.export.quantize.plan import parse_plan
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.search.calibrate import Calibrated
     from trio_edge.calibration.search.calibration_file import Calibration
-    from trio_edge.calibration.search.schedules.search import SearchProgress
 
 
-def write_calibration(
-    calibrated: Calibrated, folder: Path, progress: SearchProgress, *, export: bool
-) -> None:
-    """Write ``calibration.json``, the page and, with ``export``, the bundle into ``folder``."""
+def write_calibration(calibrated: Calibrated, folder: Path, progress: StepProgress, *, export: bool) -> None:
+    """Write ``calibration.json`` and, with ``export``, the bundle into ``folder``."""
     calibration = calibrated.calibration
     (folder / CALIBRATION_NAME).write_bytes(json_of(calibration))
-    page = page_of(calibration, command=_export_command(calibration))
-    (folder / REPORT_NAME).write_text(page, encoding="utf-8")
     if export:
         bundle.export_bundle(
             _export_options(calibration, folder / BUNDLE_NAME),
@@ -92,7 +87,8 @@ def summary_of(calibration: Calibration, out: Path, *, exported: bool) -> str:
         *_quantized_lines(calibration),
         f"to the first token: {flops:.4g} GFLOPs (keep-all {whole_flops:.4g})",
         f"predicted for {calibration.options.target}: {milliseconds:.3g} ms (keep-all {whole_ms:.3g})",
-        f"{out / REPORT_NAME}{f', {out / BUNDLE_NAME}' if exported else ''}",
+        f"{out / CALIBRATION_NAME}{f', {out / BUNDLE_NAME}' if exported else ''}",
+        *([] if exported else [_export_command(calibration)]),
     ]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Samples to calibrate on: a JSON-lines file, a folder of images with one prompt, or a synthetic set; and their split.
+"""Samples to calibrate on: a JSON-lines file, or a folder of images with one prompt; and their split.
 
 The split is by image: questions about one image are never in both parts. The order in which images are held out follows
 from their content and the seed, so that adding samples moves few others.
@@ -10,20 +10,12 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from trio_edge.calibration.questions import (
-    SYNTHETIC,
-    SYNTHETIC_SETS,
-    Question,
-    image_id,
-    read_questions,
-    synthetic_questions,
-)
+from trio_edge.calibration.questions import Question, image_id, read_questions
 from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-DEFAULT_SYNTHETIC_COUNT = 100
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
@@ -34,30 +26,24 @@ class Split(NamedTuple):
     held_out: list[Question]
 
 
-def read_samples(source: str, *, prompt: str | None, count: int | None, seed: int) -> list[Question]:
+def read_samples(source: str, *, prompt: str | None, count: int | None) -> list[Question]:
     """Return at most ``count`` samples.
 
-    ``source`` is one of ``SYNTHETIC_SETS``, a JSON-lines file as for ``trio-eval`` (answers may be missing), or a folder of
-    images, sub-folders included, with one ``prompt`` for all.
+    ``source`` is a JSON-lines file as for ``trio-eval`` (answers may be missing), or a folder of images, sub-folders
+    included, with one ``prompt`` for all.
 
     Raises:
         DataError: If there are none, or one cannot be read.
     """
     path = Path(source)
-    if source not in SYNTHETIC_SETS and not path.exists():
+    if not path.exists():
         raise DataError(
-            f"--samples {source}: expected a folder of images, a JSON-lines file or '{SYNTHETIC}', got no such"
-            " file; check the name"
+            f"--samples {source}: expected a folder of images or a JSON-lines file, got no such file; check the name"
         )
-    is_folder = source not in SYNTHETIC_SETS and path.is_dir()
-    if is_folder != (prompt is not None):
+    if path.is_dir() != (prompt is not None):
         raise DataError(
             f"--samples {source}: expected --prompt with a folder of images and only there,"
             f" got {'none' if prompt is None else 'one'}; {'add it' if prompt is None else 'leave it out'}"
-        )
-    if source in SYNTHETIC_SETS:
-        return synthetic_questions(
-            DEFAULT_SYNTHETIC_COUNT if count is None else count, seed=seed, name=source
         )
     if prompt is not None:
         return _folder_questions(path, prompt, count=count)

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
-from trio_edge.calibration.shapes.questions import KINDS
-from trio_edge.calibration.shapes.samples import HELD_OUT_OFFSET, held_out, samples_of
-from trio_edge.calibration.shapes.scene import CANVASES, make_scene
+from shapes.questions import KINDS
+from shapes.samples import HELD_OUT_OFFSET, held_out, samples_of
+from shapes.scene import CANVASES, make_scene
 
 DEMO_SIZES = ((96, 96), (144, 48), (48, 144), (200, 150))
 DEMO_KINDS = ["color", "digit", "place", "count", "comparison", "existence"]

@@ -14,8 +14,8 @@ from multiprocessing import Pool
 import numpy as np
 from PIL import Image
 
-from trio_edge.calibration.shapes.questions import KINDS, ask
-from trio_edge.calibration.shapes.scene import (  # fmt: skip
+from shapes.questions import KINDS, ask
+from shapes.scene import (  # fmt: skip
     CANVASES,
     COLOR_NAMES,
     DIGITS,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
-from trio_edge.calibration.shapes.questions import VOCABULARY
+from shapes.questions import VOCABULARY
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "user:", "assistant:")
 TOKENS: tuple[str, ...] = (*SPECIAL, *VOCABULARY)

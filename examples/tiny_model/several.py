@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaNextForConditionalGeneration
 
-from trio_edge.calibration.shapes.questions import KINDS, matches
-from trio_edge.calibration.shapes.scene import Scene, render
-from trio_edge.calibration.shapes.several import (
+from shapes.questions import KINDS, matches
+from shapes.scene import Scene, render
+from shapes.several import (
     NUM_FRAMES,
     PAIR_KINDS,
     SEVERAL_KINDS,

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaNextForConditionalGeneration
 
-from trio_edge.calibration.shapes.questions import KINDS, PLURALS
-from trio_edge.calibration.shapes.scene import CANVASES, PLACES, Scene, make_scene
+from shapes.questions import KINDS, PLURALS
+from shapes.scene import CANVASES, PLACES, Scene, make_scene
 
 MAX_QUESTION = 13
 OPENINGS = (

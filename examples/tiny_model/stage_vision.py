@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaNextForConditionalGeneration
 
-from trio_edge.calibration.shapes.scene import COLOR_NAMES, PLACES, SIZES
+from shapes.scene import COLOR_NAMES, PLACES, SIZES
 
 
 def _ids(words: tuple[str, ...]) -> list[int]:

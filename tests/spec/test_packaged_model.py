@@ -13,14 +13,14 @@ import pytest
 from tests.bundles import export
 from trio_edge.calibration.evaluate.answering import Answerer, Asking, Outcome
 from trio_edge.calibration.questions import questions_of
-from trio_edge.calibration.shapes.samples import held_out
+from examples.tiny_model.shapes.samples import held_out
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.trio.budgets import schedule_for_keep
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from trio_edge.calibration.shapes.samples import ShapeSample
+    from examples.tiny_model.shapes.samples import ShapeSample
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = 160

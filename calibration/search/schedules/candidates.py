@@ -58,6 +58,11 @@ class Candidate:
         return self.cost.of(self.kind), self.kl
 
 
+def cheapest_within(candidates: Iterable[Candidate], kl: float) -> Candidate:
+    """Return the cheapest candidate whose divergence is at most ``kl`` with 95 % confidence; keep-all's is 0."""
+    return next(one for one in sorted(candidates, key=lambda one: one.point) if one.is_within(kl))
+
+
 class EstimatedSchedule(NamedTuple):
     """A list of stages with its estimated divergence."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from trio_edge.calibration.search.schedules.space import stages_of
 from trio_edge.profiling.predict.speed import Formats, fitted_for, graph_time, rates_of
+from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.cost.flops import stage_work
 from trio_edge.trio.cost.selections import StageSizes
@@ -19,6 +20,7 @@ from trio_edge.trio.cost.work import head_work, range_work, vision_work
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from trio_edge.calibration.search.schedules.space import Space
     from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
     from trio_edge.trio.cost.devices import DeviceSpec
     from trio_edge.trio.cost.work import Work
@@ -81,6 +83,26 @@ class PrefillCost:
                 total = total.plus(self._select(rows[index - 1], settings))
             total = total.plus(self._layer(keep), stop - start)
         return total
+
+    def kind(self, wanted: Literal["auto", "time", "flops"], space: Space) -> CostKind:
+        """Return the kind of cost that the schedules of ``space`` are compared by.
+
+        Raises:
+            ScheduleError: If it must be time, and no schedule is predicted to be faster than keep-all.
+        """
+        if wanted == "flops":
+            return "flops"
+        fastest = min(space.stage_lists(), key=lambda stages: self.of_stages(stages).milliseconds)
+        least, whole = (self.of_stages(stages).milliseconds for stages in (fastest, ()))
+        if least < whole:
+            return "time"
+        if wanted == "time":
+            written = ",".join(f"{layer}:{keep}" for layer, keep in fastest)
+            raise ScheduleError(
+                f"--cost time: expected a schedule faster than keep-all ({whole:.3g} ms predicted for"
+                f" {self.target.name}), got {least:.3g} ms at best (stages {written}); use --cost flops"
+            )
+        return "flops"
 
     def _layer(self, keep: int | None) -> ScheduleCost:
         """Return the cost of one decoder layer with ``keep`` visual rows; None for all of the image's."""

@@ -6,7 +6,7 @@ Four steps, each on the search samples only:
                replaces the default only if its divergence is lower with 95 % confidence
     table      measures every single stage: each candidate layer with each budget
     estimate   takes the divergence of every list of stages as the sum of its single stages', and measures the first fronts
-               of cost against that sum, and those nearest to the selection rule
+               of cost against that sum, and the cheapest ones near the bound on the divergence
     refine     measures neighbours of the front (a stage one layer on, a budget a quarter up or down, one stage less or more)
                until none is better or the allowance is used up
 
@@ -26,6 +26,7 @@ from trio_edge.calibration.search.schedules.candidates import (
     EstimatedSchedule,
     Found,
     Tried,
+    cheapest_within,
     first_fronts,
     pareto_front,
 )
@@ -40,16 +41,16 @@ from trio_edge.profiling.statistics import paired_interval
 from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from trio_edge.calibration.model.prompts import SampleShape
     from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.search.bundle_shape import BundleShape
     from trio_edge.calibration.search.measuring import Measurements
     from trio_edge.calibration.search.options import CalibrationOptions
     from trio_edge.calibration.search.samples import Split
     from trio_edge.calibration.search.schedules.prefill_cost import CostKind, PrefillCost
-    from trio_edge.calibration.search.schedules.selection_rule import SelectionRule
     from trio_edge.calibration.search.schedules.space import Space
     from trio_edge.export.quantize.plan import QuantizePlan
 
@@ -57,20 +58,10 @@ USUAL_KEEPS = (0.06, 0.08, 0.111, 0.15, 0.222, 0.333, 0.5)
 """Average keeps whose ``trio-export`` schedules are measured too, if the space has them."""
 _FIRST_SHARE = 0.5  # the other half refines the front by measurements, which are exact
 """Share of the allowance for the estimate's fronts."""
-_NEAR_THE_RULE = 16
-"""Estimated schedules to measure because the selection rule may choose them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchProgress:
-    """Callbacks for a progress display."""
-
-    step: Callable[[str, int], None] = lambda _text, _samples: None
-    """Called with a step's name and number of samples when it begins."""
-    sample: Callable[[], None] = lambda: None
-    """Called after each sample."""
-    warn: Callable[[str], None] = lambda _text: None
-    """Called with one line for the user."""
+_NEAR_THE_BOUND = 16
+"""Cheapest schedules to measure because their estimates are near the bound on the divergence."""
+_HOPEFUL = 1.5
+"""A schedule is measured up to this multiple of the bound, because estimates are too high."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +77,8 @@ class Setup:
     shape: BundleShape
     space: Space
     cost: PrefillCost
-    rule: SelectionRule
     kind: CostKind
-    progress: SearchProgress
+    progress: StepProgress
 
     def begin(self, text: str) -> None:
         """Report the start of a step over all search samples."""
@@ -96,8 +86,7 @@ class Setup:
 
 
 def search(setup: Setup, measurements: Measurements) -> Found:
-    """Return all measured schedules; the rule only directs where to look more closely."""
-    rule = setup.rule
+    """Return all measured schedules; the bound on the divergence only directs where to look more closely."""
     settings, tried = _settings(setup, measurements)
     setup.begin("single stages")
     singles = [
@@ -107,7 +96,7 @@ def search(setup: Setup, measurements: Measurements) -> Found:
     single = {stages_of(schedule)[0]: candidates[schedule].kl for schedule in singles}
     setup.begin("several stages")
     promising = _promising(setup, settings, single)
-    usual = usual_schedules(setup.space, settings, [*USUAL_KEEPS, *rule.average_keeps])
+    usual = usual_schedules(setup.space, settings, USUAL_KEEPS)
     allowed = [schedule for schedule in usual if setup.space.allows(schedule)]
     candidates |= _measured(setup, measurements, [*promising, *allowed])
     left = setup.options.evaluations - len(promising)
@@ -168,10 +157,9 @@ def _sample_kls(setup: Setup, measurements: Measurements, settings: Schedule) ->
 
 
 def _promising(setup: Setup, settings: Schedule, single: dict[tuple[int, int], float]) -> list[Schedule]:
-    """Return the schedules whose estimates are on the first fronts, or nearest to the rule's choice."""
-    space = setup.space
+    """Return the schedules whose estimates are on the first fronts, or the cheapest near the bound."""
     estimates = list[EstimatedSchedule]()
-    for stages in space.stage_lists():
+    for stages in setup.space.stage_lists():
         if len(stages) > 1:
             kl = sum(single[stage] for stage in stages)
             estimates.append(EstimatedSchedule(setup.cost.of_stages(stages, settings), kl, stages))
@@ -181,19 +169,16 @@ def _promising(setup: Setup, settings: Schedule, single: dict[tuple[int, int], f
         return estimate.cost.of(setup.kind), estimate.kl
 
     chosen = [estimate.stages for estimate in first_fronts(estimates, key=point, count=count)]
-    chosen += [
-        stages
-        for stages in setup.rule.nearest(estimates, setup.space, setup.kind, count=_NEAR_THE_RULE)
-        if stages not in chosen
-    ]
+    within = [estimate for estimate in estimates if estimate.kl <= _HOPEFUL * setup.options.max_kl]
+    cheapest = sorted(within, key=point)[:_NEAR_THE_BOUND]
+    chosen += [estimate.stages for estimate in cheapest if estimate.stages not in chosen]
     return [with_stages(settings, stages) for stages in chosen[: setup.options.evaluations]]
 
 
 def _neighbours(setup: Setup, candidates: dict[Schedule, Candidate]) -> list[Schedule]:
-    """Return the neighbours of the front that are not measured yet, those of the rule's present choice first."""
+    """Return the neighbours of the front that are not measured yet, those of the present choice first."""
     front = pareto_front(candidates.values(), key=lambda candidate: candidate.point)
-    chosen = setup.rule.choice(list(candidates.values()), setup.space)
-    around = [*([] if chosen is None else [chosen]), *front]
+    around = [cheapest_within(candidates.values(), setup.options.max_kl), *front]
     near = [other for candidate in around for other in setup.space.neighbours(candidate.schedule)]
     return [schedule for schedule in dict.fromkeys(near) if schedule not in candidates]
 

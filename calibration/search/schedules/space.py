@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 Stages = tuple[tuple[int, int], ...]
 """(layer, keep) of each stage."""
 
-DEFAULT_KEEPS = (0.03, 0.06, 0.1, 0.16, 0.25, 0.4, 0.6)
-"""Budgets as shares of the largest image's visual tokens."""
-DEFAULT_THRESHOLDS = (0.7, 0.8, 0.9)
 SETTING_KEEPS = (0.08, 0.111, 0.18)
 """Average keeps at which settings are compared."""
 MAX_LAYERS = 16

@@ -17,7 +17,7 @@ from tests.trio.selectors.token_graph import (
     findings,
     random_case,
 )
-from trio_edge.calibration.evaluate.baselines import evenly_spaced
+from trio_edge.calibration.evaluate.answering import evenly_spaced
 from trio_edge.trio.selectors.tokens.uniform import Uniform
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from trio_edge.calibration.shapes.scene import COLOR_NAMES, DIGITS, PLACES, SHAPES, SIZES, Scene, Thing
+from .scene import COLOR_NAMES, DIGITS, PLACES, SHAPES, SIZES, Scene, Thing
 
 if TYPE_CHECKING:
     import random

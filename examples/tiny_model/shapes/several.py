@@ -12,9 +12,9 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trio_edge.calibration.shapes.questions import COUNT_WORDS, color_noun_of, group_of, matches, noun_of
-from trio_edge.calibration.shapes.samples import HELD_OUT_OFFSET, SEEDS_PER_STREAM, ShapeSample
-from trio_edge.calibration.shapes.scene import (
+from .questions import COUNT_WORDS, color_noun_of, group_of, matches, noun_of
+from .samples import HELD_OUT_OFFSET, SEEDS_PER_STREAM, ShapeSample
+from .scene import (
     CANVASES,
     COLOR_NAMES,
     SHAPES,

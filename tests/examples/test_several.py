@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 
-from trio_edge.calibration.shapes.questions import COUNT_WORDS, VOCABULARY, matches
-from trio_edge.calibration.shapes.samples import HELD_OUT_OFFSET
-from trio_edge.calibration.shapes.scene import PLACES, render
-from trio_edge.calibration.shapes.several import (
+from examples.tiny_model.shapes.questions import COUNT_WORDS, VOCABULARY, matches
+from examples.tiny_model.shapes.samples import HELD_OUT_OFFSET
+from examples.tiny_model.shapes.scene import PLACES, render
+from examples.tiny_model.shapes.several import (
     NUM_FRAMES,
     PAIR_KINDS,
     SEVERAL_KINDS,

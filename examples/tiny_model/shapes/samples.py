@@ -10,8 +10,8 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trio_edge.calibration.shapes.questions import KINDS, ask
-from trio_edge.calibration.shapes.scene import Scene, make_scene, render
+from .questions import KINDS, ask
+from .scene import Scene, make_scene, render
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

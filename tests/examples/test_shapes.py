@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from trio_edge.calibration.shapes.questions import COUNT_WORDS, KINDS, PLURALS, VOCABULARY, ask
-from trio_edge.calibration.shapes.samples import HELD_OUT_OFFSET, held_out
-from trio_edge.calibration.shapes.scene import CANVASES, SIZES, Scene, Thing, make_scene, render
+from examples.tiny_model.shapes.questions import COUNT_WORDS, KINDS, PLURALS, VOCABULARY, ask
+from examples.tiny_model.shapes.samples import HELD_OUT_OFFSET, held_out
+from examples.tiny_model.shapes.scene import CANVASES, SIZES, Scene, Thing, make_scene, render
 
 SCENES = [make_scene(seed) for seed in range(300)]
 
