@@ -93,7 +93,7 @@ def command(
     outputs = {option: path for option, path in named.items() if path is not None}
     check_outputs(outputs)
     if html_file is not None:
-        check_matplotlib("--html", extra="profile")
+        check_matplotlib()
     if wishes.predict is not None:
         _predict(wishes, json_file, bundle=bundle, num_new=new_tokens or NEW_TOKENS)
         return 0

@@ -1,4 +1,4 @@
-"""Figures for pages: matplotlib draws them as SVG inside HTML, in the reader's light or dark scheme.
+"""Figures for the page: matplotlib draws them as SVG inside HTML, in the reader's light or dark scheme.
 
 Only this file imports matplotlib, when it draws. Its wheels exist for every machine of the runtime.
 """
@@ -72,24 +72,17 @@ _STYLE = {
 
 @dataclass(slots=True, kw_only=True)
 class Plot:
-    """One figure of a page."""
+    """One figure of the page."""
 
     title: str
     note: str
-    svg: str
-    """An ``svg`` element without ids, so that several fit on a page."""
+    axes: Any
+    """What to draw on."""
     legend: Sequence[tuple[str, str]] = ()
     """Names of colours with texts; HTML below the figure, where long names wrap."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Drawing:
-    """A figure of a page while it is drawn."""
-
-    axes: Any
     tips: list[str] = field(default_factory=list)
     svg: str = ""
-    """Set at the end of ``canvas``'s block."""
+    """An ``svg`` element without ids, so that several fit on a page; set at the end of ``plotted``'s block."""
 
     def tip(self, text: str) -> str:
         """Return the ``gid`` of a mark that shows ``text`` while the pointer is over it."""
@@ -97,48 +90,38 @@ class Drawing:
         return f"tip-{len(self.tips) - 1}"
 
 
-def check_matplotlib(option: str, *, extra: str) -> None:
-    """Raise DataError, with the extra to install, unless ``option`` can draw figures."""
+def check_matplotlib() -> None:
+    """Raise DataError, with the extra to install, unless figures can be drawn."""
     if find_spec("matplotlib") is None:
         raise DataError(
-            f'{option}: expected matplotlib to be installed, got none; run pip install "trio-edge[{extra}]"'
+            '--html: expected matplotlib to be installed, got none; run pip install "trio-edge[profile]"'
         )
 
 
 @contextmanager
-def canvas(title: str, *, height: float = _HEIGHT, x_label: str, y_label: str = "") -> Iterator[Drawing]:
-    """Yield a figure of a page's width to draw on; its ``svg`` is made at the end of the block.
+def plotted(
+    title: str, *, note: str, x_label: str, y_label: str = "", height: float = _HEIGHT
+) -> Iterator[Plot]:
+    """Yield a figure of the page's width to draw on; its ``svg`` is made at the end of the block.
 
-    ``title``, a text for screen readers, is unique on the page. ``height`` is in units of the view box.
+    ``title``, also a text for screen readers, is unique on the page. ``height`` is in units of the view box.
     """
-    with figure_style(title):
-        figure = new_figure(_WIDTH / _POINTS_PER_INCH, height / _POINTS_PER_INCH)
-        drawn = Drawing(axes=figure.add_subplot())
-        drawn.axes.set(xlabel=x_label, ylabel=y_label)
-        yield drawn
-        for axis in (drawn.axes.xaxis, drawn.axes.yaxis):
+    import matplotlib
+    from matplotlib.figure import Figure  # pyplot would bring windows and state
+
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):  # the salt: equal values give equal SVG
+        size = (_WIDTH / _POINTS_PER_INCH, height / _POINTS_PER_INCH)
+        figure = Figure(figsize=size, dpi=_POINTS_PER_INCH, layout="constrained")
+        plot = Plot(title=title, note=note, axes=figure.add_subplot())
+        plot.axes.set(xlabel=x_label, ylabel=y_label)
+        yield plot
+        for axis in (plot.axes.xaxis, plot.axes.yaxis):
             if axis.get_scale() == "log":
                 _label_decades(axis)
         out = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(out, format="svg", metadata=nothing)
-    drawn.svg = _inline(out.getvalue(), title, drawn.tips)
-
-
-@contextmanager
-def figure_style(salt: str) -> Iterator[None]:
-    """Draw figures in the pages' style; with equal ``salt``, equal values give equal SVG."""
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):
-        yield
-
-
-def new_figure(width: float, height: float) -> Any:
-    """Return an empty matplotlib figure; sizes are in inches."""
-    from matplotlib.figure import Figure  # pyplot would bring windows and state
-
-    return Figure(figsize=(width, height), dpi=_POINTS_PER_INCH, layout="constrained")
+    plot.svg = _inline(out.getvalue(), title, plot.tips)
 
 
 def _label_decades(axis: Any) -> None:
@@ -181,13 +164,6 @@ _THICK = 0.5
 """Share of a row that its bar takes; the label has the rest."""
 
 
-class Bar(NamedTuple):
-    """One bar and its parts, each with its length."""
-
-    label: str
-    parts: Sequence[tuple[str, float]]
-
-
 class Point(NamedTuple):
     """A value and its interval."""
 
@@ -197,76 +173,51 @@ class Point(NamedTuple):
     high: float
 
 
-class Curve(NamedTuple):
-    """Points in ascending order of ``at``."""
+def stacked(bars: Mapping[str, Sequence[tuple[str, float]]], *, title: str, unit: str, note: str) -> Plot:
+    """Return stacked bars, one below the other, by their label; each has names of parts with their lengths.
 
-    name: str
-    points: Sequence[Point]
-
-
-def stacked(bars: Sequence[Bar], *, title: str, unit: str, note: str) -> Plot:
-    """Return stacked bars, one below the other; parts of one name have one colour, and ``OUTSIDE`` is grey."""
-    names = list(dict.fromkeys(name for bar in bars for name, _ in bar.parts if name != OUTSIDE))
+    Parts of one name have one colour, and ``OUTSIDE`` is grey.
+    """
+    names = list(dict.fromkeys(name for parts in bars.values() for name, _ in parts if name != OUTSIDE))
     styles = {name: colour(index) for index, name in enumerate(names)} | {OUTSIDE: "other"}
-    with canvas(title, height=_ROW * len(bars) + _AXIS, x_label=unit) as drawn:
-        for row, bar in enumerate(bars):
-            _draw_bar(drawn, row, bar, styles, unit=unit)
+    with plotted(title, note=note, height=_ROW * len(bars) + _AXIS, x_label=unit) as plot:
+        for row, (label, parts) in enumerate(bars.items()):
+            end = 0.0
+            for name, value in parts:
+                plot.axes.barh(
+                    row,
+                    value,
+                    _THICK,
+                    left=end,
+                    color=LIGHT[styles[name]],
+                    edgecolor=LIGHT["box"],
+                    gid=plot.tip(f"{name}: {short(value)} {unit}"),
+                )
+                end += value
+            plot.axes.text(0, row - 0.33, f"{label}: {short(end)} {unit}")
         # downwards, so that the first bar is on top
-        drawn.axes.set(ylim=(len(bars) - 0.5, -0.75), yticks=())
-        drawn.axes.spines["left"].set_visible(False)
-    shown = [name for name in styles if any(name in dict(bar.parts) for bar in bars)]
-    return Plot(title=title, note=note, svg=drawn.svg, legend=[(styles[name], name) for name in shown])
+        plot.axes.set(ylim=(len(bars) - 0.5, -0.75), yticks=())
+        plot.axes.spines["left"].set_visible(False)
+    shown = {name for parts in bars.values() for name, _ in parts}
+    plot.legend = [(style, name) for name, style in styles.items() if name in shown]
+    return plot
 
 
-def _draw_bar(drawn: Drawing, row: int, bar: Bar, styles: Mapping[str, str], *, unit: str) -> None:
-    end = 0.0
-    for name, value in bar.parts:
-        drawn.axes.barh(
-            row,
-            value,
-            _THICK,
-            left=end,
-            color=LIGHT[styles[name]],
-            edgecolor=LIGHT["box"],
-            gid=drawn.tip(f"{name}: {short(value)} {unit}"),
-        )
-        end += value
-    drawn.axes.text(0, row - 0.33, f"{bar.label}: {short(end)} {unit}")
-
-
-def curves(series: Sequence[Curve], *, title: str, note: str, x_label: str) -> Plot:
-    """Return curves of milliseconds over ``x_label``."""
-    with canvas(title, x_label=x_label, y_label="ms") as drawn:
-        for index, one in enumerate(series):
-            draw_curve(drawn, one, colour(index))
-        drawn.axes.set_xlim(left=0)
-        show_zero(drawn)
-    legend = [(colour(index), one.name) for index, one in enumerate(series)]
-    return Plot(title=title, note=note, svg=drawn.svg, legend=legend)
-
-
-def draw_curve(drawn: Drawing, curve: Curve, style: str) -> None:
-    """Draw the points of ``curve`` as ``draw_points`` does, with a line through them."""
-    points = curve.points
-    drawn.axes.plot([point.at for point in points], [point.value for point in points], color=LIGHT[style])
-    draw_points(drawn, curve, style)
-
-
-def draw_points(
-    drawn: Drawing, curve: Curve, style: str, *, marker: str = "o", size: float | None = None
-) -> None:
-    """Draw the points of ``curve`` with their intervals; pointing at one shows its value."""
-    x, y, ink = drawn.axes.get_xlabel(), drawn.axes.get_ylabel(), LIGHT[style]
-    for point in curve.points:
-        tip = drawn.tip(f"{curve.name}: {short(point.value)} {y} at {short(point.at)} {x}")
-        if point.low < point.high:
-            drawn.axes.vlines(point.at, point.low, point.high, color=ink)
-        drawn.axes.plot(point.at, point.value, marker, color=ink, markersize=size, gid=tip)
-
-
-def show_zero(drawn: Drawing) -> None:
-    """Start the vertical axis at 0, with space above the values."""
-    drawn.axes.set_ylim(0, 1.05 * drawn.axes.get_ylim()[1])
+def curves(series: Mapping[str, Sequence[Point]], *, title: str, note: str, x_label: str) -> Plot:
+    """Return curves of milliseconds over ``x_label``, by name; points are in ascending order of ``at``."""
+    with plotted(title, note=note, x_label=x_label, y_label="ms") as plot:
+        for index, (name, points) in enumerate(series.items()):
+            ink = LIGHT[colour(index)]
+            plot.axes.plot([point.at for point in points], [point.value for point in points], color=ink)
+            for point in points:
+                tip = plot.tip(f"{name}: {short(point.value)} ms at {short(point.at)} {x_label}")
+                if point.low < point.high:
+                    plot.axes.vlines(point.at, point.low, point.high, color=ink)
+                plot.axes.plot(point.at, point.value, "o", color=ink, gid=tip)
+        plot.axes.set_xlim(left=0)
+        plot.axes.set_ylim(0, 1.05 * plot.axes.get_ylim()[1])  # space above the values
+    plot.legend = [(colour(index), name) for index, name in enumerate(series)]
+    return plot
 
 
 def short(value: float) -> str:

@@ -1,8 +1,8 @@
-"""A profile as one self-contained HTML page, without scripts, fonts or network; predictions use its layout too."""
+"""A profile as one self-contained HTML page, without scripts, fonts or network."""
 
 from __future__ import annotations
 
-from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -12,14 +12,11 @@ from trio_edge.profiling.page.figures import (
     LIGHT,
     OUTSIDE,
     SCHEME,
-    Bar,
-    Curve,
-    Drawing,
     Plot,
     Point,
-    canvas,
     colour,
     curves,
+    plotted,
     stacked,
 )
 
@@ -28,35 +25,21 @@ if TYPE_CHECKING:
 
     from trio_edge.profiling.measure.ceilings import Ceilings
     from trio_edge.profiling.measure.layers import Phase
-    from trio_edge.profiling.report.profile import BundleProfile, GraphProfile, ProfileReport
+    from trio_edge.profiling.report.profile import BundleProfile, ProfileReport
     from trio_edge.profiling.statistics import Distribution
-
-
-_PACKAGE = "trio_edge.profiling.page"
 
 
 def page_html(report: ProfileReport) -> bytes:
     """Return the page of ``report``: summary, plots, tables, and every value of its JSON."""
-    return render(
-        f"{_PACKAGE}:page.html.j2", report=report, plots=plots_of(report), values=msgspec.to_builtins(report)
-    )
-
-
-def render(template: str, **values: Any) -> bytes:
-    """Return the page from ``template``, a package and a file such as ``trio_edge.profiling.page:page.html.j2``."""
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_source),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
     environment.filters["number"] = _number
-    return environment.get_template(template).render(scheme=SCHEME, **values).encode()
-
-
-def _source(name: str) -> str:
-    package, _, file = name.partition(":")
-    return files(package).joinpath(file).read_text(encoding="utf-8")
+    template, values = environment.get_template("page.html.j2"), msgspec.to_builtins(report)
+    return template.render(scheme=SCHEME, report=report, plots=plots_of(report), values=values).encode()
 
 
 def _number(value: Any) -> str:
@@ -86,16 +69,16 @@ def plots_of(report: ProfileReport) -> list[Plot]:
 
 def _stacked_time(bundles: Sequence[BundleProfile], phase: Phase, title: str) -> Plot:
     """Return one bar per bundle: the medians of its graphs, and the time outside of graphs."""
-    bars = []
+    bars = {}
     for bundle in bundles:
         parts = [(graph.name, graph.call_ms.p50) for graph in bundle.graphs if graph.phase == phase]
         host = bundle.host_first_ms.p50 if phase == "prefill" else bundle.host_token_ms
-        bars.append(Bar(bundle.label, [*parts, (OUTSIDE, max(0.0, host or 0.0))]))
+        bars[bundle.label] = [*parts, (OUTSIDE, max(0.0, host or 0.0))]
     return stacked(bars, title=title, unit="ms", note="Medians in milliseconds.")
 
 
 def _memory(bundles: Sequence[BundleProfile]) -> Plot:
-    bars = []
+    bars = {}
     for bundle in bundles:
         memory = bundle.memory
         parts = {
@@ -105,20 +88,19 @@ def _memory(bundles: Sequence[BundleProfile]) -> Plot:
             "workspace": memory.workspace,
             "other": memory.other or 0,
         }
-        bars.append(Bar(bundle.label, [(name, count / _MEGABYTE) for name, count in parts.items()]))
+        bars[bundle.label] = [(name, count / _MEGABYTE) for name, count in parts.items()]
     note = "Memory by purpose, in MB. Other: the rest of the process at its peak."
     return stacked(bars, title="Memory", unit="MB", note=note)
 
 
 def _first_token(bundles: Sequence[BundleProfile]) -> Plot:
     """Return the time to the first token against visual tokens, for each bundle and image size."""
-    series = []
+    series = {}
     for bundle in bundles:
         points = [_point(size.visual_tokens, size.ttft_ms) for size in bundle.sizes]
         if all(point.at != bundle.visual_tokens for point in points):
             points.append(_point(bundle.visual_tokens, bundle.ttft_ms))
-        name = f"{bundle.label}, {bundle.processed_tokens:.0f} on average"
-        series.append(Curve(name, sorted(points)))
+        series[f"{bundle.label}, {bundle.processed_tokens:.0f} on average"] = sorted(points)
     return curves(
         series,
         title="Time to the first token against visual tokens",
@@ -129,14 +111,12 @@ def _first_token(bundles: Sequence[BundleProfile]) -> Plot:
 
 def _decode(bundles: Sequence[BundleProfile]) -> Plot:
     """Return the time per token against the context length, for each bundle."""
+    series = {}
+    for bundle in bundles:
+        name = f"{bundle.label}: {bundle.decode_fit.words}" if bundle.decode_fit else bundle.label
+        series[name] = [_point(step.context, step.ms) for step in bundle.decode]
     return curves(
-        [
-            Curve(
-                f"{bundle.label}: {bundle.decode_fit.words}" if bundle.decode_fit else bundle.label,
-                [_point(step.context, step.ms) for step in bundle.decode],
-            )
-            for bundle in bundles
-        ],
+        series,
         title="Time of a token over context length",
         note=f"{_MEDIAN}. The context counts all visual tokens, the rows of the fits only those kept.",
         x_label="rows of context",
@@ -149,34 +129,27 @@ def _point(at: int, time: Distribution) -> Point:
 
 
 def _roofline(bundles: Sequence[BundleProfile], ceilings: Ceilings) -> Plot:
-    title = "Roofline"
     ridge = ceilings.flops_per_s / ceilings.bytes_per_s
     places = [ridge]
-    with canvas(title, x_label="FLOPs per byte", y_label="FLOP/s") as drawn:
-        drawn.axes.set(xscale="log", yscale="log")
+    note = "FLOP/s against FLOPs per byte; the line shows the measured peak rates. Filled: prefill."
+    with plotted("Roofline", note=note, x_label="FLOPs per byte", y_label="FLOP/s") as plot:
+        plot.axes.set(xscale="log", yscale="log")
         for index, bundle in enumerate(bundles):
+            ink = LIGHT[colour(index)]
             for graph in bundle.graphs:
                 if graph.intensity and graph.flops_per_s:
-                    _draw_graph(drawn, graph, label=bundle.label, ink=LIGHT[colour(index)])
+                    plot.axes.plot(
+                        graph.intensity,
+                        graph.flops_per_s,
+                        "o",
+                        color=ink,
+                        markerfacecolor=LIGHT["box"] if graph.phase == "decode" else ink,
+                        markeredgewidth=2,
+                        gid=plot.tip(f"{bundle.label}: {graph.name}, {graph.phase}: {graph.verdict}"),
+                    )
                     places.append(graph.intensity)
         ends = [min(places) / _MARGIN, ridge, max(places) * _MARGIN]
         roof = [min(ceilings.flops_per_s, end * ceilings.bytes_per_s) for end in ends]
-        drawn.axes.plot(ends, roof, color=LIGHT["text"], zorder=1)
-    return Plot(
-        title=title,
-        note="FLOP/s against FLOPs per byte; the line shows the measured peak rates. Filled: prefill.",
-        svg=drawn.svg,
-        legend=[(colour(index), bundle.label) for index, bundle in enumerate(bundles)],
-    )
-
-
-def _draw_graph(drawn: Drawing, graph: GraphProfile, *, label: str, ink: str) -> None:
-    drawn.axes.plot(
-        graph.intensity,
-        graph.flops_per_s,
-        "o",
-        color=ink,
-        markerfacecolor=LIGHT["box"] if graph.phase == "decode" else ink,
-        markeredgewidth=2,
-        gid=drawn.tip(f"{label}: {graph.name}, {graph.phase}: {graph.verdict}"),
-    )
+        plot.axes.plot(ends, roof, color=LIGHT["text"], zorder=1)
+    plot.legend = [(colour(index), bundle.label) for index, bundle in enumerate(bundles)]
+    return plot
