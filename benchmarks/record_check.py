@@ -14,8 +14,7 @@ import msgspec
 from parts.arguments import errors_in_one_line, parser_for
 
 from trio_edge.export.cli import main as trio_export
-from trio_edge.profiling.check.answers import QUESTIONS, AnswerRecord, answer, exact_difference
-from trio_edge.profiling.check.packaged import EXPECTED
+from trio_edge.profiling.check.answers import EXPECTED, QUESTIONS, AnswerRecord, answer, exact_difference
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.pipeline import Pipeline
 

@@ -82,7 +82,7 @@ def main() -> None:
     with errors_in_one_line(parser):
         whole = plan_for(
             model=options.model,
-            picture=options.image_size,
+            image_size=options.image_size,
             precision=options.dtype,
             num_new=options.new_tokens,
         ).setting()

@@ -56,7 +56,7 @@ def main() -> None:
         for frames in options.frames:
             whole = plan_for(
                 model=options.model,
-                picture=options.frame_size,
+                image_size=options.frame_size,
                 precision=options.dtype,
                 num_new=options.new_tokens,
                 num_images=-(-frames // 2),

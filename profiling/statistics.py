@@ -189,7 +189,9 @@ def bootstrap_interval(
     values: Sequence[float], images: Sequence[str], *, seed: int = SEED
 ) -> tuple[float, float]:
     """Return the percentile interval of the mean of ``values``, drawing ``images``, one per value, with replacement."""
-    sums, counts = _by_image(values, images)
+    # for each image the sum of its questions' values, and their number
+    _, group = np.unique(np.asarray(images), return_inverse=True)
+    sums, counts = np.bincount(group, weights=np.asarray(values, np.float64)), np.bincount(group)
     generator = np.random.default_rng(seed)
     at_once = max(1, _MAX_DRAWN // len(sums))
     means = []
@@ -203,12 +205,3 @@ def bootstrap_interval(
 def _middle(drawn: NDArray[np.float64], *, rounds: int) -> Interval | None:
     low, high = (float(value) for value in np.percentile(drawn, _PERCENTILES))
     return None if rounds < LEAST_FOR_INTERVAL else (low, high)
-
-
-def _by_image(
-    values: Sequence[float], images: Sequence[str]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return for each image the sum of its questions' values, and their number."""
-    _, group = np.unique(np.asarray(images), return_inverse=True)
-    sums: NDArray[np.float64] = np.bincount(group, weights=np.asarray(values, np.float64)).astype(np.float64)
-    return sums, np.bincount(group).astype(np.float64)

@@ -1,13 +1,22 @@
-"""Questions about a drawn image, a backend's answers, and the allowed difference of two answers."""
+"""Questions about a drawn image, the packaged model that answers them without torch, and the allowed difference of two answers.
+
+The package has the bundle's graphs, manifest and answers next to this file. The bundle's weights file equals the packaged
+checkpoint's, so the package has it only once.
+"""
 
 from __future__ import annotations
 
+import shutil
+from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
 from PIL import Image
 
+from trio_edge.runtime.bundle.errors import BundleError
+from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
 from trio_edge.runtime.model.sampling import first_token_kl, summary_of
 
 if TYPE_CHECKING:
@@ -15,6 +24,9 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.pipeline import Pipeline
 
+GRAPHS = Path(__file__).parent / "bundle"
+EXPECTED = Path(__file__).parent / "expected.json"
+_WEIGHTS = "model.safetensors"
 NEW_TOKENS = 8
 """Tokens per answer: the second decode step is captured as a CUDA graph, and later ones replay it."""
 LOGITS_RTOL = LOGITS_ATOL = 5e-2
@@ -51,6 +63,36 @@ class AnswerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Kept visual tokens of each stage."""
     logits: list[float]
     """The first token's, for the whole vocabulary."""
+
+
+def put_together(target: Path, *, graphs: Path | None = None) -> Path:
+    """Write the packaged bundle to ``target``, a new folder, and return it.
+
+    Engines are built into this copy; the package's own folder may not be writable.
+
+    Args:
+        target: The new folder.
+        graphs: Folder of graphs and manifest; None for the package's.
+
+    Raises:
+        BundleError: If the package has no bundle.
+    """
+    source = GRAPHS if graphs is None else graphs
+    if not (source / MANIFEST_NAME).is_file():
+        raise BundleError(
+            f"{source}: expected the packaged bundle, which releases have, got none; run make check in a clone, or"
+            " trio-export tiny --out tiny on a machine with torch and trio-check --bundle tiny"
+        )
+    shutil.copytree(source, target)
+    weights = files("trio_edge.export").joinpath("tiny", _WEIGHTS)
+    (target / "weights").mkdir(exist_ok=True)
+    (target / "weights" / _WEIGHTS).write_bytes(weights.read_bytes())
+    return target
+
+
+def stored_answers() -> list[AnswerRecord]:
+    """Return the answers that ``benchmarks/record_check.py`` stored."""
+    return msgspec.json.decode(EXPECTED.read_bytes(), type=list[AnswerRecord])
 
 
 def draw(width: int, height: int) -> Image.Image:
@@ -113,15 +155,11 @@ def close_difference(got: AnswerRecord, expected: AnswerRecord) -> str | None:
     """Return the first difference of two answers that two backends' rounding cannot explain; None if there is none."""
     if (kept := _kept_difference(got, expected, least=LEAST_KEPT)) is not None:
         return kept
-    divergence = _divergence(got, expected)
+    reference = summary_of(np.asarray(expected.logits, np.float32))
+    divergence = first_token_kl(reference, np.asarray(got.logits, np.float32))
     if not divergence <= MOST_KL:
         return f"the first token's distribution differs by {divergence:.3g} nats, allowed are {MOST_KL:g}"
     return None
-
-
-def _divergence(got: AnswerRecord, expected: AnswerRecord) -> float:
-    reference = summary_of(np.asarray(expected.logits, np.float32))
-    return first_token_kl(reference, np.asarray(got.logits, np.float32))
 
 
 def _kept_difference(got: AnswerRecord, expected: AnswerRecord, *, least: float) -> str | None:

@@ -16,7 +16,7 @@ from trio_edge.runtime.devices.cuda import cuda_problem
 from trio_edge.runtime.engines.package import ENGINE_BACKENDS, is_installed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from trio_edge.profiling.check.answers import AnswerRecord, CheckQuestion
@@ -38,9 +38,8 @@ def check_backends(
     questions: Sequence[CheckQuestion],
     stored: Sequence[AnswerRecord],
     starting: Callable[[str], None] = lambda _name: None,
-    done: Callable[[CheckResult], None] = lambda _result: None,
-) -> list[CheckResult]:
-    """Check every backend and return all results.
+) -> Iterator[CheckResult]:
+    """Check every backend and yield each result.
 
     Args:
         bundle: The bundle; engines are built into it if there are ``stored`` answers.
@@ -48,30 +47,25 @@ def check_backends(
         questions: Questions to ask; empty for one question that fits the bundle.
         stored: Answers to compare with; empty to compare with the first backend that answers.
         starting: Called with each backend before it runs.
-        done: Called with each result.
     """
-    results: list[CheckResult] = []
     expected, expected_from = list(stored), ""
     for backend in ORDER:
         if (reason := absent_reason(backend)) is not None:
-            found = [CheckResult(backend, ANSWERS, "not here", reason)]
-        else:
-            starting(backend)
-            job = WorkerJob(
-                bundle=str(bundle),
-                backend=backend,
-                questions=list(questions),
-                build=bool(stored),
-                expected=expected,
-                expected_from=expected_from,
-            )
-            found = run_backend(job, folder)
-        for result in found:
-            done(result)
+            yield CheckResult(backend, ANSWERS, "not here", reason)
+            continue
+        starting(backend)
+        job = WorkerJob(
+            bundle=str(bundle),
+            backend=backend,
+            questions=list(questions),
+            build=bool(stored),
+            expected=expected,
+            expected_from=expected_from,
+        )
+        for result in run_backend(job, folder):
             if result.answers and not expected:
                 expected, expected_from = result.answers, backend
-        results += found
-    return results
+            yield result
 
 
 def absent_reason(backend: str) -> str | None:

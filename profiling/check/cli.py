@@ -11,9 +11,8 @@ import click
 import msgspec
 from rich.console import Console
 
-from trio_edge.profiling.check.answers import QUESTIONS
+from trio_edge.profiling.check.answers import QUESTIONS, put_together, stored_answers
 from trio_edge.profiling.check.checks import check_backends
-from trio_edge.profiling.check.packaged import put_together, stored_answers
 from trio_edge.profiling.measure.machine_info import find_machine, find_power_mode, find_versions
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.reader import open_bundle
@@ -41,7 +40,7 @@ def command(bundle: Path | None, as_json: bool) -> int:
 
     The exit code is 0 if no check failed, 1 if one failed, and 2 if nothing could be checked.
     """
-    facts = machine_facts()
+    facts, results = machine_facts(), []
     if not as_json:
         for name, text in facts_in_words(facts).items():
             print(f"{name:14}{text}")
@@ -51,21 +50,19 @@ def command(bundle: Path | None, as_json: bool) -> int:
         tempfile.TemporaryDirectory(prefix="trio-check-") as folder,
         console.status("") as status,
     ):
-
-        def starting(backend: str) -> None:
-            status.update(f"{backend}: building, answering, reloading")
-
-        def done(result: CheckResult) -> None:
-            if not as_json:
-                print(line_of(result), flush=True)
-
-        place = Path(folder)
-        settings: dict[str, Any] = {"questions": (), "stored": ()}
+        place, settings = Path(folder), dict[str, Any](questions=(), stored=())
         if bundle is None:
             bundle = put_together(place / "bundle")
             settings = {"questions": QUESTIONS, "stored": stored_answers()}
         open_bundle(bundle)
-        results = check_backends(bundle, place, starting=starting, done=done, **settings)
+
+        def starting(backend: str) -> None:
+            status.update(f"{backend}: building, answering, reloading")
+
+        for result in check_backends(bundle, place, starting=starting, **settings):
+            results.append(result)
+            if not as_json:
+                print(line_of(result), flush=True)
     if as_json:
         print(json.dumps(as_dict(facts, results), indent=1))
     if all(result.status == "not here" for result in results):

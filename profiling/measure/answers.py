@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING, final
 
 import msgspec
 
-from trio_edge.profiling.measure.recording import (
-    DECODE,
-    GraphCall,
-    Recording,
-    RecordingBackend,
-    Stamp,
-    graph_calls,
-)
+from trio_edge.profiling.measure.recording import DECODE, Recording, RecordingBackend, graph_calls
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.pipeline import Pipeline
 
@@ -24,6 +17,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
+    from trio_edge.profiling.measure.recording import GraphCall, Stamp
     from trio_edge.runtime.answer import Statistics
     from trio_edge.runtime.backends.interface import Backend
 

@@ -19,19 +19,10 @@ from trio_edge.profiling.predict.speed import (
     rates_of,
 )
 from trio_edge.runtime.bundle.errors import TargetError
-from trio_edge.runtime.bundle.graph_io import CLIP_TEXT
 from trio_edge.trio.cost.flops import stage_work
 from trio_edge.trio.cost.memory import WeightBytes, bundle_bytes, layers_and_rows, tiles_of
-from trio_edge.trio.cost.selections import StageSizes, TokenCost
-from trio_edge.trio.cost.work import (
-    Work,
-    counted_work,
-    head_work,
-    range_work,
-    sum_of,
-    tower_weights,
-    vision_work,
-)
+from trio_edge.trio.cost.selections import StageSizes
+from trio_edge.trio.cost.work import Work, head_work, range_work, sum_of, tower_weights, vision_work
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,13 +56,10 @@ class Setting:
     """Whether the first stage's graph has a fixed N."""
     entering: int | None = None
     """Visual tokens of an image that enter the decoder; None for N."""
-    vision_flops: float | None = None
-    """FLOPs of the vision graph, if the model does not describe its vision tower."""
-    clip_text_flops: float | None = None
-    clip_text_rows: int = 1
-    """Tokens of all texts, with padding."""
-    reduce_cost: TokenCost | None = None
-    """Cost of the selection before the decoder."""
+    vision: Work | None = None
+    """Work of the vision graph for one image, if the model does not describe its vision tower."""
+    before: tuple[tuple[str, Work], ...] = ()
+    """Names and work of the graphs between vision and decoder, for all images."""
     other_weight_bytes: int = 0
     """Weights of graphs that the model does not describe, such as CLIP's text tower."""
     scratch_before: int = 0
@@ -198,15 +186,11 @@ def predict(setting: Setting, device: DeviceSpec) -> Prediction:
 def graph_runs(setting: Setting) -> list[CountedGraph]:
     """Return the graphs of a prefill in order, and those of one decode step with every KV buffer at its capacity."""
     decoder = setting.model.decoder
-    works: list[tuple[str, Work]] = [("vision", sum_of([_vision(setting)] * setting.num_images))]
-    if setting.clip_text_flops is not None:
-        works.append((CLIP_TEXT, counted_work(setting.clip_text_flops, rows=setting.clip_text_rows)))
-    if setting.reduce_cost is not None:
-        # the greedy loop is always in float32
-        again = setting.reduce_cost.read_again * 4 / setting.formats.bytes_per_element
-        work = counted_work(setting.reduce_cost.flops, rows=setting.sizes["N"], other=again)
-        works.append(("reduce", sum_of([work] * setting.num_images)))
-    steps: list[tuple[str, Work]] = []
+    vision = setting.vision
+    if vision is None:
+        assert setting.model.vision is not None
+        vision = vision_work(setting.model.vision, setting.sizes)
+    works, steps = [("vision", sum_of([vision] * setting.num_images)), *setting.before], []
     for index, (layers, rows) in enumerate(setting.ranges):
         if index:
             works.append((f"select_{index}", _select(setting, index - 1)))
@@ -250,13 +234,6 @@ def memory_of(setting: Setting, *, usable: int) -> MemoryNeed:
     return MemoryNeed(
         weights=weights, kv_caches=found.kv_caches, activations=found.activations, usable=usable
     )
-
-
-def _vision(setting: Setting) -> Work:
-    if setting.vision_flops is not None:
-        return counted_work(setting.vision_flops, rows=setting.sizes["N"])
-    assert setting.model.vision is not None
-    return vision_work(setting.model.vision, setting.sizes)
 
 
 def _select(setting: Setting, stage: int) -> Work:

@@ -28,14 +28,14 @@ class Model:
     decoder: Dimensions
     vision: VisionDimensions | None
     """None if unknown or not wanted."""
-    pictures: ImageProcessing
+    images: ImageProcessing
     """Its image processing, which gives an image's number of visual tokens."""
 
 
 def model_of(manifest: Manifest) -> Model:
     """Return a bundle's model, with its vision tower if the manifest describes it."""
-    pictures = image_processing(manifest.image_processing, encoder_keep=manifest.encoder_keep)
-    return Model(name=manifest.model, decoder=manifest.dimensions, vision=manifest.vision, pictures=pictures)
+    images = image_processing(manifest.image_processing, encoder_keep=manifest.encoder_keep)
+    return Model(name=manifest.model, decoder=manifest.dimensions, vision=manifest.vision, images=images)
 
 
 def find_model(name: str) -> Model:
@@ -66,7 +66,7 @@ def _tower(*sizes: Any, **more: int) -> VisionDimensions:
 
 def _family(
     tower: VisionDimensions,
-    pictures: ImageProcessing,
+    images: ImageProcessing,
     projector_weights: Callable[[int], int],
     decoders: Mapping[str, Dimensions],
 ) -> list[Model]:
@@ -76,7 +76,7 @@ def _family(
             name=name,
             decoder=decoder,
             vision=msgspec.structs.replace(tower, projector_weights=projector_weights(decoder.hidden_size)),
-            pictures=pictures,
+            images=images,
         )
         for name, decoder in decoders.items()
     ]

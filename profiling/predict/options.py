@@ -110,7 +110,7 @@ def predictions_of(
         manifest=None if bundle is None else open_bundle(bundle).manifest,
         model=options.model,
         keep=options.keep,
-        picture=None if options.image_size is None else parse_size(options.image_size),
+        image_size=None if options.image_size is None else parse_size(options.image_size),
         precision=options.dtype,
         num_text=options.text,
         num_new=num_new,

@@ -25,11 +25,12 @@ from trio_edge.trio.cost.bundle_work import (
     vision_flops,
 )
 from trio_edge.trio.cost.memory import Texts, TokenSelection, scratch_before
+from trio_edge.trio.cost.work import counted_work, sum_of
 from trio_edge.trio.methods import token_method as method_row
 
 if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import Manifest
-    from trio_edge.trio.cost.work import WeightKind
+    from trio_edge.trio.cost.work import WeightKind, Work
 
 KEEP_ALL = "100%"
 WITHOUT_STAGES = "all"
@@ -49,7 +50,7 @@ class Plan:
     """The bundle's; None for a released model by name."""
     keep: str | None
     """Average keep as ``11.1%``; None for the bundle's own schedule."""
-    picture: tuple[int, int] | None
+    image_size: tuple[int, int] | None
     """Width and height; None for the bundle's largest shapes."""
     precision: Precision
     num_text: int
@@ -57,19 +58,12 @@ class Plan:
     num_images: int = 1
     """Images of a prompt, or pairs of a video's frames."""
 
-    @property
-    def kept_share(self) -> float:
-        """The average keep as a fraction; 1 without one."""
-        from trio_edge.trio.budgets import parse_keep
-
-        return 1.0 if self.keep in (None, WITHOUT_STAGES) else parse_keep(self.keep)
-
     def described(self) -> str:
         """Return the plan in words."""
         keep = "the bundle's schedule" if self.keep is None else f"keep {self.keep}"
-        picture = "its largest image" if self.picture is None else "{}x{}".format(*self.picture)
+        image = "its largest image" if self.image_size is None else "{}x{}".format(*self.image_size)
         images = "" if self.num_images == 1 else f"{self.num_images} times "
-        return f"{keep}, {images}{picture}, {self.precision}"
+        return f"{keep}, {images}{image}, {self.precision}"
 
     def setting(self) -> Setting:
         """Return the setting of this plan.
@@ -102,15 +96,15 @@ class Plan:
         return dataclasses.replace(setting, **_from_manifest(self.manifest, setting))
 
     def _check_entering(self, num_visual: int, token_keep: int | None) -> None:
-        if token_keep is not None and self.picture is not None and num_visual <= token_keep:
+        if token_keep is not None and self.image_size is not None and num_visual <= token_keep:
             raise ScheduleError(
                 f"--image-size: expected an image of more than {token_keep} visual tokens, as many as the bundle keeps before"
                 f" the decoder, got {num_visual}; choose a larger one"
             )
 
     def _sizes(self) -> dict[str, int]:
-        if self.picture is not None or self.manifest is None:
-            return self.model.pictures.sizes(*(self.picture or USUAL_PICTURE))
+        if self.image_size is not None or self.manifest is None:
+            return self.model.images.sizes(*(self.image_size or USUAL_PICTURE))
         graph = self.manifest.graph("vision")
         return {**fixed_sizes(graph), **graph.profiles[-1].sizes}
 
@@ -146,7 +140,7 @@ def plan_for(
     manifest: Manifest | None = None,
     model: str | None = None,
     keep: str | None = None,
-    picture: tuple[int, int] | None = None,
+    image_size: tuple[int, int] | None = None,
     precision: Precision | None = None,
     num_text: int = 40,
     num_new: int = 16,
@@ -167,18 +161,20 @@ def plan_for(
                 f"{name}: expected 1..{MOST_TOKENS} tokens, got {value}; choose a number in this range"
             )
     if manifest is None:
-        known, keep, picture = find_model(model or ""), keep or KEEP_ALL, picture or USUAL_PICTURE
+        known, keep = find_model(model or ""), keep or KEEP_ALL
+        image_size = image_size or USUAL_PICTURE
     else:
         known = model_of(manifest)
     return Plan(
         model=known,
         manifest=manifest,
         keep=keep,
-        picture=picture,
+        image_size=image_size,
         precision=precision or _precision_of(manifest),
         num_text=num_text,
         num_new=num_new,
-        num_images=num_images or (1 if manifest is None or picture is not None else manifest.cost.num_images),
+        num_images=num_images
+        or (1 if manifest is None or image_size is not None else manifest.cost.num_images),
     )
 
 
@@ -212,32 +208,35 @@ def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
         "most_new": manifest.max_new_tokens,
     }
     if manifest.vision is None:
-        more["vision_flops"] = vision_flops(manifest, num_visual=num_visual)
+        flops = vision_flops(manifest, num_visual=num_visual)
+        more["vision"] = counted_work(flops, rows=num_visual)
     if manifest.token_method is not None and manifest.token_keep is not None:
         more |= _before_decoder(manifest, setting, manifest.token_method, manifest.token_keep)
     return more
 
 
 def _before_decoder(manifest: Manifest, setting: Setting, method: str, num_keep: int) -> dict[str, Any]:
-    """Return the cost and scratch memory of the graphs between vision and decoder."""
+    """Return the work and scratch memory of the graphs between vision and decoder."""
     graph, num_visual, num_text = manifest.graph("reduce"), setting.sizes["N"], setting.text_bucket
-    widths, texts, more = input_widths(graph), None, dict[str, Any]()
+    widths, texts = input_widths(graph), None
+    works: list[tuple[str, Work]] = []
     if manifest.clip_text is not None:
         length = manifest.clip_text.length
         counts = sorted(profile.sizes["M"] for profile in manifest.graph(CLIP_TEXT).profiles)
         count = bucket_of(num_clip_texts(setting.num_text, length=length), counts)
         texts = Texts(max(count, counts[-1]), length, widths["clip_texts"])
-        more = {
-            "clip_text_flops": clip_text_flops(manifest, num_texts=count),
-            "clip_text_rows": count * length,
-        }
+        flops = clip_text_flops(manifest, num_texts=count)
+        works.append((CLIP_TEXT, counted_work(flops, rows=count * length)))
         num_text = count * (length - 2)
-    more["reduce_cost"] = reduce_cost(manifest, num_visual=num_visual, num_text=num_text)
-    width = widths[method_row(method).compares or "visual_tokens"]
-    more["scratch_before"] = scratch_before(
-        TokenSelection(method, num_keep, width), texts, num_visual=num_visual, element_bytes=2
-    )
-    return more
+    cost = reduce_cost(manifest, num_visual=num_visual, num_text=num_text)
+    # the greedy loop is always in float32
+    again = cost.read_again * 4 / setting.formats.bytes_per_element
+    works += [
+        ("reduce", sum_of([counted_work(cost.flops, rows=num_visual, other=again)] * setting.num_images))
+    ]
+    selection = TokenSelection(method, num_keep, widths[method_row(method).compares or "visual_tokens"])
+    scratch = scratch_before(selection, texts, num_visual=num_visual, element_bytes=2)
+    return {"before": tuple(works), "scratch_before": scratch}
 
 
 def _rounded_inputs(manifest: Manifest, setting: Setting) -> frozenset[WeightKind]:

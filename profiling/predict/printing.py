@@ -13,9 +13,8 @@ from trio_edge.runtime.cli.tables import whole_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trio_edge.profiling.predict.answer import Prediction, Setting
+    from trio_edge.profiling.predict.answer import Prediction
     from trio_edge.profiling.predict.plan import Plan
-    from trio_edge.trio.cost.devices import DeviceSpec
 
 MIB, GIB = 1 << 20, 1 << 30
 NOTE = "PREDICTED, nothing was measured: counted work, the device's rates, and efficiencies of tuned runtimes"
@@ -28,7 +27,7 @@ def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
         "device": prediction.device.name,
         "model": setting.model.name,
         "keep": plan.keep,
-        "picture": None if plan.picture is None else list(plan.picture),
+        "picture": None if plan.image_size is None else list(plan.image_size),
         "precision": setting.formats.layer,
         "visual_tokens": list(setting.visual_rows),
         "stages": [{"layer": stage.layer, "keep": stage.keep} for stage in setting.schedule.stages],
@@ -73,29 +72,27 @@ def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> No
     console.print(table)
     lines = {
         "setting": f"{plan.described()}: {' > '.join(map(str, setting.visual_rows))} visual tokens,"
-        f" {text_of(setting)}, {setting.num_new} new",
-        "first token": f"{milliseconds(prediction.seconds('prefill'))} ms, up to"
-        f" {milliseconds(prediction.seconds('prefill') + prediction.unfused_seconds)} ms if attention is not one kernel",
+        f" {setting.num_text} text in {setting.text_bucket} rows, {setting.num_new} new",
+        "first token": f"{_milliseconds(prediction.seconds('prefill'))} ms, up to"
+        f" {_milliseconds(prediction.seconds('prefill') + prediction.unfused_seconds)} ms if attention is not one kernel",
         "next tokens": f"{1e3 * prediction.seconds('decode'):.1f} ms each,"
         f" {1 / prediction.seconds('decode'):.1f} a second",
-        "answer": f"{milliseconds(prediction.answer_seconds)} ms,"
+        "answer": f"{_milliseconds(prediction.answer_seconds)} ms,"
         f" {1 / prediction.answer_seconds:.2f} a second, without the host's work",
         "memory": _memory(prediction),
     }
     for name, text in lines.items():
         console.print(f"[bold]{name:12}[/] {text}", highlight=False, soft_wrap=True)
-    for note in (f"[bold]{NOTE}.[/]", device_note(device)):
+    known = f"{device.name}: {fitted_for(device).sentence(device.name)}"
+    if doubtful := [name for name in ("bandwidth_bytes_per_s", "fp16_flops") if not device.is_verified(name)]:
+        known += "; not verified in the vendor's own output: " + ", ".join(doubtful)
+    for note in (f"[bold]{NOTE}.[/]", f"{known}."):
         console.print(note, highlight=False, soft_wrap=True)
 
 
-def milliseconds(seconds: float) -> str:
+def _milliseconds(seconds: float) -> str:
     """Return a time in milliseconds with at least two digits."""
     return f"{1e3 * seconds:.0f}" if seconds >= 0.01 else f"{1e3 * seconds:.2g}"
-
-
-def text_of(setting: Setting) -> str:
-    """Return the prompt's text in words: ``40 text in 64 rows``."""
-    return f"{setting.num_text} text in {setting.text_bucket} rows"
 
 
 def _memory(prediction: Prediction) -> str:
@@ -109,12 +106,3 @@ def _memory(prediction: Prediction) -> str:
 
 def _size(count: int) -> str:
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.3g} MiB"
-
-
-def device_note(device: DeviceSpec) -> str:
-    """Return the error of predictions for a device, and the names of its unverified rates."""
-    text = f"{device.name}: {fitted_for(device).sentence(device.name)}"
-    doubtful = [name for name in ("bandwidth_bytes_per_s", "fp16_flops") if not device.is_verified(name)]
-    if doubtful:
-        text += "; not verified in the vendor's own output: " + ", ".join(doubtful)
-    return f"{text}."

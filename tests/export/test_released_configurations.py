@@ -121,7 +121,7 @@ def test_an_alias_is_planned_at_its_full_size(alias: str, tmp_path: Path) -> Non
     expected, text = MODELS[alias], plan.resolved.text
     assert plan.dimensions == expected.decoder
     assert plan.model.vision_dimensions == expected.vision
-    assert plan.resolved.processing.sizes(640, 480) == expected.pictures.sizes(640, 480)
+    assert plan.resolved.processing.sizes(640, 480) == expected.images.sizes(640, 480)
     config = released(alias)["files"]["config.json"]
     assert text.spec.image_token_id == config.get("image_token_index", config.get("image_token_id"))
     assert text.spec.image_token == released(alias)["tokens"][str(text.spec.image_token_id)]

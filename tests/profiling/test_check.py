@@ -16,7 +16,7 @@ from tests.bundles import export
 from tests.cuda_on_host import CudaOnHost, pretend_gpu, write_engines
 from tests.engine_bundles import HOST, copy_bundle
 from trio_edge.export.checkpoints.checkpoint import TINY_FOLDER
-from trio_edge.profiling.check import answers, packaged, worker
+from trio_edge.profiling.check import answers, worker
 from trio_edge.profiling.check.answers import close_difference, exact_difference
 from trio_edge.profiling.check.checks import run_backend
 from trio_edge.profiling.check.cli import main
@@ -41,7 +41,7 @@ def bundle() -> Path:
 def release(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package that holds the bundle's graphs."""
     graphs = shutil.copytree(bundle, tmp_path / "graphs", ignore=shutil.ignore_patterns("weights"))
-    monkeypatch.setattr(packaged, "GRAPHS", graphs)
+    monkeypatch.setattr(answers, "GRAPHS", graphs)
     return graphs
 
 
@@ -71,11 +71,11 @@ def test_every_backend_that_is_here_answers_as_stored(capsys: pytest.CaptureFixt
 def test_another_answer_than_stored_fails_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stored = packaged.stored_answers()
+    stored = answers.stored_answers()
     stored[1].kept[2][0] += 1
     changed = tmp_path / "expected.json"
     changed.write_bytes(msgspec.json.encode(stored))
-    monkeypatch.setattr(packaged, "EXPECTED", changed)
+    monkeypatch.setattr(answers, "EXPECTED", changed)
     assert main([]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fail")]
     assert len(failed) == 1
@@ -85,7 +85,7 @@ def test_another_answer_than_stored_fails_in_one_line(
 def test_a_package_without_the_bundle_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(packaged, "GRAPHS", tmp_path / "none")
+    monkeypatch.setattr(answers, "GRAPHS", tmp_path / "none")
     assert main([]) == 2
     assert capsys.readouterr().err.endswith("trio-check --bundle tiny\n")
 
@@ -159,7 +159,7 @@ def changed(record: AnswerRecord, **fields: Any) -> AnswerRecord:
 
 
 def test_what_differs_is_named() -> None:
-    one = packaged.stored_answers()[0]
+    one = answers.stored_answers()[0]
     assert exact_difference(one, one) is None
     assert "1.0" not in str(
         exact_difference(changed(one, logits=[value + 0.04 for value in one.logits]), one)

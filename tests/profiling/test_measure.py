@@ -109,7 +109,7 @@ def test_graphs_and_the_time_outside_of_them_make_up_the_first_token(profile: Pr
         )
 
 
-def test_tokens_are_timed_from_a_question_without_a_picture_to_the_end_of_the_caches(
+def test_tokens_are_timed_from_a_question_without_an_image_to_the_end_of_the_caches(
     profile: Profile,
 ) -> None:
     for bundle in profile.report.bundles:
@@ -159,10 +159,10 @@ def test_contexts_are_timed_upwards_and_downwards_once_when_the_time_is_over(
 
 def test_timing_tokens_ends_an_answer_and_changes_no_later_one(reduced_bundle: Path) -> None:
     with Pipeline.from_bundle(reduced_bundle, backend="onnxruntime", threads=1) as pipeline:
-        manifest, picture = pipeline.manifest, random_image(measured_sizes(pipeline)[0])
-        before = pipeline.generate(picture, PROMPT, max_new_tokens=8)
+        manifest, image = pipeline.manifest, random_image(measured_sizes(pipeline)[0])
+        before = pipeline.generate(image, PROMPT, max_new_tokens=8)
         assert before.text is not None
-        asked = pipeline.generate(picture, PROMPT)
+        asked = pipeline.generate(image, PROMPT)
         next(iter(asked))
         room = manifest.text_buckets[-1] + manifest.max_new_tokens - asked.statistics.text_tokens
         assert len(pipeline.time_tokens(3, skip=room - 4)) == 3
@@ -173,7 +173,7 @@ def test_timing_tokens_ends_an_answer_and_changes_no_later_one(reduced_bundle: P
         pipeline.time_tokens(2, skip=-room + 3)
         with pytest.raises(ShapeError, match="another was started"):
             assert asked.text
-        after = pipeline.generate(picture, PROMPT, max_new_tokens=8)
+        after = pipeline.generate(image, PROMPT, max_new_tokens=8)
         assert after.text == before.text
         assert after.token_ids == before.token_ids
         np.testing.assert_array_equal(after.first_logits, before.first_logits)
@@ -195,7 +195,7 @@ def test_memory_is_told_apart_by_what_it_is_for(profile: Profile, reduced_bundle
     assert memory.other == memory.peak_rss - known
 
 
-def test_first_tokens_are_measured_at_every_size_of_picture_most_tokens_first(profile: Profile) -> None:
+def test_first_tokens_are_measured_at_every_size_of_image_most_tokens_first(profile: Profile) -> None:
     tokens = [size.visual_tokens for size in profile.report.bundles[0].sizes]
     assert len(tokens) > 1
     assert tokens == sorted(set(tokens), reverse=True)
@@ -290,8 +290,8 @@ def test_recording_changes_neither_logits_nor_ids_nor_kept_tokens(reduced_bundle
         RecordingBackend(backend, recording, capture=False),
     ):
         with Pipeline(open_bundle(reduced_bundle), wrapped) as pipeline:
-            picture = random_image(measured_sizes(pipeline)[0])
-            answer = pipeline.generate(picture, PROMPT, max_new_tokens=8)
+            image = random_image(measured_sizes(pipeline)[0])
+            answer = pipeline.generate(image, PROMPT, max_new_tokens=8)
             assert answer.text is not None
             answers.append(answer)
     plain, *recorded = answers
@@ -327,8 +327,8 @@ def test_launches_on_the_host_run_once_and_are_timed_in_their_order() -> None:
 
 def test_calls_are_what_the_decoders_own_timeline_says(reduced_bundle: Path) -> None:
     loaded = LoadedBundle(reduced_bundle, make_backend("onnxruntime", threads=1))
-    picture = random_image(measured_sizes(loaded.pipeline)[0])
-    answer = loaded.answer(RunQuestion(image=picture, prompt=PROMPT, new_tokens=3))
+    image = random_image(measured_sizes(loaded.pipeline)[0])
+    answer = loaded.answer(RunQuestion(image=image, prompt=PROMPT, new_tokens=3))
     loaded.close()
     told, inside = answer.statistics.graph_ms, dict[str, float]()
     of_probe = 0.0  # the timeline counts a probe as part of its selection
@@ -345,11 +345,11 @@ def test_calls_are_what_the_decoders_own_timeline_says(reduced_bundle: Path) -> 
 
 def test_no_token_ends_an_answer_while_it_is_measured(reduced_bundle: Path) -> None:
     with Pipeline.from_bundle(reduced_bundle, backend="onnxruntime", threads=1) as pipeline:
-        picture = random_image(measured_sizes(pipeline)[0])
-        answer = pipeline.generate(picture, PROMPT, max_new_tokens=6)
+        image = random_image(measured_sizes(pipeline)[0])
+        answer = pipeline.generate(image, PROMPT, max_new_tokens=6)
         assert answer.text is not None
     loaded = LoadedBundle(reduced_bundle, make_backend("onnxruntime", threads=1))
-    measured = loaded.answer(RunQuestion(image=picture, prompt=PROMPT, new_tokens=6))
+    measured = loaded.answer(RunQuestion(image=image, prompt=PROMPT, new_tokens=6))
     loaded.close()
     assert len(measured.token_ids) == 6
     assert measured.token_ids[: len(answer.token_ids)] == answer.token_ids
@@ -380,7 +380,7 @@ def test_runs_end_when_the_time_is_over_but_not_before_there_are_a_few(
     assert report.bundles[0].layers == ()
 
 
-def test_a_picture_of_the_users_is_asked_about(keep_all_bundle: Path, tmp_path: Path) -> None:
+def test_an_image_of_the_users_is_asked_about(keep_all_bundle: Path, tmp_path: Path) -> None:
     file, image = tmp_path / "profile.json", Path(__file__).parents[2] / "examples/pictures/shapes-96x96.png"
     options = ["--image", str(image), "--prompt", "w1 w2", "--runs", "1", "--no-layers", "--json", str(file)]
     assert main([str(keep_all_bundle), *options]) == 0

@@ -390,11 +390,11 @@ def test_a_browser_shows_the_page_on_a_phone_without_scrolling_sideways(page: st
 def test_a_browser_paints_the_page_in_the_readers_colours(
     scheme: int, is_dark: bool, page: str, tmp_path: Path
 ) -> None:
-    file, picture = tmp_path / "page.html", tmp_path / "page.png"
+    file, image = tmp_path / "page.html", tmp_path / "page.png"
     file.write_text(page, encoding="utf-8")
     settings = f"--blink-settings=preferredColorScheme={scheme}"
-    browse(tmp_path, settings, "--window-size=1200,1600", f"--screenshot={picture}", file.as_uri())
-    shown = Image.open(picture).convert("RGB")
+    browse(tmp_path, settings, "--window-size=1200,1600", f"--screenshot={image}", file.as_uri())
+    shown = Image.open(image).convert("RGB")
     assert (sum(shown.getpixel((3, 3))) < 3 * 64) == is_dark
     colours = shown.getcolors(maxcolors=1 << 24)
     bright = [colour for count, colour in colours if count > 100 and max(colour) - min(colour) > 60]

@@ -167,11 +167,11 @@ def test_a_model_without_a_bundle_has_the_exporters_usual_buckets() -> None:
     assert times[0] == times[1] < times[2] < times[3] < times[4]
 
 
-def test_a_picture_with_fewer_tokens_than_a_bundle_keeps_is_refused(reduced_bundle: Path) -> None:
+def test_an_image_with_fewer_tokens_than_a_bundle_keeps_is_refused(reduced_bundle: Path) -> None:
     manifest = open_bundle(reduced_bundle).manifest
     keeps_most = msgspec.structs.replace(manifest, schedule=parse_schedule("1:40,2:6"))
     with pytest.raises(ScheduleError, match=r"layer 1: expected to keep <= 24 .* got 40"):
-        plan_for(manifest=keeps_most, picture=(24, 24)).setting()
+        plan_for(manifest=keeps_most, image_size=(24, 24)).setting()
 
 
 # The command
@@ -233,7 +233,7 @@ WRONG = {
         ["bundle", "--keep", "11.1%"],
         "--keep: expected --predict DEVICE with it",
     ),
-    "picture": ([*MODEL, "--image-size", "672"], "expected WIDTHxHEIGHT in pixels, got '672'"),
+    "image size": ([*MODEL, "--image-size", "672"], "expected WIDTHxHEIGHT in pixels, got '672'"),
     "endless text": ([*MODEL, "--text", "1048577"], "--text: expected 1..1048576 tokens, got 1048577"),
     "keep": ([*MODEL, "--keep", "lots"], "expected a fraction"),
     "impossible keep": ([*MODEL, "--keep", "0.1%"], "expected an average of at least"),

@@ -32,7 +32,7 @@ from trio_edge.trio.cost.work import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-PICTURE = (672, 672)
+IMAGE_SIZE = (672, 672)
 
 
 def test_models_without_a_bundle_are_those_that_can_be_exported() -> None:
@@ -42,7 +42,7 @@ def test_models_without_a_bundle_are_those_that_can_be_exported() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_vision_decoder_and_head_have_the_flops_of_the_written_formulas(name: str) -> None:
     model = MODELS[name]
-    tower, decoder, sizes = model.vision, model.decoder, model.pictures.sizes(*PICTURE)
+    tower, decoder, sizes = model.vision, model.decoder, model.images.sizes(*IMAGE_SIZE)
     assert tower is not None
     tiles, P = tiles_and_patches(tower, sizes)
     rows, width = sizes["N"] + 40, tower.hidden_size

@@ -102,10 +102,10 @@ def running(
     assert not thread.is_alive()
 
 
-def image_url(picture: Image.Image | None = None, *, format: str = "PNG") -> str:
-    """Return a picture as a data URL."""
+def image_url(image: Image.Image | None = None, *, format: str = "PNG") -> str:
+    """Return an image as a data URL."""
     file = io.BytesIO()
-    (picture or random_picture(48, 48)).save(file, format)
+    (image or random_picture(48, 48)).save(file, format)
     return f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

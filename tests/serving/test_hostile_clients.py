@@ -195,8 +195,8 @@ def test_a_bad_image_is_refused(strict: RunningServer, case: str) -> None:
 
 
 def test_pixels_of_all_images_count_together(strict: RunningServer) -> None:
-    picture = image_url(random_picture(200, 200), format="JPEG")
-    result = strict.ask(messages=question("w1", picture, picture, picture))
+    image = image_url(random_picture(200, 200), format="JPEG")
+    result = strict.ask(messages=question("w1", image, image, image))
     assert_refused(result, 400, r"messages\[0\].content\[2\]: expected at most 100000 pixels in all")
 
 

@@ -28,21 +28,21 @@ NUM_REQUESTS = 112
 
 
 def test_every_one_of_sixteen_clients_gets_its_own_answers(reduced_bundle: Path, pipeline: Pipeline) -> None:
-    pictures = [random_picture(40 + size, 48, seed=size) for size in range(8)]
+    images = [random_picture(40 + size, 48, seed=size) for size in range(8)]
     cases = [(seed % 8, f"w{seed % 7} w{seed % 5 + 8}", seed) for seed in range(NUM_REQUESTS)]
     settings = {"temperature": 1.0, "max_new_tokens": 6}
     own = [
-        pipeline.generate(pictures[picture], text, seed=seed, **settings).text
-        for picture, text, seed in cases
+        pipeline.generate(images[image], text, seed=seed, **settings).text
+        for image, text, seed in cases
     ]
-    urls = [image_url(picture) for picture in pictures]
+    urls = [image_url(image) for image in images]
     with running({"reduced": partial(Pipeline.from_bundle, reduced_bundle)}) as server:
         client = server.client()
 
         def ask(case: tuple[int, str, int]) -> str:
-            picture, text, seed = case
+            image, text, seed = case
             fields: dict[str, Any] = {"temperature": 1.0, "max_tokens": 6, "seed": seed}
-            messages: Any = question(text, urls[picture])
+            messages: Any = question(text, urls[image])
             if seed % 2:
                 answer = client.chat.completions.create(model="reduced", messages=messages, **fields)
                 return answer.choices[0].message.content or ""

@@ -142,14 +142,14 @@ def two_long_answers(fleet: Fleet) -> Iterator[list[Any]]:
 
 
 def test_answers_are_those_of_the_pipeline(fleet: Fleet, own: Pipeline) -> None:
-    pictures = [random_picture(40 + size, 48, seed=size) for size in range(4)]
-    cases = [(pictures[seed % 4], f"w{seed % 7} w{seed % 5 + 8}", seed) for seed in range(24)]
+    images = [random_picture(40 + size, 48, seed=size) for size in range(4)]
+    cases = [(images[seed % 4], f"w{seed % 7} w{seed % 5 + 8}", seed) for seed in range(24)]
     drawn = {"temperature": 1.0, "seed": 3}
-    expected = [own.generate(picture, text, max_new_tokens=6, **drawn).text for picture, text, _ in cases]
+    expected = [own.generate(image, text, max_new_tokens=6, **drawn).text for image, text, _ in cases]
 
     def ask(case: Any) -> str:
-        picture, text, _ = case
-        return fleet.ask(text, image_url(picture), max_tokens=6, **drawn)
+        image, text, _ = case
+        return fleet.ask(text, image_url(image), max_tokens=6, **drawn)
 
     with ThreadPoolExecutor(3) as clients:
         assert list(clients.map(ask, cases)) == expected

@@ -98,12 +98,13 @@ def test_a_prediction_counts_the_text_towers_memory(checkpoint: Path, clip: Clip
 def test_a_prediction_runs_the_texts_that_there_are_shapes_for(checkpoint: Path, clip: Clip) -> None:
     manifest = open_bundle(bundle_of("eadp", checkpoint, clip)).manifest
     one, two = (plan_for(manifest=manifest, num_text=ROOM + more).setting() for more in (0, 1))
-    assert (one.clip_text_rows, two.clip_text_rows) == (LENGTH, 8 * LENGTH)
+    rows = [dict(setting.before)["clip_text"].products[0].rows for setting in (one, two)]
+    assert rows == [LENGTH, 8 * LENGTH]
     for setting, index in ((one, 0), (two, 1)):
-        assert setting.reduce_cost is not None
-        for name, flops in (("clip_text", setting.clip_text_flops), ("reduce", setting.reduce_cost.flops)):
+        assert [name for name, _ in setting.before] == ["clip_text", "reduce"]
+        for name, work in setting.before:
             graph = manifest.graph(name)
-            assert counted(manifest, graph, graph.profiles[index]).flops == pytest.approx(flops)
+            assert counted(manifest, graph, graph.profiles[index]).flops == pytest.approx(work.flops)
 
 
 def expected(method: str, sequence: Sequence, clip: Clip, question: str) -> list[int]:
@@ -177,9 +178,9 @@ def test_every_graph_before_the_decoder_computes_what_the_formulas_count(
         assert work.flops == pytest.approx(looked + steps, rel=1e-6)
         if name == "reduce":
             assert work.other_elements == steps / 2  # each is read once, for two FLOPs
-            cost = plan_for(manifest=manifest).setting().reduce_cost
-            assert cost is not None
-            assert cost.read_again == steps / 2
+            setting = plan_for(manifest=manifest).setting()
+            read_bytes = dict(setting.before)["reduce"].other_elements * setting.formats.bytes_per_element
+            assert read_bytes == 4 * steps / 2  # in float32
         if name == "clip_text":
             assert work.products[0].rows == 8 * LENGTH
             assert work.products[0].weights == "layer"
