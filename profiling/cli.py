@@ -24,7 +24,7 @@ from trio_edge.profiling.predict.options import (
     predictions_of,
 )
 from trio_edge.profiling.predict.printing import print_prediction, summary_of
-from trio_edge.profiling.report.profile import ProfileConditions
+from trio_edge.profiling.report.profile import ProfileConditions, ProfileReport
 from trio_edge.profiling.report.summary import report_of
 from trio_edge.profiling.report.table import print_profile
 from trio_edge.profiling.report.trace import trace_json
@@ -37,7 +37,7 @@ from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.tables import wide_console
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 PATH = click.Path(path_type=Path)
@@ -129,7 +129,11 @@ def _profile(options: MeasureOptions, outputs: dict[str, Path]) -> None:
     with console.status("") as status:
         measurement = measure(options, on_step=status.update if console.is_terminal else lambda _step: None)
     report = report_of(measurement, _conditions(measurement, options, started=started, busy=busy))
-    contents = {"--json": _json, "--html": page_html, "--trace": partial(trace_json, measurement)}
+    contents: dict[str, Callable[[ProfileReport], bytes]] = {
+        "--json": _json,
+        "--html": page_html,
+        "--trace": partial(trace_json, measurement),
+    }
     for option, path in outputs.items():
         write_output(option, path, contents[option](report))
     print_profile(report)

@@ -5,9 +5,14 @@ Starlette routes the requests and msgspec reads them, so FastAPI and its pydanti
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import hmac
+import re
 import time
+from functools import cache
+from importlib import resources
 from typing import TYPE_CHECKING, Any, final
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -16,13 +21,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from trio_edge.serving.answers.endpoint import ChatEndpoint
 from trio_edge.serving.answers.worker import Worker
 from trio_edge.serving.metrics import Metrics
-from trio_edge.serving.page.response import page
 from trio_edge.serving.requests.body import BodyDrain
 from trio_edge.serving.requests.errors import RequestError, request_error_from, unknown_model
 from trio_edge.serving.requests.media import MediaReader
@@ -47,6 +51,15 @@ _FOREIGN_HOST = RequestError(
     "host: expected localhost, got another name; start trio-serve with --api-key to allow it",
     code="invalid_host",
 )
+
+# The page may use only its own script and style.
+_POLICY = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_HEADERS = {
+    "cache-control": "no-cache",
+    "permissions-policy": "camera=(self)",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
 
 
 def make_app(
@@ -95,7 +108,7 @@ def app_of(
             Route("/health", _health),
             Route("/health/ready", _ready),
             Route("/metrics", _metrics),
-            Route("/", page),
+            Route("/", _page),
         ],
         middleware=[Middleware(BodyDrain), Middleware(_Guard, settings=settings)],
         exception_handlers={HTTPException: _http_error, RequestError: _error, Exception: _error},
@@ -200,3 +213,22 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     response = RequestError(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}")
     return JSONResponse(response.body, response.status, headers=error.headers)
+
+
+async def _page(_request: Request) -> Response:
+    """Return the page."""
+    text = _page_text()
+    policy = f"{_POLICY}; script-src {_digest(text, 'script')}; style-src {_digest(text, 'style')}"
+    return HTMLResponse(text, headers={**_HEADERS, "content-security-policy": policy})
+
+
+@cache
+def _page_text() -> str:
+    return resources.files("trio_edge.serving.page").joinpath("index.html").read_text(encoding="utf-8")
+
+
+def _digest(text: str, tag: str) -> str:
+    """Return the digest that allows the page's only ``tag`` element in a policy."""
+    found = re.search(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+    assert found is not None
+    return f"'sha256-{base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()}'"

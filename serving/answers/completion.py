@@ -11,7 +11,7 @@ import msgspec
 from trio_edge.serving.answers.job import Event, Failed, Finished, Kept, NewText
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 
 _CHUNK = "chat.completion.chunk"
@@ -25,29 +25,14 @@ class Completion:
         """Start an answer by ``model``; with ``include_usage`` the last chunk of a stream has the usage."""
         self._model, self._include_usage = model, include_usage
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-        self._pieces: list[str] = []
-        self._report: dict[str, Any] | None = None
 
-    def add(self, event: Event) -> dict[str, Any] | None:
-        """Add an event; return the whole answer after the last one.
-
-        Raises:
-            RequestError: If the answer failed.
-        """
-        if isinstance(event, Failed):
-            raise event.error
-        if isinstance(event, NewText):
-            self._pieces.append(event.text)
-        elif isinstance(event, Kept):
-            self._report = event.report
-        elif isinstance(event, Finished):
-            return self._whole(event)
-        return None
-
-    def _whole(self, end: Finished) -> dict[str, Any]:
-        message = {"role": "assistant", "content": "".join(self._pieces), "refusal": None}
+    def whole(self, events: Sequence[Event], end: Finished) -> dict[str, Any]:
+        """Return the whole answer; ``events`` are those before its end."""
+        text = "".join(event.text for event in events if isinstance(event, NewText))
+        message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": end.reason}
-        trio = {} if self._report is None else {"trio": self._report}
+        reports = [event.report for event in events if isinstance(event, Kept)]
+        trio = {"trio": reports[0]} if reports else {}
         return self._frame("chat.completion", choices=[choice], usage=end.usage, **trio)
 
     def first_chunk(self) -> bytes:

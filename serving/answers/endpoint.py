@@ -12,7 +12,7 @@ from starlette.responses import Response, StreamingResponse
 
 from trio_edge.runtime.bundle.errors import TrioEdgeError
 from trio_edge.serving.answers.completion import Completion
-from trio_edge.serving.answers.job import AnswerJob, Event, Failed
+from trio_edge.serving.answers.job import AnswerJob, Event, Failed, Finished
 from trio_edge.serving.answers.worker import answer_settings
 from trio_edge.serving.requests.body import BodyMemory, read_body
 from trio_edge.serving.requests.content import read_prompt
@@ -153,9 +153,13 @@ async def _gone(request: Request) -> None:
 
 
 async def _whole(completion: Completion, events: AsyncIterator[Event]) -> dict[str, Any]:
+    found: list[Event] = []
     async for event in events:
-        if (answer := completion.add(event)) is not None:
-            return answer
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, Finished):
+            return completion.whole(found, event)
+        found.append(event)
     raise RequestError(_CLOSED, "answer: cancelled")
 
 

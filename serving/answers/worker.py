@@ -13,19 +13,23 @@ from concurrent.futures import Future
 from itertools import chain
 from typing import TYPE_CHECKING, Any, final
 
+import numpy as np
+
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.serving.answers.interface import cut_short, queue_full, smoothed, still_loading, stopping
 from trio_edge.serving.answers.job import AnswerJob, Failed, Finished, Kept, NewText
-from trio_edge.serving.answers.kept import kept_report
-from trio_edge.serving.answers.stops import StopTexts
 from trio_edge.serving.answers.structured import Constraints
 from trio_edge.serving.requests.errors import RequestError, request_error_from
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
 
     from trio_edge.runtime.answer import Generation, Statistics
     from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.runtime.bundle.schedule import Stage
+    from trio_edge.runtime.images.layout import ImageLayout
     from trio_edge.runtime.pipeline import Pipeline
     from trio_edge.serving.metrics import Metrics
     from trio_edge.serving.requests.protocol import ChatRequest
@@ -260,3 +264,66 @@ def usage_of(statistics: Statistics, *, queue_s: float) -> dict[str, Any]:
         "ttft_ms": round(statistics.ttft_ms, 3),
         "decode_ms": round(statistics.decode_ms, 3),
     }
+
+
+@final
+class StopTexts:
+    """Cuts a stream of text before the first stop text, and holds back what may begin one."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts, self._held = tuple(texts), ""
+        self.is_found = False
+
+    def push(self, piece: str) -> str:
+        """Add a piece; return the text that is certain to come before any stop text."""
+        text = self._held + piece
+        found = [at for at in (text.find(stop) for stop in self._texts) if at >= 0]
+        if found:
+            self.is_found, self._held = True, ""
+            return text[: min(found)]
+        num_held = max((_overlap(text, stop) for stop in self._texts), default=0)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+    def finish(self) -> str:
+        """Return the text that was held back."""
+        rest, self._held = self._held, ""
+        return rest
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of ``text`` begin ``stop``."""
+    longest = min(len(text), len(stop) - 1)
+    return next((count for count in range(longest, 0, -1) if text.endswith(stop[:count])), 0)
+
+
+def kept_report(answer: Generation, stages: Sequence[Stage]) -> dict[str, Any]:
+    """Return the kept boxes of each image and stage in pixels, for the page, and the milliseconds of each graph.
+
+    The answer must have its first token.
+    """
+    images, first = [], 0
+    for image, layout in zip(answer.images, answer.layouts):
+        after = first + len(layout.boxes)
+        own = [indices[(indices >= first) & (indices < after)] - first for indices in answer.kept]
+        entered = {"layer": 0, **_boxes(layout, np.arange(len(layout.boxes)))}
+        kept = [{"layer": stage.layer, **_boxes(layout, chosen)} for stage, chosen in zip(stages, own)]
+        images.append({"width": image.width, "height": image.height, "stages": [entered, *kept]})
+        first = after
+    graph_ms = {name: round(ms, 3) for name, ms in answer.statistics.graph_ms.items()}
+    return {"images": images, "graph_ms": graph_ms}
+
+
+def _boxes(layout: ImageLayout, chosen: NDArray[np.integer]) -> dict[str, Any]:
+    is_overview = np.isin(chosen, layout.overview)
+    return {
+        "kept": len(chosen),
+        "boxes": _drawable(layout.boxes[chosen[~is_overview]]),
+        "overview_boxes": _drawable(layout.boxes[chosen[is_overview]]),
+    }
+
+
+def _drawable(boxes: NDArray[np.float32]) -> list[list[float]]:
+    """Return the boxes that have an area: newline tokens have none."""
+    with_area = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    return [[round(edge, 1) for edge in box] for box in boxes[with_area].tolist()]

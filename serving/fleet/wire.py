@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return value.read_bytes()
     assert isinstance(value, RequestError)
-    return {name: getattr(value, name) for name in ("status", "message", "code", "param", "retry_after_s")}
+    return asdict(value)
 
 
 def _error(kind: type, value: Any) -> RequestError:

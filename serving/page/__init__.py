@@ -1,1 +1,1 @@
-"""The page at ``/``: one file without a build step, and the headers it is served with."""
+"""The page at ``/``: one file without a build step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.bundle.errors import (
@@ -27,24 +28,22 @@ _RUNTIME_ERRORS: tuple[tuple[type[TrioEdgeError], int, str, str | None], ...] = 
 )
 
 
+@dataclass(eq=False)  # an exception is compared by identity
 class RequestError(Exception):
     """A refused request, or a failed answer: an HTTP status and one line for people.
 
     ``code`` is one word for programs, and ``param`` the name of the wrong field.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        retry_after_s: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
-        self.retry_after_s = retry_after_s
+    status: int
+    message: str
+    _: KW_ONLY
+    code: str | None = None
+    param: str | None = None
+    retry_after_s: float | None = None
+
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def body(self) -> dict[str, Any]:

@@ -31,10 +31,7 @@ def test_every_one_of_sixteen_clients_gets_its_own_answers(reduced_bundle: Path,
     images = [random_picture(40 + size, 48, seed=size) for size in range(8)]
     cases = [(seed % 8, f"w{seed % 7} w{seed % 5 + 8}", seed) for seed in range(NUM_REQUESTS)]
     settings = {"temperature": 1.0, "max_new_tokens": 6}
-    own = [
-        pipeline.generate(images[image], text, seed=seed, **settings).text
-        for image, text, seed in cases
-    ]
+    own = [pipeline.generate(images[image], text, seed=seed, **settings).text for image, text, seed in cases]
     urls = [image_url(image) for image in images]
     with running({"reduced": partial(Pipeline.from_bundle, reduced_bundle)}) as server:
         client = server.client()

@@ -20,7 +20,7 @@ from tests.serving.server import RunningServer, running, slowed, until
 from trio_edge.profiling.page.figures import SCHEME
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.serving.answers.kept import kept_report
+from trio_edge.serving.answers.worker import kept_report
 from trio_edge.serving.settings import ServerSettings
 
 if TYPE_CHECKING:

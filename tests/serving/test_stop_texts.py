@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_edge.serving.answers.stops import StopTexts
+from trio_edge.serving.answers.worker import StopTexts
 
 
 def streamed(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
