@@ -10,7 +10,7 @@ from pathlib import Path
 
 from parts.arguments import errors_in_one_line, parser_for, positive
 
-from trio_edge.profiling.check.worker import memory_in_use
+from trio_edge.profiling.check.checks import memory_in_use
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.pipeline import Pipeline

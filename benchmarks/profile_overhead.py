@@ -20,8 +20,7 @@ from parts.arguments import parser_for
 from trio_edge.profiling.measure.answers import LoadedBundle, RunQuestion, without_stop_tokens
 from trio_edge.profiling.measure.measuring import PROMPT, measured_sizes, random_image
 from trio_edge.profiling.measure.recording import Recording
-from trio_edge.profiling.measure.sensors.interface import open_sensors
-from trio_edge.profiling.measure.sensors.sampling_thread import INTERVAL_SECONDS, SamplingThread
+from trio_edge.profiling.measure.sensors.sampling_thread import INTERVAL_SECONDS, SamplingThread, open_sensors
 from trio_edge.profiling.report.table import with_interval
 from trio_edge.profiling.statistics import distribution, in_brackets
 from trio_edge.runtime.backends.registry import make_backend
@@ -33,7 +32,7 @@ from trio_edge.runtime.pipeline import Pipeline
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from trio_edge.profiling.measure.sensors.interface import Sensor
+    from trio_edge.profiling.measure.sensors.sampling_thread import Sensor
     from trio_edge.runtime.devices.interface import PreparedLaunch
 
 WARM_UP, REPEATS = 5, 20

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 from functools import partial
 from pathlib import Path
@@ -12,8 +11,7 @@ import click
 import msgspec
 from rich.console import Console
 
-from trio_edge.profiling.measure.machine_info import find_governor, find_power_mode, load_average
-from trio_edge.profiling.measure.measuring import NEW_TOKENS, PROMPT, Measurement, MeasureOptions, measure
+from trio_edge.profiling.measure.measuring import NEW_TOKENS, PROMPT, MeasureOptions, measure
 from trio_edge.profiling.page.figures import check_matplotlib
 from trio_edge.profiling.page.page import page_html
 from trio_edge.profiling.predict.options import (
@@ -24,11 +22,9 @@ from trio_edge.profiling.predict.options import (
     predictions_of,
 )
 from trio_edge.profiling.predict.printing import print_prediction, summary_of
-from trio_edge.profiling.report.profile import ProfileConditions, ProfileReport
 from trio_edge.profiling.report.summary import report_of
 from trio_edge.profiling.report.table import print_profile
 from trio_edge.profiling.report.trace import trace_json
-from trio_edge.runtime.backends.registry import with_accuracy
 from trio_edge.runtime.bundle.errors import BundleError
 from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.bundle.reader import open_bundle
@@ -38,6 +34,8 @@ from trio_edge.runtime.cli.tables import wide_console
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from trio_edge.profiling.report.profile import ProfileReport
 
 
 PATH = click.Path(path_type=Path)
@@ -123,12 +121,10 @@ def _predict(wishes: PredictOptions, json_file: Path | None, *, bundle: Path | N
 def _profile(options: MeasureOptions, outputs: dict[str, Path]) -> None:
     for folder in options.bundles:
         open_bundle(folder)
-    # before the first run, after which the load is this program's own
-    busy, started = load_average(), datetime.datetime.now(datetime.timezone.utc)
     console = Console(stderr=True)
     with console.status("") as status:
         measurement = measure(options, on_step=status.update if console.is_terminal else lambda _step: None)
-    report = report_of(measurement, _conditions(measurement, options, started=started, busy=busy))
+    report = report_of(measurement)
     contents: dict[str, Callable[[ProfileReport], bytes]] = {
         "--json": _json,
         "--html": page_html,
@@ -141,25 +137,3 @@ def _profile(options: MeasureOptions, outputs: dict[str, Path]) -> None:
 
 def _json(values: Any) -> bytes:
     return msgspec.json.format(msgspec.json.encode(values), indent=1) + b"\n"
-
-
-def _conditions(
-    measurement: Measurement, options: MeasureOptions, *, started: datetime.datetime, busy: float | None
-) -> ProfileConditions:
-    return ProfileConditions(
-        started=started.isoformat(timespec="seconds"),
-        backend=with_accuracy(measurement.backend_name, options.cpu_accuracy),
-        threads=options.threads,
-        clock=measurement.clock,
-        power_mode=find_power_mode(),
-        cpu_governor=find_governor(),
-        load_average=busy,
-        picture=measurement.question.image_words,
-        prompt=measurement.question.prompt,
-        new_tokens=measurement.question.new_tokens,
-        warm_up=options.warm_up,
-        runs=len(measurement.measured[0].answers),
-        stopped=measurement.stopped,
-        sensors=measurement.sensors,
-        missing=measurement.missing,
-    )

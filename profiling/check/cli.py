@@ -12,7 +12,7 @@ import msgspec
 from rich.console import Console
 
 from trio_edge.profiling.check.answers import QUESTIONS, put_together, stored_answers
-from trio_edge.profiling.check.checks import check_backends
+from trio_edge.profiling.check.checks import CheckResult, check_backends
 from trio_edge.profiling.measure.machine_info import find_machine, find_power_mode, find_versions
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.reader import open_bundle
@@ -23,7 +23,6 @@ from trio_edge.runtime.devices.machine import available_memory_bytes, l4t_releas
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.profiling.check.worker import CheckResult
 
 SCHEMA_VERSION = 1
 

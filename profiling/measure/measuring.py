@@ -6,6 +6,7 @@ Bundles take turns (A B A B), so that disturbances affect all of them alike and 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import re
 import statistics
@@ -16,17 +17,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
 import numpy as np
 from PIL import Image
 
 from trio_edge.profiling.measure.answers import Answer, LoadedBundle, RunQuestion
 from trio_edge.profiling.measure.ceilings import Ceilings, measure_ceilings
 from trio_edge.profiling.measure.layers import LayerTime, layer_runs, layer_times
-from trio_edge.profiling.measure.machine_info import find_machine
-from trio_edge.profiling.measure.sensors.interface import open_sensors
-from trio_edge.profiling.measure.sensors.sampling_thread import SamplingThread, SensorSample
+from trio_edge.profiling.measure.machine_info import (
+    find_governor,
+    find_machine,
+    find_power_mode,
+    load_average,
+)
+from trio_edge.profiling.measure.sensors.sampling_thread import SamplingThread, SensorSample, open_sensors
 from trio_edge.profiling.statistics import LEAST_FOR_INTERVAL, distribution
-from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.backends.registry import make_backend, with_accuracy
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError, TrioEdgeError
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.images.reading import open_image
@@ -118,20 +124,39 @@ class MeasuredBundle:
     layers: list[LayerTime] = field(default_factory=list)
 
 
+class ProfileConditions(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings and state of the machine during the measurement."""
+
+    started: str
+    backend: str
+    threads: int
+    """0 is the backend's choice."""
+    clock: str
+    """The clock that timed the graphs: "the host", or "events of the GPU"."""
+    power_mode: str | None
+    """From nvpmodel."""
+    cpu_governor: str | None
+    load_average: float | None
+    """Mean of the last minute before the first run."""
+    picture: str
+    prompt: str
+    new_tokens: int
+    warm_up: int
+    runs: int
+    stopped: str
+    sensors: tuple[str, ...]
+    missing: tuple[str, ...]
+    """One line for each thing that could not be measured."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
     """All results."""
 
-    question: RunQuestion
-    backend_name: str
-    clock: str
-    """The clock that timed the graphs, in words."""
+    conditions: ProfileConditions
     measured: tuple[MeasuredBundle, ...]
     ceilings: Ceilings | None
     samples: list[SensorSample]
-    sensors: tuple[str, ...]
-    missing: tuple[str, ...]
-    stopped: str
 
 
 def measure(options: MeasureOptions, *, on_step: Callable[[str], None] = lambda _step: None) -> Measurement:
@@ -143,6 +168,8 @@ def measure(options: MeasureOptions, *, on_step: Callable[[str], None] = lambda 
     num_new = _num_new(options)
     if options.image is not None:
         open_image(options.image)  # a damaged image must raise before minutes of measuring
+    # before the first run, after which the load is this program's own
+    started, busy = datetime.datetime.now(datetime.timezone.utc), load_average()
     sensors, missing = open_sensors()
     with ExitStack() as stack:
         sampling = stack.enter_context(SamplingThread(sensors))
@@ -155,16 +182,25 @@ def measure(options: MeasureOptions, *, on_step: Callable[[str], None] = lambda 
     # the bundles are closed now, because there may be memory for only one at a time
     for one in measured:
         _separate_runs(one, question, options, on_step)
-    return Measurement(
-        question=question,
-        backend_name=measured[0].loaded.pipeline.backend_name,
+    conditions = ProfileConditions(
+        started=started.isoformat(timespec="seconds"),
+        backend=with_accuracy(measured[0].loaded.pipeline.backend_name, options.cpu_accuracy),
+        threads=options.threads,
         clock="the host" if measured[0].memory.device_free is None else "events of the GPU",
-        measured=tuple(measured),
-        ceilings=ceilings,
-        samples=sampling.samples,
+        power_mode=find_power_mode(),
+        cpu_governor=find_governor(),
+        load_average=busy,
+        picture=question.image_words,
+        prompt=question.prompt,
+        new_tokens=question.new_tokens,
+        warm_up=options.warm_up,
+        runs=len(measured[0].answers),
+        stopped=stopped,
         sensors=tuple(sensor.name for sensor in sensors),
         missing=(*missing, *sampling.lost),
-        stopped=stopped,
+    )
+    return Measurement(
+        conditions=conditions, measured=tuple(measured), ceilings=ceilings, samples=sampling.samples
     )
 
 

@@ -78,17 +78,10 @@ def _stacked_time(bundles: Sequence[BundleProfile], phase: Phase, title: str) ->
 
 
 def _memory(bundles: Sequence[BundleProfile]) -> Plot:
-    bars = {}
-    for bundle in bundles:
-        memory = bundle.memory
-        parts = {
-            "weights": memory.weights,
-            "KV caches": memory.kv_allocated,
-            "buffers": memory.buffers,
-            "workspace": memory.workspace,
-            "other": memory.other or 0,
-        }
-        bars[bundle.label] = [(name, count / _MEGABYTE) for name, count in parts.items()]
+    bars = {
+        bundle.label: [(name, (count or 0) / _MEGABYTE) for name, count in bundle.memory.parts.items()]
+        for bundle in bundles
+    }
     note = "Memory by purpose, in MB. Other: the rest of the process at its peak."
     return stacked(bars, title="Memory", unit="MB", note=note)
 

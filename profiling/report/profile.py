@@ -12,6 +12,7 @@ import msgspec
 from trio_edge.profiling.measure.ceilings import Ceilings
 from trio_edge.profiling.measure.layers import LayerTime, OperatorTime, Phase
 from trio_edge.profiling.measure.machine_info import MachineReport
+from trio_edge.profiling.measure.measuring import ProfileConditions
 from trio_edge.profiling.measure.sensors.sampling_thread import SensorRange
 from trio_edge.profiling.statistics import Distribution, LineFit, Ratio
 
@@ -21,31 +22,6 @@ Bound = Literal["compute", "memory", "neither"]
 
 class _Part(msgspec.Struct, frozen=True, kw_only=True):
     """Base of the report's values."""
-
-
-class ProfileConditions(_Part, frozen=True):
-    """Settings and state of the machine during the measurement."""
-
-    started: str
-    backend: str
-    threads: int
-    """0 is the backend's choice."""
-    clock: str
-    """The clock that timed the graphs: "the host", or "events of the GPU"."""
-    power_mode: str | None
-    """From nvpmodel."""
-    cpu_governor: str | None
-    load_average: float | None
-    """Mean of the last minute before the first run."""
-    picture: str
-    prompt: str
-    new_tokens: int
-    warm_up: int
-    runs: int
-    stopped: str
-    sensors: tuple[str, ...]
-    missing: tuple[str, ...]
-    """One line for each thing that could not be measured."""
 
 
 class Load(_Part, frozen=True):
@@ -114,6 +90,17 @@ class MemoryProfile(_Part, frozen=True):
     answering_rss: int | None
     """Growth of the process at the peak of the first answers."""
     device_free: int | None
+
+    @property
+    def parts(self) -> dict[str, int | None]:
+        """The bytes by purpose in words; on a CPU their sum is the process's peak."""
+        return {
+            "weights": self.weights,
+            "KV caches": self.kv_allocated,
+            "buffers": self.buffers,
+            "workspace": self.workspace,
+            "other": self.other,
+        }
 
 
 class SizePoint(_Part, frozen=True):

@@ -20,7 +20,6 @@ from trio_edge.profiling.report.profile import (
     GraphProfile,
     Load,
     MemoryProfile,
-    ProfileConditions,
     ProfileReport,
     SizePoint,
 )
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from trio_edge.profiling.measure.measuring import MeasuredBundle, Measurement
 
 
-def report_of(measurement: Measurement, conditions: ProfileConditions) -> ProfileReport:
+def report_of(measurement: Measurement) -> ProfileReport:
     """Return the report of ``measurement``."""
     labels = _labels(measurement)
     profiles = [
@@ -51,7 +50,7 @@ def report_of(measurement: Measurement, conditions: ProfileConditions) -> Profil
         schema_version=SCHEMA_VERSION,
         device=find_machine(),
         versions=find_versions(),
-        conditions=conditions,
+        conditions=measurement.conditions,
         ceilings=measurement.ceilings,
         bundles=bundles,
         comparisons=tuple(

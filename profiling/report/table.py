@@ -140,14 +140,7 @@ def _print_graphs(console: Console, bundle: BundleProfile) -> None:
 
 def _memory_line(bundle: BundleProfile) -> str:
     memory = bundle.memory
-    parts = {
-        "weights": memory.weights,
-        "KV caches": memory.kv_allocated,
-        "buffers": memory.buffers,
-        "workspace": memory.workspace,
-        "other": memory.other,
-        "peak of the process": memory.peak_rss,
-    }
+    parts = {**memory.parts, "peak of the process": memory.peak_rss}
     text = ", ".join(f"{name} {count / 1e6:.1f}" for name, count in parts.items() if count is not None)
     return f"[bold]memory MB[/] {text}; KV rows in use {memory.kv_used / 1e6:.2f}"
 

@@ -16,11 +16,10 @@ from tests.bundles import export
 from tests.cuda_on_host import CudaOnHost, pretend_gpu, write_engines
 from tests.engine_bundles import HOST, copy_bundle
 from trio_edge.export.checkpoints.checkpoint import TINY_FOLDER
-from trio_edge.profiling.check import answers, worker
+from trio_edge.profiling.check import answers, checks
 from trio_edge.profiling.check.answers import close_difference, exact_difference
-from trio_edge.profiling.check.checks import run_backend
+from trio_edge.profiling.check.checks import WorkerJob, judge_growth, run_backend, run_worker
 from trio_edge.profiling.check.cli import main
-from trio_edge.profiling.check.worker import WorkerJob, judge_growth, run_worker
 from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.trio.budgets import schedule_for_keep
 
@@ -120,12 +119,12 @@ def on_gpu(
     write_engines(folder, host=HOST)
     cuda = CudaOnHost()
     pretend_gpu(monkeypatch, cuda, HOST)
-    monkeypatch.setattr(worker, "load_cuda", lambda: cuda)
-    monkeypatch.setattr(worker, "cuda_problem", lambda: None)
-    monkeypatch.setattr(worker, "find_host", lambda: HOST)
+    monkeypatch.setattr(checks, "load_cuda", lambda: cuda)
+    monkeypatch.setattr(checks, "cuda_problem", lambda: None)
+    monkeypatch.setattr(checks, "find_host", lambda: HOST)
     from trio_edge.runtime.backends import tensorrt
 
-    monkeypatch.setattr(worker, "load_tensorrt", tensorrt.load_tensorrt)
+    monkeypatch.setattr(checks, "load_tensorrt", tensorrt.load_tensorrt)
     return WorkerJob(bundle=str(folder), backend="tensorrt", questions=[], build=False, cycles=2), cuda
 
 

@@ -21,6 +21,7 @@ from trio_edge.profiling.cli import main
 from trio_edge.profiling.measure.ceilings import Ceilings
 from trio_edge.profiling.measure.layers import LayerTime, OperatorTime
 from trio_edge.profiling.measure.machine_info import MachineReport
+from trio_edge.profiling.measure.measuring import ProfileConditions
 from trio_edge.profiling.measure.sensors import sampling_thread
 from trio_edge.profiling.measure.sensors.sampling_thread import SensorRange
 from trio_edge.profiling.page.page import page_html
@@ -32,7 +33,6 @@ from trio_edge.profiling.report.profile import (
     GraphProfile,
     Load,
     MemoryProfile,
-    ProfileConditions,
     ProfileReport,
     SizePoint,
 )

@@ -14,12 +14,12 @@ import pytest
 from trio_edge.profiling.measure.machine_info import parse_power_mode
 from trio_edge.profiling.measure.sensors import tegrastats as sensor_tegrastats
 from trio_edge.profiling.measure.sensors.cpu import CpuClock, Rapl, ThermalZones
-from trio_edge.profiling.measure.sensors.interface import open_sensors
 from trio_edge.profiling.measure.sensors.nvml import Nvml
 from trio_edge.profiling.measure.sensors.sampling_thread import (
     SamplingThread,
     SensorSample,
     joules,
+    open_sensors,
     sensor_ranges,
 )
 from trio_edge.profiling.measure.sensors.tegrastats import Tegrastats, parse_tegrastats

@@ -64,9 +64,7 @@ def test_bootstrap_is_repeatable_and_depends_on_its_seed() -> None:
 def test_scores_of_0_and_1_get_wilsons_interval_and_others_a_bootstrap() -> None:
     images = list("abcd")
     assert score_interval([1.0, 0.0, 1.0, 1.0], images) == wilson_interval(3, 4)
-    assert score_interval([0.3, 0.6, 1.0, 0.0], images) == bootstrap_interval(
-        [0.3, 0.6, 1.0, 0.0], images
-    )
+    assert score_interval([0.3, 0.6, 1.0, 0.0], images) == bootstrap_interval([0.3, 0.6, 1.0, 0.0], images)
 
 
 def test_a_distribution_has_the_percentiles_of_its_values() -> None:
