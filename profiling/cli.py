@@ -14,13 +14,7 @@ from rich.console import Console
 from trio_edge.profiling.measure.measuring import NEW_TOKENS, PROMPT, MeasureOptions, measure
 from trio_edge.profiling.page.figures import check_matplotlib
 from trio_edge.profiling.page.page import page_html
-from trio_edge.profiling.predict.options import (
-    PREDICT_NAMES,
-    PredictOptions,
-    check_given,
-    predict_options,
-    predictions_of,
-)
+from trio_edge.profiling.predict.options import PREDICT_NAMES, check_given, predict_options, predictions_of
 from trio_edge.profiling.predict.printing import print_prediction, summary_of
 from trio_edge.profiling.report.summary import report_of
 from trio_edge.profiling.report.table import print_profile
@@ -35,6 +29,8 @@ from trio_edge.runtime.cli.tables import wide_console
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from trio_edge.profiling.predict.answer import Prediction
+    from trio_edge.profiling.predict.plan import Plan
     from trio_edge.profiling.report.profile import ProfileReport
 
 
@@ -85,15 +81,15 @@ def command(
 
     With --predict, predict the times on another device instead.
     """
-    wishes = PredictOptions(**{name: settings.pop(name) for name in PREDICT_NAMES})
-    check_given(predicting=wishes.predict is not None)
+    predicting = {name: settings.pop(name) for name in PREDICT_NAMES}
+    check_given(predicting=predicting["devices"] is not None)
     named = {"--json": json_file, "--html": html_file, "--trace": trace_file}
     outputs = {option: path for option, path in named.items() if path is not None}
     check_outputs(outputs)
     if html_file is not None:
         check_matplotlib()
-    if wishes.predict is not None:
-        _predict(wishes, json_file, bundle=bundle, num_new=new_tokens or NEW_TOKENS)
+    if predicting["devices"] is not None:
+        _predict(predictions_of(bundle, num_new=new_tokens or NEW_TOKENS, **predicting), json_file)
         return 0
     if not math.isfinite(settings["seconds"]):  # click's ranges let "nan" pass
         raise click.UsageError(f"--seconds: expected a time, got {settings['seconds']}; for instance 30")
@@ -108,8 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(command, argv)
 
 
-def _predict(wishes: PredictOptions, json_file: Path | None, *, bundle: Path | None, num_new: int) -> None:
-    found = predictions_of(wishes, bundle=bundle, num_new=num_new)
+def _predict(found: Sequence[tuple[Plan, Prediction]], json_file: Path | None) -> None:
     if json_file is not None:
         values = {"prediction": True, "found": [summary_of(*entry) for entry in found]}
         write_output("--json", json_file, _json(values))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
 _OPTIONS = (
     click.option(
         "--predict",
+        "devices",
         metavar="DEVICE",
         help="Predict the times on this device and measure nothing; several names separated by commas, or all.",
     ),
@@ -52,20 +51,8 @@ _OPTIONS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PredictOptions:
-    """Values of the options."""
-
-    predict: str | None
-    model: str | None
-    keep: str | None
-    image_size: str | None
-    images: int | None
-    dtype: Precision | None
-    text: int
-
-
-PREDICT_NAMES = frozenset(field.name for field in dataclasses.fields(PredictOptions))
+PREDICT_NAMES = frozenset({"devices", "model", "keep", "image_size", "images", "dtype", "text"})
+"""Parameters of ``predictions_of`` that are options."""
 _SHARED = ("bundle", "new_tokens", "json_file")
 """Parameters of both measuring and predicting."""
 
@@ -87,36 +74,45 @@ def check_given(*, predicting: bool) -> None:
 
 
 def predict_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function`` with the options of ``PredictOptions``, which it receives by their names."""
+    """Return ``function`` with the options in ``PREDICT_NAMES``."""
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
 
 
 def predictions_of(
-    options: PredictOptions, *, bundle: Path | None, num_new: int
+    bundle: Path | None,
+    *,
+    devices: str,
+    model: str | None,
+    keep: str | None,
+    image_size: str | None,
+    images: int | None,
+    dtype: Precision | None,
+    text: int,
+    num_new: int,
 ) -> list[tuple[Plan, Prediction]]:
-    """Return the prediction on each device; ``bundle`` is a folder, or None if the options name a model.
+    """Return the prediction on each of ``devices``; ``bundle`` is a folder, or None with the name of a ``model``.
 
     Raises:
         TargetError: If a name or a size cannot be read.
         TrioEdgeError: If the bundle cannot be read, or cannot have the wished shapes.
     """
-    if (bundle is None) == (options.model is None):
+    if (bundle is None) == (model is None):
         got = "none" if bundle is None else "both"
         raise TargetError(f"--predict: expected a BUNDLE or --model NAME, got {got}; give one of them")
-    devices = _devices(options.predict or "")
+    found = _devices(devices)
     plan = plan_for(
         manifest=None if bundle is None else open_bundle(bundle).manifest,
-        model=options.model,
-        keep=options.keep,
-        image_size=None if options.image_size is None else parse_size(options.image_size),
-        precision=options.dtype,
-        num_text=options.text,
+        model=model,
+        keep=keep,
+        image_size=None if image_size is None else parse_size(image_size),
+        precision=dtype,
+        num_text=text,
         num_new=num_new,
-        num_images=options.images,
+        num_images=images,
     )
-    return [(plan, predict(plan.setting(), device)) for device in devices]
+    return [(plan, predict(plan.setting(), device)) for device in found]
 
 
 def parse_size(text: str) -> tuple[int, int]:
