@@ -188,7 +188,8 @@ def run_worker(job: WorkerJob) -> Iterator[CheckResult]:
                 build_engines(plan)
                 yield result("engines", "pass", f"built in {time.perf_counter() - start:.0f} s")
         with Pipeline(bundle, make_backend(job.backend)) as pipeline:
-            questions = job.questions or [_fitting_question(pipeline)]
+            largest = measured_sizes(pipeline)[0]
+            questions = job.questions or [CheckQuestion(largest.width, largest.height, PROMPT)]
             answers, notes = answer(pipeline, questions), pipeline.notes
         yield result(check, *_judge_answers(answers, job), answers)
         check = CUDA_GRAPH
@@ -211,11 +212,6 @@ def _planned(bundle: Bundle, job: WorkerJob) -> BuildPlan | None:
         return plan_build(bundle, BuildOptions(backend=backend))
     open_engines(bundle, backend=backend, version=load_tensorrt(backend).version, host=find_host())
     return None
-
-
-def _fitting_question(pipeline: Pipeline) -> CheckQuestion:
-    largest = measured_sizes(pipeline)[0]
-    return CheckQuestion(largest.width, largest.height, PROMPT)
 
 
 def _grown(bundle: Bundle, job: WorkerJob) -> dict[str, int]:

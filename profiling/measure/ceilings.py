@@ -72,24 +72,22 @@ def measure_ceilings(backend: Backend, manifest: Manifest, *, cores: int) -> Cei
         graphs = backend.load(bundle, [PRODUCT_GRAPH])
         try:
             product = SingleGraph(graphs, PRODUCT_GRAPH, profile=PRODUCT_PROFILE)
-            product.run(product_inputs(manifest, size=size))
+            product.run({_INPUT: _random(manifest, size=size)})
             milliseconds = _least(lambda: product.milliseconds(1))
-            moved, copy_ms = _copy(graphs.device, cores=cores, on_host=on_host)
+            copy_ms = _copy_with_threads(cores) if on_host else _copy_on_device(graphs.device)
         finally:
             graphs.close()
     return Ceilings(
         flops_per_s=2e3 * size**3 / milliseconds,
         matmul=f"{manifest.dtype} [{size}, {size}] x [{size}, {size}] through {backend.name}",
-        bytes_per_s=1e3 * moved / copy_ms,
-        copy=f"{moved // 2 >> 20} MB, read and written"
+        bytes_per_s=1e3 * 2 * _COPY_BYTES / copy_ms,  # read and written
+        copy=f"{_COPY_BYTES >> 20} MB, read and written"
         + (f" by {cores} thread{'s' * (cores > 1)}" if on_host else " on the GPU"),
     )
 
 
-def _copy(device: Device, *, cores: int, on_host: bool) -> tuple[int, float]:
-    """Return the bytes that one copy reads and writes, and its milliseconds."""
-    if on_host:
-        return 2 * _COPY_BYTES, _copy_with_threads(cores)
+def _copy_on_device(device: Device) -> float:
+    """Return the least milliseconds of one copy on the GPU."""
     source, target = (
         PitchedRows(device.allocate(_COPY_BYTES, purpose="measuring"), _COPY_BYTES) for _ in range(2)
     )
@@ -102,10 +100,11 @@ def _copy(device: Device, *, cores: int, on_host: bool) -> tuple[int, float]:
         end.wait()
         return end.milliseconds_since(start)
 
-    return 2 * _COPY_BYTES, _least(milliseconds)
+    return _least(milliseconds)
 
 
 def _copy_with_threads(cores: int) -> float:
+    """Return the least milliseconds of one copy in the host's memory."""
     source, target = np.ones(_COPY_BYTES, np.uint8), np.zeros(_COPY_BYTES, np.uint8)
     parts = list(zip(np.array_split(target, cores), np.array_split(source, cores)))
     with ThreadPoolExecutor(cores) as threads:
@@ -186,11 +185,6 @@ def write_product_bundle(folder: Path, manifest: Manifest, *, size: int) -> Bund
     changed = msgspec.structs.replace(manifest, graphs=graphs, files=(*manifest.files, *entries))
     (folder / MANIFEST_NAME).write_bytes(json_from_manifest(changed))
     return Bundle(folder=folder, manifest=changed)
-
-
-def product_inputs(manifest: Manifest, *, size: int) -> dict[str, NDArray[Any]]:
-    """Return the product's input [size, size] by name."""
-    return {_INPUT: _random(manifest, size=size)}
 
 
 def _random(manifest: Manifest, *, size: int) -> NDArray[Any]:

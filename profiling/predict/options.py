@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from trio_edge.profiling.predict.answer import PRECISIONS, Precision, Prediction, predict
+from trio_edge.profiling.predict.answer import PRECISIONS, Prediction, predict
 from trio_edge.profiling.predict.plan import Plan, plan_for
 from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.trio.cost.devices import DEVICES, DeviceSpec, find_device
+from trio_edge.trio.cost.devices import DEVICES, find_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,24 +35,33 @@ _OPTIONS = (
     click.option(
         "--image-size",
         metavar="WxH",
+        callback=lambda _context, _option, text: None if text is None else parse_size(text),
         help="With --predict: image size in pixels. [default: BUNDLE's largest]",
     ),
     click.option(
         "--images",
+        "num_images",
         type=click.IntRange(1),
         help="With --predict: images per prompt, or pairs of video frames. [default: as many as BUNDLE allows]",
     ),
     click.option(
-        "--dtype", type=click.Choice(PRECISIONS), help="With --predict: format of the decoder's weights."
+        "--dtype",
+        "precision",
+        type=click.Choice(PRECISIONS),
+        help="With --predict: format of the decoder's weights.",
     ),
     click.option(
-        "--text", type=click.IntRange(1), default=40, help="With --predict: text tokens of the prompt."
+        "--text",
+        "num_text",
+        type=click.IntRange(1),
+        default=40,
+        help="With --predict: text tokens of the prompt.",
     ),
 )
 
 
-PREDICT_NAMES = frozenset({"devices", "model", "keep", "image_size", "images", "dtype", "text"})
-"""Parameters of ``predictions_of`` that are options."""
+PREDICT_NAMES = frozenset({"devices", "model", "keep", "image_size", "num_images", "precision", "num_text"})
+"""Parameters of ``predictions_of`` and ``plan_for`` that are options."""
 _SHARED = ("bundle", "new_tokens", "json_file")
 """Parameters of both measuring and predicting."""
 
@@ -81,38 +90,25 @@ def predict_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def predictions_of(
-    bundle: Path | None,
-    *,
-    devices: str,
-    model: str | None,
-    keep: str | None,
-    image_size: str | None,
-    images: int | None,
-    dtype: Precision | None,
-    text: int,
-    num_new: int,
+    bundle: Path | None, *, devices: str, model: str | None, **wishes: Any
 ) -> list[tuple[Plan, Prediction]]:
-    """Return the prediction on each of ``devices``; ``bundle`` is a folder, or None with the name of a ``model``.
+    """Return the prediction on each of ``devices``; ``wishes`` are keyword arguments of ``plan_for``.
+
+    ``bundle`` is a folder, or None with the name of a ``model``.
 
     Raises:
-        TargetError: If a name or a size cannot be read.
+        TargetError: If a name cannot be read.
         TrioEdgeError: If the bundle cannot be read, or cannot have the wished shapes.
     """
     if (bundle is None) == (model is None):
         got = "none" if bundle is None else "both"
         raise TargetError(f"--predict: expected a BUNDLE or --model NAME, got {got}; give one of them")
-    found = _devices(devices)
-    plan = plan_for(
-        manifest=None if bundle is None else open_bundle(bundle).manifest,
-        model=model,
-        keep=keep,
-        image_size=None if image_size is None else parse_size(image_size),
-        precision=dtype,
-        num_text=text,
-        num_new=num_new,
-        num_images=images,
-    )
-    return [(plan, predict(plan.setting(), device)) for device in found]
+    names = DEVICES if devices.strip() == "all" else map(str.strip, devices.split(","))
+    # by name, because a device that is named twice is predicted once
+    found = {device.name: device for device in (find_device(name, option="--predict") for name in names)}
+    manifest = None if bundle is None else open_bundle(bundle).manifest
+    plan = plan_for(manifest=manifest, model=model, **wishes)
+    return [(plan, predict(plan.setting(), device)) for device in found.values()]
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -125,10 +121,3 @@ def parse_size(text: str) -> tuple[int, int]:
     if match is None:
         raise TargetError(f"image-size: expected WIDTHxHEIGHT in pixels, got {text!r}; write it as 672x672")
     return int(match[1]), int(match[2])
-
-
-def _devices(text: str) -> list[DeviceSpec]:
-    if text.strip() == "all":
-        return list(DEVICES.values())
-    named = [find_device(name.strip(), option="--predict") for name in text.split(",")]
-    return list({device.name: device for device in named}.values())
