@@ -15,8 +15,7 @@ from parts.arguments import errors_in_one_line, parser_for
 from parts.tables import markdown
 
 from trio_edge.profiling.predict.answer import predict
-from trio_edge.profiling.predict.options import parse_size
-from trio_edge.profiling.predict.plan import plan_for
+from trio_edge.profiling.predict.plan import parse_size, plan_for
 from trio_edge.profiling.predict.speed import Formats
 from trio_edge.trio.cost.devices import find_device
 

@@ -14,8 +14,7 @@ from parts.arguments import errors_in_one_line, parser_for
 from parts.tables import markdown
 
 from trio_edge.profiling.predict.answer import Setting, predict
-from trio_edge.profiling.predict.options import parse_size
-from trio_edge.profiling.predict.plan import plan_for
+from trio_edge.profiling.predict.plan import parse_size, plan_for
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.budgets import method_schedule, parse_keep
 from trio_edge.trio.cost.devices import find_device

@@ -28,7 +28,7 @@ from parts.arguments import errors_in_one_line, parser_for, positive
 from parts.tables import markdown
 from PIL import Image
 
-from trio_edge.profiling.predict.options import parse_size
+from trio_edge.profiling.predict.plan import parse_size
 from trio_edge.runtime.bundle.errors import BackendError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from parts.arguments import errors_in_one_line, parser_for, positive
 from parts.tables import markdown
 from PIL import Image
 
-from trio_edge.profiling.predict.options import parse_size
+from trio_edge.profiling.predict.plan import parse_size
 from trio_edge.runtime.pipeline import Pipeline
 
 QUESTIONS = ("What is in the image?", "Which colour is it?")

@@ -15,8 +15,7 @@ from parts.tables import markdown
 from reduction_places import HEADS, row
 
 from trio_edge.profiling.predict.answer import Setting
-from trio_edge.profiling.predict.options import parse_size
-from trio_edge.profiling.predict.plan import plan_for
+from trio_edge.profiling.predict.plan import parse_size, plan_for
 from trio_edge.trio.budgets import method_schedule, parse_keep
 from trio_edge.trio.cost.selections import TokenSizes
 from trio_edge.trio.methods import token_method

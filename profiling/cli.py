@@ -9,32 +9,43 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
+from click.core import ParameterSource
 from rich.console import Console
 
 from trio_edge.profiling.measure.measuring import NEW_TOKENS, PROMPT, MeasureOptions, measure
 from trio_edge.profiling.page.figures import check_matplotlib
 from trio_edge.profiling.page.page import page_html
-from trio_edge.profiling.predict.options import PREDICT_NAMES, check_given, predict_options, predictions_of
+from trio_edge.profiling.predict.answer import PRECISIONS, Prediction, predict
+from trio_edge.profiling.predict.plan import Plan, parse_size, plan_for
 from trio_edge.profiling.predict.printing import print_prediction, summary_of
 from trio_edge.profiling.report.summary import report_of
 from trio_edge.profiling.report.table import print_profile
 from trio_edge.profiling.report.trace import trace_json
-from trio_edge.runtime.bundle.errors import BundleError
+from trio_edge.runtime.bundle.errors import BundleError, TargetError
 from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.backend_options import backend_options
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.tables import wide_console
+from trio_edge.trio.cost.devices import DEVICES, find_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from trio_edge.profiling.predict.answer import Prediction
-    from trio_edge.profiling.predict.plan import Plan
     from trio_edge.profiling.report.profile import ProfileReport
 
 
 PATH = click.Path(path_type=Path)
+_PREDICTING = frozenset({"devices", "model", "keep", "image_size", "num_images", "precision", "num_text"})
+"""Parameters of ``_predictions`` and ``plan_for`` that are options."""
+_SHARED = ("bundle", "new_tokens", "json_file")
+"""Parameters of both measuring and predicting."""
+
+
+def _parsed_size(
+    _context: click.Context, _option: click.Parameter, text: str | None
+) -> tuple[int, int] | None:
+    return None if text is None else parse_size(text)
 
 
 @click.command("trio-profile", context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -67,7 +78,41 @@ PATH = click.Path(path_type=Path)
 )
 @click.option("--trace", "trace_file", type=PATH, metavar="FILE",
               help="Write a trace for Perfetto or chrome://tracing.")  # fmt: skip
-@predict_options
+@click.option(
+    "--predict",
+    "devices",
+    metavar="DEVICE",
+    help="Predict the times on this device and measure nothing; several names separated by commas, or all.",
+)
+@click.option(
+    "--model", metavar="NAME", help="With --predict: predict for a released model instead of BUNDLE."
+)
+@click.option("--keep", metavar="PERCENT", help="With --predict: average keep. [default: BUNDLE's schedule]")
+@click.option(
+    "--image-size",
+    metavar="WxH",
+    callback=_parsed_size,
+    help="With --predict: image size in pixels. [default: BUNDLE's largest]",
+)
+@click.option(
+    "--images",
+    "num_images",
+    type=click.IntRange(1),
+    help="With --predict: images per prompt, or pairs of video frames. [default: as many as BUNDLE allows]",
+)
+@click.option(
+    "--dtype",
+    "precision",
+    type=click.Choice(PRECISIONS),
+    help="With --predict: format of the decoder's weights.",
+)
+@click.option(
+    "--text",
+    "num_text",
+    type=click.IntRange(1),
+    default=40,
+    help="With --predict: text tokens of the prompt.",
+)
 def command(
     bundle: Path | None,
     compare: tuple[Path, ...],
@@ -81,15 +126,15 @@ def command(
 
     With --predict, predict the times on another device instead.
     """
-    predicting = {name: settings.pop(name) for name in PREDICT_NAMES}
-    check_given(predicting=predicting["devices"] is not None)
+    predicting = {name: settings.pop(name) for name in _PREDICTING}
+    _check_given(predicting=predicting["devices"] is not None)
     named = {"--json": json_file, "--html": html_file, "--trace": trace_file}
     outputs = {option: path for option, path in named.items() if path is not None}
     check_outputs(outputs)
     if html_file is not None:
         check_matplotlib()
     if predicting["devices"] is not None:
-        _predict(predictions_of(bundle, num_new=new_tokens or NEW_TOKENS, **predicting), json_file)
+        _predict(_predictions(bundle, num_new=new_tokens or NEW_TOKENS, **predicting), json_file)
         return 0
     if not math.isfinite(settings["seconds"]):  # click's ranges let "nan" pass
         raise click.UsageError(f"--seconds: expected a time, got {settings['seconds']}; for instance 30")
@@ -104,6 +149,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(command, argv)
 
 
+def _check_given(*, predicting: bool) -> None:
+    """Raise TargetError if the command was given an option of measuring with --predict, or the other way round."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in _SHARED or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        if (name in _PREDICTING) != predicting:
+            option = parameter.opts[0]
+            if predicting:
+                raise TargetError(f"{option}: expected no --predict with it, got both; leave one out")
+            raise TargetError(
+                f"{option}: expected --predict DEVICE with it, got none; add it, or leave out {option}"
+            )
+
+
+def _predictions(
+    bundle: Path | None, *, devices: str, model: str | None, **wishes: Any
+) -> list[tuple[Plan, Prediction]]:
+    """Return the prediction on each of ``devices``; ``wishes`` are keyword arguments of ``plan_for``.
+
+    ``bundle`` is a folder, or None with the name of a ``model``.
+
+    Raises:
+        TargetError: If a name cannot be read.
+        TrioEdgeError: If the bundle cannot be read, or cannot have the wished shapes.
+    """
+    if (bundle is None) == (model is None):
+        got = "none" if bundle is None else "both"
+        raise TargetError(f"--predict: expected a BUNDLE or --model NAME, got {got}; give one of them")
+    names = DEVICES if devices.strip() == "all" else map(str.strip, devices.split(","))
+    # by name, because a device that is named twice is predicted once
+    found = {device.name: device for device in (find_device(name, option="--predict") for name in names)}
+    manifest = None if bundle is None else open_bundle(bundle).manifest
+    plan = plan_for(manifest=manifest, model=model, **wishes)
+    return [(plan, predict(plan.setting(), device)) for device in found.values()]
+
+
 def _predict(found: Sequence[tuple[Plan, Prediction]], json_file: Path | None) -> None:
     if json_file is not None:
         values = {"prediction": True, "found": [summary_of(*entry) for entry in found]}
@@ -114,8 +197,6 @@ def _predict(found: Sequence[tuple[Plan, Prediction]], json_file: Path | None) -
 
 
 def _profile(options: MeasureOptions, outputs: dict[str, Path]) -> None:
-    for folder in options.bundles:
-        open_bundle(folder)
     console = Console(stderr=True)
     with console.status("") as status:
         measurement = measure(options, on_step=status.update if console.is_terminal else lambda _step: None)

@@ -7,13 +7,14 @@ exported with it, and the image size has exact shapes. A released model has the 
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.profiling.predict.answer import Precision, Setting
 from trio_edge.profiling.predict.models import Model, find_model, model_of
 from trio_edge.profiling.predict.speed import Formats
-from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError, TargetError
 from trio_edge.runtime.bundle.graph_io import CLIP_TEXT, MAX_TEXT, bucket_of, num_clip_texts, text_buckets
 from trio_edge.runtime.bundle.limits import MOST_TOKENS
 from trio_edge.runtime.bundle.schedule import Schedule
@@ -262,3 +263,15 @@ def _other_weight_bytes(manifest: Manifest) -> int:
         described.add("vision")
     stored = sum(graph.weight_bytes for graph in manifest.graphs if graph.role not in described)
     return stored // 2 if manifest.dtype == "float32" else stored
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return width and height written as ``672x672``.
+
+    Raises:
+        TargetError: If the text is not of that form.
+    """
+    match = re.fullmatch("([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
+    if match is None:
+        raise TargetError(f"image-size: expected WIDTHxHEIGHT in pixels, got {text!r}; write it as 672x672")
+    return int(match[1]), int(match[2])
