@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, final
 
 import msgspec
 
-from trio_edge.profiling.measure.recording import DECODE, Recording, RecordingBackend, graph_calls
+from trio_edge.profiling.measure.recording import DECODE, GraphCall, Recording, RecordingBackend
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.pipeline import Pipeline
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from trio_edge.profiling.measure.recording import GraphCall, Stamp
     from trio_edge.runtime.answer import Statistics
     from trio_edge.runtime.backends.interface import Backend
 
@@ -41,17 +40,8 @@ class Answer:
     token_moments: list[float]
     token_ids: list[int]
     statistics: Statistics
-    stamps: list[Stamp]
-
-    @property
-    def calls(self) -> tuple[GraphCall, ...]:
-        """The answer's launches."""
-        return graph_calls(self.stamps)
-
-    @property
-    def first_launch(self) -> float:
-        """When the host enqueued the first launch."""
-        return self.stamps[0][1]
+    calls: list[GraphCall]
+    """The answer's launches."""
 
     @property
     def answer_ms(self) -> float:
@@ -130,7 +120,7 @@ class LoadedBundle:
             token_moments=ids.moments,
             token_ids=list(ids),
             statistics=generation.statistics,
-            stamps=self.recording.take(),
+            calls=self.recording.take(),
         )
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ launch is done when its call returns, so the clock is read before and after it. 
 sequence, which cannot have events inside; these launches are timed in separate runs, without capture.
 
 A wrapped launch must do little, because its own code and data are not in the processor's caches: everything is bound beforehand,
-and it stores plain tuples, which become ``GraphCall``s at the end.
+and it stores plain tuples, of which ``take`` makes ``GraphCall``s.
 """
 
 from __future__ import annotations
@@ -35,28 +35,21 @@ if TYPE_CHECKING:
 DECODE = "decode"
 """Name of the profile of a decode step."""
 
-Stamp = tuple[tuple[str, str], float, float]
-"""Graph and profile of a launch, and the seconds of ``time.perf_counter`` before and after it."""
+_Stamp = tuple[tuple[str, str], float, float]
 
 
 class GraphCall(NamedTuple):
-    """One launch."""
+    """One launch. Its start and end are ``time.perf_counter`` seconds, and their difference is the device's."""
 
     graph: str
     profile: str
-    start_ms: float
-    """Since the answer's first launch."""
-    milliseconds: float
-    """On the device's clock."""
+    start: float
+    end: float
 
-
-def graph_calls(stamps: Sequence[Stamp]) -> tuple[GraphCall, ...]:
-    """Return the launches of an answer."""
-    first = stamps[0][1] if stamps else 0.0
-    return tuple(
-        GraphCall(graph, profile, 1e3 * (start - first), 1e3 * (end - start))
-        for (graph, profile), start, end in stamps
-    )
+    @property
+    def milliseconds(self) -> float:
+        """The launch's time."""
+        return 1e3 * (self.end - self.start)
 
 
 @final
@@ -69,7 +62,7 @@ class Recording:
         self.captured = False
         """Whether decode steps run as one captured sequence, whose graphs are not timed."""
         self._device: Device | None = None
-        self._stamps: list[Stamp] = []
+        self._stamps: list[_Stamp] = []
         self._first_launch = 0.0
         """``time.perf_counter`` seconds when the host enqueued the first launch between events."""
         self._launched: list[tuple[str, str]] = []
@@ -103,14 +96,14 @@ class Recording:
         self._launched.append(names)
         return self._marks[index]
 
-    def take(self) -> list[Stamp]:
+    def take(self) -> list[GraphCall]:
         """Return the launches since the last ``take``, in order; the device must have finished them."""
-        found = list(self._stamps)
+        found = [GraphCall(*names, start, end) for names, start, end in self._stamps]
         for names, marks in zip(self._launched, self._marks):
             start, end = (
                 self._first_launch + mark.milliseconds_since(self._marks[0][0]) / 1e3 for mark in marks
             )
-            found.append((names, start, end))
+            found.append(GraphCall(*names, start, end))
         self._stamps.clear()
         self._launched.clear()  # the events stay, because making them takes longer than recording them
         return found
@@ -171,7 +164,7 @@ class _ClockedLaunch:
     __slots__ = ("enqueue",)
     capturable = False
 
-    def __init__(self, launch: PreparedLaunch, names: tuple[str, str], stamps: list[Stamp]) -> None:
+    def __init__(self, launch: PreparedLaunch, names: tuple[str, str], stamps: list[_Stamp]) -> None:
         plain, clock, keep = launch.enqueue, time.perf_counter, stamps.append
 
         def timed() -> None:

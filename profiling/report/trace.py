@@ -55,9 +55,8 @@ def _answer_events(answer: Answer, number: int, *, process: int, origin: float) 
         token = {"answer": number, "token": index, "id": answer.token_ids[index]}
         yield _complete(name, process, _ANSWERS, start - origin, end - origin, token)
     for call in answer.calls:
-        start = answer.first_launch - origin + call.start_ms / 1e3
         launch = {"answer": number, "profile": call.profile}
-        yield _complete(call.graph, process, _GRAPHS, start, start + call.milliseconds / 1e3, launch)
+        yield _complete(call.graph, process, _GRAPHS, call.start - origin, call.end - origin, launch)
 
 
 def _complete(

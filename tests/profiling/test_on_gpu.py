@@ -64,9 +64,9 @@ def test_every_launch_stands_between_two_events(cuda: CudaOnHost, tmp_path: Path
     assert [call.graph for call in given.calls] == CHAIN + STEP * (NEW_TOKENS - 1)
     assert not loaded.recording.captured
     assert all(call.milliseconds > 0 for call in given.calls)
-    starts = [call.start_ms for call in given.calls]
+    starts = [call.start for call in given.calls]
     assert starts == sorted(starts)
-    assert given.start < given.first_launch < given.token_moments[0]
+    assert given.start < given.calls[0].start < given.token_moments[0]
     assert given.host_token_ms is not None
 
 
