@@ -5,12 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import tempfile
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -34,12 +31,10 @@ from trio_edge.calibration.search.calibration_file import (
     SingleStage,
 )
 from trio_edge.calibration.search.held_out import accuracy, fidelity
-from trio_edge.calibration.search.measuring import Measurements, RecordKey, opened_record
+from trio_edge.calibration.search.measuring import RecordKey, opened_measurements
 from trio_edge.calibration.search.samples import read_samples, split_samples
-from trio_edge.calibration.search.schedules.candidates import cheapest_within
-from trio_edge.calibration.search.schedules.search import Setup, search
+from trio_edge.calibration.search.schedules.search import Setup, cheapest_within, search
 from trio_edge.calibration.search.schedules.space import (
-    average_keep,
     make_space,
     stages_of,
     usual_schedules,
@@ -48,31 +43,31 @@ from trio_edge.calibration.search.schedules.space import (
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.profiling.predict.speed import fitted_for
-from trio_edge.runtime.bundle.errors import DataError, TargetError
+from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.cost.devices import find_device
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
 
-    from trio_edge.calibration.model.prompts import SampleShape
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.progress import StepProgress
-    from trio_edge.calibration.quantize.report import QuantizationReport
+    from trio_edge.calibration.quantize.calibrating import Quantized
     from trio_edge.calibration.questions import Question
     from trio_edge.calibration.search.calibration_file import Fidelity
+    from trio_edge.calibration.search.measuring import Measurements
     from trio_edge.calibration.search.options import CalibrationOptions
     from trio_edge.export.quantize.plan import QuantizePlan
 
 _PACKAGES = ("trio-edge", "torch", "transformers", "numpy", "pillow", "tokenizers")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Calibrated:
+class Calibrated(NamedTuple):
     """The result of a calibration, with what the export needs."""
 
     calibration: Calibration
-    scales: CalibratedScales = field(default_factory=CalibratedScales)
+    scales: CalibratedScales
 
 
 def calibrate(
@@ -94,7 +89,7 @@ def calibrate(
     """
     setup = _set_up(options, samples_sha256, progress)
     split = setup.split
-    with _measurements(setup, work) as measurements:
+    with opened_measurements(setup.model, _record_key(setup), work, progress) as measurements:
         found = search(setup, measurements)
         schedule = cheapest_within(found.candidates, options.max_kl).schedule
         usual = _usual(setup, schedule)
@@ -103,9 +98,9 @@ def calibrate(
     held_out = points[schedule].held_out
     _warn_above(options.max_kl, held_out, progress, way_out="give more samples, or a smaller bound")
     progress.step("answering held-out samples", len(split.held_out))
-    scores = accuracy(setup.model, split.held_out, schedule, on_sample=progress.sample)
-    quantized = _quantize(setup, schedule)
-    rounds, whole = max(rounds, quantized.rounds), setup.cost.of_stages([])
+    scores = accuracy(setup.model, split.held_out, schedule, progress)
+    quantized, quantized_held_out, quantized_rounds = _quantize(setup, schedule) or (None, None, 0)
+    rounds, whole = max(rounds, quantized_rounds), setup.cost.of_stages([])
     calibration = Calibration(
         schema_version=SCHEMA_VERSION,
         options=options,
@@ -123,8 +118,8 @@ def calibrate(
         keep_all_flops=whole.flops,
         prediction=fitted_for(setup.cost.target).sentence(setup.cost.target.name),
         accuracy=scores,
-        quantization=quantized.report,
-        quantized_held_out=quantized.held_out,
+        quantization=quantized.report if quantized else None,
+        quantized_held_out=quantized_held_out,
         front=[points[one.schedule] for one in found.front],
         settings=found.tried,
         single_stages=[
@@ -135,7 +130,7 @@ def calibrate(
         compute_dtype=str(setup.model.dtype).removeprefix("torch."),
         versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
     )
-    return Calibrated(calibration=calibration, scales=quantized.scales)
+    return Calibrated(calibration, quantized.scales if quantized else CalibratedScales())
 
 
 def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: StepProgress) -> Setup:
@@ -153,7 +148,10 @@ def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: S
         options.model, revision=options.revision, max_visual=options.max_visual, device=options.device
     )
     progress.step("looking at the samples", len(questions))
-    samples = [_looked_at(model, question, progress) for question in questions]
+    samples = []
+    for question in questions:
+        samples.append(sample_shape(model, question))
+        progress.sample()
     shape = bundle_shape(model, samples, dtype=options.dtype, max_new_tokens=options.max_new_tokens)
     space = make_space(
         num_layers=model.num_layers,
@@ -205,10 +203,8 @@ def _warn_before_measuring(setup: Setup) -> None:
         setup.progress.warn(f"even with the smallest schedule: {warning}")
 
 
-@contextmanager
-def _measurements(setup: Setup, work: Path | None) -> Iterator[Measurements]:
-    """Yield the measurements, stored in ``work`` or a temporary folder."""
-    key = RecordKey(
+def _record_key(setup: Setup) -> RecordKey:
+    return RecordKey(
         model=setup.options.model,
         weights=_weights_digest(setup.model),
         samples_sha256=setup.digest,
@@ -216,22 +212,12 @@ def _measurements(setup: Setup, work: Path | None) -> Iterator[Measurements]:
         dtype=str(setup.model.dtype),
         max_visual=setup.shape.num_visual,
     )
-    with ExitStack() as stack:
-        folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trio-calibrate-")))
-        record, known = stack.enter_context(opened_record(folder, key))
-        yield Measurements(
-            setup.model,
-            num_tokens=setup.options.answer_tokens,
-            record=record,
-            known=known,
-            on_sample=setup.progress.sample,
-        )
 
 
 def _usual(setup: Setup, schedule: Schedule) -> list[Schedule]:
     """Return ``trio-export``'s default schedule of the same average keep, if there is one."""
     defaults = Schedule(positions=setup.model.positions[0])
-    return usual_schedules(setup.space, defaults, [average_keep(stages_of(schedule), setup.space)])
+    return usual_schedules(setup.space, defaults, [setup.space.average_keep(schedule)])
 
 
 def _points(
@@ -249,7 +235,7 @@ def _points(
             stages=stages_of(schedule),
             first_token_ms=cost.milliseconds,
             flops=cost.flops,
-            average_keep=average_keep(stages_of(schedule), setup.space),
+            average_keep=setup.space.average_keep(schedule),
             search=fidelity(searched[schedule], split.search),
             held_out=fidelity(held_out[schedule], split.held_out),
         )
@@ -257,18 +243,8 @@ def _points(
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Quantized:
-    """A calibrated quantization; empty if the plan needs none."""
-
-    report: QuantizationReport | None = None
-    scales: CalibratedScales = field(default_factory=CalibratedScales)
-    held_out: Fidelity | None = None
-    rounds: int = 0
-    """Most NMS rounds on a held-out sample."""
-
-
-def _quantize(setup: Setup, schedule: Schedule) -> _Quantized:
+def _quantize(setup: Setup, schedule: Schedule) -> tuple[Quantized, Fidelity, int] | None:
+    """Return the calibrated quantization, its fidelity on held-out samples and most NMS rounds; None if the plan needs none."""
     split, progress = setup.split, setup.progress
     found = calibrate_quantization(
         setup.model,
@@ -277,11 +253,10 @@ def _quantize(setup: Setup, schedule: Schedule) -> _Quantized:
         setup.plan,
         dtype=setup.shape.dtype,
         num_tokens=setup.options.answer_tokens,
-        on_step=progress.step,
-        on_one=progress.sample,
+        progress=progress,
     )
     if found is None:
-        return _Quantized()
+        return None
     progress.step("measuring the quantized layers", len(split.held_out))
     results = measure_quantized(
         setup.model,
@@ -291,7 +266,7 @@ def _quantize(setup: Setup, schedule: Schedule) -> _Quantized:
         found.scales,
         dtype=setup.shape.dtype,
         num_tokens=setup.options.answer_tokens,
-        on_sample=progress.sample,
+        progress=progress,
     )
     held_out = fidelity(results, split.held_out)
     _warn_above(
@@ -301,8 +276,7 @@ def _quantize(setup: Setup, schedule: Schedule) -> _Quantized:
         what=f" with --quantize {setup.options.quantize}",
         way_out="quantize fewer parts, or give a smaller bound",
     )
-    rounds = max(result.rounds for result in results)
-    return _Quantized(report=found.report, scales=found.scales, held_out=held_out, rounds=rounds)
+    return found, held_out, max(result.rounds for result in results)
 
 
 def _warn_above(
@@ -312,16 +286,6 @@ def _warn_above(
         progress.warn(
             f"the held-out KL{what} is {held_out.kl.value:.3g}, above --max-kl {max_kl:g}; {way_out}"
         )
-
-
-def _looked_at(model: TorchModel, question: Question, progress: StepProgress) -> SampleShape:
-    shape = sample_shape(model, question)
-    if shape.sizes["N"] < 2:
-        raise DataError(
-            f"{question.where}: expected an image of at least 2 visual tokens, got {shape.sizes['N']}; leave it out"
-        )
-    progress.sample()
-    return shape
 
 
 def _digest(questions: Sequence[Question]) -> str:

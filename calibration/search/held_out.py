@@ -14,10 +14,11 @@ from trio_edge.profiling.statistics import bootstrap_interval, paired_interval, 
 from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from trio_edge.calibration.model.divergence import MeasuredSchedule
+    from trio_edge.calibration.model.greedy import MeasuredSchedule
     from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.questions import Question
 
 MAX_ANSWER_TOKENS = 16
@@ -32,12 +33,12 @@ def fidelity(results: Sequence[MeasuredSchedule], questions: Sequence[Question])
     return Fidelity(
         samples=len(results),
         kl=Measure(value=_mean(kls), interval_95=bootstrap_interval(kls, images)),
-        agreement=Measure(value=_mean(agreements), interval_95=score_interval(agreements, images)),
+        agreement=_measure(agreements, images),
     )
 
 
 def accuracy(
-    model: TorchModel, questions: Sequence[Question], schedule: Schedule, *, on_sample: Callable[[], None]
+    model: TorchModel, questions: Sequence[Question], schedule: Schedule, progress: StepProgress
 ) -> Accuracy | None:
     """Return the exact matches of keep-all and of ``schedule``; None if no sample has an answer."""
     with_answers = [question for question in questions if question.answers]
@@ -51,7 +52,7 @@ def accuracy(
                 answer = greedy_answer(model, prompt, each, max_tokens=MAX_ANSWER_TOKENS)
                 reading = exact_normal(model.tokenizer.decode(answer.tokens))
                 scores.append(METRICS["exact"].score(reading, question))
-        on_sample()
+        progress.sample()
     images = [question.image_id for question in with_answers]
     return Accuracy(
         samples=len(with_answers),

@@ -11,7 +11,7 @@ import pytest
 from tests.calibration.question_files import questions_about, write_questions
 from tests.pictures import random_picture
 from trio_edge.calibration.json_lines import ResultFile
-from trio_edge.calibration.model.divergence import MeasuredSchedule
+from trio_edge.calibration.model.greedy import MeasuredSchedule
 from trio_edge.calibration.model.prompts import SampleShape
 from trio_edge.calibration.search.bundle_shape import image_sizes, rounds_with_margin, text_buckets
 from trio_edge.calibration.search.calibrate import SearchProgress, _warn_above
@@ -20,8 +20,8 @@ from trio_edge.calibration.search.held_out import accuracy
 from trio_edge.calibration.search.measuring import MeasuredLine
 from trio_edge.calibration.search.options import CalibrationOptions
 from trio_edge.calibration.search.samples import read_samples, split_samples
-from trio_edge.calibration.search.schedules.candidates import Candidate, first_fronts, pareto_front
 from trio_edge.calibration.search.schedules.prefill_cost import PrefillCost, ScheduleCost, Situation
+from trio_edge.calibration.search.schedules.search import Candidate, first_fronts, pareto_front
 from trio_edge.calibration.search.schedules.selection_rule import SelectionRule
 from trio_edge.calibration.search.schedules.space import make_space
 from trio_edge.profiling.predict.answer import Setting, predict

@@ -18,8 +18,7 @@ from tests.calibration.smoothing import apply_smoothing
 from tests.checkpoints import save_checkpoint
 from tests.decode_logits import record_logits
 from tests.shared_traces import shared_traces
-from trio_edge.calibration.model.divergence import MeasuredSchedule, keep_all
-from trio_edge.calibration.model.greedy import greedy_answer
+from trio_edge.calibration.model.greedy import MeasuredSchedule, greedy_answer, keep_all
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.sequence import run_layer
 from trio_edge.calibration.model.torch_model import TorchModel, load_model
