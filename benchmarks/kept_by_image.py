@@ -2,8 +2,8 @@
 
     python benchmarks/kept_by_image.py BUNDLE --count 160
 
-Asks questions about several drawn images. For each kind of question whose answer is in one image it prints that image's share of all visual
-tokens, its share of the tokens that each stage kept, and the number of questions that kept none of it.
+Asks questions about several drawn images. For each kind of question whose answer is in one image it prints that image's
+share of all visual tokens, its share of the tokens that each stage kept, and the number of questions that kept none of it.
 """
 
 from __future__ import annotations
