@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.questions import Question
     from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.runtime.model.sampling import FirstToken
 
 SCHEMA_VERSION = 1
 
@@ -137,7 +138,7 @@ def answer_runs(
     pictures = {question.index: question.image_id for question in questions}
     with work_folder(folder) as folder:
         _check_folder(folder, keys)
-        firsts: dict[int, Outcome] = {}  # filled by the reference, which is the first run
+        firsts: dict[int, FirstToken | None] = {}  # filled by the reference, which is the first run
         for run, key in zip(runs, keys):
             progress.step(run.info.label, len(questions))
             with ExitStack() as stack:
@@ -152,14 +153,13 @@ def answer_runs(
                 if missing:
                     pipeline = stack.enter_context(_pipeline(run, settings))
                 for question in missing:
-                    first = firsts.get(question.index)
                     try:
                         outcome = answer(
                             pipeline,
                             question,
                             settings,
                             selection=run.info.selection,
-                            reference=None if first is None else first.first_token,
+                            reference=firsts.get(question.index),
                             is_reference=run.info.is_reference,
                         )
                     except (ImageError, ShapeError) as error:
@@ -170,7 +170,7 @@ def answer_runs(
                         done[outcome.index] = outcome
                     progress.sample()
             if run.info.is_reference:
-                firsts = done
+                firsts = {index: outcome.first_token for index, outcome in done.items()}
             answers.runs.append((run.info, done))
     return answers
 

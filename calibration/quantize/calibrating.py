@@ -14,7 +14,7 @@ import torch
 from trio_edge.calibration.progress import SILENT
 from trio_edge.calibration.quantize.collecting import answer_samples, listening_to_caches, listening_to_inputs
 from trio_edge.calibration.quantize.report import CacheReport, GroupError, QuantizationReport
-from trio_edge.calibration.quantize.rounding import GroupRounding, check_modelopt
+from trio_edge.calibration.quantize.rounding import GroupRounding, modelopt
 from trio_edge.calibration.quantize.sections import quantized_sections
 from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
 
@@ -75,7 +75,7 @@ def calibrate_quantization(
         return None
     searched = frozenset(section.kind for section in sections) - {"fp8"}
     if searched:
-        check_modelopt()
+        modelopt()
     progress.step("collecting the layers' inputs", len(questions))
     layers: tuple[Any, ...] = model.parts.layers
     with (

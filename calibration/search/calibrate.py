@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
+import torch
 
-from trio_edge.calibration.model.prompts import sample_shape
+from trio_edge.calibration.metrics import METRICS, exact_normal
+from trio_edge.calibration.model.greedy import greedy_answer
+from trio_edge.calibration.model.prompts import make_prompt, sample_shape
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
 from trio_edge.calibration.quantize.quantized_model import measure_quantized
-from trio_edge.calibration.quantize.rounding import check_modelopt
+from trio_edge.calibration.quantize.rounding import modelopt
 from trio_edge.calibration.search.bundle_shape import (
     bundle_shape,
     memory_warning,
@@ -24,13 +26,15 @@ from trio_edge.calibration.search.bundle_shape import (
 )
 from trio_edge.calibration.search.calibration_file import (
     SCHEMA_VERSION,
+    Accuracy,
     Calibration,
     CalibrationData,
+    Fidelity,
     FrontPoint,
+    Measure,
     Shapes,
     SingleStage,
 )
-from trio_edge.calibration.search.held_out import accuracy, fidelity
 from trio_edge.calibration.search.measuring import RecordKey, opened_measurements
 from trio_edge.calibration.search.samples import read_samples, split_samples
 from trio_edge.calibration.search.schedules.search import Setup, cheapest_within, search
@@ -42,7 +46,9 @@ from trio_edge.calibration.search.schedules.space import (
 )
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
+from trio_edge.profiling.measure.machine_info import find_versions
 from trio_edge.profiling.predict.speed import fitted_for
+from trio_edge.profiling.statistics import bootstrap_interval, paired_interval, score_interval
 from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.cost.devices import find_device
@@ -51,16 +57,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from trio_edge.calibration.model.greedy import MeasuredSchedule
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.quantize.calibrating import Quantized
     from trio_edge.calibration.questions import Question
-    from trio_edge.calibration.search.calibration_file import Fidelity
     from trio_edge.calibration.search.measuring import Measurements
     from trio_edge.calibration.search.options import CalibrationOptions
     from trio_edge.export.quantize.plan import QuantizePlan
 
-_PACKAGES = ("trio-edge", "torch", "transformers", "numpy", "pillow", "tokenizers")
+MAX_ANSWER_TOKENS = 16
+"""Tokens of an answer whose exact match is scored."""
 
 
 class Calibrated(NamedTuple):
@@ -104,7 +111,7 @@ def calibrate(
     calibration = Calibration(
         schema_version=SCHEMA_VERSION,
         options=options,
-        data=_data(setup),
+        data=setup.data,
         rule=f"the {'fastest' if setup.kind == 'time' else 'cheapest'} whose KL is at most {options.max_kl:g} nats"
         " with 95 % confidence",
         schedule=msgspec.structs.replace(schedule, nms_rounds=rounds_with_margin(rounds)),
@@ -128,7 +135,7 @@ def calibrate(
         num_measured=len(found.candidates),
         revision=setup.model.checkpoint.revision,
         compute_dtype=str(setup.model.dtype).removeprefix("torch."),
-        versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        versions=find_versions() | {name: version(name) for name in ("torch", "transformers")},
     )
     return Calibrated(calibration, quantized.scales if quantized else CalibratedScales())
 
@@ -152,6 +159,7 @@ def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: S
     for question in questions:
         samples.append(sample_shape(model, question))
         progress.sample()
+    visual, text = [one.sizes["N"] for one in samples], [one.num_text for one in samples]
     shape = bundle_shape(model, samples, dtype=options.dtype, max_new_tokens=options.max_new_tokens)
     space = make_space(
         num_layers=model.num_layers,
@@ -165,9 +173,16 @@ def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: S
         options=options,
         plan=plan,
         split=split,
-        digest=digest,
+        data=CalibrationData(
+            sha256=digest,
+            samples=len(questions),
+            search=len(split.search),
+            held_out=len(split.held_out),
+            pictures=len({question.image_id for question in questions}),
+            num_visual=(min(visual), max(visual)),
+            num_text=(min(text), max(text)),
+        ),
         model=replace(model, most_visual=shape.num_visual),
-        samples=samples,
         shape=shape,
         space=space,
         cost=cost,
@@ -185,7 +200,7 @@ def _checked_plan(options: CalibrationOptions) -> QuantizePlan:
     if refusal is not None:
         raise TargetError(refusal)
     if plan.has_factors:
-        check_modelopt()
+        modelopt()
     return plan
 
 
@@ -207,7 +222,7 @@ def _record_key(setup: Setup) -> RecordKey:
     return RecordKey(
         model=setup.options.model,
         weights=_weights_digest(setup.model),
-        samples_sha256=setup.digest,
+        samples_sha256=setup.data.sha256,
         answer_tokens=setup.options.answer_tokens,
         dtype=str(setup.model.dtype),
         max_visual=setup.shape.num_visual,
@@ -305,16 +320,49 @@ def _weights_digest(model: TorchModel) -> str:
     return digest.hexdigest()
 
 
-def _data(setup: Setup) -> CalibrationData:
-    questions = [*setup.split.search, *setup.split.held_out]
-    visual = [sample.sizes["N"] for sample in setup.samples]
-    text = [sample.num_text for sample in setup.samples]
-    return CalibrationData(
-        sha256=setup.digest,
-        samples=len(questions),
-        search=len(setup.split.search),
-        held_out=len(setup.split.held_out),
-        pictures=len({question.image_id for question in questions}),
-        num_visual=(min(visual), max(visual)),
-        num_text=(min(text), max(text)),
+def fidelity(results: Sequence[MeasuredSchedule], questions: Sequence[Question]) -> Fidelity:
+    """Return mean divergence and agreement with their intervals, by bootstrap over images."""
+    images = [question.image_id for question in questions]
+    kls = [result.kl for result in results]
+    agreements = [float(result.agrees) for result in results]
+    return Fidelity(
+        samples=len(results),
+        kl=Measure(value=_mean(kls), interval_95=bootstrap_interval(kls, images)),
+        agreement=_measure(agreements, images),
     )
+
+
+def accuracy(
+    model: TorchModel, questions: Sequence[Question], schedule: Schedule, progress: StepProgress
+) -> Accuracy | None:
+    """Return the exact matches of keep-all and of ``schedule``; None if no sample has an answer."""
+    with_answers = [question for question in questions if question.answers]
+    if not with_answers:
+        return None
+    whole_scores, scores_of_chosen = list[float](), list[float]()
+    for question in with_answers:
+        with torch.inference_mode():
+            prompt = make_prompt(model, question)
+            for each, scores in ((Schedule(), whole_scores), (schedule, scores_of_chosen)):
+                answer = greedy_answer(model, prompt, each, max_tokens=MAX_ANSWER_TOKENS)
+                reading = exact_normal(model.tokenizer.decode(answer.tokens))
+                scores.append(METRICS["exact"].score(reading, question))
+        progress.sample()
+    images = [question.image_id for question in with_answers]
+    return Accuracy(
+        samples=len(with_answers),
+        keep_all=_measure(whole_scores, images),
+        chosen=_measure(scores_of_chosen, images),
+        difference=Measure(
+            value=_mean(scores_of_chosen) - _mean(whole_scores),
+            interval_95=paired_interval(scores_of_chosen, whole_scores, images),
+        ),
+    )
+
+
+def _measure(scores: list[float], images: list[str]) -> Measure:
+    return Measure(value=_mean(scores), interval_95=score_interval(scores, images))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -122,11 +122,7 @@ def _option(name: str, text: str, default: str | None = None, **settings: Any) -
     help="Make no shapes for images larger than the samples.",
 )
 @_option("--device", "torch device to run the samples on.")
-@click.option(
-    "--work",
-    type=PATH,
-    help="Folder for measurements. The same command continues an interrupted run from it.",
-)
+@click.option("--work", type=PATH, help="Folder for measurements; an interrupted run continues from it.")
 @click.option("--no-export", is_flag=True, help="Write calibration.json, but no bundle.")
 @click.option("--force", is_flag=True, help="Replace an existing calibration.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")

@@ -15,9 +15,8 @@ from trio_edge.calibration.model.greedy import MeasuredSchedule
 from trio_edge.calibration.model.prompts import SampleShape
 from trio_edge.calibration.progress import StepProgress
 from trio_edge.calibration.search.bundle_shape import image_sizes, rounds_with_margin, text_buckets
-from trio_edge.calibration.search.calibrate import _warn_above
+from trio_edge.calibration.search.calibrate import _warn_above, accuracy
 from trio_edge.calibration.search.calibration_file import Fidelity, Measure, read_options
-from trio_edge.calibration.search.held_out import accuracy
 from trio_edge.calibration.search.measuring import MeasuredLine
 from trio_edge.calibration.search.options import CalibrationOptions
 from trio_edge.calibration.search.samples import read_samples, split_samples

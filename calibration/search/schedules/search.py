@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from trio_edge.calibration.model.greedy import MeasuredSchedule
-    from trio_edge.calibration.model.prompts import SampleShape
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.search.bundle_shape import BundleShape
+    from trio_edge.calibration.search.calibration_file import CalibrationData
     from trio_edge.calibration.search.measuring import Measurements
     from trio_edge.calibration.search.options import CalibrationOptions
     from trio_edge.calibration.search.samples import Split
@@ -64,9 +64,8 @@ class Setup:
     options: CalibrationOptions
     plan: QuantizePlan
     split: Split
-    digest: str
+    data: CalibrationData
     model: TorchModel
-    samples: list[SampleShape]
     shape: BundleShape
     space: Space
     cost: PrefillCost
