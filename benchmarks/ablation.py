@@ -1,6 +1,6 @@
 """Effect of each of TRIO's settings on the packaged model: probe rows, threshold, stage layers, stages, shapes, positions.
 
-    python benchmarks/ablation.py --count 1000 --workers 2 --out out/ablation
+    python benchmarks/ablation.py --count 1000 --out out/ablation
     python benchmarks/ablation.py --count 2000 --groups rows positions --budgets 33.3 22.2 11.1
 
 Each line differs from the default export only in what it names. Bundles and answers are stored in the output folder, so the same
@@ -195,7 +195,6 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--count", type=positive, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/ablation"))
-    parser.add_argument("--workers", type=positive, default=1, help="processes, each with one thread")
     parser.add_argument("--budgets", nargs="*", choices=list(BUDGETS), default=["11.1"])
     parser.add_argument("--groups", nargs="*", choices=list(GROUPS), default=list(GROUPS))
     return parser.parse_args()
@@ -217,9 +216,7 @@ def main() -> None:
         runs = plan_runs([], reference=full)
         for bundle, (_, name) in zip(bundles, names):  # one by one: two choices may give the same bundle
             runs += plan_runs([bundle], labels=[f"{name} {budget} %"])
-        answers = answers_of(
-            runs, count=arguments.count, seed=arguments.seed, out=arguments.out, workers=arguments.workers
-        )
+        answers = answers_of(runs, count=arguments.count, seed=arguments.seed, out=arguments.out)
         reports = against_default(answers)
         written[budget] = [msgspec.to_builtins(run) for run in reports[0]]
         print(f"{budget} %; all visual tokens: {per_cent(compare(answers[:1], metric=METRIC)[0].accuracy)}\n")

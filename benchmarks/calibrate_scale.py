@@ -1,8 +1,8 @@
 """Time and memory of trio-calibrate at full size, on a checkpoint with a released model's shapes and random weights.
 
-    python benchmarks/calibrate_scale.py --family llava-1.5-7b --folder /tmp/scale --calibrate --quantize int4 --keep 11.1%
+    python benchmarks/calibrate_scale.py --family llava-1.5-7b --folder /tmp/scale --calibrate --quantize int4
 
-The schedule means nothing with random weights; time, memory and the bundle's size do. The samples are synthetic images. This
+The schedule means nothing with random weights; time, memory and the bundle's size do. The samples are drawn images. This
 needs disk space for the checkpoint and the bundle, which are deleted at the end.
 """
 
@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from parts.arguments import parser_for
+from parts.drawn_questions import drawn_questions
 from parts.released_shapes import add_options, checkpoint_of
 from parts.watched_command import folder_bytes, gigabytes, machine, step_table, watch
 
@@ -31,7 +32,14 @@ def main() -> None:
 
 
 def report(checkpoint: Path, out: Path, options: argparse.Namespace) -> None:
-    arguments = [str(checkpoint), "--samples", "shapes", "--out", str(out), *options.calibrate]
+    arguments = [
+        str(checkpoint),
+        "--samples",
+        str(drawn_questions(100)),
+        "--out",
+        str(out),
+        *options.calibrate,
+    ]
     steps, peaks = watch(
         "trio_edge.calibration.search.cli", arguments, is_step=lambda line: not line.startswith(WARNING)
     )

@@ -17,9 +17,10 @@ from unittest import mock
 
 import numpy as np
 from parts.arguments import parser_for, positive
+from parts.drawn_questions import drawn_questions
 from parts.tables import markdown
 
-from trio_edge.calibration.questions import Question, synthetic_questions
+from trio_edge.calibration.questions import Question, read_questions
 from trio_edge.export.bundle import export_bundle
 from trio_edge.export.options import ExportOptions
 from trio_edge.export.quantize.plan import parse_plan
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--keep", default="11.1%")
     parser.add_argument("--candidates", type=positive, nargs="+", default=[2, 4, 8, 16, 64])
     options = parser.parse_args()
-    questions = synthetic_questions(options.count, seed=0)
+    questions = read_questions(drawn_questions(options.count))
     exact_right, exact = answers(questions, options.keep, Variant("none"))
     rows = [("float32", "all 101", str(exact_right), "")]
     variants = [Variant("none", without_mlp=True)]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from parts.arguments import parser_for
 from parts.asking import METRIC, answers_of
+from parts.drawn_questions import drawn_questions
 from parts.tables import markdown
 
 from trio_edge.calibration.evaluate.comparison import RunReport, compare
@@ -24,7 +25,7 @@ from trio_edge.calibration.evaluate.report import per_cent
 from trio_edge.calibration.evaluate.runs import plan_runs
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
-from trio_edge.calibration.questions import synthetic_questions
+from trio_edge.calibration.questions import read_questions
 from trio_edge.export.bundle import export_bundle
 from trio_edge.export.options import ExportOptions, ScheduleInputs
 from trio_edge.export.quantize.plan import parse_plan
@@ -117,7 +118,7 @@ def calibrated_scales(variant: Variant, *, keep: str) -> CalibratedScales:
     )
     found = calibrate_quantization(
         model,
-        synthetic_questions(CALIBRATION_SAMPLES, seed=CALIBRATION_SEED),
+        read_questions(drawn_questions(CALIBRATION_SAMPLES, seed=CALIBRATION_SEED)),
         schedule_of(inputs, keep=keep),
         parse_plan(variant.plan or "none"),
         dtype=variant.dtype,
@@ -193,7 +194,9 @@ def main() -> None:
         runs, count=arguments.count, seed=arguments.seed, out=arguments.out, cpu_accuracy=accuracy
     )
     keep_all, *reports = compare(answers, metric=METRIC)
-    looked_at = synthetic_questions(min(arguments.kept_count, arguments.count), seed=arguments.seed)
+    looked_at = read_questions(
+        drawn_questions(arguments.count, seed=arguments.seed), count=arguments.kept_count
+    )
     base_kept = kept_sets(bundles[variants.index(BASE)], looked_at)
     whole = weight_bytes(bundles[variants.index(WHOLE)])
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from parts.arguments import errors_in_one_line, parser_for, positive
+from parts.drawn_questions import drawn_questions
 from parts.tables import markdown
 
 from trio_edge.runtime.bundle.errors import TrioEdgeError
@@ -96,9 +97,9 @@ def _commands(work: Path) -> list[_Command]:
     _call("trio-export", [*tiny, "--out", str(bundle), "--force"])
     if not built.exists():
         shutil.copytree(bundle, built)
-    evaluate = [str(built), "--count", "24", "--work", str(answered / "work")]
+    evaluate = [str(built), "--data", str(drawn_questions(24)), "--work", str(answered / "work")]
     evaluate += ["--json", str(answered / "report.json")]
-    search = ["tiny", "--samples", "shapes", "--count", "6", "--target", "jetson-orin-nano-8"]
+    search = ["tiny", "--samples", str(drawn_questions(6)), "--target", "jetson-orin-nano-8"]
     search += ["--evaluations", "2"]
     target = str(calibrated / "result")
     return [

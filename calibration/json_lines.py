@@ -5,7 +5,9 @@ The first line is a header that identifies the run; each other line is one resul
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import tempfile
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar, final
 
 import msgspec
@@ -14,7 +16,6 @@ from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 SUFFIX = ".jsonl"
 LOCK_NAME = ".lock"
@@ -64,27 +65,6 @@ def read_header(path: Path, kind: type[Header], *, what: str) -> Header | None:
         raise DataError(f"{path}: expected {what}, got something else; choose an empty folder") from None
 
 
-def read_results(path: Path, kind: type[Result], *, what: str) -> list[Result]:
-    """Return the results of a file, without an incomplete last line; an empty list if there is no file.
-
-    Raises:
-        DataError: If the file cannot be read, or a line is not ``what``; that message starts with FILE:LINE.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); choose another folder") from None
-    results = []
-    for number, line in enumerate(lines[1:-1], start=2):  # the last one is empty or incomplete
-        try:
-            results.append(msgspec.json.decode(line, type=kind))
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            raise DataError(f"{path}:{number}: expected {what}, got {line[:40]!r}; delete the line") from None
-    return results
-
-
 @contextmanager
 def opened_results(
     path: Path, header: msgspec.Struct, kind: type[Result], *, what: str
@@ -92,39 +72,58 @@ def opened_results(
     """Yield a file to append to, and its results. A new file gets the header; an incomplete last line is removed.
 
     Raises:
-        DataError: As ``read_results``, and if the file cannot be written.
+        DataError: If the file has another header, cannot be read or written, or a line is not ``what``; that message starts
+            with FILE:LINE.
     """
-    known = read_results(path, kind, what=what)
+    theirs = read_header(path, type(header), what="a file of results")
+    if theirs is not None and theirs != header:
+        names = [name for name in header.__struct_fields__ if getattr(theirs, name) != getattr(header, name)]
+        raise DataError(
+            f"{path}: expected results of this model and these samples, got others"
+            f" ({', '.join(names)} differ); choose another --work"
+        )
     try:
-        file = path.open("ab", buffering=0)
-        size = path.read_bytes().rfind(b"\n") + 1
-        file.truncate(size)
+        file = path.open("a+b", buffering=0)
+        file.seek(0)
+        data = file.readall()
+        file.truncate(data.rfind(b"\n") + 1)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be written ({error.strerror}); free some space or choose another folder"
         ) from None
     with file:
-        results = ResultFile(file, path)
-        if not size:
+        results, known = ResultFile(file, path), list[Result]()
+        if b"\n" not in data:
             results.append(header)
+        for number, line in enumerate(
+            data.split(b"\n")[1:-1], start=2
+        ):  # the last one is empty or incomplete
+            try:
+                known.append(msgspec.json.decode(line, type=kind))
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                raise DataError(
+                    f"{path}:{number}: expected {what}, got {line[:40]!r}; delete the line"
+                ) from None
         yield results, known
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Create the folder if needed, and lock it against other runs.
+def work_folder(folder: Path | None) -> Iterator[Path]:
+    """Yield ``folder``, created if needed and locked against other runs; for None a temporary one.
 
     Raises:
         DataError: If it cannot be written, or another run has locked it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK_NAME).open("wb")
-    except OSError as error:
-        raise DataError(
-            f"{folder}: expected a folder to write to ({error.strerror}); choose another"
-        ) from None
-    with file:
+    with ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trio-edge-")))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / LOCK_NAME).open("wb"))
+        except OSError as error:
+            raise DataError(
+                f"{folder}: expected a folder to write to ({error.strerror}); choose another"
+            ) from None
         try:
             import fcntl
 
@@ -135,4 +134,4 @@ def locked_folder(folder: Path) -> Iterator[None]:
             raise DataError(
                 f"{folder}: expected one run at a time, got a second one; wait, or choose another folder"
             ) from None
-        yield
+        yield folder

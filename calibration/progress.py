@@ -32,6 +32,9 @@ class StepProgress:
     """Called with one line for the user."""
 
 
+SILENT = StepProgress()
+
+
 @contextmanager
 def progress_bars(
     command: str, *, quiet: bool, check: Callable[[], None] = lambda: None

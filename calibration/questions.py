@@ -76,8 +76,15 @@ def read_questions(
         if split is not None and entry.get("split") != split:
             continue
         names, prompt = _image_names(entry, where=where), _question(entry, where=where)
-        answers = _answers(entry, where=where, need_answers=need_answers)
-        choices = _choices(entry, where=where)
+        answers = _texts(
+            entry.get("answers", [entry["answer"]] if "answer" in entry else []),
+            f"{where}: expected 'answer' or a list 'answers' of texts, got none; correct the line",
+            at_least=int(need_answers),
+        )
+        choices = _texts(
+            entry.get("choices", []),
+            f"{where}: expected a list 'choices' of texts, got something else; correct the line",
+        )
         options = [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices)]
         images = tuple(path.parent / name for name in names)
         for image in images:
@@ -132,24 +139,6 @@ def _question(entry: dict[str, Any], *, where: str) -> str:
     return str(text)
 
 
-def _answers(entry: dict[str, Any], *, where: str, need_answers: bool) -> tuple[str, ...]:
-    """Return the texts in a line's 'answers' or 'answer'; an empty tuple if it has none and needs none."""
-    found = entry.get("answers", [entry["answer"]] if "answer" in entry else [])
-    answers = _texts(found)
-    if answers is None or (need_answers and not answers):
-        raise DataError(
-            f"{where}: expected 'answer' or a list 'answers' of texts, got none; correct the line"
-        )
-    return answers
-
-
-def _choices(entry: dict[str, Any], *, where: str) -> tuple[str, ...]:
-    choices = _texts(entry.get("choices", []))
-    if choices is None:
-        raise DataError(f"{where}: expected a list 'choices' of texts, got something else; correct the line")
-    return choices
-
-
 def _image_names(entry: dict[str, Any], *, where: str) -> tuple[str, ...]:
     """Return the names in a line's 'image' or 'images'."""
     if "images" not in entry:
@@ -177,11 +166,12 @@ def _joined_id(ids: Sequence[str]) -> str:
     return ids[0] if len(ids) == 1 else hashlib.sha256(" ".join(ids).encode()).hexdigest()[:_ID_LENGTH]
 
 
-def _texts(values: object) -> tuple[str, ...] | None:
-    """Return a list of texts and numbers as texts; None for anything else."""
-    if not isinstance(values, list) or not all(type(value) in (str, int, float) for value in values):
-        return None
-    return tuple(str(value) for value in values)
+def _texts(values: object, complaint: str, *, at_least: int = 0) -> tuple[str, ...]:
+    """Return a list of texts and numbers as texts; raise DataError with ``complaint`` for anything else."""
+    texts = values if isinstance(values, list) else [None]
+    if len(texts) < at_least or not all(type(value) in (str, int, float) for value in texts):
+        raise DataError(complaint)
+    return tuple(map(str, texts))
 
 
 def image_id(path: Path, *, where: str) -> str:

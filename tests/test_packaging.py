@@ -58,7 +58,7 @@ import trio_edge.runtime, trio_edge.runtime.cli.run, trio_edge.runtime.cli.inspe
 import trio_edge.runtime.images.overlay, trio_edge.runtime.backends.onnxruntime
 import trio_edge.runtime.cli.build, trio_edge.profiling.cli, trio_edge.profiling.page.page
 import trio_edge.serving.cli, trio_edge.serving.app
-import trio_edge.calibration.evaluate.cli, trio_edge.calibration.shapes.samples
+import trio_edge.calibration.evaluate.cli, trio_edge.calibration.search.options
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from parts.drawn_questions import drawn_questions
 from rich.console import Console
 
-from trio_edge.calibration.evaluate.answering import Settings
-from trio_edge.calibration.evaluate.runs import answer_runs, keys_of
-from trio_edge.calibration.questions import digest_of, synthetic_questions
+from trio_edge.calibration.evaluate.answering import AnswerSettings
+from trio_edge.calibration.evaluate.runs import answer_runs
+from trio_edge.calibration.progress import StepProgress
+from trio_edge.calibration.questions import digest_of, read_questions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,18 +29,17 @@ def answers_of(
     count: int,
     seed: int,
     out: Path,
-    workers: int = 1,
     cpu_accuracy: CpuAccuracy = "auto",
 ) -> list[tuple[RunInfo, dict[int, Outcome]]]:
-    """Ask ``count`` synthetic questions; outcomes are stored below ``out``."""
-    questions = synthetic_questions(count, seed=seed)
-    settings = Settings(metric=METRIC, workers=workers, answer_tokens=8, cpu_accuracy=cpu_accuracy)
+    """Ask ``count`` questions about drawn images; outcomes are stored below ``out``."""
+    questions = read_questions(drawn_questions(count, seed=seed))
+    settings = AnswerSettings(metric=METRIC, answer_tokens=8, cpu_accuracy=cpu_accuracy)
     console = Console(stderr=True)
     return answer_runs(
         runs,
-        keys_of(runs, settings, data_sha256=digest_of(questions, metric=METRIC)),
         questions,
         settings,
+        data_sha256=digest_of(questions, metric=METRIC),
         folder=out / f"work-{count}-{seed}-{cpu_accuracy}",
-        on_start=lambda run, _done: console.print(run.info.label),
+        progress=StepProgress(step=lambda label, _questions: console.print(label)),
     ).runs

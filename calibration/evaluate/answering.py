@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 OWN_SELECTION = "bundle"
 BASELINES = ("random", "uniform", "base-tile-first")
 """Selections that a real method must beat, at the bundle's schedule."""
-DEFAULT_ANSWER_TOKENS = 16
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -61,7 +60,7 @@ class AnswerSettings:
     """Settings that all runs share."""
 
     metric: str = "exact"
-    answer_tokens: int = DEFAULT_ANSWER_TOKENS
+    answer_tokens: int = 16
     backend: str = "auto"
     threads: int = 1
     cpu_accuracy: CpuAccuracy = "auto"

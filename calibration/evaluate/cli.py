@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from trio_edge.calibration.evaluate.answering import BASELINES, DEFAULT_ANSWER_TOKENS, OWN_SELECTION
+from trio_edge.calibration.evaluate.answering import BASELINES, OWN_SELECTION, AnswerSettings
 from trio_edge.calibration.evaluate.evaluation import EvaluationOptions, evaluate
 from trio_edge.calibration.evaluate.report import print_report
 from trio_edge.calibration.metrics import METRICS
@@ -47,7 +47,7 @@ PATH = click.Path(path_type=Path)
 @click.option(
     "--answer-tokens",
     type=click.IntRange(1, 4096),
-    default=DEFAULT_ANSWER_TOKENS,
+    default=AnswerSettings.answer_tokens,
     help="Most new tokens of an answer; fewer if a bundle has room for fewer.",
 )
 @click.option(
@@ -60,10 +60,7 @@ PATH = click.Path(path_type=Path)
 )
 @backend_options(threads=1, threads_help="CPU threads; 0 lets the backend choose.")
 @click.option(
-    "--work",
-    "--resume",
-    type=PATH,
-    help="Folder for results. The same command continues an interrupted run from it.",
+    "--work", "--resume", type=PATH, help="Folder for results; an interrupted run continues from it."
 )
 @click.option("--json", "json_file", type=PATH, help="Write the report to this JSON file.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")

@@ -13,7 +13,7 @@ import msgspec
 
 from trio_edge.calibration.evaluate.runs import RunInfo  # noqa: TC001 - msgspec reads it
 from trio_edge.calibration.metrics import YesNoRates, exact_normal, yes_no_rates
-from trio_edge.profiling.statistics import paired_interval, score_interval, wilson_interval
+from trio_edge.profiling.statistics import paired_interval, score_interval
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -151,8 +151,7 @@ def _run_report(
 
 
 def _against(outcomes: list[Outcome], reference: list[Outcome]) -> AgainstReference:
-    scores, theirs = _scores(outcomes), _scores(reference)
-    same = sum(one.reading == other.reading for one, other in zip(outcomes, reference))
+    scores, theirs = ([one.score for one in answered] for answered in (outcomes, reference))
     divergences = [one.first_token_kl for one in outcomes if one.first_token_kl is not None]
     ours, full = statistics.fmean(scores), statistics.fmean(theirs)
     return AgainstReference(
@@ -162,10 +161,8 @@ def _against(outcomes: list[Outcome], reference: list[Outcome]) -> AgainstRefere
             questions=len(outcomes),
         ),
         retained=ours / full if full else None,
-        agreement=Estimate(
-            value=same / len(outcomes),
-            interval_95=wilson_interval(same, len(outcomes)),
-            questions=len(outcomes),
+        agreement=_estimate(
+            outcomes, [float(one.reading == other.reading) for one, other in zip(outcomes, reference)]
         ),
         first_token_kl=statistics.fmean(divergences) if divergences else None,
         flops_ratio=_mean(reference, "flops") / _mean(outcomes, "flops"),
@@ -174,16 +171,15 @@ def _against(outcomes: list[Outcome], reference: list[Outcome]) -> AgainstRefere
 
 
 def _accuracy(outcomes: list[Outcome]) -> Estimate:
-    scores = _scores(outcomes)
+    return _estimate(outcomes, [outcome.score for outcome in outcomes])
+
+
+def _estimate(outcomes: list[Outcome], values: list[float]) -> Estimate:
     return Estimate(
-        value=statistics.fmean(scores),
-        interval_95=score_interval(scores, [outcome.picture_id for outcome in outcomes]),
-        questions=len(outcomes),
+        value=statistics.fmean(values),
+        interval_95=score_interval(values, [outcome.picture_id for outcome in outcomes]),
+        questions=len(values),
     )
-
-
-def _scores(outcomes: list[Outcome]) -> list[float]:
-    return [outcome.score for outcome in outcomes]
 
 
 def _mean(outcomes: list[Outcome], name: str) -> float:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-import tempfile
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trio_edge.calibration.evaluate.answering import AnswerSettings
@@ -18,12 +15,15 @@ from trio_edge.calibration.evaluate.comparison import (
     EvaluationReport,
     compare,
 )
-from trio_edge.calibration.evaluate.runs import answer_runs, keys_of, plan_runs
+from trio_edge.calibration.evaluate.runs import answer_runs, backend_of, plan_runs
 from trio_edge.calibration.metrics import METRICS, check_metric, metric_for
+from trio_edge.calibration.progress import SILENT
 from trio_edge.calibration.questions import digest_of, read_questions
 from trio_edge.profiling.measure.machine_info import find_machine, find_versions
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from trio_edge.calibration.progress import StepProgress
 
 
@@ -41,7 +41,7 @@ class EvaluationOptions(AnswerSettings):
     work: Path | None
 
 
-def evaluate(options: EvaluationOptions, progress: StepProgress | None = None) -> EvaluationReport:
+def evaluate(options: EvaluationOptions, progress: StepProgress = SILENT) -> EvaluationReport:
     """Ask all bundles the same questions and return the report; each run is a step of ``progress``.
 
     Raises:
@@ -57,10 +57,9 @@ def evaluate(options: EvaluationOptions, progress: StepProgress | None = None) -
     room = min(run.bundle.manifest.max_new_tokens for run in runs)
     settings = replace(options, metric=metric.name, answer_tokens=min(options.answer_tokens, room))
     data_sha256 = digest_of(questions, metric=metric.name)
-    keys = keys_of(runs, settings, data_sha256=data_sha256)
-    with ExitStack() as stack:
-        folder = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trio-eval-")))
-        answers = answer_runs(runs, keys, questions, settings, folder=folder, progress=progress)
+    answers = answer_runs(
+        runs, questions, settings, data_sha256=data_sha256, folder=options.work, progress=progress
+    )
     reports = compare(answers.runs, metric=metric.name)
     return EvaluationReport(
         schema_version=SCHEMA_VERSION,
@@ -73,7 +72,7 @@ def evaluate(options: EvaluationOptions, progress: StepProgress | None = None) -
         ),
         conditions=EvaluationConditions(
             versions=find_versions(),
-            backend=keys[0].backend,
+            backend=backend_of(runs[0], settings),
             threads=settings.threads,
             answer_tokens=settings.answer_tokens,
             machine={

@@ -30,7 +30,7 @@ def print_report(report: EvaluationReport) -> None:
     data, conditions = report.data, report.conditions
     console.print(
         f"{data.name}: {data.compared} of {data.questions} questions, metric {data.metric}; {conditions.backend},"
-        f" {conditions.threads} threads; 95 % intervals",
+        f" threads {conditions.threads}; 95 % intervals",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from trio_edge.calibration.evaluate.answering import OWN_SELECTION, Outcome, answer
-from trio_edge.calibration.json_lines import LOCK_NAME, SUFFIX, locked_folder, opened_results, read_header
-from trio_edge.calibration.progress import StepProgress
+from trio_edge.calibration.json_lines import LOCK_NAME, SUFFIX, opened_results, read_header, work_folder
+from trio_edge.calibration.progress import SILENT
 from trio_edge.runtime.backends.registry import make_backend, with_accuracy
 from trio_edge.runtime.bundle.errors import DataError, ImageError, ShapeError
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trio_edge.calibration.evaluate.answering import AnswerSettings
+    from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.questions import Question
     from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.runtime.model.sampling import FirstToken
 
 SCHEMA_VERSION = 1
 
@@ -116,45 +118,27 @@ def plan_runs(
     return runs
 
 
-def keys_of(runs: Sequence[Run], settings: AnswerSettings, *, data_sha256: str) -> list[RunKey]:
-    """Return each run's key, under which its outcomes are stored."""
-    reference = next((run.info.bundle_sha256 for run in runs if run.info.is_reference), None)
-    return [
-        RunKey(
-            schema_version=SCHEMA_VERSION,
-            data_sha256=data_sha256,
-            bundle_sha256=run.info.bundle_sha256,
-            selection=run.info.selection,
-            reference_sha256=reference,
-            answer_tokens=settings.answer_tokens,
-            backend=with_accuracy(
-                make_backend(settings.backend, bundle=run.bundle, threads=settings.threads).name,
-                settings.cpu_accuracy,
-            ),
-        )
-        for run in runs
-    ]
-
-
 def answer_runs(
     runs: Sequence[Run],
-    keys: Sequence[RunKey],
     questions: Sequence[Question],
     settings: AnswerSettings,
     *,
-    folder: Path,
-    progress: StepProgress | None = None,
+    data_sha256: str,
+    folder: Path | None,
+    progress: StepProgress = SILENT,
 ) -> Answers:
-    """Answer all questions that have no outcome in the work folder yet, run by run.
+    """Answer all questions that have no outcome in the work ``folder`` yet, run by run; None is an empty folder.
+
+    ``data_sha256`` is the digest of questions and metric.
 
     Raises:
         DataError: If the folder is of other data or bundles, or cannot be written.
     """
-    progress, answers = progress or StepProgress(), Answers([], [])
+    answers, keys = Answers([], []), [_key_of(run, runs[0], settings, data_sha256) for run in runs]
     pictures = {question.index: question.image_id for question in questions}
-    with locked_folder(folder):
+    with work_folder(folder) as folder:
         _check_folder(folder, keys)
-        firsts: dict[int, Outcome] = {}  # filled by the reference, which is the first run
+        firsts: dict[int, FirstToken | None] = {}  # filled by the reference, which is the first run
         for run, key in zip(runs, keys):
             progress.step(run.info.label, len(questions))
             with ExitStack() as stack:
@@ -169,14 +153,13 @@ def answer_runs(
                 if missing:
                     pipeline = stack.enter_context(_pipeline(run, settings))
                 for question in missing:
-                    first = firsts.get(question.index)
                     try:
                         outcome = answer(
                             pipeline,
                             question,
                             settings,
                             selection=run.info.selection,
-                            reference=None if first is None else first.first_token,
+                            reference=firsts.get(question.index),
                             is_reference=run.info.is_reference,
                         )
                     except (ImageError, ShapeError) as error:
@@ -187,9 +170,27 @@ def answer_runs(
                         done[outcome.index] = outcome
                     progress.sample()
             if run.info.is_reference:
-                firsts = done
+                firsts = {index: outcome.first_token for index, outcome in done.items()}
             answers.runs.append((run.info, done))
     return answers
+
+
+def backend_of(run: Run, settings: AnswerSettings) -> str:
+    """Return the name of the backend that a run uses, with its accuracy."""
+    backend = make_backend(settings.backend, bundle=run.bundle, threads=settings.threads)
+    return with_accuracy(backend.name, settings.cpu_accuracy)
+
+
+def _key_of(run: Run, first: Run, settings: AnswerSettings, data_sha256: str) -> RunKey:
+    return RunKey(
+        schema_version=SCHEMA_VERSION,
+        data_sha256=data_sha256,
+        bundle_sha256=run.info.bundle_sha256,
+        selection=run.info.selection,
+        reference_sha256=first.info.bundle_sha256 if first.info.is_reference else None,
+        answer_tokens=settings.answer_tokens,
+        backend=backend_of(run, settings),
+    )
 
 
 def _pipeline(run: Run, settings: AnswerSettings) -> Pipeline:
@@ -267,7 +268,7 @@ def _check_selection(bundle: Bundle, selection: str) -> None:
 def _check_folder(folder: Path, keys: Collection[RunKey]) -> None:
     """Raise DataError unless the folder is empty, or has outcomes of these questions and of at least one of these bundles."""
     paths = sorted(path for path in folder.iterdir() if path.name != LOCK_NAME)
-    found = [key for key in map(_key_of, paths) if key is not None]
+    found = [key for key in map(_header_of, paths) if key is not None]
     if not {key.data_sha256 for key in found} <= {own.data_sha256 for own in keys}:
         raise DataError(
             f"{folder}: expected outcomes of these questions, got others"
@@ -277,7 +278,7 @@ def _check_folder(folder: Path, keys: Collection[RunKey]) -> None:
         raise DataError(f"{folder}: expected outcomes of these bundles, got others; choose another folder")
 
 
-def _key_of(path: Path) -> RunKey | None:
+def _header_of(path: Path) -> RunKey | None:
     """Return the header of a run's file; None if the run was killed while writing it."""
     what = "a file of outcomes"
     if path.suffix != SUFFIX:

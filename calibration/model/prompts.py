@@ -43,15 +43,21 @@ def sample_shape(model: TorchModel, question: Question) -> SampleShape:
     """Return the sizes of a sample, without running a graph.
 
     Raises:
-        DataError: If its image cannot be read or its prompt cannot be asked; the message starts with ``question.where``.
+        DataError: If its image cannot be read or has no tokens to choose from, or its prompt cannot be asked; the message
+            starts with ``question.where``.
     """
     image, ids = _read(model, question)
     width, height = image.size
+    sizes = model.images.sizes(width, height)
+    if sizes["N"] < 2:
+        raise DataError(
+            f"{question.where}: expected an image of at least 2 visual tokens, got {sizes['N']}; leave it out"
+        )
     return SampleShape(
         where=question.where,
         width=width,
         height=height,
-        sizes=model.images.sizes(width, height),
+        sizes=sizes,
         num_text=ids.num_tokens,
     )
 

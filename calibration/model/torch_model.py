@@ -7,12 +7,12 @@ are mapped from their files and read when used. A model that does not fit into m
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import tokenizers
 import torch
 from torch import nn
@@ -28,8 +28,6 @@ from trio_edge.runtime.prompts.tokenizer import Tokenizer
 from trio_edge.trio.saliency import ProxySaliency
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
@@ -164,7 +162,6 @@ class _Values:
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
         self._checkpoint = checkpoint
         self._dtype, self._device = dtype, device
-        self._files: dict[Path, mmap.mmap] = {}
         self._tensors: dict[str, Tensor] = {}
 
     def of(self, name: str) -> Tensor:
@@ -179,16 +176,9 @@ class _Values:
                 f"{source.file}: expected floating-point weights, got {source.dtype}; use the checkpoint before"
                 " quantization"
             )
-        if source.file not in self._files:
-            with source.file.open("rb") as stream:  # a private copy: torch wants writable memory
-                self._files[source.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        values = torch.frombuffer(
-            self._files[source.file],
-            dtype=_TYPES[source.dtype],
-            count=math.prod(source.shape),
-            offset=source.offset,
-        )
-        return values.reshape(source.shape)
+        # a private copy: torch wants writable memory
+        raw = np.memmap(source.file, np.uint8, "c", offset=source.offset, shape=source.num_bytes)
+        return torch.from_numpy(raw).view(_TYPES[source.dtype]).reshape(source.shape)
 
 
 def _fill(parts: FamilyModel, values: _Values, checkpoint: Checkpoint) -> None:

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trio_edge.calibration.progress import SILENT
 from trio_edge.calibration.quantize.collecting import answer_samples, listening_to_caches, listening_to_inputs
 from trio_edge.calibration.quantize.report import CacheReport, GroupError, QuantizationReport
-from trio_edge.calibration.quantize.rounding import GroupRounding, check_modelopt
+from trio_edge.calibration.quantize.rounding import GroupRounding, modelopt
 from trio_edge.calibration.quantize.sections import quantized_sections
 from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
 
     from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.quantize.collecting import Inputs
     from trio_edge.calibration.quantize.report import Method
     from trio_edge.calibration.quantize.sections import Section
@@ -57,13 +59,12 @@ def calibrate_quantization(
     *,
     dtype: FloatType,
     num_tokens: int,
-    on_step: Callable[[str, int], None] = lambda _text, _count: None,
-    on_one: Callable[[], None] = lambda: None,
+    progress: StepProgress = SILENT,
 ) -> Quantized | None:
     """Return factors and ranges for ``plan``; None if it quantizes only select graphs or the embedding table.
 
     Inputs are collected while ``questions`` are answered under ``schedule``, with at most ``num_tokens`` tokens each.
-    ``on_step`` gets the name of each step and its number of samples or groups; ``on_one`` is called after each of these.
+    The samples of the second step of ``progress`` are groups.
 
     Raises:
         DataError: If a sample cannot be asked.
@@ -74,18 +75,18 @@ def calibrate_quantization(
         return None
     searched = frozenset(section.kind for section in sections) - {"fp8"}
     if searched:
-        check_modelopt()
-    on_step("collecting the layers' inputs", len(questions))
+        modelopt()
+    progress.step("collecting the layers' inputs", len(questions))
     layers: tuple[Any, ...] = model.parts.layers
     with (
         listening_to_caches(layers if plan.has_cache else ()) as cached,
         listening_to_inputs(sections, num_samples=len(questions)) as collected,
     ):
-        answer_samples(model, questions, schedule, num_tokens=num_tokens, on_sample=on_one)
+        answer_samples(model, questions, schedule, num_tokens=num_tokens, progress=progress)
     if sections:
-        on_step("quantizing layer by layer", sum(len(section.groups) for section in sections))
+        progress.step("quantizing layer by layer", sum(len(section.groups) for section in sections))
     names = model.tensor_names()
-    search = _Search(names, dtype, on_one)
+    search = _Search(names, dtype, progress)
     for section, inputs in zip(sections, collected):
         search.add(section, inputs)
     values = [names[layer.self_attn.v_proj.weight] for layer in layers]
@@ -114,10 +115,8 @@ def calibrate_quantization(
 class _Search:
     """Factors, ranges and errors found so far."""
 
-    def __init__(
-        self, names: Mapping[nn.Parameter, str], dtype: FloatType, on_group: Callable[[], None]
-    ) -> None:
-        self._names, self._dtype, self._on_group = names, dtype, on_group
+    def __init__(self, names: Mapping[nn.Parameter, str], dtype: FloatType, progress: StepProgress) -> None:
+        self._names, self._dtype, self._progress = names, dtype, progress
         self.smoothing: dict[str, Smoothing] = {}
         self.ranges: dict[str, float] = {}
         self.errors: list[GroupError] = []
@@ -129,7 +128,7 @@ class _Search:
             factors_I = self._group(section, group, inputs.pop(0))
             if factors_I is not None:
                 found.append((group, factors_I))
-            self._on_group()
+            self._progress.sample()
         self.smoothing |= smoothing_of(found, names=self._names)
 
     def _group(self, section: Section, group: LinearGroup, inputs: Inputs) -> Tensor | None:

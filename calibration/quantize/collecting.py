@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
+from trio_edge.calibration.progress import SILENT
 from trio_edge.export.quantize.scales import CacheRange
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.quantize.sections import Section
     from trio_edge.calibration.questions import Question
     from trio_edge.export.quantize.scales import Smoothing
@@ -62,14 +64,14 @@ def answer_samples(
     schedule: Schedule,
     *,
     num_tokens: int,
-    on_sample: Callable[[], None],
+    progress: StepProgress = SILENT,
 ) -> None:
     """Answer ``questions``, for listeners: decoding has other inputs than the prefill."""
     for question in questions:
         with torch.inference_mode():
             prompt = make_prompt(model, question)
             greedy_answer(model, prompt, schedule, max_tokens=num_tokens)
-        on_sample()
+        progress.sample()
 
 
 @contextmanager

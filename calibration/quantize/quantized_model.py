@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trio_edge.calibration.model.divergence import divergence, keep_all
-from trio_edge.calibration.model.greedy import greedy_answer
+from trio_edge.calibration.model.greedy import divergence, greedy_answer, keep_all
 from trio_edge.calibration.model.prompts import make_prompt
+from trio_edge.calibration.progress import SILENT
 from trio_edge.calibration.quantize.collecting import products_of
 from trio_edge.calibration.quantize.sections import block_of, quantized_sections
 from trio_edge.export.quantize.numerics import quantize, rounded_activations
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from trio_edge.calibration.model.divergence import MeasuredSchedule
+    from trio_edge.calibration.model.greedy import MeasuredSchedule
     from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.quantize.sections import Section
     from trio_edge.calibration.questions import Question
     from trio_edge.export.quantize.numerics import QuantizedWeight
@@ -146,7 +147,7 @@ def measure_quantized(
     *,
     dtype: FloatType,
     num_tokens: int,
-    on_sample: Callable[[], None],
+    progress: StepProgress = SILENT,
 ) -> list[MeasuredSchedule]:
     """Return for each question the divergence of the quantized model under ``schedule`` from keep-all."""
     with torch.inference_mode():
@@ -163,5 +164,5 @@ def measure_quantized(
                 )
                 rounds = max(answer.rounds, default=0)
                 results.append(divergence(log_probs_TV, tokens, answer.logits_TV, rounds=rounds))
-                on_sample()
+                progress.sample()
     return results

@@ -116,11 +116,6 @@ AWQ_STEP = 0.1
 _OFF = {"quantizer_name": "*", "enable": False}
 
 
-def check_modelopt() -> None:
-    """Raise CheckpointError unless Model Optimizer is installed."""
-    _modelopt()
-
-
 def awq_factors(weight_OI: Tensor, rows_TI: Tensor, *, block: int) -> Tensor:
     """Return the factors of a float32 weight's columns before rounding to INT4 in blocks of ``block``, float32 [I]."""
     weights = {
@@ -155,7 +150,7 @@ def _factors(weight_OI: Tensor, rows_TI: Tensor, config: dict[str, Any]) -> Tens
 
     As one layer they get shared factors. The rows were collected before, so only one decoder layer is in memory.
     """
-    mtq = _modelopt()
+    mtq = modelopt()
     linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight_OI.clone(), requires_grad=False)  # modelopt changes it in place
     module = nn.Sequential(linear)
@@ -165,7 +160,8 @@ def _factors(weight_OI: Tensor, rows_TI: Tensor, config: dict[str, Any]) -> Tens
     return 1.0 / scale.detach().to(torch.float32).flatten()
 
 
-def _modelopt() -> Any:
+def modelopt() -> Any:
+    """Return Model Optimizer's module for quantization; raise CheckpointError if it is not installed."""
     with warnings.catch_warnings():
         # it warns of untested releases of transformers, which is not used here
         warnings.simplefilter("ignore")

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-import tempfile
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
+import torch
 
-from trio_edge.calibration.model.prompts import sample_shape
+from trio_edge.calibration.metrics import METRICS, exact_normal
+from trio_edge.calibration.model.greedy import greedy_answer
+from trio_edge.calibration.model.prompts import make_prompt, sample_shape
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
 from trio_edge.calibration.quantize.quantized_model import measure_quantized
-from trio_edge.calibration.quantize.rounding import check_modelopt
+from trio_edge.calibration.quantize.rounding import modelopt
 from trio_edge.calibration.search.bundle_shape import (
     bundle_shape,
     memory_warning,
@@ -27,19 +26,19 @@ from trio_edge.calibration.search.bundle_shape import (
 )
 from trio_edge.calibration.search.calibration_file import (
     SCHEMA_VERSION,
+    Accuracy,
     Calibration,
     CalibrationData,
+    Fidelity,
     FrontPoint,
+    Measure,
     Shapes,
     SingleStage,
 )
-from trio_edge.calibration.search.held_out import accuracy, fidelity
-from trio_edge.calibration.search.measuring import Measurements, RecordKey, opened_record
+from trio_edge.calibration.search.measuring import RecordKey, opened_measurements
 from trio_edge.calibration.search.samples import read_samples, split_samples
-from trio_edge.calibration.search.schedules.candidates import cheapest_within
-from trio_edge.calibration.search.schedules.search import Setup, search
+from trio_edge.calibration.search.schedules.search import Setup, cheapest_within, search
 from trio_edge.calibration.search.schedules.space import (
-    average_keep,
     make_space,
     stages_of,
     usual_schedules,
@@ -47,32 +46,35 @@ from trio_edge.calibration.search.schedules.space import (
 )
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
+from trio_edge.profiling.measure.machine_info import find_versions
 from trio_edge.profiling.predict.speed import fitted_for
-from trio_edge.runtime.bundle.errors import DataError, TargetError
+from trio_edge.profiling.statistics import bootstrap_interval, paired_interval, score_interval
+from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.cost.devices import find_device
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
 
-    from trio_edge.calibration.model.prompts import SampleShape
+    from trio_edge.calibration.model.greedy import MeasuredSchedule
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.progress import StepProgress
-    from trio_edge.calibration.quantize.report import QuantizationReport
+    from trio_edge.calibration.quantize.calibrating import Quantized
     from trio_edge.calibration.questions import Question
-    from trio_edge.calibration.search.calibration_file import Fidelity
+    from trio_edge.calibration.search.measuring import Measurements
     from trio_edge.calibration.search.options import CalibrationOptions
     from trio_edge.export.quantize.plan import QuantizePlan
 
-_PACKAGES = ("trio-edge", "torch", "transformers", "numpy", "pillow", "tokenizers")
+MAX_ANSWER_TOKENS = 16
+"""Tokens of an answer whose exact match is scored."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Calibrated:
+class Calibrated(NamedTuple):
     """The result of a calibration, with what the export needs."""
 
     calibration: Calibration
-    scales: CalibratedScales = field(default_factory=CalibratedScales)
+    scales: CalibratedScales
 
 
 def calibrate(
@@ -94,7 +96,7 @@ def calibrate(
     """
     setup = _set_up(options, samples_sha256, progress)
     split = setup.split
-    with _measurements(setup, work) as measurements:
+    with opened_measurements(setup.model, _record_key(setup), work, progress) as measurements:
         found = search(setup, measurements)
         schedule = cheapest_within(found.candidates, options.max_kl).schedule
         usual = _usual(setup, schedule)
@@ -103,13 +105,13 @@ def calibrate(
     held_out = points[schedule].held_out
     _warn_above(options.max_kl, held_out, progress, way_out="give more samples, or a smaller bound")
     progress.step("answering held-out samples", len(split.held_out))
-    scores = accuracy(setup.model, split.held_out, schedule, on_sample=progress.sample)
-    quantized = _quantize(setup, schedule)
-    rounds, whole = max(rounds, quantized.rounds), setup.cost.of_stages([])
+    scores = accuracy(setup.model, split.held_out, schedule, progress)
+    quantized, quantized_held_out, quantized_rounds = _quantize(setup, schedule) or (None, None, 0)
+    rounds, whole = max(rounds, quantized_rounds), setup.cost.of_stages([])
     calibration = Calibration(
         schema_version=SCHEMA_VERSION,
         options=options,
-        data=_data(setup),
+        data=setup.data,
         rule=f"the {'fastest' if setup.kind == 'time' else 'cheapest'} whose KL is at most {options.max_kl:g} nats"
         " with 95 % confidence",
         schedule=msgspec.structs.replace(schedule, nms_rounds=rounds_with_margin(rounds)),
@@ -123,8 +125,8 @@ def calibrate(
         keep_all_flops=whole.flops,
         prediction=fitted_for(setup.cost.target).sentence(setup.cost.target.name),
         accuracy=scores,
-        quantization=quantized.report,
-        quantized_held_out=quantized.held_out,
+        quantization=quantized.report if quantized else None,
+        quantized_held_out=quantized_held_out,
         front=[points[one.schedule] for one in found.front],
         settings=found.tried,
         single_stages=[
@@ -133,9 +135,9 @@ def calibrate(
         num_measured=len(found.candidates),
         revision=setup.model.checkpoint.revision,
         compute_dtype=str(setup.model.dtype).removeprefix("torch."),
-        versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        versions=find_versions() | {name: version(name) for name in ("torch", "transformers")},
     )
-    return Calibrated(calibration=calibration, scales=quantized.scales)
+    return Calibrated(calibration, quantized.scales if quantized else CalibratedScales())
 
 
 def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: StepProgress) -> Setup:
@@ -153,7 +155,11 @@ def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: S
         options.model, revision=options.revision, max_visual=options.max_visual, device=options.device
     )
     progress.step("looking at the samples", len(questions))
-    samples = [_looked_at(model, question, progress) for question in questions]
+    samples = []
+    for question in questions:
+        samples.append(sample_shape(model, question))
+        progress.sample()
+    visual, text = [one.sizes["N"] for one in samples], [one.num_text for one in samples]
     shape = bundle_shape(model, samples, dtype=options.dtype, max_new_tokens=options.max_new_tokens)
     space = make_space(
         num_layers=model.num_layers,
@@ -167,9 +173,16 @@ def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: S
         options=options,
         plan=plan,
         split=split,
-        digest=digest,
+        data=CalibrationData(
+            sha256=digest,
+            samples=len(questions),
+            search=len(split.search),
+            held_out=len(split.held_out),
+            pictures=len({question.image_id for question in questions}),
+            num_visual=(min(visual), max(visual)),
+            num_text=(min(text), max(text)),
+        ),
         model=replace(model, most_visual=shape.num_visual),
-        samples=samples,
         shape=shape,
         space=space,
         cost=cost,
@@ -187,7 +200,7 @@ def _checked_plan(options: CalibrationOptions) -> QuantizePlan:
     if refusal is not None:
         raise TargetError(refusal)
     if plan.has_factors:
-        check_modelopt()
+        modelopt()
     return plan
 
 
@@ -205,33 +218,21 @@ def _warn_before_measuring(setup: Setup) -> None:
         setup.progress.warn(f"even with the smallest schedule: {warning}")
 
 
-@contextmanager
-def _measurements(setup: Setup, work: Path | None) -> Iterator[Measurements]:
-    """Yield the measurements, stored in ``work`` or a temporary folder."""
-    key = RecordKey(
+def _record_key(setup: Setup) -> RecordKey:
+    return RecordKey(
         model=setup.options.model,
         weights=_weights_digest(setup.model),
-        samples_sha256=setup.digest,
+        samples_sha256=setup.data.sha256,
         answer_tokens=setup.options.answer_tokens,
         dtype=str(setup.model.dtype),
         max_visual=setup.shape.num_visual,
     )
-    with ExitStack() as stack:
-        folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trio-calibrate-")))
-        record, known = stack.enter_context(opened_record(folder, key))
-        yield Measurements(
-            setup.model,
-            num_tokens=setup.options.answer_tokens,
-            record=record,
-            known=known,
-            on_sample=setup.progress.sample,
-        )
 
 
 def _usual(setup: Setup, schedule: Schedule) -> list[Schedule]:
     """Return ``trio-export``'s default schedule of the same average keep, if there is one."""
     defaults = Schedule(positions=setup.model.positions[0])
-    return usual_schedules(setup.space, defaults, [average_keep(stages_of(schedule), setup.space)])
+    return usual_schedules(setup.space, defaults, [setup.space.average_keep(schedule)])
 
 
 def _points(
@@ -249,7 +250,7 @@ def _points(
             stages=stages_of(schedule),
             first_token_ms=cost.milliseconds,
             flops=cost.flops,
-            average_keep=average_keep(stages_of(schedule), setup.space),
+            average_keep=setup.space.average_keep(schedule),
             search=fidelity(searched[schedule], split.search),
             held_out=fidelity(held_out[schedule], split.held_out),
         )
@@ -257,18 +258,8 @@ def _points(
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Quantized:
-    """A calibrated quantization; empty if the plan needs none."""
-
-    report: QuantizationReport | None = None
-    scales: CalibratedScales = field(default_factory=CalibratedScales)
-    held_out: Fidelity | None = None
-    rounds: int = 0
-    """Most NMS rounds on a held-out sample."""
-
-
-def _quantize(setup: Setup, schedule: Schedule) -> _Quantized:
+def _quantize(setup: Setup, schedule: Schedule) -> tuple[Quantized, Fidelity, int] | None:
+    """Return the calibrated quantization, its fidelity on held-out samples and most NMS rounds; None if the plan needs none."""
     split, progress = setup.split, setup.progress
     found = calibrate_quantization(
         setup.model,
@@ -277,11 +268,10 @@ def _quantize(setup: Setup, schedule: Schedule) -> _Quantized:
         setup.plan,
         dtype=setup.shape.dtype,
         num_tokens=setup.options.answer_tokens,
-        on_step=progress.step,
-        on_one=progress.sample,
+        progress=progress,
     )
     if found is None:
-        return _Quantized()
+        return None
     progress.step("measuring the quantized layers", len(split.held_out))
     results = measure_quantized(
         setup.model,
@@ -291,7 +281,7 @@ def _quantize(setup: Setup, schedule: Schedule) -> _Quantized:
         found.scales,
         dtype=setup.shape.dtype,
         num_tokens=setup.options.answer_tokens,
-        on_sample=progress.sample,
+        progress=progress,
     )
     held_out = fidelity(results, split.held_out)
     _warn_above(
@@ -301,8 +291,7 @@ def _quantize(setup: Setup, schedule: Schedule) -> _Quantized:
         what=f" with --quantize {setup.options.quantize}",
         way_out="quantize fewer parts, or give a smaller bound",
     )
-    rounds = max(result.rounds for result in results)
-    return _Quantized(report=found.report, scales=found.scales, held_out=held_out, rounds=rounds)
+    return found, held_out, max(result.rounds for result in results)
 
 
 def _warn_above(
@@ -312,16 +301,6 @@ def _warn_above(
         progress.warn(
             f"the held-out KL{what} is {held_out.kl.value:.3g}, above --max-kl {max_kl:g}; {way_out}"
         )
-
-
-def _looked_at(model: TorchModel, question: Question, progress: StepProgress) -> SampleShape:
-    shape = sample_shape(model, question)
-    if shape.sizes["N"] < 2:
-        raise DataError(
-            f"{question.where}: expected an image of at least 2 visual tokens, got {shape.sizes['N']}; leave it out"
-        )
-    progress.sample()
-    return shape
 
 
 def _digest(questions: Sequence[Question]) -> str:
@@ -341,16 +320,49 @@ def _weights_digest(model: TorchModel) -> str:
     return digest.hexdigest()
 
 
-def _data(setup: Setup) -> CalibrationData:
-    questions = [*setup.split.search, *setup.split.held_out]
-    visual = [sample.sizes["N"] for sample in setup.samples]
-    text = [sample.num_text for sample in setup.samples]
-    return CalibrationData(
-        sha256=setup.digest,
-        samples=len(questions),
-        search=len(setup.split.search),
-        held_out=len(setup.split.held_out),
-        pictures=len({question.image_id for question in questions}),
-        num_visual=(min(visual), max(visual)),
-        num_text=(min(text), max(text)),
+def fidelity(results: Sequence[MeasuredSchedule], questions: Sequence[Question]) -> Fidelity:
+    """Return mean divergence and agreement with their intervals, by bootstrap over images."""
+    images = [question.image_id for question in questions]
+    kls = [result.kl for result in results]
+    agreements = [float(result.agrees) for result in results]
+    return Fidelity(
+        samples=len(results),
+        kl=Measure(value=_mean(kls), interval_95=bootstrap_interval(kls, images)),
+        agreement=_measure(agreements, images),
     )
+
+
+def accuracy(
+    model: TorchModel, questions: Sequence[Question], schedule: Schedule, progress: StepProgress
+) -> Accuracy | None:
+    """Return the exact matches of keep-all and of ``schedule``; None if no sample has an answer."""
+    with_answers = [question for question in questions if question.answers]
+    if not with_answers:
+        return None
+    whole_scores, scores_of_chosen = list[float](), list[float]()
+    for question in with_answers:
+        with torch.inference_mode():
+            prompt = make_prompt(model, question)
+            for each, scores in ((Schedule(), whole_scores), (schedule, scores_of_chosen)):
+                answer = greedy_answer(model, prompt, each, max_tokens=MAX_ANSWER_TOKENS)
+                reading = exact_normal(model.tokenizer.decode(answer.tokens))
+                scores.append(METRICS["exact"].score(reading, question))
+        progress.sample()
+    images = [question.image_id for question in with_answers]
+    return Accuracy(
+        samples=len(with_answers),
+        keep_all=_measure(whole_scores, images),
+        chosen=_measure(scores_of_chosen, images),
+        difference=Measure(
+            value=_mean(scores_of_chosen) - _mean(whole_scores),
+            interval_95=paired_interval(scores_of_chosen, whole_scores, images),
+        ),
+    )
+
+
+def _measure(scores: list[float], images: list[str]) -> Measure:
+    return Measure(value=_mean(scores), interval_95=score_interval(scores, images))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

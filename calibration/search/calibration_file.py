@@ -8,7 +8,6 @@ import msgspec
 
 from trio_edge.calibration.quantize.report import QuantizationReport
 from trio_edge.calibration.search.options import CalibrationOptions
-from trio_edge.calibration.search.schedules.candidates import Tried
 from trio_edge.calibration.search.schedules.prefill_cost import CostKind
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.schedule import Schedule
@@ -90,6 +89,18 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     keep_all: Measure
     chosen: Measure
     difference: Measure
+
+
+class Tried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One value of a setting compared with the default, on the same schedules and samples."""
+
+    setting: str
+    value: str
+    kl: float
+    minus_default: float
+    interval_95: tuple[float, float]
+    """95 % interval of ``minus_default``; samples are paired by image."""
+    chosen: bool
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,32 +25,26 @@ _WAY_OUT = "choose another --out"
 _DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(CalibrationOptions)}
 
 
-def _share(option: str, text: str) -> float:
+def _share(text: str) -> float:
     """Return the share of a percentage such as 11.1%, or of 0.111."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text.strip())
-    if match is None:
-        raise click.UsageError(f"{option}: expected a percentage, got {text!r}; for instance 11.1%")
-    return float(match[1]) / (100 if match[2] else 1)
+    number = text.strip()
+    return float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
 
 
-def _one(_context: click.Context, option: click.Parameter, text: str | None) -> float | None:
-    return None if text is None else _share(option.opts[0], text)
+def _parsed(parse: Callable[[str], Any], what: str) -> Callable[..., Any]:
+    """Return a callback for an option that is ``what`` in words."""
 
-
-def _shares(_context: click.Context, option: click.Parameter, text: str | None) -> tuple[float, ...] | None:
-    return None if text is None else tuple(_share(option.opts[0], part) for part in text.split(","))
-
-
-def _numbers(kind: type[int | float]) -> Callable[..., tuple[float, ...] | None]:
-    def parse(_context: click.Context, option: click.Parameter, text: str | None) -> tuple[float, ...] | None:
+    def callback(_context: click.Context, option: click.Parameter, text: str | None) -> Any:
         try:
-            return None if text is None else tuple(kind(part) for part in text.split(","))
+            return None if text is None else parse(text)
         except ValueError:
-            raise click.UsageError(
-                f"{option.opts[0]}: expected numbers separated by commas, got {text!r}"
-            ) from None
+            raise click.UsageError(f"{option.opts[0]}: expected {what}, got {text!r}") from None
 
-    return parse
+    return callback
+
+
+def _list_of(parse: Callable[[str], Any], what: str) -> Callable[..., Any]:
+    return _parsed(lambda text: tuple(map(parse, text.split(","))), f"{what} separated by commas")
 
 
 def _option(name: str, text: str, default: str | None = None, **settings: Any) -> Callable[[Any], Any]:
@@ -75,7 +68,7 @@ def _option(name: str, text: str, default: str | None = None, **settings: Any) -
     "Share of the images to hold out for the report.",
     f"{_DEFAULTS['held_out']:.1%}",
     metavar="PERCENT",
-    callback=_one,
+    callback=_parsed(_share, "a percentage, for instance 33%"),
 )
 @_option(
     "--max-kl",
@@ -84,13 +77,19 @@ def _option(name: str, text: str, default: str | None = None, **settings: Any) -
     metavar="NATS",
 )
 @_option("--answer-tokens", "Answer tokens to compare with keep-all's.", type=int)
-@_option("--layers", "Layers to try stages at.", "evenly spread", metavar="N,N,…", callback=_numbers(int))
+@_option(
+    "--layers",
+    "Layers to try stages at.",
+    "evenly spread",
+    metavar="N,N,…",
+    callback=_list_of(int, "numbers"),
+)
 @_option(
     "--keeps",
     "Budgets to try, as shares of the largest image's visual tokens.",
     ",".join(f"{keep:.0%}" for keep in _DEFAULTS["keeps"]),
     metavar="PERCENT,…",
-    callback=_shares,
+    callback=_list_of(_share, "percentages"),
 )
 @_option("--max-stages", "Most stages of a schedule.", type=int)
 @_option(
@@ -98,7 +97,7 @@ def _option(name: str, text: str, default: str | None = None, **settings: Any) -
     "NMS similarity thresholds to try.",
     ",".join(map(str, _DEFAULTS["nms_thresholds"])),
     metavar="τ,…",
-    callback=_numbers(float),
+    callback=_list_of(float, "numbers"),
 )
 @_option("--evaluations", "Most schedules of several stages to measure.", type=int)
 @_option(
@@ -123,11 +122,7 @@ def _option(name: str, text: str, default: str | None = None, **settings: Any) -
     help="Make no shapes for images larger than the samples.",
 )
 @_option("--device", "torch device to run the samples on.")
-@click.option(
-    "--work",
-    type=PATH,
-    help="Folder for measurements. The same command continues an interrupted run from it.",
-)
+@click.option("--work", type=PATH, help="Folder for measurements; an interrupted run continues from it.")
 @click.option("--no-export", is_flag=True, help="Write calibration.json, but no bundle.")
 @click.option("--force", is_flag=True, help="Replace an existing calibration.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")

@@ -16,20 +16,22 @@ from typing import TYPE_CHECKING, final
 import msgspec
 import torch
 
-from trio_edge.calibration.json_lines import ResultFile, locked_folder, opened_results, read_header
-from trio_edge.calibration.model.divergence import KeepAll, MeasuredSchedule, divergence, keep_all
+from trio_edge.calibration.json_lines import opened_results, work_folder
+from trio_edge.calibration.model.greedy import KeepAll, MeasuredSchedule, divergence, keep_all
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.sequence import advanced, answer_logits, order_of, saliency, with_kept
+from trio_edge.calibration.progress import SILENT
 from trio_edge.calibration.search.schedules.space import stages_of
-from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
     from pathlib import Path
 
+    from trio_edge.calibration.json_lines import ResultFile
     from trio_edge.calibration.model.sequence import Sequence
     from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.questions import Question
 
 
@@ -39,57 +41,54 @@ def measure(
     """Yield each distinct schedule with its divergence on the sample, in any order."""
     # sorted, because groupby joins only neighbours
     distinct = sorted(set(schedules), key=lambda schedule: (_settings(schedule), stages_of(schedule)))
-    branching = _Branching(model, whole)
     for _, group in groupby(distinct, key=_settings):
-        yield from branching.branches(list(group), 0, lambda layer: whole.inputs[layer], rounds=0)
+        yield from _branches(model, whole, list(group), 0, lambda layer: whole.inputs[layer], rounds=0)
 
 
 def _settings(schedule: Schedule) -> tuple[object, ...]:
     return schedule.probe_rows, schedule.num_probe_rows, schedule.nms_threshold, schedule.positions
 
 
-class _Branching:
-    """The tree of one sample's schedules with equal settings."""
+def _branches(
+    model: TorchModel,
+    whole: KeepAll,
+    schedules: list[Schedule],
+    stage: int,
+    at: Callable[[int], Sequence],
+    *,
+    rounds: int,
+) -> Iterator[tuple[Schedule, MeasuredSchedule]]:
+    """Yield the results of ``schedules``, which have equal settings and are equal before ``stage``.
 
-    def __init__(self, model: TorchModel, whole: KeepAll) -> None:
-        self._model, self._whole = model, whole
-
-    def branches(
-        self, schedules: list[Schedule], stage: int, at: Callable[[int], Sequence], *, rounds: int
-    ) -> Iterator[tuple[Schedule, MeasuredSchedule]]:
-        """Yield the results of ``schedules``, which are equal before ``stage``.
-
-        ``at`` returns the sequence that enters a layer; layers must ascend from call to call.
-        """
-        going_on = [schedule for schedule in schedules if len(schedule.stages) > stage]
-        for layer, group in groupby(going_on, key=lambda schedule: schedule.stages[stage].layer):
-            alike = list(group)
-            entering = at(layer)
-            scores_N = saliency(self._model, layer, alike[0], entering)
-            order = order_of(entering, scores_N, threshold=alike[0].nms_threshold)
-            for keep, branch in groupby(alike, key=lambda schedule: schedule.stages[stage].keep):
-                kept = with_kept(entering, order.kept(keep), positions=alike[0].positions)
-                onward = self._onward(kept, layer)
-                yield from self.branches(list(branch), stage + 1, onward, rounds=max(rounds, order.rounds))
-        for schedule in schedules:
-            if len(schedule.stages) == stage:
-                yield schedule, self._compared(schedule, at, rounds)
-
-    def _onward(self, sequence: Sequence, layer: int) -> Callable[[int], Sequence]:
-        """Return a function that returns ``sequence``, at ``layer`` now, as it enters later layers in ascending order."""
-
-        def at(wanted: int) -> Sequence:
-            nonlocal sequence, layer
-            sequence, layer = advanced(self._model, sequence, range(layer, wanted)), wanted
-            return sequence
-
-        return at
-
-    def _compared(self, schedule: Schedule, at: Callable[[int], Sequence], rounds: int) -> MeasuredSchedule:
+    ``at`` returns the sequence that enters a layer; layers must ascend from call to call.
+    """
+    going_on = [schedule for schedule in schedules if len(schedule.stages) > stage]
+    for layer, group in groupby(going_on, key=lambda schedule: schedule.stages[stage].layer):
+        alike = list(group)
+        entering = at(layer)
+        scores_N = saliency(model, layer, alike[0], entering)
+        order = order_of(entering, scores_N, threshold=alike[0].nms_threshold)
+        for keep, branch in groupby(alike, key=lambda schedule: schedule.stages[stage].keep):
+            kept = with_kept(entering, order.kept(keep), positions=alike[0].positions)
+            onward, most = _onward(model, kept, layer), max(rounds, order.rounds)
+            yield from _branches(model, whole, list(branch), stage + 1, onward, rounds=most)
+    for schedule in schedules:
         if not schedule.stages:
-            return MeasuredSchedule(0.0, True, 0)
-        logits_TV = answer_logits(self._model, at(self._model.num_layers))
-        return divergence(self._whole.log_probs_TV, self._whole.tokens, logits_TV, rounds=rounds)
+            yield schedule, MeasuredSchedule(0.0, True, 0)
+        elif len(schedule.stages) == stage:
+            logits_TV = answer_logits(model, at(model.num_layers))
+            yield schedule, divergence(whole.log_probs_TV, whole.tokens, logits_TV, rounds=rounds)
+
+
+def _onward(model: TorchModel, sequence: Sequence, layer: int) -> Callable[[int], Sequence]:
+    """Return a function that returns ``sequence``, at ``layer`` now, as it enters later layers in ascending order."""
+
+    def at(wanted: int) -> Sequence:
+        nonlocal sequence, layer
+        sequence, layer = advanced(model, sequence, range(layer, wanted)), wanted
+        return sequence
+
+    return at
 
 
 RECORD_NAME = "measurements.jsonl"
@@ -119,23 +118,20 @@ class MeasuredLine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @contextmanager
-def opened_record(folder: Path, key: RecordKey) -> Iterator[tuple[ResultFile, list[MeasuredLine]]]:
-    """Yield the folder's record, to append to, and its measurements so far.
+def opened_measurements(
+    model: TorchModel, key: RecordKey, work: Path | None, progress: StepProgress = SILENT
+) -> Iterator[Measurements]:
+    """Yield the measurements of ``model`` that the folder ``work`` has so far; new ones are stored there.
 
     Raises:
-        DataError: If it cannot be read or written, is in use, is broken, or has another key.
+        DataError: If the folder cannot be read or written, is in use, is broken, or is of another key.
     """
-    path = folder / RECORD_NAME
-    with locked_folder(folder):
-        theirs = read_header(path, RecordKey, what="a record of measurements")
-        if theirs is not None and theirs != key:
-            names = [name for name in key.__struct_fields__ if getattr(theirs, name) != getattr(key, name)]
-            raise DataError(
-                f"{path}: expected measurements of this model and these samples, got others"
-                f" ({', '.join(names)} differ); choose another --work"
-            )
-        with opened_results(path, key, MeasuredLine, what="a measurement") as opened:
-            yield opened
+    with (
+        work_folder(work) as folder,
+        opened_results(folder / RECORD_NAME, key, MeasuredLine, what="a measurement") as (record, known),
+    ):
+        measured = {(line.index, line.schedule): line.result for line in known}
+        yield Measurements(model, key.answer_tokens, record, measured, progress)
 
 
 @final
@@ -145,18 +141,13 @@ class Measurements:
     def __init__(
         self,
         model: TorchModel,
-        *,
         num_tokens: int,
         record: ResultFile,
-        known: Iterable[MeasuredLine],
-        on_sample: Callable[[], None] = lambda: None,
+        measured: dict[tuple[int, Schedule], MeasuredSchedule],
+        progress: StepProgress,
     ) -> None:
-        """Start with the ``known`` measurements; new ones are appended to ``record``."""
         self._model, self._num_tokens = model, num_tokens
-        self._record, self._on_sample = record, on_sample
-        self._measured: dict[tuple[int, Schedule], MeasuredSchedule] = {
-            (line.index, line.schedule): line.result for line in known
-        }
+        self._record, self._measured, self._progress = record, measured, progress
         self._whole: dict[int, KeepAll] = {}
         self._whole_bytes = 0
 
@@ -174,7 +165,7 @@ class Measurements:
                         self._record.append(
                             MeasuredLine(index=question.index, schedule=schedule, result=result)
                         )
-            self._on_sample()
+            self._progress.sample()
         return {
             schedule: [self._measured[question.index, schedule] for question in questions]
             for schedule in schedules

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
-
 from shapes.questions import KINDS
 from shapes.samples import HELD_OUT_OFFSET, held_out, samples_of
 from shapes.scene import CANVASES, make_scene
+from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 DEMO_SIZES = ((96, 96), (144, 48), (48, 144), (200, 150))
 DEMO_KINDS = ["color", "digit", "place", "count", "comparison", "existence"]

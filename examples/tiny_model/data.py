@@ -13,7 +13,6 @@ from multiprocessing import Pool
 
 import numpy as np
 from PIL import Image
-
 from shapes.questions import KINDS, ask
 from shapes.scene import (  # fmt: skip
     CANVASES,

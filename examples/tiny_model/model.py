@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from data import PINPOINTS, TILE, Layout
+from shapes.questions import VOCABULARY
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
-
-from shapes.questions import VOCABULARY
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "user:", "assistant:")
 TOKENS: tuple[str, ...] = (*SPECIAL, *VOCABULARY)

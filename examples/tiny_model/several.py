@@ -18,11 +18,6 @@ import torch
 from data import Group, Layout, labels_of, layout_of, make_groups, tiles_of
 from model import PAD
 from package import package
-from stage_language import Lesson, Recipe, encode, evaluate, make_lessons, train_language
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import LlavaNextForConditionalGeneration
-
 from shapes.questions import KINDS, matches
 from shapes.scene import Scene, render
 from shapes.several import (
@@ -35,6 +30,10 @@ from shapes.several import (
     make_pair,
     make_video,
 )
+from stage_language import Lesson, Recipe, encode, evaluate, make_lessons, train_language
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlavaNextForConditionalGeneration
 
 TRAIN_SEED = 3_000_000
 VALIDATION_SEED = 600_000_000

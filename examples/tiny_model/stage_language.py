@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from data import Group, questions_of
 from model import EOS, PAD, TOKEN_ID, Drop, Watch, decode, head_logits, pack, tile_features
+from shapes.questions import KINDS, PLURALS
+from shapes.scene import CANVASES, PLACES, Scene, make_scene
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaNextForConditionalGeneration
-
-from shapes.questions import KINDS, PLURALS
-from shapes.scene import CANVASES, PLACES, Scene, make_scene
 
 MAX_QUESTION = 13
 OPENINGS = (

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from data import NAMES, Group
 from model import TOKEN_ID, tile_features
+from shapes.scene import COLOR_NAMES, PLACES, SIZES
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaNextForConditionalGeneration
-
-from shapes.scene import COLOR_NAMES, PLACES, SIZES
 
 
 def _ids(words: tuple[str, ...]) -> list[int]:

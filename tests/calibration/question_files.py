@@ -1,15 +1,16 @@
-"""Files of questions about random pictures, for tests of trio-eval."""
+"""Files of questions about random or drawn pictures, for tests of trio-eval and trio-calibrate."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 from tests.pictures import random_picture
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+SCRIPT = Path(__file__).parents[2] / "examples" / "tiny_model" / "questions.py"
 SIZES = ((48, 48), (60, 40), (40, 60))
 
 
@@ -28,3 +29,9 @@ def questions_about(count: int, **fields: Any) -> list[dict[str, Any]]:
         {"image": f"p{i % 3}.png", "question": f"w{i % 20} w{i % 7}", "answer": f"w{i % 50}", **fields}
         for i in range(count)
     ]
+
+
+def drawn_questions(folder: Path, *options: str) -> Path:
+    """Write held-out questions about drawn pictures, as the examples do; return the file."""
+    subprocess.run([sys.executable, str(SCRIPT), str(folder), *options], check=True, capture_output=True)
+    return folder / "questions.jsonl"

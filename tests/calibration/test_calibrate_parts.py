@@ -1,4 +1,4 @@
-"""The parts of a calibration that need no model: samples, shapes, fronts, rules and costs."""
+"""The parts of a calibration that need no model: samples, shapes, fronts, bounds and costs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ import pytest
 from tests.calibration.question_files import questions_about, write_questions
 from tests.pictures import random_picture
 from trio_edge.calibration.json_lines import ResultFile
-from trio_edge.calibration.model.divergence import MeasuredSchedule
+from trio_edge.calibration.model.greedy import MeasuredSchedule
 from trio_edge.calibration.model.prompts import SampleShape
+from trio_edge.calibration.progress import StepProgress
 from trio_edge.calibration.search.bundle_shape import image_sizes, rounds_with_margin, text_buckets
-from trio_edge.calibration.search.calibrate import SearchProgress, _warn_above
+from trio_edge.calibration.search.calibrate import _warn_above, accuracy
 from trio_edge.calibration.search.calibration_file import Fidelity, Measure, read_options
-from trio_edge.calibration.search.held_out import accuracy
 from trio_edge.calibration.search.measuring import MeasuredLine
 from trio_edge.calibration.search.options import CalibrationOptions
 from trio_edge.calibration.search.samples import read_samples, split_samples
-from trio_edge.calibration.search.schedules.candidates import Candidate, first_fronts, pareto_front
 from trio_edge.calibration.search.schedules.prefill_cost import PrefillCost, ScheduleCost, Situation
-from trio_edge.calibration.search.schedules.selection_rule import SelectionRule
+from trio_edge.calibration.search.schedules.search import (
+    Candidate,
+    cheapest_within,
+    first_fronts,
+    pareto_front,
+)
 from trio_edge.calibration.search.schedules.space import make_space
 from trio_edge.profiling.predict.answer import Setting, predict
 from trio_edge.profiling.predict.models import find_model
@@ -50,23 +54,23 @@ def cost_on(target: str, *situations: Situation) -> PrefillCost:
 
 def candidate(stages: str | None, *, kl: float) -> Candidate:
     schedule = Schedule() if stages is None else parse_schedule(stages)
-    cost = cost_on("orin-nx-16", Situation(1.0, SIZES, 40)).of(schedule)
+    cost = cost_on("orin-nx-16", Situation(1.0, SIZES, 40)).of(schedule).milliseconds
     results = [MeasuredSchedule(0.9 * kl, True, 3), MeasuredSchedule(1.1 * kl, True, 3)]
-    return Candidate(schedule=schedule, cost=cost, kind="time", results=results, images=["a", "b"])
+    return Candidate(schedule=schedule, cost=cost, results=results, images=["a", "b"])
 
 
 def test_samples_may_lack_answers(tmp_path: Path) -> None:
     lines = questions_about(3)
     del lines[1]["answer"]
-    questions = read_samples(str(write_questions(tmp_path, lines)), prompt=None, count=None, seed=0)
+    questions = read_samples(str(write_questions(tmp_path, lines)), prompt=None, count=None)
     assert [question.answers for question in questions] == [("w0",), (), ("w2",)]
 
 
 def test_samples_without_answers_have_no_accuracy(tmp_path: Path) -> None:
     lines = [{key: line[key] for key in ("image", "question")} for line in questions_about(2)]
-    questions = read_samples(str(write_questions(tmp_path, lines)), prompt=None, count=None, seed=0)
+    questions = read_samples(str(write_questions(tmp_path, lines)), prompt=None, count=None)
     never: Any = None
-    assert accuracy(never, questions, Schedule(), on_sample=never) is None
+    assert accuracy(never, questions, Schedule(), never) is None
 
 
 def test_a_folder_of_images_is_asked_one_prompt(tmp_path: Path) -> None:
@@ -74,14 +78,14 @@ def test_a_folder_of_images_is_asked_one_prompt(tmp_path: Path) -> None:
     for number, name in enumerate(("b.png", "deep/a.jpg")):
         random_picture(48, 48, seed=number).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
-    questions = read_samples(str(tmp_path), prompt="w1 ?", count=None, seed=0)
+    questions = read_samples(str(tmp_path), prompt="w1 ?", count=None)
     assert [question.sample_id for question in questions] == ["b.png", "deep/a.jpg"]
     assert {question.question for question in questions} == {"w1 ?"}
 
 
 def test_no_image_is_on_both_sides_of_the_split(tmp_path: Path) -> None:
     path = write_questions(tmp_path, questions_about(12))
-    questions = read_samples(str(path), prompt=None, count=None, seed=0)
+    questions = read_samples(str(path), prompt=None, count=None)
     split = split_samples(questions, held_out=0.3, seed=0)
     sides = [{question.image_id for question in side} for side in split]
     assert not sides[0] & sides[1]
@@ -184,57 +188,24 @@ def test_the_cost_is_the_mean_over_the_samples_shapes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "chosen"),
+    ("bound", "chosen"),
     [
-        (SelectionRule(bounded="max_kl", bound=0.05), "1:460"),
-        (
-            SelectionRule(bounded="max_kl", bound=0.043),
-            "10:270",
-        ),  # 0.04 is not within it with 95 % confidence
-        (SelectionRule(bounded="max_kl", bound=0.005), None),
-        (SelectionRule(bounded="target_ms", bound=2300.0), "10:270"),
-        (SelectionRule(bounded="keep", bound=0.40), "10:270"),
-        (SelectionRule(bounded="keep", bound=0.20), "1:460"),
+        (0.05, "1:460"),
+        (0.043, "10:270"),  # 0.04 is not within it with 95 % confidence
+        (0.005, None),
     ],
 )
-def test_a_rule_chooses_within_its_bound(rule: SelectionRule, chosen: str | None) -> None:
+def test_the_cheapest_within_the_bound_is_chosen(bound: float, chosen: str | None) -> None:
     candidates = [candidate(None, kl=0.0), candidate("10:270", kl=0.02), candidate("1:460", kl=0.04)]
     candidates.append(candidate("1:110", kl=0.3))
-    expected = next(
-        one for one in candidates if one.schedule == (parse_schedule(chosen) if chosen else Schedule())
-    )
-    assert rule.choice(candidates, SPACE) == expected
-
-
-@pytest.mark.parametrize(
-    ("rule", "message"),
-    [
-        (
-            SelectionRule(bounded="target_ms", bound=1.0),
-            r"--target-ms: expected at least \d+ \(predicted for jetson-orin-nx-16",
-        ),
-        (SelectionRule(bounded="keep", bound=0.02), r"--keep: expected at least 7% \(stages 1:115\), got 2%"),
-    ],
-)
-def test_what_no_schedule_can_do_is_told_with_the_nearest(rule: SelectionRule, message: str) -> None:
-    cost = cost_on("orin-nx-16", Situation(1.0, SIZES, 40))
-    with pytest.raises(ScheduleError, match=message):
-        rule.check(SPACE, cost)
-
-
-def test_the_nearest_that_is_told_can_be_had() -> None:
-    cost = cost_on("orin-nx-16", Situation(1.0, SIZES, 40))
-    with pytest.raises(ScheduleError, match="--target-ms") as refusal:
-        SelectionRule(bounded="target_ms", bound=1.0).check(SPACE, cost)
-    nearest = float(str(refusal.value).split("at least ")[1].split()[0])
-    SelectionRule(bounded="target_ms", bound=nearest).check(SPACE, cost)
+    expected = Schedule() if chosen is None else parse_schedule(chosen)
+    assert cheapest_within(candidates, bound).schedule == expected
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"target": "orin"}, "--target: expected one of"),
-        ({"max_kl": 0.1, "keep": 0.2}, "expected one, got --max-kl, --keep"),
         ({"held_out": 1.0}, "--held-out: expected a share"),
         ({"nms_thresholds": (0.0,)}, "--nms-thresholds: expected values"),
         ({"answer_tokens": 0}, "--answer-tokens: expected 1..64, got 0"),
@@ -276,9 +247,9 @@ def test_a_divergence_above_the_bound_is_warned_of() -> None:
     kl, agreement = (Measure(value=value, interval_95=(0.0, 1.0)) for value in (0.07, 1.0))
     for bound in (0.05, 0.08):
         _warn_above(
-            SelectionRule(bounded="max_kl", bound=bound),
+            bound,
             Fidelity(samples=3, kl=kl, agreement=agreement),
-            SearchProgress(warn=lines.append),
+            StepProgress(warn=lines.append),
             what=" with --quantize int4",
             way_out="quantize fewer parts",
         )

@@ -14,8 +14,7 @@ from tests.conftest import REDUCED_STAGES
 from tests.qwen_checkpoints import CAMERA, save_qwen3_vl_checkpoint
 from tests.qwen_checkpoints import REDUCED as DEEPSTACK_STAGES
 from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
-from trio_edge.calibration.model.divergence import KeepAll, keep_all
-from trio_edge.calibration.model.greedy import greedy_answer
+from trio_edge.calibration.model.greedy import KeepAll, greedy_answer, keep_all
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.sequence import Sequence, advanced, order_of
 from trio_edge.calibration.model.torch_model import load_model

@@ -18,8 +18,7 @@ from tests.calibration.smoothing import apply_smoothing
 from tests.checkpoints import save_checkpoint
 from tests.decode_logits import record_logits
 from tests.shared_traces import shared_traces
-from trio_edge.calibration.model.divergence import MeasuredSchedule, keep_all
-from trio_edge.calibration.model.greedy import greedy_answer
+from trio_edge.calibration.model.greedy import MeasuredSchedule, greedy_answer, keep_all
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.sequence import run_layer
 from trio_edge.calibration.model.torch_model import TorchModel, load_model
@@ -80,7 +79,7 @@ def test_layers_behind_a_stage_are_listened_to_with_fewer_tokens_and_the_head_wh
         prompt = make_prompt(model, one[0])
     sections = quantized_sections(model, SCHEDULE, parse_plan("int8,head=int8"))
     with listening_to_inputs(sections, num_samples=1) as found:
-        answer_samples(model, one, SCHEDULE, num_tokens=3, on_sample=lambda: None)
+        answer_samples(model, one, SCHEDULE, num_tokens=3)
     assert [group.name for group in sections[0].groups] == ["qkv", "o", "gate_up", "down"]
     *rows, head_rows = [
         len(section[0].all_rows()) - 1 for section in found
@@ -149,7 +148,6 @@ def test_quantized_layers_differ_by_their_rounding_and_are_given_back(
             scales,
             dtype="float32",
             num_tokens=3,
-            on_sample=lambda: None,
         )
         return result
 
@@ -296,8 +294,8 @@ def calibrated(checkpoint: Path, samples: Path, tmp_path_factory: pytest.TempPat
     out = tmp_path_factory.mktemp("calibrated") / "out"
     arguments = [str(checkpoint), "--samples", str(samples), "--target", "orin-nx-16", "--out", str(out)]
     arguments += [
-        "--keep",
-        "60%",
+        "--max-kl",
+        "10",
         "--layers",
         "1",
         "--keeps",
@@ -339,10 +337,6 @@ def test_the_report_tells_the_error_of_every_group(calibrated: Path) -> None:
     assert [one["layer"] for one in report["caches"]] == [0, 1, 2]
     assert content["quantized_held_out"]["samples"] == content["data"]["held_out"]
     assert 0.0 < content["quantized_held_out"]["kl"]["value"] < 3.0  # the weights are random
-    page = (calibrated / "calibration.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 3 + 8  # and one for each group of vision and decoder layers
-    assert f"--quantize {PLAN}" in page
-    assert "projector_2" in page
 
 
 def test_the_bundle_computes_with_what_was_found_and_answers(bundle: Bundle) -> None:

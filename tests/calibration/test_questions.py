@@ -1,4 +1,4 @@
-"""Files of questions: fields, one line for everything that can be wrong, digests and shards."""
+"""Files of questions: fields, one line for everything that can be wrong, and digests."""
 
 from __future__ import annotations
 
@@ -7,16 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.calibration.question_files import questions_about, write_questions
+from tests.calibration.question_files import write_questions
 from trio_edge.calibration.metrics import METRICS, check_metric
 from trio_edge.calibration.questions import (
-    SYNTHETIC_SETS,
-    SYNTHETIC_SEVERAL,
     digest_of,
-    parse_shard,
     read_questions,
-    shard_of,
-    synthetic_questions,
 )
 from trio_edge.runtime.bundle.errors import DataError
 
@@ -157,30 +152,3 @@ def test_the_digest_depends_on_what_is_asked_and_how_it_is_scored(tmp_path: Path
         questions = read_questions(write_questions(tmp_path, [line]))
         digests |= {digest_of(questions, metric="exact"), digest_of(questions, metric="vqa")}
     assert len(digests) == 12
-
-
-def test_shards_share_nothing_and_are_all_together(tmp_path: Path) -> None:
-    questions = read_questions(write_questions(tmp_path, questions_about(10)))
-    parts = [shard_of(questions, shard=i, num_shards=3) for i in (1, 2, 3)]
-    assert sorted(q.index for part in parts for q in part) == list(range(10))
-
-
-@pytest.mark.parametrize("text", ["", "1", "0/2", "3/2", "1/0", "a/b", "-1/2", "1/2/3"])
-def test_a_shard_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(DataError, match="expected I/N with 1 <= I <= N"):
-        parse_shard(text)
-
-
-def test_both_synthetic_sets_become_questions() -> None:
-    for name in SYNTHETIC_SETS:
-        questions = synthetic_questions(8, seed=0, name=name)
-        assert len({question.sample_id for question in questions}) == 8
-        assert {len(question.images) > 1 for question in questions} == {name == SYNTHETIC_SEVERAL}
-        ids = {question.image_id: [image.tobytes() for image in question.images] for question in questions}
-        assert all(ids[question.image_id][0] == question.images[0].tobytes() for question in questions)
-
-
-def test_questions_about_one_synthetic_image_share_its_id() -> None:
-    questions = synthetic_questions(8, seed=0)
-    ids = {question.sample_id.split("-")[0]: question.image_id for question in questions}
-    assert len(set(ids.values())) == len(ids) < 8

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import pytest
+from PIL import Image
 
 from examples.tiny_model.shapes.questions import COUNT_WORDS, KINDS, PLURALS, VOCABULARY, ask
 from examples.tiny_model.shapes.samples import HELD_OUT_OFFSET, held_out
 from examples.tiny_model.shapes.scene import CANVASES, SIZES, Scene, Thing, make_scene, render
+from examples.tiny_model.shapes.several import held_out_several
+from tests.calibration.question_files import drawn_questions
+from trio_edge.calibration.questions import read_questions
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SCENES = [make_scene(seed) for seed in range(300)]
 
@@ -120,3 +128,25 @@ def test_comparisons_are_right() -> None:
             sizes = [[SIZES.index(t.size) for t in scene.things if _fits(t, group)] for group in groups]
             assert sorted(sizes) == [[0], [1]]
             assert (sizes[0] > sizes[1]) == (answer == "yes")
+
+
+def test_written_questions_are_what_trio_eval_reads(tmp_path: Path) -> None:
+    questions = read_questions(drawn_questions(tmp_path / "one", "--count", "8", "--seed", "3"))
+    samples = list(held_out(8, seed=3))
+    assert [(q.sample_id, q.kind, q.question, q.answers) for q in questions] == [
+        (s.sample_id, s.kind, s.question, (s.answer,)) for s in samples
+    ]
+    for question, sample in zip(questions, samples):
+        with Image.open(question.images[0]) as image:
+            assert image.tobytes() == sample.images[0].tobytes()
+    ids = {question.image_id: question.sample_id.split("-")[0] for question in questions}
+    assert len(set(ids.values())) == len(ids) < 8
+
+
+def test_written_questions_about_several_images_name_them_in_order(tmp_path: Path) -> None:
+    questions = read_questions(drawn_questions(tmp_path, "--count", "8", "--several"))
+    assert [len(question.images) > 1 for question in questions] == [True] * 8
+    for question, sample in zip(questions, held_out_several(8)):
+        for path, expected in zip(question.images, sample.images, strict=True):
+            with Image.open(path) as image:
+                assert image.tobytes() == expected.tobytes()

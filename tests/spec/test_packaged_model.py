@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.bundles import export
-from trio_edge.calibration.evaluate.answering import Answerer, Asking, Outcome
-from trio_edge.calibration.questions import questions_of
-from examples.tiny_model.shapes.samples import held_out
+from tests.calibration.question_files import drawn_questions
+from trio_edge.calibration.evaluate.answering import Outcome, answer
+from trio_edge.calibration.questions import Question, read_questions
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.trio.budgets import schedule_for_keep
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from examples.tiny_model.shapes.samples import ShapeSample
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = 160
@@ -42,10 +40,14 @@ def reduced() -> Iterator[Pipeline]:
         yield pipeline
 
 
-def outcomes(pipeline: Pipeline, samples: Iterable[ShapeSample]) -> list[Outcome]:
-    answerer = Answerer(Asking(bundle=Path()), pipeline)
-    answers = [answerer.answer(question) for question in questions_of(samples)]
-    return [answer for answer in answers if isinstance(answer, Outcome)]
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Question]:
+    options = ("--count", str(QUESTIONS), "--seed", "1")
+    return read_questions(drawn_questions(tmp_path_factory.mktemp("shapes"), *options))
+
+
+def outcomes(pipeline: Pipeline, questions: list[Question]) -> list[Outcome]:
+    return [answer(pipeline, question) for question in questions]
 
 
 def accuracy(outcomes: list[Outcome]) -> float:
@@ -53,18 +55,18 @@ def accuracy(outcomes: list[Outcome]) -> float:
     return statistics.fmean(outcome.score for outcome in outcomes)
 
 
-def test_all_tokens_answer_held_out_questions(keep_all: Pipeline) -> None:
-    assert accuracy(outcomes(keep_all, held_out(QUESTIONS, seed=1))) >= FLOOR
+def test_all_tokens_answer_held_out_questions(keep_all: Pipeline, questions: list[Question]) -> None:
+    assert accuracy(outcomes(keep_all, questions)) >= FLOOR
 
 
-def test_another_picture_does_not_answer_them(keep_all: Pipeline) -> None:
-    samples = list(held_out(QUESTIONS, seed=1))
-    swapped = [replace(a, images=b.images) for a, b in zip(samples, samples[91:] + samples[:91])]
+def test_another_picture_does_not_answer_them(keep_all: Pipeline, questions: list[Question]) -> None:
+    others = questions[91:] + questions[:91]
+    swapped = [replace(one, images=other.images) for one, other in zip(questions, others)]
     assert accuracy(outcomes(keep_all, swapped)) < 0.45
 
 
-def test_a_ninth_of_the_tokens_still_sees(reduced: Pipeline) -> None:
-    found = outcomes(reduced, held_out(QUESTIONS, seed=1))
+def test_a_ninth_of_the_tokens_still_sees(reduced: Pipeline, questions: list[Question]) -> None:
+    found = outcomes(reduced, questions)
     assert accuracy(found) >= REDUCED_FLOOR
     shares = [outcome.processed_tokens / outcome.visual_tokens for outcome in found]
     assert statistics.fmean(shares) < 0.125  # pictures with fewer tokens than 192 keep a larger share

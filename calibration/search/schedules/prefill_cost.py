@@ -62,9 +62,7 @@ class PrefillCost:
     vision: VisionDimensions
     situations: Sequence[Situation]
     target: DeviceSpec
-    _parts: dict[tuple[str, int | None, int], ScheduleCost] = field(
-        default_factory=dict, init=False, compare=False
-    )
+    _parts: dict[tuple[object, ...], ScheduleCost] = field(default_factory=dict, init=False, compare=False)
 
     def of(self, schedule: Schedule) -> ScheduleCost:
         """Return a schedule's cost."""
@@ -75,9 +73,8 @@ class PrefillCost:
         starts = [0, *(layer for layer, _ in stages)]
         stops = [*starts[1:], self.decoder.num_layers]
         rows: list[int | None] = [None, *(keep for _, keep in stages)]
-        total = self._part(
-            "fixed", None, 0, lambda one: [vision_work(self.vision, one.sizes), head_work(self.decoder)]
-        )
+        total = self._mean(("vision",), lambda one: vision_work(self.vision, one.sizes))
+        total = total.plus(self._mean(("head",), lambda _one: head_work(self.decoder)))
         for index, (start, stop, keep) in enumerate(zip(starts, stops, rows)):
             if index:
                 total = total.plus(self._select(rows[index - 1], settings))
@@ -107,30 +104,25 @@ class PrefillCost:
     def _layer(self, keep: int | None) -> ScheduleCost:
         """Return the cost of one decoder layer with ``keep`` visual rows; None for all of the image's."""
 
-        def works(situation: Situation) -> list[Work]:
-            rows = _visual_rows(situation, keep) + situation.num_text
-            return [range_work(self.decoder, num_layers=1, rows=rows)]
+        def work(one: Situation) -> Work:
+            return range_work(self.decoder, num_layers=1, rows=_visual_rows(one, keep) + one.num_text)
 
-        return self._part("layer", keep, 0, works)
+        return self._mean(("layer", keep), work)
 
     def _select(self, entering: int | None, settings: Schedule) -> ScheduleCost:
-        def works(situation: Situation) -> list[Work]:
-            num_visual = _visual_rows(situation, entering)
+        def work(one: Situation) -> Work:
             # TRIO's work does not depend on the number of kept tokens
-            sizes = StageSizes(num_visual, 1, situation.num_text, situation.sizes["N"])
-            return [stage_work(self.decoder, settings, sizes)]
+            sizes = StageSizes(_visual_rows(one, entering), 1, one.num_text, one.sizes["N"])
+            return stage_work(self.decoder, settings, sizes)
 
-        return self._part("select", entering, settings.num_probe_rows, works)
+        return self._mean(("select", entering, settings.num_probe_rows), work)
 
-    def _part(
-        self, name: str, keep: int | None, probe_rows: int, works: Callable[[Situation], list[Work]]
-    ) -> ScheduleCost:
-        key = name, keep, probe_rows
+    def _mean(self, key: tuple[object, ...], work: Callable[[Situation], Work]) -> ScheduleCost:
+        """Return the mean cost over the samples of a part, which ``key`` names; it is computed once."""
         if key not in self._parts:
             total = ScheduleCost(0.0, 0.0)
             for situation in self.situations:
-                for work in works(situation):
-                    total = total.plus(self._timed(work), situation.share)
+                total = total.plus(self._timed(work(situation)), situation.share)
             self._parts[key] = total
         return self._parts[key]
 

@@ -17,19 +17,11 @@ measured for the price of a few dozen. A general optimizer such as Optuna asks f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from trio_edge.calibration.search.schedules.candidates import (
-    Candidate,
-    EstimatedSchedule,
-    Found,
-    Tried,
-    cheapest_within,
-    first_fronts,
-    pareto_front,
-)
+from trio_edge.calibration.search.calibration_file import Tried
 from trio_edge.calibration.search.schedules.space import (
     SETTING_KEEPS,
     setting_variants,
@@ -37,16 +29,17 @@ from trio_edge.calibration.search.schedules.space import (
     usual_schedules,
     with_stages,
 )
-from trio_edge.profiling.statistics import paired_interval
+from trio_edge.profiling.statistics import bootstrap_interval, paired_interval
 from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from trio_edge.calibration.model.prompts import SampleShape
+    from trio_edge.calibration.model.greedy import MeasuredSchedule
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.search.bundle_shape import BundleShape
+    from trio_edge.calibration.search.calibration_file import CalibrationData
     from trio_edge.calibration.search.measuring import Measurements
     from trio_edge.calibration.search.options import CalibrationOptions
     from trio_edge.calibration.search.samples import Split
@@ -71,9 +64,8 @@ class Setup:
     options: CalibrationOptions
     plan: QuantizePlan
     split: Split
-    digest: str
+    data: CalibrationData
     model: TorchModel
-    samples: list[SampleShape]
     shape: BundleShape
     space: Space
     cost: PrefillCost
@@ -83,6 +75,58 @@ class Setup:
     def begin(self, text: str) -> None:
         """Report the start of a step over all search samples."""
         self.progress.step(text, len(self.split.search))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A measured schedule."""
+
+    schedule: Schedule
+    cost: float
+    """Milliseconds or FLOPs."""
+    results: list[MeasuredSchedule]
+    """One per search sample."""
+    images: list[str]
+
+    @property
+    def kl(self) -> float:
+        """Mean over the samples, nats."""
+        return sum(result.kl for result in self.results) / len(self.results)
+
+    def is_within(self, kl: float) -> bool:
+        """Return whether the divergence is at most ``kl`` with 95 % confidence."""
+        if self.kl > kl:
+            return False
+        values = [result.kl for result in self.results]
+        return bootstrap_interval(values, self.images)[1] <= kl
+
+    @property
+    def point(self) -> tuple[float, float]:
+        """Cost and error."""
+        return self.cost, self.kl
+
+
+def cheapest_within(candidates: Iterable[Candidate], kl: float) -> Candidate:
+    """Return the cheapest candidate whose divergence is at most ``kl`` with 95 % confidence; keep-all's is 0."""
+    return next(one for one in sorted(candidates, key=lambda one: one.point) if one.is_within(kl))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Result of a search."""
+
+    settings: Schedule
+    """The chosen settings, without stages."""
+    tried: list[Tried]
+    single: dict[tuple[int, int], float]
+    """Divergence of each single stage (layer, keep)."""
+    candidates: list[Candidate]
+    """All schedules measured with the chosen settings, keep-all first."""
+
+    @property
+    def front(self) -> list[Candidate]:
+        """Cheapest first."""
+        return pareto_front(self.candidates, key=lambda candidate: candidate.point)
 
 
 def search(setup: Setup, measurements: Measurements) -> Found:
@@ -117,11 +161,10 @@ def _front_points(candidates: dict[Schedule, Candidate]) -> list[tuple[float, fl
 def _settings(setup: Setup, measurements: Measurements) -> tuple[Schedule, list[Tried]]:
     """Return the settings without stages, and all values that were compared."""
     settings, tried = Schedule(positions=setup.model.positions[0]), list[Tried]()
-    for values in setting_variants(setup.model.positions, setup.options.nms_thresholds):
-        name = _differing(values)
+    for name, values in setting_variants(setup.model.positions, setup.options.nms_thresholds):
         setup.begin(f"comparing {name.replace('_', ' ')}")
         # with the settings chosen so far
-        options = [msgspec.structs.replace(settings, **{name: getattr(value, name)}) for value in values]
+        options = [msgspec.structs.replace(settings, **{name: value}) for value in values]
         kls = [_sample_kls(setup, measurements, option) for option in options]
         if not kls[0]:
             continue  # the decoder is too small for any of trio-export's schedules
@@ -144,11 +187,6 @@ def _settings(setup: Setup, measurements: Measurements) -> tuple[Schedule, list[
     return settings, tried
 
 
-def _differing(values: Sequence[Schedule]) -> str:
-    first, second = values[0], values[1]
-    return next(name for name in first.__struct_fields__ if getattr(first, name) != getattr(second, name))
-
-
 def _sample_kls(setup: Setup, measurements: Measurements, settings: Schedule) -> list[float]:
     """Return each sample's mean divergence over the schedules on which settings are compared."""
     schedules = usual_schedules(setup.space, settings, SETTING_KEEPS)
@@ -158,20 +196,19 @@ def _sample_kls(setup: Setup, measurements: Measurements, settings: Schedule) ->
 
 def _promising(setup: Setup, settings: Schedule, single: dict[tuple[int, int], float]) -> list[Schedule]:
     """Return the schedules whose estimates are on the first fronts, or the cheapest near the bound."""
-    estimates = list[EstimatedSchedule]()
-    for stages in setup.space.stage_lists():
-        if len(stages) > 1:
-            kl = sum(single[stage] for stage in stages)
-            estimates.append(EstimatedSchedule(setup.cost.of_stages(stages, settings), kl, stages))
+    estimates = {
+        stages: (
+            setup.cost.of_stages(stages, settings).of(setup.kind),
+            sum(single[stage] for stage in stages),
+        )
+        for stages in setup.space.stage_lists()
+        if len(stages) > 1
+    }
     count = max(1, int(_FIRST_SHARE * setup.options.evaluations))
-
-    def point(estimate: EstimatedSchedule) -> tuple[float, float]:
-        return estimate.cost.of(setup.kind), estimate.kl
-
-    chosen = [estimate.stages for estimate in first_fronts(estimates, key=point, count=count)]
-    within = [estimate for estimate in estimates if estimate.kl <= _HOPEFUL * setup.options.max_kl]
-    cheapest = sorted(within, key=point)[:_NEAR_THE_BOUND]
-    chosen += [estimate.stages for estimate in cheapest if estimate.stages not in chosen]
+    chosen = first_fronts(estimates, key=estimates.__getitem__, count=count)
+    within = [stages for stages, (_, kl) in estimates.items() if kl <= _HOPEFUL * setup.options.max_kl]
+    cheapest = sorted(within, key=estimates.__getitem__)[:_NEAR_THE_BOUND]
+    chosen += [stages for stages in cheapest if stages not in chosen]
     return [with_stages(settings, stages) for stages in chosen[: setup.options.evaluations]]
 
 
@@ -190,7 +227,43 @@ def _measured(
     images = [question.image_id for question in setup.split.search]
     return {
         schedule: Candidate(
-            schedule=schedule, cost=setup.cost.of(schedule), kind=setup.kind, results=results, images=images
+            schedule=schedule, cost=setup.cost.of(schedule).of(setup.kind), results=results, images=images
         )
         for schedule, results in table.items()
     }
+
+
+Point = TypeVar("Point")
+
+
+def pareto_front(points: Iterable[Point], *, key: Callable[[Point], tuple[float, float]]) -> list[Point]:
+    """Return the points that are better than all cheaper ones, cheapest first; of equal ones the first."""
+    front: list[Point] = []
+    lowest = float("inf")
+    for point in sorted(points, key=key):
+        if key(point)[1] < lowest:
+            front.append(point)
+            lowest = key(point)[1]
+    return front
+
+
+def first_fronts(
+    points: Iterable[Point], *, key: Callable[[Point], tuple[float, float]], count: int
+) -> list[Point]:
+    """Return at most ``count`` points: the front, then the front of the rest, and so on."""
+    left, chosen = list(points), list[Point]()
+    while left and len(chosen) < count:
+        front = pareto_front(left, key=key)
+        taken = {id(point) for point in front}
+        left = [point for point in left if id(point) not in taken]
+        chosen += spread(front, count - len(chosen))
+    return chosen
+
+
+def spread(front: list[Point], count: int) -> list[Point]:
+    """Return at most ``count`` points, evenly spread along a front, with both ends."""
+    if len(front) <= count:
+        return front
+    if count == 1:
+        return front[-1:]
+    return [front[round(index * (len(front) - 1) / (count - 1))] for index in range(count)]

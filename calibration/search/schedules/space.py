@@ -56,6 +56,10 @@ class Space:
                 for keeps in combinations(self.keeps, count):
                     yield tuple(zip(layers, keeps))
 
+    def average_keep(self, schedule: Schedule) -> float:
+        """Return the mean over layers of the visual tokens processed, as a share of the largest image's."""
+        return schedule.average_keep(num_layers=self.num_layers, num_visual=self.num_visual)
+
     def neighbours(self, schedule: Schedule) -> list[Schedule]:
         """Return the schedules with one stage moved by a layer, one budget by a step, or one stage less or more."""
         stages = [(stage.layer, stage.keep) for stage in schedule.stages]
@@ -121,14 +125,16 @@ def make_space(
     )
 
 
-def setting_variants(positions: Sequence[Positions], thresholds: Sequence[float]) -> list[list[Schedule]]:
-    """Return for each setting the values to compare, the default first, as schedules without stages."""
-    variants = [
-        [Schedule(positions=rule) for rule in positions],
-        [Schedule(probe_rows="reference"), Schedule(probe_rows="answer")],
-        [Schedule(nms_threshold=value) for value in (0.8, *(value for value in thresholds if value != 0.8))],
+def setting_variants(
+    positions: Sequence[Positions], thresholds: Sequence[float]
+) -> list[tuple[str, Sequence[object]]]:
+    """Return the settings of a schedule to compare, each with its values, the default first."""
+    variants: list[tuple[str, Sequence[object]]] = [
+        ("positions", positions),
+        ("probe_rows", ("reference", "answer")),
+        ("nms_threshold", (0.8, *(value for value in thresholds if value != 0.8))),
     ]
-    return [values for values in variants if len(values) > 1]
+    return [(name, values) for name, values in variants if len(values) > 1]
 
 
 def with_stages(settings: Schedule, stages: Sequence[tuple[int, int]]) -> Schedule:
@@ -141,12 +147,6 @@ def with_stages(settings: Schedule, stages: Sequence[tuple[int, int]]) -> Schedu
 def stages_of(schedule: Schedule) -> Stages:
     """Return (layer, keep) of the schedule's stages."""
     return tuple((stage.layer, stage.keep) for stage in schedule.stages)
-
-
-def average_keep(stages: Stages, space: Space) -> float:
-    """Return the mean over layers of the visual tokens processed, as a share of the largest image's."""
-    schedule = with_stages(Schedule(), stages)
-    return schedule.average_keep(num_layers=space.num_layers, num_visual=space.num_visual)
 
 
 def usual_schedules(space: Space, settings: Schedule, averages: Sequence[float]) -> list[Schedule]:
