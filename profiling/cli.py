@@ -140,7 +140,7 @@ def command(
         raise click.UsageError(f"--seconds: expected a time, got {settings['seconds']}; for instance 30")
     if bundle is None:
         raise BundleError("BUNDLE: expected a bundle folder, got none; make one with trio-export")
-    _profile(MeasureOptions(bundles=(bundle, *compare), new_tokens=new_tokens, **settings), outputs)
+    _profile(outputs, bundles=(bundle, *compare), new_tokens=new_tokens, **settings)
     return 0
 
 
@@ -196,10 +196,12 @@ def _predict(found: Sequence[tuple[Plan, Prediction]], json_file: Path | None) -
         print_prediction(console, plan, prediction)
 
 
-def _profile(options: MeasureOptions, outputs: dict[str, Path]) -> None:
+def _profile(outputs: dict[str, Path], **settings: Any) -> None:
     console = Console(stderr=True)
     with console.status("") as status:
-        measurement = measure(options, on_step=status.update if console.is_terminal else lambda _step: None)
+        if console.is_terminal:
+            settings["on_step"] = status.update
+        measurement = measure(MeasureOptions(**settings))
     report = report_of(measurement)
     contents: dict[str, Callable[[ProfileReport], bytes]] = {
         "--json": _json,

@@ -83,6 +83,8 @@ class MeasureOptions:
     seconds: float = 30.0
     """No new round starts after this time, unless ``runs`` is given."""
     layers: bool = True
+    on_step: Callable[[str], None] = lambda _step: None
+    """Called with the name of each step."""
 
     def make_backend(
         self, bundle: Bundle, *, name: str | None = None, layer_times: Path | None = None
@@ -159,8 +161,8 @@ class Measurement:
     samples: list[SensorSample]
 
 
-def measure(options: MeasureOptions, *, on_step: Callable[[str], None] = lambda _step: None) -> Measurement:
-    """Measure all bundles of ``options``; ``on_step`` is called with the name of each step.
+def measure(options: MeasureOptions) -> Measurement:
+    """Measure all bundles of ``options``.
 
     Raises:
         TrioEdgeError: If a bundle cannot be opened, loaded or asked.
@@ -173,15 +175,15 @@ def measure(options: MeasureOptions, *, on_step: Callable[[str], None] = lambda 
     sensors, missing = open_sensors()
     with ExitStack() as stack:
         sampling = stack.enter_context(SamplingThread(sensors))
-        on_step("measuring the machine's peak rates")
+        options.on_step("measuring the machine's peak rates")
         # before any bundle takes memory and caches
         ceilings = _ceilings(options, missing)
-        measured, question = _first_answers(options, stack, num_new=num_new, on_step=on_step)
-        stopped = _rounds(measured, question, options, on_step)
-        _further_rounds(measured, question, options, on_step)
+        measured, question = _first_answers(options, stack, num_new=num_new)
+        stopped = _rounds(measured, question, options)
+        _further_rounds(measured, question, options)
     # the bundles are closed now, because there may be memory for only one at a time
     for one in measured:
-        _separate_runs(one, question, options, on_step)
+        _separate_runs(one, question, options)
     conditions = ProfileConditions(
         started=started.isoformat(timespec="seconds"),
         backend=with_accuracy(measured[0].loaded.pipeline.backend_name, options.cpu_accuracy),
@@ -228,16 +230,15 @@ def _ceilings(options: MeasureOptions, missing: list[str]) -> Ceilings | None:
 
 
 def _first_answers(
-    options: MeasureOptions, stack: ExitStack, *, num_new: int, on_step: Callable[[str], None]
+    options: MeasureOptions, stack: ExitStack, *, num_new: int
 ) -> tuple[list[MeasuredBundle], RunQuestion]:
     """Load each bundle and let it answer before the next one is loaded, so that the added memory is its own."""
     measured: list[MeasuredBundle] = []
     question = None
     for folder in options.bundles:
-        on_step(f"loading {folder}")
+        options.on_step(f"loading {folder}")
         memory = MeasuredMemory(before=resident_bytes())
-        backend = options.make_backend(open_bundle(folder))
-        loaded = LoadedBundle(folder, backend)
+        loaded = LoadedBundle(folder, options.make_backend(open_bundle(folder)))
         stack.callback(loaded.close)
         memory.loaded = resident_bytes()
         memory.planned = dict(loaded.recording.memory)
@@ -275,12 +276,7 @@ def _warm_up(
     return first
 
 
-def _rounds(
-    measured: Sequence[MeasuredBundle],
-    question: RunQuestion,
-    options: MeasureOptions,
-    on_step: Callable[[str], None],
-) -> str:
+def _rounds(measured: Sequence[MeasuredBundle], question: RunQuestion, options: MeasureOptions) -> str:
     """Let all bundles answer in turns until their medians are known, and return the reason for stopping."""
     end = time.perf_counter() + options.seconds
     most = MOST_RUNS if options.runs is None else options.runs
@@ -290,7 +286,7 @@ def _rounds(
                 return f"medians known to {100 * NARROW:.0f} %"
             if time.perf_counter() > end:
                 return f"{options.seconds:.0f} s were over"
-        on_step(f"run {number + 1}")
+        options.on_step(f"run {number + 1}")
         for one in measured:
             one.answers.append(one.loaded.answer(question))
     return f"{most} runs"
@@ -303,17 +299,14 @@ def _is_narrow(answers: Sequence[Answer]) -> bool:
 
 
 def _further_rounds(
-    measured: Sequence[MeasuredBundle],
-    question: RunQuestion,
-    options: MeasureOptions,
-    on_step: Callable[[str], None],
+    measured: Sequence[MeasuredBundle], question: RunQuestion, options: MeasureOptions
 ) -> None:
     """Measure images of other sizes, and decode steps at other contexts; bundles take turns."""
     if options.image is None:
-        on_step("images of other sizes")
+        options.on_step("images of other sizes")
         _measure_sizes(measured, question)
     if question.new_tokens > 1:
-        on_step("tokens at other context lengths")
+        options.on_step("tokens at other context lengths")
         timed = time_contexts([one.loaded for one in measured], question, seconds=options.seconds)
         for one, contexts in zip(measured, timed):
             one.contexts = contexts
@@ -336,16 +329,14 @@ def _measure_sizes(measured: Sequence[MeasuredBundle], question: RunQuestion) ->
             answers.append(loaded.answer(asked))
 
 
-def _separate_runs(
-    one: MeasuredBundle, question: RunQuestion, options: MeasureOptions, on_step: Callable[[str], None]
-) -> None:
+def _separate_runs(one: MeasuredBundle, question: RunQuestion, options: MeasureOptions) -> None:
     """Time layers, and graphs of captured decode steps, in runs that are slower than the others."""
     folder = one.loaded.bundle.folder
     if options.layers:
-        on_step(f"layers: {folder}")
+        options.on_step(f"layers: {folder}")
         one.layers = _measure_layers(one.loaded, question, options)
     if one.loaded.recording.captured:
-        on_step(f"decode steps one by one: {folder}")
+        options.on_step(f"decode steps one by one: {folder}")
         backend = options.make_backend(one.loaded.bundle)
         with closing(LoadedBundle(folder, backend, capture=False)) as again:
             again.answer(question)
