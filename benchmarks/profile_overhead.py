@@ -84,8 +84,8 @@ def plain(pipeline: Pipeline, question: RunQuestion) -> Cost:
 
 def hooks_ms(num_launches: int) -> float:
     """Return the time to record that many launches and read their times, with caches as cold as between graphs."""
-    recording, much = Recording(), np.ones(BEYOND_CACHES)
-    recording.attach(LoadedGraphs(device=HostDevice(), engines={}, memory={}))
+    much = np.ones(BEYOND_CACHES)
+    recording = Recording(LoadedGraphs(device=HostDevice(), engines={}, memory={}))
     nothing = _Nothing()
     recorded = recording.timed(nothing, ("graph", "decode"), capture=False)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, final
 
 import msgspec
 
-from trio_edge.profiling.measure.recording import DECODE, GraphCall, Recording, RecordingBackend
+from trio_edge.profiling.measure.recording import DECODE, GraphCall, RecordingBackend
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.pipeline import Pipeline
 
@@ -94,10 +94,9 @@ class LoadedBundle:
         start = time.perf_counter()
         self.bundle = open_bundle(folder)
         opened = time.perf_counter()
-        self.recording = Recording()
-        self.pipeline = Pipeline(
-            without_stop_tokens(self.bundle), RecordingBackend(backend, self.recording, capture=capture)
-        )
+        recorded = RecordingBackend(backend, capture=capture)
+        self.pipeline = Pipeline(without_stop_tokens(self.bundle), recorded)
+        self.recording = recorded.recording
         self.open_ms = 1e3 * (opened - start)
         self.graphs_ms = 1e3 * (time.perf_counter() - opened)
 

@@ -23,14 +23,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.backends.interface import Backend
     from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
     from trio_edge.runtime.bundle.reader import Bundle
-    from trio_edge.runtime.devices.interface import (
-        Device,
-        DeviceTensor,
-        Engine,
-        Event,
-        LoadedGraphs,
-        PreparedLaunch,
-    )
+    from trio_edge.runtime.devices.interface import DeviceTensor, Engine, Event, LoadedGraphs, PreparedLaunch
 
 DECODE = "decode"
 """Name of the profile of a decode step."""
@@ -56,12 +49,13 @@ class GraphCall(NamedTuple):
 class Recording:
     """The times of an answer's launches."""
 
-    def __init__(self) -> None:
-        self.memory: dict[str, int] = {}
+    def __init__(self, graphs: LoadedGraphs) -> None:
+        """Prepare for launches on the device of ``graphs``."""
+        self.memory = dict(graphs.memory)
         """Bytes of device memory by purpose, as the backend reports them."""
         self.captured = False
         """Whether decode steps run as one captured sequence, whose graphs are not timed."""
-        self._device: Device | None = None
+        self._device = graphs.device
         self._stamps: list[_Stamp] = []
         self._first_launch = 0.0
         """``time.perf_counter`` seconds when the host enqueued the first launch between events."""
@@ -70,14 +64,9 @@ class Recording:
         self._marks: list[tuple[Event, Event]] = []
         """The events before and after each launch, reused for every answer."""
 
-    def attach(self, graphs: LoadedGraphs) -> None:
-        """Time launches on the graphs' device from now on."""
-        self._device, self.memory, self.captured = graphs.device, dict(graphs.memory), False
-        self._stamps, self._launched, self._marks = [], [], []
-
     def free_bytes(self) -> int | None:
         """Return the free memory of the device; None if it does not tell."""
-        return None if self._device is None else self._device.free_bytes()
+        return self._device.free_bytes()
 
     def timed(self, launch: PreparedLaunch, names: tuple[str, str], *, capture: bool) -> PreparedLaunch:
         """Return a launch that also records its time; one that the decoder may ``capture`` is not timed when it does."""
@@ -89,7 +78,6 @@ class Recording:
         """Return the events to record before and after the next launch."""
         index = len(self._launched)
         if index == len(self._marks):
-            assert self._device is not None  # a launch belongs to a device
             self._marks.append((self._device.event(), self._device.event()))
         if index == 0:  # events and the host have no common clock; this moment relates the two
             self._first_launch = time.perf_counter()
@@ -113,12 +101,12 @@ class Recording:
 class RecordingBackend:
     """A backend whose engines record their launches; results do not change."""
 
-    def __init__(self, backend: Backend, recording: Recording, *, capture: bool = True) -> None:
-        """Wrap ``backend``; ``recording`` gets the launches of the graphs loaded last.
+    recording: Recording
+    """Launches of the graphs that were loaded last."""
 
-        Without ``capture``, the decoder captures no decode steps, so that their launches are timed.
-        """
-        self._backend, self._recording, self._capture = backend, recording, capture
+    def __init__(self, backend: Backend, *, capture: bool = True) -> None:
+        """Wrap ``backend``. Without ``capture``, the decoder captures no decode steps, so that their launches are timed."""
+        self._backend, self._capture = backend, capture
 
     @property
     def name(self) -> str:
@@ -128,9 +116,9 @@ class RecordingBackend:
     def load(self, bundle: Bundle, names: Sequence[str] | None = None) -> LoadedGraphs:
         """Load graphs whose engines record their launches; see ``Backend.load``."""
         graphs = self._backend.load(bundle, names)
-        self._recording.attach(graphs)
+        self.recording = Recording(graphs)
         engines: dict[str, Engine] = {
-            name: _RecordingEngine(engine, self._recording, self._capture)
+            name: _RecordingEngine(engine, self.recording, self._capture)
             for name, engine in graphs.engines.items()
         }
         return dataclasses.replace(graphs, engines=engines)
