@@ -13,8 +13,7 @@ from click.core import ParameterSource
 from rich.console import Console
 
 from trio_edge.profiling.measure.measuring import NEW_TOKENS, PROMPT, MeasureOptions, measure
-from trio_edge.profiling.page.figures import check_matplotlib
-from trio_edge.profiling.page.page import page_html
+from trio_edge.profiling.page.page import check_matplotlib, page_html
 from trio_edge.profiling.predict.answer import PRECISIONS, Prediction, predict
 from trio_edge.profiling.predict.plan import Plan, parse_size, plan_for
 from trio_edge.profiling.predict.printing import print_prediction, summary_of

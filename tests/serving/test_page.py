@@ -17,7 +17,7 @@ from PIL import Image
 from tests.bundles import export
 from tests.pictures import random_picture
 from tests.serving.server import RunningServer, running, slowed, until
-from trio_edge.profiling.page.figures import SCHEME
+from trio_edge.profiling.page.page import SCHEME
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.serving.answers.worker import kept_report
