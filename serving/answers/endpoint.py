@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+import uuid
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import msgspec
@@ -11,8 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from trio_edge.runtime.bundle.errors import TrioEdgeError
-from trio_edge.serving.answers.completion import Completion
-from trio_edge.serving.answers.job import AnswerJob, Event, Failed, Finished
+from trio_edge.serving.answers.job import AnswerJob, Event, Failed, Finished, Kept, NewText
 from trio_edge.serving.answers.worker import answer_settings
 from trio_edge.serving.requests.body import BodyMemory, read_body
 from trio_edge.serving.requests.content import read_prompt
@@ -20,7 +21,7 @@ from trio_edge.serving.requests.errors import RequestError, request_error_from, 
 from trio_edge.serving.requests.protocol import ChatRequest, parse_chat
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Mapping
+    from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 
     from starlette.types import Message, Receive, Scope, Send
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from trio_edge.serving.settings import ServerSettings
 
 _T = TypeVar("_T")
+_CHUNK = "chat.completion.chunk"
 _CLOSED = 499  # nginx's status for a client that went away; only the metrics show it
 
 
@@ -96,16 +98,14 @@ class ChatEndpoint:
     async def _response(self, request: Request, worker: ModelWorker, job: AnswerJob) -> Response:
         options = job.chat.stream_options
         include_usage = options is not None and bool(options.include_usage)
-        completion, events = Completion(worker.name, include_usage=include_usage), job.events()
+        completion = Completion(worker.name, job.events(), include_usage=include_usage)
         if not job.chat.stream:
-            answer = await _unless_gone(request, _whole(completion, events))
+            answer = await _unless_gone(request, completion.whole())
             return Response(msgspec.json.encode(answer), media_type="application/json")
         # An error before the first event can still set the HTTP status.
-        first = await _unless_gone(request, _first(events))
+        first = await _unless_gone(request, completion.first())
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        return StreamingResponse(
-            _streamed(completion, first, events), media_type="text/event-stream", headers=headers
-        )
+        return StreamingResponse(completion.stream(first), media_type="text/event-stream", headers=headers)
 
 
 def _chosen_worker(workers: Mapping[str, ModelWorker], chat: ChatRequest) -> ModelWorker:
@@ -152,31 +152,69 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _whole(completion: Completion, events: AsyncIterator[Event]) -> dict[str, Any]:
-    found: list[Event] = []
-    async for event in events:
-        if isinstance(event, Failed):
-            raise event.error
-        if isinstance(event, Finished):
-            return completion.whole(found, event)
-        found.append(event)
-    raise RequestError(_CLOSED, "answer: cancelled")
+@final
+class Completion:
+    """Writes one answer in OpenAI's form: one JSON object, or chunks as server-sent events."""
 
+    def __init__(self, model: str, events: AsyncIterator[Event], *, include_usage: bool = False) -> None:
+        """Start an answer by ``model``; with ``include_usage`` the last chunk of a stream has the usage."""
+        self._model, self._events, self._include_usage = model, events, include_usage
+        self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
 
-async def _first(events: AsyncIterator[Event]) -> Event:
-    async for event in events:
-        if isinstance(event, Failed):
-            raise event.error
-        return event
-    raise RequestError(_CLOSED, "answer: cancelled")
+    async def whole(self) -> dict[str, Any]:
+        """Return the whole answer; raises ``RequestError`` if it failed or was cancelled."""
+        text, trio = "", dict[str, Any]()
+        async for event in self._events:
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Finished):
+                message = {"role": "assistant", "content": text, "refusal": None}
+                choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": event.reason}
+                return self._frame("chat.completion", choices=[choice], usage=event.usage, **trio)
+            if isinstance(event, NewText):
+                text += event.text
+            else:
+                trio = {"trio": event.report}
+        raise RequestError(_CLOSED, "answer: cancelled")
 
+    async def first(self) -> Event:
+        """Return the first event; raises ``RequestError`` if the answer failed or was cancelled before."""
+        async for event in self._events:
+            if isinstance(event, Failed):
+                raise event.error
+            return event
+        raise RequestError(_CLOSED, "answer: cancelled")
 
-async def _streamed(
-    completion: Completion, first: Event, events: AsyncIterator[Event]
-) -> AsyncIterator[bytes]:
-    yield completion.first_chunk()
-    for chunk in completion.chunks(first):
-        yield chunk
-    async for event in events:
-        for chunk in completion.chunks(event):
+    async def stream(self, first: Event) -> AsyncIterator[bytes]:
+        """Yield the chunks of the ``first`` event and the later ones."""
+        yield self._chunk({"role": "assistant", "content": ""})
+        for chunk in self._chunks(first):
             yield chunk
+        async for event in self._events:
+            for chunk in self._chunks(event):
+                yield chunk
+
+    def _chunks(self, event: Event) -> Iterator[bytes]:
+        if isinstance(event, NewText):
+            yield self._chunk({"content": event.text})
+        elif isinstance(event, Kept):
+            yield self._event(self._frame(_CHUNK, choices=[], trio=event.report))
+        elif isinstance(event, Failed):
+            yield self._event(event.error.body)
+        else:
+            yield self._chunk({}, reason=event.reason)
+            if self._include_usage:
+                yield self._event(self._frame(_CHUNK, choices=[], usage=event.usage))
+            yield b"data: [DONE]\n\n"
+
+    def _chunk(self, delta: dict[str, Any], *, reason: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        usage = {"usage": None} if self._include_usage else {}
+        return self._event(self._frame(_CHUNK, choices=[choice], **usage))
+
+    def _frame(self, kind: str, **fields: Any) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, **fields}
+
+    @staticmethod
+    def _event(value: dict[str, Any]) -> bytes:
+        return b"data: " + msgspec.json.encode(value) + b"\n\n"
