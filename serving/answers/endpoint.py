@@ -15,7 +15,7 @@ from starlette.responses import Response, StreamingResponse
 from trio_edge.runtime.bundle.errors import TrioEdgeError
 from trio_edge.serving.answers.job import AnswerJob, Event, Failed, Finished, Kept, NewText
 from trio_edge.serving.answers.worker import answer_settings
-from trio_edge.serving.requests.body import BodyMemory, read_body
+from trio_edge.serving.requests.body import BodyReader
 from trio_edge.serving.requests.content import read_prompt
 from trio_edge.serving.requests.errors import RequestError, request_error_from, unknown_model
 from trio_edge.serving.requests.protocol import ChatRequest, parse_chat
@@ -48,7 +48,7 @@ class ChatEndpoint:
         media: MediaReader,
     ) -> None:
         self._workers, self._settings, self._metrics, self._media = workers, settings, metrics, media
-        self._memory = BodyMemory(settings.max_body * settings.max_bodies)
+        self._bodies = BodyReader(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request.
@@ -58,7 +58,7 @@ class ChatEndpoint:
         """
         request, name = Request(scope, receive), ""
         try:
-            async with read_body(request, settings=self._settings, memory=self._memory) as body:
+            async with self._bodies.read(request) as body:
                 chat = await run_in_threadpool(parse_chat, body, max_parts=self._settings.max_parts)
                 worker = _chosen_worker(self._workers, chat)
                 name = worker.name

@@ -55,76 +55,66 @@ class BodyDrain:
 
 
 @final
-class BodyMemory:
-    """Counts the bytes of all bodies in memory, so that many slow uploads cannot fill the machine."""
+class BodyReader:
+    """Reads bodies, and counts the bytes of all in memory, so that many slow uploads cannot fill the machine."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit, self._used = limit, 0
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings, self._used = settings, 0
 
-    def take(self, count: int) -> None:
-        """Add bytes.
+    @contextlib.asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytearray]:
+        """Yield the body of a request. Its bytes count until the block ends.
 
         Raises:
-            RequestError: If the sum exceeds the limit.
+            RequestError: If its type is not JSON, it is too large or too slow, or there are too many others.
         """
-        if self._used + count > self._limit:
-            raise RequestError(
-                429,
-                f"body: expected at most {self._limit} bytes in all requests together, got more; try again later",
-                code="server_busy",
-                retry_after_s=5.0,
+        self._check_headers(request)
+        body, seconds = bytearray(), self._settings.body_s
+        try:
+            try:
+                # wait_for and not asyncio.timeout, which Python 3.10 lacks
+                await asyncio.wait_for(self._receive(request, body), seconds)
+            except asyncio.TimeoutError:
+                message = f"body: expected it within {seconds:g} s, got a part; send it faster"
+                raise RequestError(408, message) from None
+            except ClientDisconnect:
+                raise RequestError(499, "body: expected all of it, got a closed connection") from None
+            yield body
+        finally:
+            self._used -= len(body)
+
+    def take(self, count: int) -> None:
+        """Count bytes.
+
+        Raises:
+            RequestError: If all requests together have too many.
+        """
+        limit = self._settings.max_body * self._settings.max_bodies
+        if self._used + count > limit:
+            message = (
+                f"body: expected at most {limit} bytes in all requests together, got more; try again later"
             )
+            raise RequestError(429, message, code="server_busy", retry_after_s=5.0)
         self._used += count
 
-    def give_back(self, count: int) -> None:
-        """Subtract bytes."""
-        self._used -= count
+    def _check_headers(self, request: Request) -> None:
+        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if kind != "application/json":
+            # A browser sends JSON of another site's page only after it has asked this server.
+            message = f"content-type: expected application/json, got {kind[:60]!r}; set the header"
+            raise RequestError(415, message)
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and len(length) < 20:
+            self._check_size(int(length))
 
+    async def _receive(self, request: Request, body: bytearray) -> None:
+        async for chunk in request.stream():
+            self.take(len(chunk))
+            body += chunk
+            self._check_size(len(body))
 
-@contextlib.asynccontextmanager
-async def read_body(
-    request: Request, *, settings: ServerSettings, memory: BodyMemory
-) -> AsyncIterator[bytearray]:
-    """Yield the body of a request. Its bytes count in ``memory`` until the block ends.
-
-    Raises:
-        RequestError: If its type is not JSON, or it is too large or too slow.
-    """
-    _check_headers(request, settings.max_body)
-    body = bytearray()
-    try:
-        try:
-            # wait_for and not asyncio.timeout, which Python 3.10 lacks
-            await asyncio.wait_for(_receive(request, body, settings.max_body, memory), settings.body_s)
-        except asyncio.TimeoutError:
-            raise RequestError(
-                408, f"body: expected it within {settings.body_s:g} s, got a part; send it faster"
-            ) from None
-        except ClientDisconnect:
-            raise RequestError(499, "body: expected all of it, got a closed connection") from None
-        yield body
-    finally:
-        memory.give_back(len(body))
-
-
-def _check_headers(request: Request, max_body: int) -> None:
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":
-        # A browser sends JSON of another site's page only after it has asked this server.
-        raise RequestError(415, f"content-type: expected application/json, got {kind[:60]!r}; set the header")
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and len(length) < 20 and int(length) > max_body:
-        raise _too_large(max_body)
-
-
-async def _receive(request: Request, body: bytearray, max_body: int, memory: BodyMemory) -> None:
-    async for chunk in request.stream():
-        memory.take(len(chunk))
-        body += chunk
-        if len(body) > max_body:
-            raise _too_large(max_body)
-
-
-def _too_large(max_body: int) -> RequestError:
-    message = f"body: expected at most {max_body} bytes, got more; send smaller images"
-    return RequestError(413, message, code="body_too_large")
+    def _check_size(self, num_bytes: int) -> None:
+        most = self._settings.max_body
+        if num_bytes > most:
+            message = f"body: expected at most {most} bytes, got more; send smaller images"
+            raise RequestError(413, message, code="body_too_large")

@@ -60,35 +60,27 @@ def read_prompt(chat: ChatRequest, media: MediaReader, *, max_pixels: int) -> Pr
         RequestError: If an image or a video is refused.
         ImageError: If an image is broken.
     """
-    reader = _PartReader(media, max_pixels)
+    pixels_left = max_pixels
+
+    def read(part: Part, *, where: str) -> dict[str, Any]:
+        nonlocal pixels_left
+        if isinstance(part, TextPart):
+            return {"type": "text", "text": part.text}
+        if isinstance(part, ImagePart):
+            data = media.read(part.image_url.url, kind="image", where=where)
+            pixels_left -= media.check_image(data, where=where, pixels_left=pixels_left)
+            return {"type": "image", "image": data}
+        video = part.video_url
+        data = media.read(video.url, kind="video", where=where)
+        return {"type": "video", "video": data, "fps": video.fps, "num_frames": video.num_frames}
+
     return Prompt(
         {
             "role": "system" if turn.role == "developer" else turn.role,
             "content": [
-                reader.read(part, where=f"messages[{number}].content[{place}]")
+                read(part, where=f"messages[{number}].content[{place}]")
                 for place, part in enumerate(turn.parts)
             ],
         }
         for number, turn in enumerate(chat.messages)
     )
-
-
-@final
-class _PartReader:
-    def __init__(self, media: MediaReader, max_pixels: int) -> None:
-        self._media, self._pixels_left = media, max_pixels
-
-    def read(self, part: Part, *, where: str) -> dict[str, Any]:
-        if isinstance(part, TextPart):
-            return {"type": "text", "text": part.text}
-        if isinstance(part, ImagePart):
-            data = self._media.read(part.image_url.url, kind="image", where=where)
-            self._pixels_left -= self._media.check_image(data, where=where, pixels_left=self._pixels_left)
-            return {"type": "image", "image": data}
-        data = self._media.read(part.video_url.url, kind="video", where=where)
-        return {
-            "type": "video",
-            "video": data,
-            "fps": part.video_url.fps,
-            "num_frames": part.video_url.num_frames,
-        }

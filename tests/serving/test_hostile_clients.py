@@ -20,7 +20,7 @@ from tests.serving.server import image_url, question, running, slowed, until
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.serving import server as server_module
 from trio_edge.serving.app import make_app
-from trio_edge.serving.requests.body import BodyMemory
+from trio_edge.serving.requests.body import BodyReader
 from trio_edge.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -223,13 +223,13 @@ def test_headers_that_drip_end_the_connection(strict: RunningServer, monkeypatch
 
 def test_bodies_together_have_a_limit(reduced_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    take = BodyMemory.take
+    take = BodyReader.take
 
-    def noted(memory: BodyMemory, count: int) -> None:
+    def noted(memory: BodyReader, count: int) -> None:
         take(memory, count)
         taken.append(count)
 
-    monkeypatch.setattr(BodyMemory, "take", noted)
+    monkeypatch.setattr(BodyReader, "take", noted)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += b"Content-Length: 599999\r\n\r\n"
     patient, load = replace(SETTINGS, body_s=60.0), partial(Pipeline.from_bundle, reduced_bundle)
