@@ -14,8 +14,8 @@ from rich.console import Console
 
 from trio_edge.profiling.measure.measuring import NEW_TOKENS, PROMPT, MeasureOptions, measure
 from trio_edge.profiling.page.page import check_matplotlib, page_html
-from trio_edge.profiling.predict.answer import PRECISIONS, Prediction, predict
-from trio_edge.profiling.predict.plan import Plan, parse_size, plan_for
+from trio_edge.profiling.predict.answer import PRECISIONS, predict
+from trio_edge.profiling.predict.plan import parse_size, plan_for
 from trio_edge.profiling.predict.printing import print_prediction, summary_of
 from trio_edge.profiling.report.summary import report_of
 from trio_edge.profiling.report.table import print_profile
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 _PREDICTING = frozenset({"devices", "model", "keep", "image_size", "num_images", "precision", "num_text"})
-"""Parameters of ``_predictions`` and ``plan_for`` that are options."""
+"""Parameters of ``_predict`` and ``plan_for`` that are options."""
 _SHARED = ("bundle", "new_tokens", "json_file")
 """Parameters of both measuring and predicting."""
 
@@ -133,7 +133,7 @@ def command(
     if html_file is not None:
         check_matplotlib()
     if predicting["devices"] is not None:
-        _predict(_predictions(bundle, num_new=new_tokens or NEW_TOKENS, **predicting), json_file)
+        _predict(bundle, json_file, num_new=new_tokens or NEW_TOKENS, **predicting)
         return 0
     if not math.isfinite(settings["seconds"]):  # click's ranges let "nan" pass
         raise click.UsageError(f"--seconds: expected a time, got {settings['seconds']}; for instance 30")
@@ -164,10 +164,10 @@ def _check_given(*, predicting: bool) -> None:
             )
 
 
-def _predictions(
-    bundle: Path | None, *, devices: str, model: str | None, **wishes: Any
-) -> list[tuple[Plan, Prediction]]:
-    """Return the prediction on each of ``devices``; ``wishes`` are keyword arguments of ``plan_for``.
+def _predict(
+    bundle: Path | None, json_file: Path | None, *, devices: str, model: str | None, **wishes: Any
+) -> None:
+    """Predict for each of ``devices``; ``wishes`` are keyword arguments of ``plan_for``.
 
     ``bundle`` is a folder, or None with the name of a ``model``.
 
@@ -183,15 +183,13 @@ def _predictions(
     found = {device.name: device for device in (find_device(name, option="--predict") for name in names)}
     manifest = None if bundle is None else open_bundle(bundle).manifest
     plan = plan_for(manifest=manifest, model=model, **wishes)
-    return [(plan, predict(plan.setting(), device)) for device in found.values()]
-
-
-def _predict(found: Sequence[tuple[Plan, Prediction]], json_file: Path | None) -> None:
+    setting = plan.setting()
+    predictions = [predict(setting, device) for device in found.values()]
     if json_file is not None:
-        values = {"prediction": True, "found": [summary_of(*entry) for entry in found]}
+        values = {"prediction": True, "found": [summary_of(plan, one) for one in predictions]}
         write_output("--json", json_file, _json(values))
     console = wide_console()  # last, so that the file is there if the output is closed early
-    for plan, prediction in found:
+    for prediction in predictions:
         print_prediction(console, plan, prediction)
 
 

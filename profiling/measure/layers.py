@@ -100,11 +100,8 @@ def operator_times(layers: Sequence[LayerTime]) -> tuple[OperatorTime, ...]:
 def slowest_layers(layers: Sequence[LayerTime]) -> tuple[LayerTime, ...]:
     """Return the ``SLOWEST`` layers of each graph and phase, the slowest first."""
     kept: list[LayerTime] = []
-    counts: dict[tuple[str, Phase], int] = {}
     for layer in sorted(layers, key=lambda one: -one.answer_ms):
-        key = (layer.graph, layer.phase)
-        counts[key] = counts.get(key, 0) + 1
-        if counts[key] <= SLOWEST:
+        if sum((one.graph, one.phase) == (layer.graph, layer.phase) for one in kept) < SLOWEST:
             kept.append(layer)
     return tuple(kept)
 

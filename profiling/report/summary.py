@@ -30,7 +30,7 @@ from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.trio.cost.bundle_work import graph_work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from trio_edge.profiling.measure.answers import Answer
     from trio_edge.profiling.measure.ceilings import Ceilings
@@ -218,16 +218,10 @@ class Verdict(NamedTuple):
 def graph_profiles(measured: MeasuredBundle, ceilings: Ceilings | None) -> tuple[GraphProfile, ...]:
     """Return all graphs and profiles that ran, in the manifest's order, prefill first."""
     manifest = measured.loaded.bundle.manifest
-    answer_ms = statistics.median(answer.answer_ms for answer in measured.answers)
-    found = []
-    for decodes in (False, True):
-        for spec in manifest.graphs:
-            for profile in spec.profiles:
-                if (profile.name == DECODE) == decodes:
-                    answers = _answers_with(measured, spec.name, profile.name)
-                    if answers:
-                        found.append(_graph_profile(manifest, spec, profile, answers, answer_ms, ceilings))
-    return tuple(found)
+    launches = [(spec, profile) for spec in manifest.graphs for profile in spec.profiles]
+    launches.sort(key=lambda launch: launch[1].name == DECODE)
+    found = (_graph_profile(measured, spec, profile, ceilings) for spec, profile in launches)
+    return tuple(graph for graph in found if graph is not None)
 
 
 def _answers_with(measured: MeasuredBundle, graph: str, profile: str) -> list[list[float]]:
@@ -243,16 +237,14 @@ def _answers_with(measured: MeasuredBundle, graph: str, profile: str) -> list[li
 
 
 def _graph_profile(
-    manifest: Manifest,
-    spec: GraphSpec,
-    profile: Profile,
-    answers: Sequence[Sequence[float]],
-    answer_ms: float,
-    ceilings: Ceilings | None,
-) -> GraphProfile:
+    measured: MeasuredBundle, spec: GraphSpec, profile: Profile, ceilings: Ceilings | None
+) -> GraphProfile | None:
+    answers = _answers_with(measured, spec.name, profile.name)
+    if not answers:
+        return None
     call_ms = distribution_of_runs(answers)
     in_answer = statistics.median(sum(calls) for calls in answers)
-    work = graph_work(manifest, spec, profile)
+    work = graph_work(measured.loaded.bundle.manifest, spec, profile)
     flops, moved = work.flops, work.moved_bytes
     verdict = None
     if ceilings is not None and call_ms.p50 > 0:
@@ -265,7 +257,7 @@ def _graph_profile(
         calls_per_answer=sum(map(len, answers)) / len(answers),
         call_ms=call_ms,
         answer_ms=in_answer,
-        share=in_answer / answer_ms,
+        share=in_answer / statistics.median(answer.answer_ms for answer in measured.answers),
         flops=flops,
         moved_bytes=moved,
         flops_per_s=1e3 * flops / call_ms.p50 if call_ms.p50 > 0 else None,
