@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.export.checkpoints.hub import SAFETENSORS_WAY_OUT, download_description, download_weights
-from trio_edge.export.checkpoints.packed import PackedWeight, packed_format, with_packed
-from trio_edge.export.checkpoints.safetensors import SourceTensor, read_safetensors_header
+from trio_edge.export.checkpoints.packed import PACKING, PackedWeight, packed_format, with_packed
+from trio_edge.export.checkpoints.weights import SourceTensor, read_safetensors_header
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.files import read_regular
 from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
@@ -94,7 +94,6 @@ class Checkpoint:
     """A checkpoint's folder, configuration, and tensors by canonical name."""
 
     folder: Path
-    name: str
     revision: str | None
     """Commit of a Hub repository; None for a local folder."""
     config: dict[str, Any]
@@ -136,17 +135,10 @@ def canonical_name(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Location:
-    """The folder of a checkpoint."""
-
-    folder: Path
-    repository: str | None = None
-    """Hub id, if ``folder`` is a snapshot in the Hub's cache; its weights may still be missing."""
-
-
-def locate(model: str, *, revision: str | None = None) -> Location:
+def locate(model: str, *, revision: str | None = None) -> tuple[Path, str | None]:
     """Return the folder of ``model``: a local folder, an alias or a Hub id. It downloads all files but the weights.
+
+    The second value is the Hub id if the folder is a snapshot in the Hub's cache, whose weights may still be missing.
 
     Raises:
         CheckpointError: If there is no such folder, alias or Hub repository, or the Hub cannot be reached.
@@ -157,7 +149,7 @@ def locate(model: str, *, revision: str | None = None) -> Location:
             raise CheckpointError(
                 f"--revision: expected a model on the Hub, got {revision!r} of {model}, which is a local folder; leave it out"
             )
-        return Location(folder=path)
+        return path, None
     if path.exists():
         raise CheckpointError(
             f"{model}: expected a checkpoint folder, got a file; name the folder that holds config.json"
@@ -171,14 +163,14 @@ def locate(model: str, *, revision: str | None = None) -> Location:
             f"{model}: expected a folder, a Hub id (owner/name) or one of {', '.join(ALIASES)}, got none of them;"
             f" {f'did you mean {near[0]}?' if near else 'check the spelling'}"
         )
-    return Location(folder=download_description(repository, revision=revision), repository=repository)
+    return download_description(repository, revision=revision), repository
 
 
 def read_checkpoint(
     model: str,
     *,
     revision: str | None = None,
-    check_config: Callable[[Path, dict[str, Any]], None] = lambda _folder, _config: None,
+    check_config: Callable[[Path, dict[str, Any]], object] = lambda _folder, _config: None,
 ) -> Checkpoint:
     """Return the checkpoint that ``model`` names; all weight files are there and complete.
 
@@ -191,22 +183,21 @@ def read_checkpoint(
     Raises:
         CheckpointError: If configuration or weights are missing, broken, truncated, or not safetensors.
     """
-    location = locate(model, revision=revision)
-    config = read_json(location.folder / "config.json")
-    check_config(location.folder, config)
-    if location.repository is not None:
-        download_weights(location.repository, _weight_names(location.folder), snapshot=location.folder)
-        revision = location.folder.name
-    tensors: dict[str, SourceTensor] = {}
-    for file in _weight_files(location.folder):
-        for name, tensor in read_safetensors_header(file).items():
-            tensors[canonical_name(name)] = tensor
+    folder, repository = locate(model, revision=revision)
+    config = read_json(folder / "config.json")
+    check_config(folder, config)
+    if repository is not None:
+        download_weights(repository, _weight_names(folder), snapshot=folder)
+        revision = folder.name
+    tensors = {
+        canonical_name(name): tensor
+        for file in _weight_files(folder)
+        for name, tensor in read_safetensors_header(file).items()
+    }
     packed: dict[str, PackedWeight] = {}
-    if (form := packed_format(location.folder, config)) is not None:
-        tensors, packed = with_packed(location.folder, tensors, form)
-    return Checkpoint(
-        folder=location.folder, name=model, revision=revision, config=config, tensors=tensors, packed=packed
-    )
+    if PACKING in config:
+        tensors, packed = with_packed(folder, tensors, packed_format(folder, config[PACKING]))
+    return Checkpoint(folder=folder, revision=revision, config=config, tensors=tensors, packed=packed)
 
 
 def read_json(path: Path) -> dict[str, Any]:

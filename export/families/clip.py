@@ -14,7 +14,7 @@ import msgspec
 
 from trio_edge.export.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from trio_edge.export.checkpoints.text_files import load_tokenizer
-from trio_edge.export.families.config_files import load_config
+from trio_edge.export.families.base import load_config
 from trio_edge.export.graphs.clip_text import ClipText
 from trio_edge.export.graphs.vision.clip import ClipVision, VisionWithPatches
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
@@ -55,10 +55,6 @@ class Clip:
             if name.startswith(_PARTS)
         }
         return replace(checkpoint, tensors=checkpoint.tensors | more)
-
-    def write(self, bundle: Path) -> None:
-        """Write the tokenizer."""
-        (bundle / TOKENIZER_NAME).write_text(self.tokenizer, encoding="utf-8")
 
     def flops(self, num_text: int) -> float:
         """Return the FLOPs of the text tower for a question of ``num_text`` tokens."""
