@@ -324,13 +324,13 @@ def record(
 
 
 def _image_sizes(plan: ExportPlan) -> tuple[ImageSize, ...]:
-    sizes = plan.layout.visual_sizes if plan.resolved.token_keep is None else plan.layout.vision_rows
-    result = []
-    for width, height in plan.options.image_sizes:
-        num_visual = plan.resolved.processing.sizes(width, height)["N"]
-        rows = next(size for size in sizes if size >= num_visual)
-        result.append(ImageSize(width=width, height=height, num_visual=num_visual, rows=rows))
-    return tuple(result)
+    rows = plan.layout.visual_sizes if plan.resolved.token_keep is None else plan.layout.vision_rows
+    sides = plan.options.image_sizes
+    counts = [plan.resolved.processing.sizes(width, height)["N"] for width, height in sides]
+    return tuple(
+        ImageSize(width=width, height=height, num_visual=count, rows=min(row for row in rows if row >= count))
+        for (width, height), count in zip(sides, counts)
+    )
 
 
 def _file_entries(folder: Path, *, known: Mapping[str, str]) -> tuple[FileEntry, ...]:

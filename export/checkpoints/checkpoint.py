@@ -27,43 +27,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A short name for a checkpoint."""
+    """The checkpoint that a short name stands for."""
 
-    name: str
     repository: str | None
     """Hub id; None for the packaged model."""
     family: str
 
 
 ALIASES = {
-    alias.name: alias
-    for alias in (
-        Alias("tiny", None, "LLaVA-NeXT, Llama (demo)"),
-        Alias("llava-1.5-7b", "llava-hf/llava-1.5-7b-hf", "LLaVA-1.5, Vicuna"),
-        Alias("llava-1.5-13b", "llava-hf/llava-1.5-13b-hf", "LLaVA-1.5, Vicuna"),
-        Alias("llava-next-7b", "llava-hf/llava-v1.6-vicuna-7b-hf", "LLaVA-NeXT, Vicuna"),
-        Alias("llava-next-mistral-7b", "llava-hf/llava-v1.6-mistral-7b-hf", "LLaVA-NeXT, Mistral"),
-        Alias("llava-next-13b", "llava-hf/llava-v1.6-vicuna-13b-hf", "LLaVA-NeXT, Vicuna"),
-        Alias("llava-onevision-0.5b", "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "LLaVA-OneVision"),
-        Alias("llava-onevision-7b", "llava-hf/llava-onevision-qwen2-7b-ov-hf", "LLaVA-OneVision"),
-        Alias("qwen2.5-vl-3b", "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL"),
-        Alias("qwen2.5-vl-7b", "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL"),
-        Alias("qwen3-vl-2b", "Qwen/Qwen3-VL-2B-Instruct", "Qwen3-VL"),
-        Alias("qwen3-vl-4b", "Qwen/Qwen3-VL-4B-Instruct", "Qwen3-VL"),
-        Alias("qwen3-vl-8b", "Qwen/Qwen3-VL-8B-Instruct", "Qwen3-VL"),
-        Alias("cosmos-reason2-2b", "nvidia/Cosmos-Reason2-2B", "Qwen3-VL, Cosmos-Reason2"),
-        Alias("cosmos-reason2-8b", "nvidia/Cosmos-Reason2-8B", "Qwen3-VL, Cosmos-Reason2"),
-        Alias("internvl3-1b", "OpenGVLab/InternVL3-1B-hf", "InternVL3"),
-        Alias("internvl3-2b", "OpenGVLab/InternVL3-2B-hf", "InternVL3"),
-        Alias("internvl3-8b", "OpenGVLab/InternVL3-8B-hf", "InternVL3"),
-        Alias("internvl3.5-1b", "OpenGVLab/InternVL3_5-1B-HF", "InternVL3.5"),
-        Alias("internvl3.5-2b", "OpenGVLab/InternVL3_5-2B-HF", "InternVL3.5"),
-        Alias("internvl3.5-4b", "OpenGVLab/InternVL3_5-4B-HF", "InternVL3.5"),
-        Alias("internvl3.5-8b", "OpenGVLab/InternVL3_5-8B-HF", "InternVL3.5"),
-        Alias("smolvlm2-256m", "HuggingFaceTB/SmolVLM2-256M-Video-Instruct", "SmolVLM2"),
-        Alias("smolvlm2-500m", "HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "SmolVLM2"),
-        Alias("smolvlm2-2.2b", "HuggingFaceTB/SmolVLM2-2.2B-Instruct", "SmolVLM2"),
-    )
+    "tiny": Alias(None, "LLaVA-NeXT, Llama (demo)"),
+    "llava-1.5-7b": Alias("llava-hf/llava-1.5-7b-hf", "LLaVA-1.5, Vicuna"),
+    "llava-1.5-13b": Alias("llava-hf/llava-1.5-13b-hf", "LLaVA-1.5, Vicuna"),
+    "llava-next-7b": Alias("llava-hf/llava-v1.6-vicuna-7b-hf", "LLaVA-NeXT, Vicuna"),
+    "llava-next-mistral-7b": Alias("llava-hf/llava-v1.6-mistral-7b-hf", "LLaVA-NeXT, Mistral"),
+    "llava-next-13b": Alias("llava-hf/llava-v1.6-vicuna-13b-hf", "LLaVA-NeXT, Vicuna"),
+    "llava-onevision-0.5b": Alias("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "LLaVA-OneVision"),
+    "llava-onevision-7b": Alias("llava-hf/llava-onevision-qwen2-7b-ov-hf", "LLaVA-OneVision"),
+    "qwen2.5-vl-3b": Alias("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL"),
+    "qwen2.5-vl-7b": Alias("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL"),
+    "qwen3-vl-2b": Alias("Qwen/Qwen3-VL-2B-Instruct", "Qwen3-VL"),
+    "qwen3-vl-4b": Alias("Qwen/Qwen3-VL-4B-Instruct", "Qwen3-VL"),
+    "qwen3-vl-8b": Alias("Qwen/Qwen3-VL-8B-Instruct", "Qwen3-VL"),
+    "cosmos-reason2-2b": Alias("nvidia/Cosmos-Reason2-2B", "Qwen3-VL, Cosmos-Reason2"),
+    "cosmos-reason2-8b": Alias("nvidia/Cosmos-Reason2-8B", "Qwen3-VL, Cosmos-Reason2"),
+    "internvl3-1b": Alias("OpenGVLab/InternVL3-1B-hf", "InternVL3"),
+    "internvl3-2b": Alias("OpenGVLab/InternVL3-2B-hf", "InternVL3"),
+    "internvl3-8b": Alias("OpenGVLab/InternVL3-8B-hf", "InternVL3"),
+    "internvl3.5-1b": Alias("OpenGVLab/InternVL3_5-1B-HF", "InternVL3.5"),
+    "internvl3.5-2b": Alias("OpenGVLab/InternVL3_5-2B-HF", "InternVL3.5"),
+    "internvl3.5-4b": Alias("OpenGVLab/InternVL3_5-4B-HF", "InternVL3.5"),
+    "internvl3.5-8b": Alias("OpenGVLab/InternVL3_5-8B-HF", "InternVL3.5"),
+    "smolvlm2-256m": Alias("HuggingFaceTB/SmolVLM2-256M-Video-Instruct", "SmolVLM2"),
+    "smolvlm2-500m": Alias("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "SmolVLM2"),
+    "smolvlm2-2.2b": Alias("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "SmolVLM2"),
 }
 TINY_FOLDER = Path(__file__).parents[1] / "tiny"
 EMBEDDING_NAME = "language_model.embed_tokens.weight"

@@ -166,17 +166,12 @@ def with_packed(
             zeros=parts["qzeros"],
             order=parts["g_idx"],
         )
-        _check_blocks(folder, layer, weight)
+        outputs = scales.shape[1 if form.is_blocks_first else 0]
+        if outputs != weight.shape[0] or weight.shape[1] % max(weight.num_blocks, 1):
+            raise CheckpointError(
+                f"{folder} {layer}: expected scales for {weight.shape[0]} outputs and equal blocks of {weight.shape[1]} inputs,"
+                f" got {list(scales.shape)}; download the checkpoint again"
+            )
         packed[f"{layer}.weight"] = weight
         result[f"{layer}.weight"] = replace(values, dtype=PACKED, shape=weight.shape)
     return result, packed
-
-
-def _check_blocks(folder: Path, layer: str, weight: PackedWeight) -> None:
-    num_outputs, num_inputs = weight.shape
-    outputs = weight.scales.shape[1 if weight.format.is_blocks_first else 0]
-    if outputs != num_outputs or num_inputs % max(weight.num_blocks, 1):
-        raise CheckpointError(
-            f"{folder} {layer}: expected scales for {num_outputs} outputs and equal blocks of {num_inputs} inputs, got"
-            f" {list(weight.scales.shape)}; download the checkpoint again"
-        )

@@ -94,9 +94,6 @@ def read_text_files(
         )
     video_id = config.get("video_token_id")
     video_token = backend.id_to_token(video_id) if isinstance(video_id, int) else None
-    # some checkpoints set both; the runtime pads to its own buckets and refuses prompts that are too long
-    backend.no_padding()
-    backend.no_truncation()
     template = _with_special_tokens(_chat_template(folder) or default_template, tokenizer)
     if any(image_marks):  # no processor adds them at run time
         if image_token not in template:
@@ -120,7 +117,7 @@ def read_text_files(
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """Return the fast tokenizer that transformers uses for a checkpoint.
+    """Return the fast tokenizer that transformers uses for a checkpoint, without padding and truncation.
 
     Raises:
         CheckpointError: If its files are missing or broken, or it is not a fast tokenizer.
@@ -143,6 +140,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.folder}: expected a tokenizer with tokenizer.json, got a slow one;"
             " save it as a fast tokenizer first"
         )
+    # some checkpoints set both; the runtime pads to its own buckets and refuses prompts that are too long
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
     return tokenizer
 
 

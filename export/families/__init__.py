@@ -18,16 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "family_of"]
 
-_ALL: tuple[Family, ...] = (
-    Llava(),
-    LlavaNext(),
-    LlavaOnevision(),
-    Qwen25Vl(),
-    Qwen3Vl(),
-    InternVl(),
-    SmolVlm(),
-)
-FAMILIES = {family.model_type: family for family in _ALL}
+_ALL = (Llava(), LlavaNext(), LlavaOnevision(), Qwen25Vl(), Qwen3Vl(), InternVl(), SmolVlm())
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
 
 def family_of(folder: Path, config: dict[str, Any]) -> Family:

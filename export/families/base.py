@@ -126,8 +126,8 @@ class Family(ABC):
     """Types of decoder that the family supports; empty if its model class has one type."""
     vision_type: str | None = None
     """Type of vision tower that the family supports; None if its model class has one type."""
-    feature_strategy: str | None = None
-    """``vision_feature_select_strategy`` that the family supports; None if its configuration has none."""
+    required: tuple[tuple[str, object], ...] = ()
+    """Settings of config.json that must have one value, with this value."""
     vision_attention: str | None = TILE_ATTENTION_NAME
     """Name of the vision tower's attention; None for transformers' choice."""
     has_class_row: bool = False
@@ -161,8 +161,11 @@ class Family(ABC):
         # Without an entry about tying, transformers 5 ties the head, and older releases did not. Fine-tuned checkpoints may
         # claim tied embeddings and hold a head that differs; transformers then uses this head.
         config.tie_word_embeddings = config.tie_word_embeddings and HEAD_NAME not in checkpoint.tensors
-        if self.feature_strategy is not None:
-            require(config, folder, vision_feature_select_strategy=self.feature_strategy)
+        for name, value in self.required:
+            if (got := getattr(config, name)) != value:
+                raise CheckpointError(
+                    f"{folder}: expected {name} {value!r}, got {got!r}; this variant cannot be exported"
+                )
         self.check_config(config, checkpoint)
         return config
 
@@ -187,7 +190,8 @@ class Family(ABC):
         images: Any = self.images(checkpoint, config, max_visual)
         if encoder_keep is not None:
             self.check_encoder_keep(encoder_keep, images, config)
-        return msgspec.structs.replace(images, encoder_keep=encoder_keep)
+        reduced: ImageProcessing = msgspec.structs.replace(images, encoder_keep=encoder_keep)
+        return reduced
 
     @abstractmethod
     def images(self, checkpoint: Checkpoint, config: Any, max_visual: int | None) -> ImageProcessing:
@@ -346,32 +350,17 @@ def require_processor(checkpoint: Checkpoint, **wanted: object) -> None:
 
 def check_decoder(text_config: Any, *, folder: Path) -> None:
     """Raise CheckpointError if the decoder that ``text_config`` describes is not supported at any length."""
-    rope = _rope(text_config)
-    rope_type, known = rope.get("rope_type"), (*_FIXED_ROPE_TYPES, *_GROWING_ROPE_TYPES)
-    if rope_type not in known:
-        raise CheckpointError(
-            f"{folder}/config.json rope_type: expected one for all layers, of {', '.join(known)}, got {rope_type!r};"
-            " this decoder cannot be exported"
-        )
-    rotary = rope.get("partial_rotary_factor", 1.0)
-    if rotary != 1.0:
-        raise CheckpointError(
-            f"{folder}/config.json partial_rotary_factor: expected 1, got {rotary}; this decoder cannot be exported"
-        )
+    rope, known = _rope(text_config), (*_FIXED_ROPE_TYPES, *_GROWING_ROPE_TYPES)
+    rope_type, rotary = rope.get("rope_type"), rope.get("partial_rotary_factor", 1.0)
     unknown = set(getattr(text_config, "layer_types", None) or ()) - set(_LAYER_TYPES)
-    if unknown:
-        raise CheckpointError(
-            f"{folder}/config.json layer_types: expected {' or '.join(_LAYER_TYPES)}, got {', '.join(sorted(unknown))};"
-            " this decoder cannot be exported"
-        )
-
-
-def require(config: Any, folder: Path, **wanted: object) -> None:
-    """Raise CheckpointError unless ``config`` has the ``wanted`` values."""
-    for name, value in wanted.items():
-        if (got := getattr(config, name)) != value:
+    for name, is_supported, expected, got in (
+        ("rope_type", rope_type in known, f"one for all layers, of {', '.join(known)}", repr(rope_type)),
+        ("partial_rotary_factor", rotary == 1.0, "1", str(rotary)),
+        ("layer_types", not unknown, " or ".join(_LAYER_TYPES), ", ".join(sorted(unknown))),
+    ):
+        if not is_supported:
             raise CheckpointError(
-                f"{folder}: expected {name} {value!r}, got {got!r}; this variant cannot be exported"
+                f"{folder}/config.json {name}: expected {expected}, got {got}; this decoder cannot be exported"
             )
 
 
@@ -486,30 +475,23 @@ def check_positions(
             such a layer with the rows before the stage.
         way_out: Advice at the end of a message.
     """
-    needed = num_visual + max_text + max_new_tokens
-    parts = f"{needed} = {num_visual} visual + {max_text} text + {max_new_tokens} new"
     limit, rope_type = max_positions(text_config), _rope(text_config)["rope_type"]
-    if needed > limit:
-        reason = (
-            f"beyond it RoPE type {rope_type!r} depends on the length"
-            if rope_type in _GROWING_ROPE_TYPES
-            else "the model's limit"
-        )
+    if (needed := num_visual + max_text + max_new_tokens) > limit:
+        grows = f"beyond it RoPE type {rope_type!r} depends on the length"
+        reason = grows if rope_type in _GROWING_ROPE_TYPES else "the model's limit"
         raise ScheduleError(
-            f"sequence: expected at most {limit} positions ({reason}), got {parts}; {way_out}"
+            f"sequence: expected at most {limit} positions ({reason}), got {needed} = {num_visual} visual + {max_text} text +"
+            f" {max_new_tokens} new; {way_out}"
         )
-    windowed = sliding_window(text_config)
-    if windowed is None:
+    if (windowed := sliding_window(text_config)) is None:
         return
     layer, window = windowed
-    left = schedule.tokens_per_layer(num_layers=int(text_config.num_hidden_layers), num_visual=num_visual)[
-        max(layer - 1, 0)
-    ]
-    needed = left + max_text + max_new_tokens
-    if needed > window:
+    num_layers = int(text_config.num_hidden_layers)
+    rows = schedule.tokens_per_layer(num_layers=num_layers, num_visual=num_visual)[max(layer - 1, 0)]
+    if (needed := rows + max_text + max_new_tokens) > window:
         raise ScheduleError(
             f"sequence: expected at most {window} positions (the model's sliding window), got"
-            f" {needed} = {left} visual + {max_text} text + {max_new_tokens} new before layer {layer};"
+            f" {needed} = {rows} visual + {max_text} text + {max_new_tokens} new before layer {layer};"
             f" {way_out}, or reduce earlier"
         )
 

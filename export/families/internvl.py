@@ -6,16 +6,8 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
-from trio_edge.export.families.base import (
-    Family,
-    VisionGraph,
-    first_that_fits,
-    read_image_processor,
-    require,
-    require_same,
-    tile_inputs,
-    visual_tokens,
-)
+from trio_edge.export.families import base
+from trio_edge.export.families.base import Family, VisionGraph
 from trio_edge.export.graphs.vision.internvl import TileVision
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.manifest import VisionDimensions
@@ -37,12 +29,11 @@ class InternVl(Family):
     image_marks = ("<img>", "</img>")
     text_types = ("qwen2", "qwen3", "llama")
     vision_type = "internvl_vision"
-    feature_strategy = "default"
+    required = (("vision_feature_layer", -1), ("vision_feature_select_strategy", "default"))
 
     def check_config(self, config: Any, checkpoint: Checkpoint) -> None:
-        """Raise CheckpointError unless the last layer's tiles are square and whole numbers of visual tokens."""
+        """Raise CheckpointError unless tiles are square and whole numbers of visual tokens."""
         folder, vision, merge = checkpoint.folder, config.vision_config, _merge(config)
-        require(config, folder, vision_feature_layer=-1)
         for name in ("image_size", "patch_size"):
             height, width = getattr(vision, name)
             if height != width:
@@ -58,18 +49,18 @@ class InternVl(Family):
     def images(self, checkpoint: Checkpoint, config: Any, max_visual: int | None) -> InternVlImages:
         """Return the tiling; see ``Family``. ``max_visual`` lowers the number of tiles."""
         images = InternVlImages.from_preprocessor_config(
-            {"image_processor_type": "GotOcr2ImageProcessor", **read_image_processor(checkpoint)},
+            {"image_processor_type": "GotOcr2ImageProcessor", **base.read_image_processor(checkpoint)},
             tokens_per_side=_patches_per_side(config) // _merge(config),
         )
         side = config.vision_config.image_size[0]
-        require_same("size", checkpoint, tower=side, processor=images.tile_size)
+        base.require_same("size", checkpoint, tower=side, processor=images.tile_size)
         candidates = (
             msgspec.structs.replace(images, max_tiles=most)
             for most in range(images.max_tiles, images.min_tiles - 1, -1)
         )
         fewest = images.min_tiles + (images.min_tiles > 1)  # the thumbnail is one more tile
         smallest = f"{fewest} tiles of {images.tokens_per_tile}"
-        return first_that_fits(max_visual, candidates, smallest=smallest)
+        return base.first_that_fits(max_visual, candidates, smallest=smallest)
 
     def vision(
         self, inner: Any, config: Any, *, processing: InternVlImages, dtype: FloatType, with_features: bool
@@ -79,8 +70,8 @@ class InternVl(Family):
         module = TileVision(inner.vision_tower, inner.multi_modal_projector, merge=merge)
         graph = VisionGraph(
             module=module,
-            inputs=tile_inputs(vision.image_size[0]),
-            outputs=(visual_tokens(text.hidden_size, dtype=dtype),),
+            inputs=base.tile_inputs(vision.image_size[0]),
+            outputs=(base.visual_tokens(text.hidden_size, dtype=dtype),),
             linear_groups=module.linear_groups(),
         )
         return graph, VisionDimensions(

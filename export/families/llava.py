@@ -12,17 +12,8 @@ from typing import TYPE_CHECKING, Any, final
 import msgspec
 import numpy as np
 
-from trio_edge.export.families.base import (
-    Family,
-    VisionGraph,
-    first_that_fits,
-    read_image_processor,
-    require_processor,
-    require_same,
-    require_square_tiles,
-    tile_inputs,
-    visual_tokens,
-)
+from trio_edge.export.families import base
+from trio_edge.export.families.base import Family, VisionGraph
 from trio_edge.export.graphs.reduce import FEATURE_NAMES
 from trio_edge.export.graphs.vision.clip import (
     ClipFeatures,
@@ -60,7 +51,7 @@ class Llava(Family):
     text_types = _TEXT_TYPES
     vision_type = "clip_vision_model"
     vision_attention = "eager"
-    feature_strategy = "default"
+    required = (("vision_feature_select_strategy", "default"),)
     has_class_row = True
 
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
@@ -86,7 +77,10 @@ class Llava(Family):
     ) -> tuple[VisionGraph, VisionDimensions]:
         """Return the graph of CLIP's tower; see ``Family``."""
         text, vision, keep = config.text_config, config.vision_config, processing.encoder_keep
-        inputs, tokens = tile_inputs(processing.tile_size), visual_tokens(text.hidden_size, dtype=dtype)
+        inputs, tokens = (
+            base.tile_inputs(processing.tile_size),
+            base.visual_tokens(text.hidden_size, dtype=dtype),
+        )
         tower, projector, states = inner.vision_tower, inner.multi_modal_projector, feature_layers_of(config)
         more_outputs: list[TensorSpec] = []
         module: ClipVision | VisionWithFeatures | ReducedVision
@@ -138,11 +132,13 @@ class LlavaNext(Llava):
 
 def _feature_tensors(vision: Any, num_states: int, *, dtype: FloatType) -> list[TensorSpec]:
     """Return the outputs that selectors with ``needs_features`` read."""
-    widths = (vision.hidden_size * num_states, vision.hidden_size // vision.num_attention_heads)
-    outputs = [
-        TensorSpec(name=name, dtype=dtype, shape=("N", width)) for name, width in zip(FEATURE_NAMES, widths)
+    features, keys, attention = FEATURE_NAMES
+    width, head_size = vision.hidden_size * num_states, vision.hidden_size // vision.num_attention_heads
+    return [
+        TensorSpec(name=features, dtype=dtype, shape=("N", width)),
+        TensorSpec(name=keys, dtype=dtype, shape=("N", head_size)),
+        TensorSpec(name=attention, dtype="float32", shape=("N",)),
     ]
-    return [*outputs, TensorSpec(name=FEATURE_NAMES[2], dtype="float32", shape=("N",))]
 
 
 def feature_layers_of(config: Any) -> tuple[int, ...]:
@@ -164,10 +160,12 @@ def _images(checkpoint: Checkpoint, config: Any, *, default_type: str) -> LlavaI
         CheckpointError: If it is not supported, or does not fit the model's configuration.
     """
     images = LlavaImages.from_preprocessor_config(
-        {"image_processor_type": default_type, **read_image_processor(checkpoint)},
+        {"image_processor_type": default_type, **base.read_image_processor(checkpoint)},
         patch_size=config.vision_config.patch_size,
     )
-    require_same("tiles of", checkpoint, tower=config.vision_config.image_size, processor=images.tile_size)
+    base.require_same(
+        "tiles of", checkpoint, tower=config.vision_config.image_size, processor=images.tile_size
+    )
     theirs = [list(pinpoint) for pinpoint in getattr(config, "image_grid_pinpoints", None) or []]
     ours = [list(pinpoint) for pinpoint in images.grid_pinpoints]
     if images.kind == "anyres" and theirs and ours != theirs:
@@ -187,12 +185,12 @@ class LlavaOnevision(Family):
     chat_template = LLAVA_ONEVISION_TEMPLATE
     text_types = _TEXT_TYPES
     vision_type = "siglip_vision_model"
-    feature_strategy = "full"  # SigLIP has no class token
+    required = (("vision_feature_select_strategy", "full"),)  # SigLIP has no class token
 
     def check_config(self, config: Any, checkpoint: Checkpoint) -> None:
         """Raise CheckpointError unless tiles are square and the processor's file agrees on the number of visual tokens."""
-        require_square_tiles(config.vision_config, checkpoint.folder)
-        require_processor(
+        base.require_square_tiles(config.vision_config, checkpoint.folder)
+        base.require_processor(
             checkpoint,
             vision_aspect_ratio=config.vision_aspect_ratio,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
@@ -215,14 +213,14 @@ class LlavaOnevision(Family):
             for area in sorted({height * width for height, width in pinpoints}, reverse=True)
         )
         candidates = (images, *(msgspec.structs.replace(images, grid_pinpoints=grids) for grids in smaller))
-        return first_that_fits(max_visual, candidates, smallest="the smallest grid and the base tile")
+        return base.first_that_fits(max_visual, candidates, smallest="the smallest grid and the base tile")
 
     def vision(
         self, inner: Any, config: Any, *, processing: LlavaImages, dtype: FloatType, with_features: bool
     ) -> tuple[VisionGraph, VisionDimensions]:
         """Return the graph of SigLIP's tower; see ``Family``."""
         text, vision, states = config.text_config, config.vision_config, feature_layers_of(config)
-        pixel_values, _ = tile_inputs(vision.image_size)
+        pixel_values, _ = base.tile_inputs(vision.image_size)
         module = SiglipVision(
             inner.vision_tower, inner.multi_modal_projector, inner.image_newline, feature_layers=states
         )
@@ -234,7 +232,7 @@ class LlavaOnevision(Family):
                 TensorSpec(name="token_index", dtype="int32", shape=("N", 4)),
                 TensorSpec(name="token_weights", dtype="float32", shape=("N", 4)),
             ),
-            outputs=(visual_tokens(text.hidden_size, dtype=dtype),),
+            outputs=(base.visual_tokens(text.hidden_size, dtype=dtype),),
             linear_groups=clip_groups(module.layers, module.projector),
             constants=_position_ids(module, num_patches),
         )

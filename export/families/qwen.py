@@ -18,19 +18,14 @@ import msgspec
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from trio_edge.export.families.base import (
-    Family,
-    VisionGraph,
-    read_image_processor,
-    read_video_processor,
-    require_same,
-    visual_tokens,
-)
+from trio_edge.export.families import base
+from trio_edge.export.families.base import Family, VisionGraph
 from trio_edge.export.graphs.tensors import token_planes
 from trio_edge.export.graphs.vision import deepstack, windowed
 from trio_edge.runtime.bundle.errors import ManifestError, ScheduleError
 from trio_edge.runtime.bundle.graph_io import DEEPSTACK_TOKENS, KEPT_TOKENS
 from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
+from trio_edge.runtime.images.patches import PatchImages
 from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages
 from trio_edge.runtime.prompts.chat import QWEN2_5_VL_TEMPLATE, QWEN3_VL_TEMPLATE
 from trio_edge.runtime.videos.interface import VideoProcessing, video_processing
@@ -40,7 +35,7 @@ if TYPE_CHECKING:
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Positions
-    from trio_edge.runtime.images.patches import PatchImages
+    from trio_edge.runtime.images.interface import ImageProcessing
 
     _PatchImages = TypeVar("_PatchImages", bound=PatchImages)
 
@@ -74,7 +69,7 @@ class Qwen25Vl(_QwenVl):
         most = images.any_image_sizes()[-1]["N"]
         windowed.check_windowed_keep(encoder_keep, max_visual=most, vision_config=config.vision_config)
 
-    def video_processing(self, checkpoint: Checkpoint, processing: Any) -> VideoProcessing:
+    def video_processing(self, checkpoint: Checkpoint, processing: ImageProcessing) -> VideoProcessing:
         """Return sampling and scaling; see ``Family``."""
         rate = float(self.read_config(checkpoint).vision_config.tokens_per_second)
         return _videos(Qwen25Videos, checkpoint, processing, tokens_per_second=rate)
@@ -88,7 +83,7 @@ class Qwen25Vl(_QwenVl):
         inv_freq = torch.empty(len(values), dtype=torch.float32)
         most, merge = processing.any_image_sizes()[-1]["P"], vision.spatial_merge_size
         slots = (vision.window_size // vision.patch_size // merge) ** 2 * merge**2
-        outputs = [visual_tokens(vision.out_hidden_size, dtype=dtype)]
+        outputs = [base.visual_tokens(vision.out_hidden_size, dtype=dtype)]
         module: windowed.WindowedVision | windowed.ReducedWindowedVision
         if keep is None:
             module = windowed.WindowedVision(inner.visual, inv_freq=inv_freq, max_patches=most)
@@ -140,7 +135,7 @@ class Qwen3Vl(_QwenVl):
         side = math.isqrt(config.vision_config.num_position_embeddings)
         return _images(Qwen3Images, checkpoint, config.vision_config, max_visual, table_size=side)
 
-    def video_processing(self, checkpoint: Checkpoint, processing: Any) -> VideoProcessing:
+    def video_processing(self, checkpoint: Checkpoint, processing: ImageProcessing) -> VideoProcessing:
         """Return sampling, scaling and timestamps; see ``Family``."""
         return _videos(Qwen3Videos, checkpoint, processing)
 
@@ -164,7 +159,7 @@ class Qwen3Vl(_QwenVl):
             module=module,
             inputs=deepstack.vision_inputs(module.embedding.patch_values),
             outputs=(
-                visual_tokens(width, dtype=dtype),
+                base.visual_tokens(width, dtype=dtype),
                 *token_planes(DEEPSTACK_TOKENS, num_planes, rows="N", width=width, dtype=dtype),
             ),
             linear_groups=deepstack.deepstack_groups(visual, num_planes=num_planes),
@@ -199,12 +194,12 @@ def _images(
         ScheduleError: If the processor does not scale images down to ``max_visual``.
     """
     images = kind.from_preprocessor_config(
-        {"image_processor_type": "Qwen2VLImageProcessor", **read_image_processor(checkpoint)}, **tower
+        {"image_processor_type": "Qwen2VLImageProcessor", **base.read_image_processor(checkpoint)}, **tower
     )
     names = ("patch_size", "temporal_patch_size", "spatial_merge_size")
     theirs = tuple(getattr(vision_config, name) for name in names)
     ours = (images.patch_size, images.temporal_patch_size, images.merge_size)
-    require_same("patch sizes", checkpoint, tower=theirs, processor=ours)
+    base.require_same("patch sizes", checkpoint, tower=theirs, processor=ours)
     wanted = DEFAULT_MAX_VISUAL if max_visual is None else max_visual
     most = min(images.max_pixels, wanted * images.token_size**2)
     # only a number from the user may be below the processor's minimum, not the default
@@ -219,11 +214,12 @@ def _images(
 
 
 def _videos(
-    kind: type[Qwen25Videos | Qwen3Videos], checkpoint: Checkpoint, images: PatchImages, **tower: float
+    kind: type[Qwen25Videos | Qwen3Videos], checkpoint: Checkpoint, images: ImageProcessing, **tower: float
 ) -> VideoProcessing:
     """Return the video processing of ``checkpoint``, of class ``kind``; raise CheckpointError if it is not supported.
 
     ``images`` is the processing of images; ``tower`` has fields of ``kind`` that the processor's file lacks.
     """
-    values = kind.from_preprocessor_config(read_video_processor(checkpoint), images=images, **tower)
+    assert isinstance(images, PatchImages)  # as ``Family.images`` makes it
+    values = kind.from_preprocessor_config(base.read_video_processor(checkpoint), images=images, **tower)
     return video_processing(values.to_dict(), images=images)

@@ -8,17 +8,8 @@ import msgspec
 import torch
 
 from trio_edge.export.checkpoints.text_files import load_tokenizer
-from trio_edge.export.families.base import (
-    Family,
-    VisionGraph,
-    first_that_fits,
-    read_image_processor,
-    require_processor,
-    require_same,
-    require_square_tiles,
-    tile_inputs,
-    visual_tokens,
-)
+from trio_edge.export.families import base
+from trio_edge.export.families.base import Family, VisionGraph
 from trio_edge.export.graphs.vision.smolvlm import SmolVlmVision, patch_positions
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.manifest import VisionDimensions
@@ -45,7 +36,7 @@ class SmolVlm(Family):
 
     def check_config(self, config: Any, checkpoint: Checkpoint) -> None:
         """Raise CheckpointError unless tiles are square and whole numbers of visual tokens."""
-        require_square_tiles(config.vision_config, checkpoint.folder)
+        base.require_square_tiles(config.vision_config, checkpoint.folder)
         if config.scale_factor < 1 or _patches_per_side(config) % config.scale_factor:
             raise CheckpointError(
                 f"{checkpoint.folder}: expected a scale_factor that divides {_patches_per_side(config)} (patches along a tile),"
@@ -58,17 +49,17 @@ class SmolVlm(Family):
         # the image processing has defaults for texts that the tokenizer does not name
         marks = {ours: getattr(tokenizer, theirs, None) for theirs, ours in _MARKS.items()}
         images = SmolVlmImages.from_preprocessor_config(
-            read_image_processor(checkpoint),
+            base.read_image_processor(checkpoint),
             token_size=vision.patch_size * config.scale_factor,
             **{name: str(text) for name, text in marks.items() if text is not None},
         )
-        require_same("max_image_size", checkpoint, tower=vision.image_size, processor=images.tile_size)
-        require_processor(checkpoint, image_seq_len=images.tokens_per_tile)
+        base.require_same("max_image_size", checkpoint, tower=vision.image_size, processor=images.tile_size)
+        base.require_processor(checkpoint, image_seq_len=images.tokens_per_tile)
         fewer = (count * images.tile_size for count in range(images.most_per_side - 1, 0, -1))
         candidates = (
             msgspec.structs.replace(images, longest_edge=edge) for edge in (images.longest_edge, *fewer)
         )
-        return first_that_fits(max_visual, candidates, smallest="one tile")
+        return base.first_that_fits(max_visual, candidates, smallest="one tile")
 
     def vision(
         self, inner: Any, config: Any, *, processing: SmolVlmImages, dtype: FloatType, with_features: bool
@@ -80,8 +71,8 @@ class SmolVlm(Family):
         module = SmolVlmVision(inner.vision_model, inner.connector, position_ids=position_ids)
         graph = VisionGraph(
             module=module,
-            inputs=tile_inputs(vision.image_size),
-            outputs=(visual_tokens(text.hidden_size, dtype=dtype),),
+            inputs=base.tile_inputs(vision.image_size),
+            outputs=(base.visual_tokens(text.hidden_size, dtype=dtype),),
             linear_groups=module.linear_groups(),
             constants={"position_ids": positions},
         )

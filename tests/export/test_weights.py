@@ -14,9 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trio_edge.export.checkpoints.checkpoint import Checkpoint
-from trio_edge.export.checkpoints.weights import read_safetensors_header
-from trio_edge.export.checkpoints.weights import StoredName, StoredWeights
-from trio_edge.export.checkpoints.weights import bytes_to_write, read_tensor, store_weights
+from trio_edge.export.checkpoints.weights import (
+    StoredName,
+    StoredWeights,
+    bytes_to_write,
+    read_safetensors_header,
+    read_tensor,
+    store_weights,
+)
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.manifest import FloatType
 
