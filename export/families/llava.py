@@ -77,14 +77,21 @@ class Llava(Family):
     ) -> tuple[VisionGraph, VisionDimensions]:
         """Return the graph of CLIP's tower; see ``Family``."""
         text, vision, keep = config.text_config, config.vision_config, processing.encoder_keep
-        inputs, tokens = (
-            base.tile_inputs(processing.tile_size),
-            base.visual_tokens(text.hidden_size, dtype=dtype),
-        )
+        tokens = base.visual_tokens(text.hidden_size, dtype=dtype)
+        inputs = base.tile_inputs(processing.tile_size)
         tower, projector, states = inner.vision_tower, inner.multi_modal_projector, feature_layers_of(config)
-        more_outputs: list[TensorSpec] = []
         module: ClipVision | VisionWithFeatures | ReducedVision
-        if keep is None:
+        more_outputs: list[TensorSpec] = []
+        if keep is not None and with_features:
+            raise ScheduleError(
+                "--token-method: expected one that needs no class token with --encoder-keep, got one that does; leave out"
+                " --encoder-keep"
+            )
+        if keep is not None:
+            module = ReducedVision(tower, projector, feature_layers=states, num_keep=keep)
+            more_outputs = [TensorSpec(name=KEPT_PATCHES, dtype="int32", shape=("B", keep))]
+            layers = module.layers
+        else:
             features = ClipFeatures(tower, feature_layers=states)
             parts = features, projector, getattr(inner, "image_newline", None)
             layers = features.layers
@@ -93,15 +100,6 @@ class Llava(Family):
                 more_outputs = _feature_tensors(vision, len(states), dtype=dtype)
             else:
                 module = ClipVision(*parts)
-        elif with_features:
-            raise ScheduleError(
-                "--token-method: expected one that needs no class token with --encoder-keep, got one that does; leave out"
-                " --encoder-keep"
-            )
-        else:
-            module = ReducedVision(tower, projector, feature_layers=states, num_keep=keep)
-            more_outputs = [TensorSpec(name=KEPT_PATCHES, dtype="int32", shape=("B", keep))]
-            layers = module.layers
         graph = VisionGraph(
             module=module,
             inputs=inputs,
