@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 
 from trio_edge.export.check.fit import check_fit, fit_inputs
 from trio_edge.export.check.tensorrt import require_supported
-from trio_edge.export.checkpoints.stored import StoredName
-from trio_edge.export.checkpoints.weights import bytes_to_write, store_constants, store_weights
-from trio_edge.export.families.decoder_config import max_positions
+from trio_edge.export.checkpoints.weights import StoredName, bytes_to_write, store_constants, store_weights
+from trio_edge.export.families.base import max_positions
 from trio_edge.export.graphs.assembly.onnx_graph import attach_weights, save
 from trio_edge.export.graphs.assembly.pieces import join, with_pieces
 from trio_edge.export.model_cost import cost_of
@@ -59,16 +59,13 @@ from trio_edge.trio.cost.memory import Texts
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from trio_edge.export.checkpoints.checkpoint import Checkpoint
+    from trio_edge.export.checkpoints.weights import SourceTensor, StoredWeights
     from trio_edge.export.graphs.assembly.traced import TracedGraph
     from trio_edge.export.options import ExportOptions, ScheduleInputs
     from trio_edge.export.plan import ExportPlan
     from trio_edge.export.quantize.assign import StoredForm
-    from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Schedule
+    from trio_edge.trio.cost.devices import DeviceSpec
 
 _LARGEST_INLINE_BYTES = 1 << 20  # ONNX files are read as a whole and have at most 2 GB
 _SPARE_BYTES = 64 << 20
@@ -102,8 +99,10 @@ def export_bundle(
     resolved = resolve(options, source)
     with without_values(resolved.dtype):
         plan = build(options, source, resolved, schedule_for=schedule_for)
-        check_target(plan, progress)
-        traced = trace(plan, progress)
+        if (target := options.target) is not None:
+            check_target(plan, find_device(target), progress)
+        quantized = partial(is_quantized, plan=options.quantize, checkpoint=source.checkpoint)
+        traced = trace_graphs(plan, is_quantized=quantized, step=progress.step)
     contents = quantize(plan, traced, scales, progress)
     with atomic_folder(
         options.out,
@@ -115,17 +114,14 @@ def export_bundle(
         # Again, as the export takes a while.
         before_rename=lambda: check_output(options.out, force=options.force),
     ) as folder:
-        written = write(plan, contents, folder, progress)
+        graphs, weights = write(plan, contents, folder, progress)
         progress.step("hashing")
-        return record(plan, contents, written, folder)
+        return record(plan, contents, graphs, weights, folder)
 
 
-def check_target(plan: ExportPlan, progress: Progress) -> None:
-    """Warn if the target device cannot run the bundle's formats or has too little memory."""
+def check_target(plan: ExportPlan, target: DeviceSpec, progress: Progress) -> None:
+    """Warn if the ``target`` cannot run the bundle's formats or has too little memory."""
     options, clip, clip_graphs = plan.options, plan.source.clip, plan.clip_graphs
-    if options.target is None:
-        return
-    target = find_device(options.target)
     if (refusal := target.refusal(options.quantize.formats)) is not None:
         progress.warn(refusal)
     progress.step(f"checking the fit on {target.name}")
@@ -146,18 +142,12 @@ def check_target(plan: ExportPlan, progress: Progress) -> None:
         progress.warn(warning)
 
 
-def trace(plan: ExportPlan, progress: Progress) -> list[TracedGraph]:
-    """Return all graphs without weights; called under ``without_values``."""
-    quantized = partial(is_quantized, plan=plan.options.quantize, checkpoint=plan.source.checkpoint)
-    return trace_graphs(plan, is_quantized=quantized, step=progress.step)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BundleContents:
     """The graphs, and the form in which each tensor is stored."""
 
     graphs: Sequence[TracedGraph]
-    plain: set[str]
+    plain: Mapping[str, SourceTensor]
     """Tensors stored with the checkpoint's values, in the bundle's element type."""
     forms: tuple[StoredForm, ...]
     """All other tensors."""
@@ -180,77 +170,124 @@ def quantize(
         )
     if wanted.has_cache:
         graphs = quantize_caches(graphs, scales.cache_max)
+    plain = {name: checkpoint.tensor(name) for name in sorted(plain_tensors(graphs, forms))}
     # Copied files would repeat tensors that are stored in another form. CLIP's files hold a vision tower that is not used,
     # and their names may be those of the model's files.
-    plain, whole_files = plain_tensors(graphs, forms), not forms and plan.source.clip is None
+    whole_files = not forms and plan.source.clip is None
     return BundleContents(
         graphs=graphs,
         plain=plain,
         forms=forms,
         whole_files=whole_files,
-        num_bytes=bytes_to_write(checkpoint, plain, dtype=dtype, whole_files=whole_files)
+        num_bytes=bytes_to_write(plain, dtype=dtype, whole_files=whole_files)
         + quantized_bytes(checkpoint, forms, dtype=dtype),
         quantization=quantization_of(forms, wanted, scales, graphs=graphs),
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WrittenFiles:
-    """The result of ``write``."""
-
-    graphs: tuple[GraphSpec, ...]
-    tensors: Mapping[StoredName, StoredTensor]
-    sha256: Mapping[str, str]
-    """Hashes of the weight files, by their paths in the bundle."""
-
-
-def write(plan: ExportPlan, contents: BundleContents, folder: Path, progress: Progress) -> WrittenFiles:
+def write(
+    plan: ExportPlan, contents: BundleContents, folder: Path, progress: Progress
+) -> tuple[tuple[GraphSpec, ...], StoredWeights]:
     """Write all files but the manifest into ``folder``, weights first, because graphs point into them."""
-    checkpoint, dtype, clip = plan.source.checkpoint, plan.resolved.dtype, plan.source.clip
+    dtype, text, clip = plan.resolved.dtype, plan.resolved.text, plan.source.clip
     progress.step("writing the weights")
     progress.expect_bytes(contents.num_bytes)
     weights = store_weights(
-        checkpoint,
-        contents.plain,
-        folder,
-        dtype=dtype,
-        whole_files=contents.whole_files,
-        on_bytes=progress.wrote_bytes,
+        contents.plain, folder, dtype=dtype, whole_files=contents.whole_files, on_bytes=progress.wrote_bytes
     )
     if contents.forms:
-        more = store_quantized(checkpoint, contents.forms, folder, dtype=dtype, on_bytes=progress.wrote_bytes)
+        more = store_quantized(
+            plan.source.checkpoint, contents.forms, folder, dtype=dtype, on_bytes=progress.wrote_bytes
+        )
         weights = weights.with_more(more)
     constants = {
         _constant_name(graph, name): values
         for graph in contents.graphs
-        for name, values in _large_constants(graph).items()
+        for name, values in graph.constants.items()
+        if values.nbytes > _LARGEST_INLINE_BYTES
     }
-    tensors = weights.tensors | (store_constants(constants, folder) if constants else {})
-    progress.step("writing the graphs")
-    graphs = tuple(write_graphs(contents.graphs, tensors, folder))
-    plan.resolved.text.write(folder)
+    if constants:
+        weights = weights.with_more(store_constants(constants, folder))
+    texts = {text.spec.tokenizer: text.tokenizer, text.spec.chat_template: text.chat_template}
     if clip is not None:
-        clip.write(folder)
-    return WrittenFiles(graphs=graphs, tensors=tensors, sha256=weights.sha256)
+        texts[clip.spec.tokenizer] = clip.tokenizer
+    for name, content in texts.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    progress.step("writing the graphs")
+    return tuple(_write_graphs(contents.graphs, weights.tensors, folder)), weights
 
 
-def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, folder: Path) -> Manifest:
+def _write_graphs(
+    graphs: Sequence[TracedGraph], stored: Mapping[StoredName, StoredTensor], folder: Path
+) -> Iterator[GraphSpec]:
+    """Write all graphs, pieces alone and joined, and yield the description of each whole graph."""
+    for _, group in itertools.groupby(graphs, key=lambda graph: graph.spec.name):
+        pieces = list(group)
+        if pieces[0].piece is None:
+            yield write_graph(pieces[0], stored, folder)
+            continue
+        whole = join(pieces)  # a copy, so before weights are attached
+        # without TensorRT's check, which reads the whole graph
+        written = [_write_unchecked(piece, stored, folder) for piece in pieces]
+        yield with_pieces(write_graph(whole, stored, folder), pieces, written)
+
+
+def write_graph(graph: TracedGraph, stored: Mapping[StoredName, StoredTensor], folder: Path) -> GraphSpec:
+    """Write one graph that points into the weight files, and return its description with its weights' bytes.
+
+    Raises:
+        CheckpointError: If TensorRT cannot read the graph.
+    """
+    spec = _write_unchecked(graph, stored, folder)
+    symbols = {symbol for profile in spec.profiles for symbol in profile.sizes}
+    require_supported(graph.model, name=spec.name, symbols=symbols)
+    return spec
+
+
+def _write_unchecked(
+    graph: TracedGraph, stored: Mapping[StoredName, StoredTensor], folder: Path
+) -> GraphSpec:
+    tensors = {name: stored[stored_name] for name, stored_name in graph.weights.items()}
+    small = {}
+    for name, values in graph.constants.items():
+        if (place := stored.get(_constant_name(graph, name))) is None:
+            small[name] = values
+        else:
+            tensors[name] = place
+    weight_bytes = attach_weights(graph.model, tensors, small, bundle=folder)
+    save(graph.model, folder / graph.spec.file)
+    return msgspec.structs.replace(graph.spec, weight_bytes=weight_bytes)
+
+
+def _constant_name(graph: TracedGraph, name: str) -> StoredName:
+    own_name = name.rpartition("/")[2]  # joined graphs add the piece's name before
+    return StoredName(f"{graph.spec.name}.{own_name}")
+
+
+def record(
+    plan: ExportPlan,
+    contents: BundleContents,
+    graphs: tuple[GraphSpec, ...],
+    weights: StoredWeights,
+    folder: Path,
+) -> Manifest:
     """Write and return the manifest, a bundle's last file."""
     options, resolved, layout, model = plan.options, plan.resolved, plan.layout, plan.model
-    embedding, clip = embedding_name(options.quantize), plan.source.clip
-    rows = head_rows_form(contents.graphs, options.quantize)
-    head_rows = None if rows is None else rows.stored_name
+    image_sizes, files = _image_sizes(plan), _file_entries(folder, known=weights.sha256)
+    path, stored, clip = Path(options.model), weights.tensors, plan.source.clip
+    embedding, rows = embedding_name(options.quantize), head_rows_form(contents.graphs, options.quantize)
+    num_values = sum(math.prod(tensor.shape) for tensor in plan.source.checkpoint.tensors.values())
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         family=plan.source.family.model_type,
-        model=_model_name(options.model),
+        model=printable(path.resolve().name if path.is_dir() else options.model)[-200:] or "model",
         revision=plan.source.checkpoint.revision,
         dtype=resolved.dtype,
         opset=options.opset,
         dimensions=plan.dimensions,
         schedule=layout.schedule,
         visual_sizes=layout.visual_sizes,
-        image_sizes=_image_sizes(plan),
+        image_sizes=image_sizes,
         text_buckets=layout.text_buckets,
         max_new_tokens=options.max_new_tokens,
         max_position=max_positions(model.text_config),
@@ -263,19 +300,19 @@ def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, fo
         encoder_keep=resolved.processing.encoder_keep,
         token_method=options.token_method,
         token_keep=resolved.token_keep,
-        token_embedding=written.tensors[embedding],
-        token_embedding_scales=written.tensors.get(embedding.scales),
-        head_rows=None if head_rows is None else written.tensors[head_rows],
-        head_row_scales=None if head_rows is None else written.tensors.get(head_rows.scales),
+        token_embedding=stored[embedding],
+        token_embedding_scales=stored.get(embedding.scales),
+        head_rows=None if rows is None else stored[rows.stored_name],
+        head_row_scales=None if rows is None else stored.get(rows.stored_name.scales),
         quantization=contents.quantization,
-        graphs=written.graphs,
+        graphs=graphs,
         programs=programs_of(
-            written.graphs, layout, sources={graph.spec.name: graph.sources for graph in contents.graphs}
+            graphs, layout, sources={graph.spec.name: graph.sources for graph in contents.graphs}
         ),
-        files=_file_entries(folder, known=written.sha256),
-        model_bytes=_model_bytes(plan.source.checkpoint, resolved.dtype),
-        cost=cost_of(plan, written.graphs),
-        vision=plan.model.vision_dimensions,
+        files=files,
+        model_bytes=np.dtype(resolved.dtype).itemsize * num_values,
+        cost=cost_of(plan, graphs),
+        vision=model.vision_dimensions,
         clip_text=None if clip is None else clip.spec,
         num_deepstack=model.num_deepstack,
         tools={
@@ -286,68 +323,14 @@ def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, fo
     return manifest
 
 
-def _model_name(model: str) -> str:
-    """Return the model's name for the manifest: the Hub id or the folder's name, without control characters."""
-    path = Path(model)
-    return printable(path.resolve().name if path.is_dir() else model)[-200:] or "model"
-
-
-def write_graphs(
-    graphs: Sequence[TracedGraph], stored: Mapping[StoredName, StoredTensor], folder: Path
-) -> Iterator[GraphSpec]:
-    """Write all graphs, pieces alone and joined, and yield the description of each whole graph."""
-    for _, group in itertools.groupby(graphs, key=lambda graph: graph.spec.name):
-        pieces = list(group)
-        if pieces[0].piece is None:
-            yield write_graph(pieces[0], stored, folder)
-            continue
-        whole = join(pieces)  # a copy, so before weights are attached
-        written = [
-            _write_graph(piece, stored, folder) for piece in pieces
-        ]  # no TensorRT check: it reads the whole graph
-        yield with_pieces(write_graph(whole, stored, folder), pieces, written)
-
-
-def write_graph(graph: TracedGraph, stored: Mapping[StoredName, StoredTensor], folder: Path) -> GraphSpec:
-    """Write one graph that points into the weight files, and return its description with its weights' bytes.
-
-    Raises:
-        CheckpointError: If TensorRT cannot read the graph.
-    """
-    spec = _write_graph(graph, stored, folder)
-    symbols = {symbol for profile in spec.profiles for symbol in profile.sizes}
-    require_supported(graph.model, name=spec.name, symbols=symbols)
-    return spec
-
-
-def _write_graph(graph: TracedGraph, stored: Mapping[StoredName, StoredTensor], folder: Path) -> GraphSpec:
-    tensors = {name: stored[stored_name] for name, stored_name in graph.weights.items()}
-    large = _large_constants(graph)
-    tensors |= {name: stored[_constant_name(graph, name)] for name in large}
-    small = {name: values for name, values in graph.constants.items() if name not in large}
-    weight_bytes = attach_weights(graph.model, tensors, small, bundle=folder)
-    save(graph.model, folder / graph.spec.file)
-    return msgspec.structs.replace(graph.spec, weight_bytes=weight_bytes)
-
-
-def _large_constants(graph: TracedGraph) -> dict[str, NDArray[np.float32]]:
-    """Return the constants that are stored in the constants' file; the others are written into the graph."""
-    return {name: values for name, values in graph.constants.items() if values.nbytes > _LARGEST_INLINE_BYTES}
-
-
-def _constant_name(graph: TracedGraph, name: str) -> StoredName:
-    own_name = name.rpartition("/")[2]  # joined graphs add the piece's name before
-    return StoredName(f"{graph.spec.name}.{own_name}")
-
-
 def _image_sizes(plan: ExportPlan) -> tuple[ImageSize, ...]:
-    result = []
-    for width, height in plan.options.image_sizes:
-        num_visual = plan.resolved.processing.sizes(width, height)["N"]
-        sizes = plan.layout.visual_sizes if plan.resolved.token_keep is None else plan.layout.vision_rows
-        rows = next(size for size in sizes if size >= num_visual)
-        result.append(ImageSize(width=width, height=height, num_visual=num_visual, rows=rows))
-    return tuple(result)
+    rows = plan.layout.visual_sizes if plan.resolved.token_keep is None else plan.layout.vision_rows
+    sides = plan.options.image_sizes
+    counts = [plan.resolved.processing.sizes(width, height)["N"] for width, height in sides]
+    return tuple(
+        ImageSize(width=width, height=height, num_visual=count, rows=min(row for row in rows if row >= count))
+        for (width, height), count in zip(sides, counts)
+    )
 
 
 def _file_entries(folder: Path, *, known: Mapping[str, str]) -> tuple[FileEntry, ...]:
@@ -357,11 +340,6 @@ def _file_entries(folder: Path, *, known: Mapping[str, str]) -> tuple[FileEntry,
         FileEntry(path=name, num_bytes=path.stat().st_size, sha256=known.get(name) or sha256_of(path))
         for name, path in sorted(files.items())
     )
-
-
-def _model_bytes(checkpoint: Checkpoint, dtype: FloatType) -> int:
-    size = {"float32": 4, "float16": 2}[dtype]
-    return sum(size * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
 
 
 def check_output(

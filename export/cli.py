@@ -386,8 +386,7 @@ def _print_models() -> None:
 
     rows = [("MODEL", "CHECKPOINT", "FAMILY")]
     rows += [
-        (alias.name, alias.repository or "comes with this package", alias.family)
-        for alias in ALIASES.values()
+        (name, alias.repository or "comes with this package", alias.family) for name, alias in ALIASES.items()
     ]
     widths = [max(len(row[column]) for row in rows) + 2 for column in range(2)]
     for name, repository, family in rows:

@@ -13,12 +13,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, canonical_name, read_checkpoint
-from trio_edge.export.checkpoints.generation import read_generation
-from trio_edge.export.checkpoints.text_files import read_text_files
-from trio_edge.export.families import check_architecture, family_of
-from trio_edge.export.families.base import VideoFamily
+from trio_edge.export.checkpoints.text_files import read_generation, read_text_files
+from trio_edge.export.families import family_of
+from trio_edge.export.families.base import check_positions
 from trio_edge.export.families.clip import build_clip, read_clip, with_patches
-from trio_edge.export.families.decoder_config import check_positions
 from trio_edge.export.graphs.vision.clip import KEEP_MULTIPLE
 from trio_edge.export.options import ScheduleInputs
 from trio_edge.export.quantize.plan import check_packed
@@ -111,9 +109,9 @@ def read(options: ExportOptions) -> ExportSource:
     Raises:
         CheckpointError: If one cannot be exported.
     """
-    checkpoint = read_checkpoint(options.model, revision=options.revision, check_config=check_architecture)
+    checkpoint = read_checkpoint(options.model, revision=options.revision, check_config=family_of)
     check_packed(checkpoint, options.quantize)
-    family = family_of(checkpoint)
+    family = family_of(checkpoint.folder, checkpoint.config)
     clip = None if options.clip is None else read_clip(options.clip)
     if clip is not None:
         checkpoint = clip.merged_with(checkpoint)
@@ -160,14 +158,13 @@ def _video_processing(
     source: ExportSource, processing: ImageProcessing, options: ExportOptions
 ) -> VideoProcessing | None:
     """Return the processing of videos; None if the model takes none."""
-    if isinstance(source.family, VideoFamily):
-        return source.family.video_processing(source.checkpoint, processing)
-    if options.max_frames is not None:
+    videos = source.family.video_processing(source.checkpoint, processing)
+    if videos is None and options.max_frames is not None:
         raise ScheduleError(
             f"--max-frames: expected a model that takes videos, got {source.family.model_type}; use --max-images and give"
             " frames as images"
         )
-    return None
+    return videos
 
 
 @contextmanager

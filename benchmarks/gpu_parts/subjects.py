@@ -162,14 +162,12 @@ def describe(shapes: Shapes, folder: Path) -> Checkpoint:
     """Write configuration files into ``folder`` and return them as a checkpoint without any tensor."""
     shapes.config().save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(shapes.preprocessor))
-    return Checkpoint(
-        folder=folder, name=shapes.family, revision=None, config=read_json(folder / "config.json"), tensors={}
-    )
+    return Checkpoint(folder=folder, revision=None, config=read_json(folder / "config.json"), tensors={})
 
 
 def empty_model(checkpoint: Checkpoint, *, dtype: FloatType) -> tuple[FamilyModel, ImageProcessing]:
     """Return a checkpoint's modules without memory, and its image processing."""
-    family = family_of(checkpoint)
+    family = family_of(checkpoint.folder, checkpoint.config)
     processing = family.image_processing(checkpoint, encoder_keep=None, max_visual=None)
     with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):  # constants become numpy arrays
         model = family.build(checkpoint, processing=processing, dtype=dtype, with_features=False)
@@ -206,7 +204,7 @@ def _sizes(
         element_bytes=2 if dtype == "float16" else 4,
         num_visual=vision_sizes["N"],
         vision_weights=sum(weight.numel() for weight in model.vision.module.parameters()),
-        positions=family_of(checkpoint).positions[0],
+        positions=family_of(checkpoint.folder, checkpoint.config).positions[0],
     )
 
 

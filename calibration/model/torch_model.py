@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, canonical_name, read_checkpoint
 from trio_edge.export.checkpoints.text_files import read_text_files
-from trio_edge.export.families import check_architecture, family_of
+from trio_edge.export.families import family_of
 from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.plan import check_tensors
 from trio_edge.runtime.bundle.errors import BackendError, CheckpointError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
-    from trio_edge.export.checkpoints.safetensors import SourceTensor
+    from trio_edge.export.checkpoints.weights import SourceTensor
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.runtime.bundle.manifest import TextSpec
     from trio_edge.runtime.bundle.schedule import Positions, ProbeRows, Schedule
@@ -102,8 +102,8 @@ def load_model(
         BackendError: If torch cannot use the device.
     """
     place = _device(device)
-    checkpoint = read_checkpoint(model, revision=revision, check_config=check_architecture)
-    family = family_of(checkpoint)
+    checkpoint = read_checkpoint(model, revision=revision, check_config=family_of)
+    family = family_of(checkpoint.folder, checkpoint.config)
     images = family.image_processing(checkpoint, encoder_keep=None, max_visual=max_visual)
     text = read_text_files(
         checkpoint, default_template=family.default_chat_template(checkpoint), image_marks=family.image_marks

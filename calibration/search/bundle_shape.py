@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from trio_edge.calibration.search.schedules.prefill_cost import PrefillCost, Situation
 from trio_edge.export.check.fit import check_fit, fit_inputs
-from trio_edge.export.families.decoder_config import check_positions, max_positions
+from trio_edge.export.families.base import check_positions, max_positions
 from trio_edge.export.plan import bundle_dtype, dimensions_of
 from trio_edge.export.tracing.layout import Layout
 from trio_edge.trio.cost.devices import find_device

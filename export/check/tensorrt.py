@@ -1,17 +1,16 @@
 """Checks a graph against the operators, types and limits of TensorRT 10.3 (JetPack 6) and 10.16 (JetPack 7.2).
 
 The check needs no TensorRT and no GPU, and reads no weights. The rules, each with its source, are data in
-``tensorrt_rules.json``; this file has one small function per kind of limit. A graph that passes may still fail to build
-(no tactic, no memory). One that does not pass fails in TensorRT's parser or breaks one of our own rules.
+``tensorrt_rules.json``; this file says what each kind of limit means. A graph that passes may still fail to build (no tactic,
+no memory). One that does not pass fails in TensorRT's parser or breaks one of our own rules.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 import onnx
@@ -21,43 +20,33 @@ from onnx_ir.passes.common import ShapeInferencePass
 from trio_edge.runtime.bundle.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Collection, Iterator
 
 RELEASES = ("10.3", "10.16")
 """The TensorRT releases of JetPack 6.1 to 6.2 and of JetPack 7.2."""
 _READABLE_ELEMENTS = 4096  # constants up to this size are read
+_Check = Literal[
+    # of a node
+    "never", "attribute", "attribute_absent", "attribute_all_ones", "max_outputs", "fixed_steps", "int4_weight",
+    # of each of the limit's inputs that a node has
+    "constant", "constant_at_most", "absent_inputs", "rank", "input_type", "static_shape", "zero",
+]  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """One violation of a TensorRT release's rule in a graph."""
 
     release: str
     where: str
     """A node with its operator, an input or an initializer."""
-    operator: str
-    """ONNX operator; empty if the finding is not about a node."""
     expected: str
     got: str
     remedy: str
-    source: tuple[str, ...]
-    """Keys of the rules' ``sources``."""
 
     def __str__(self) -> str:
         return (
             f"{self.where}: expected {self.expected} (TensorRT {self.release}), got {self.got}; {self.remedy}"
         )
-
-
-def check_graph(model: ir.Model, *, release: str, symbols: Collection[str] | None = None) -> list[Finding]:
-    """Return every violation of the rules of ``release`` in ``model``.
-
-    Values without a type get one by shape inference, in place. ``symbols`` are the dynamic axes to which the optimization
-    profiles give a size; other names are violations.
-    """
-    if any(value.dtype is None for node in _nodes(model) for value in node.outputs):
-        ShapeInferencePass()(model)
-    return list(_Check(model, release).findings(symbols))
 
 
 def require_supported(model: ir.Model, *, name: str, symbols: Collection[str] | None = None) -> None:
@@ -70,11 +59,33 @@ def require_supported(model: ir.Model, *, name: str, symbols: Collection[str] | 
         raise CheckpointError(f"graph {name!r}, {findings[0]}{others}")
 
 
+def check_graph(model: ir.Model, *, release: str, symbols: Collection[str] | None = None) -> list[Finding]:
+    """Return every violation of the rules of ``release`` in ``model``.
+
+    Values without a type get one by shape inference, in place. ``symbols`` are the dynamic axes to which the optimization
+    profiles give a size; other names are violations.
+    """
+    nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))  # with those of subgraphs
+    if any(value.dtype is None for node in nodes for value in node.outputs):
+        ShapeInferencePass()(model)
+    rules = load_rules()
+    types = rules.operator_types(release)
+    found = [*_of_model(model, nodes, rules.releases[release])]
+    for value in model.graph.inputs:
+        found += _of_input(value, rules.releases[release], symbols)
+    for value in model.graph.initializers.values():
+        found += _of_initializer(value)
+    for node in nodes:
+        where = f"node {node.name or node.outputs[0].name!r} ({node.op_type})"
+        found += [(where, *more) for more in _of_node(node, rules, types, release)]
+    return [Finding(release, *violation) for violation in found]
+
+
 class _Limit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A restriction on some operators."""
 
     operators: tuple[str, ...]
-    check: str
+    check: _Check
     releases: tuple[str, ...]
     remedy: str
     source: tuple[str, ...]
@@ -141,160 +152,117 @@ def load_rules() -> Rules:
     return msgspec.json.decode(text, type=Rules)
 
 
-class _Check:
-    """The check of one model for one release."""
-
-    def __init__(self, model: ir.Model, release: str) -> None:
-        self.model = model
-        self.release = release
-        self.rules = load_rules()
-        self.limits = self.rules.releases[release]
-        self.types = self.rules.operator_types(release)
-
-    def findings(self, symbols: Collection[str] | None) -> Iterator[Finding]:
-        yield from self._model()
-        for value in self.model.graph.inputs:
-            yield from self._input(value, symbols)
-        for value in self.model.graph.initializers.values():
-            yield from self._stored(value)
-        for node in _nodes(self.model):
-            yield from self._node(node)
-
-    def _model(self) -> Iterator[Finding]:
-        opset = self.model.opset_imports.get("", 0)
-        int4 = any(
-            value is not None and value.dtype == ir.DataType.INT4
-            for node in _nodes(self.model)
-            for value in node.inputs
-        )
-        low, high = self.limits.min_opset, self.limits.max_opset_with_int4 if int4 else self.limits.max_opset
-        if not low <= opset <= high:
-            yield self._finding(
-                "opset", expected=f"{low}..{high}", got=str(opset), remedy="export with a lower --opset"
-            )
-        if self.model.functions:
-            names = sorted(str(key) for key in self.model.functions)
-            yield self._finding(
-                "functions", expected="none", got=names[0], remedy="inline them", source=("own",)
-            )
-
-    def _input(self, value: ir.Value, symbols: Collection[str] | None) -> Iterator[Finding]:
-        where = f"input {value.name!r}"
-        if value.dtype is None or value.dtype.name not in self.limits.io_types:
-            allowed = _names(self.limits.io_types)
-            yield self._finding(where, expected=allowed, got=_type_name(value), remedy="convert it before")
-        for axis, size in enumerate(value.shape or ()):
-            if isinstance(size, int):
-                continue
-            name = size.value
-            if name is None or (symbols is not None and name not in symbols):
-                known = f"one of {_names(sorted(symbols))}" if symbols else "a name"
-                yield self._finding(
-                    where,
-                    expected=f"{known} as the dynamic axis {axis}",
-                    got=repr(name),
-                    remedy="give it a size in every optimization profile",
-                    source=("own",),
-                )
-
-    def _stored(self, value: ir.Value) -> Iterator[Finding]:
-        tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
-            return
-        path = PurePosixPath(str(tensor.location))
-        if path.is_absolute() or ".." in path.parts or "\\" in str(path) or ":" in str(path):
-            yield self._finding(
-                f"initializer {value.name!r}",
-                expected="external data inside the bundle's folder",
-                got=str(tensor.location),
-                remedy="write a relative path",
-                source=("own",),
-            )
-
-    def _node(self, node: ir.Node) -> Iterator[Finding]:
-        if node.domain not in ("", "ai.onnx"):
-            yield self._finding(
-                node,
-                expected="operators of the default ONNX domain",
-                got=f"domain {node.domain!r}",
-                remedy="write it with standard operators, as a bundle has no plugins",
-                source=("own",),
-            )
-            return
-        if node.op_type not in self.types:
-            others = [release for release in RELEASES if node.op_type in self.rules.operator_types(release)]
-            yield self._finding(
-                node,
-                expected="an operator that the parser reads",
-                got=node.op_type,
-                remedy=f"TensorRT {others[0]} reads it" if others else "write it with other operators",
-            )
-            return
-        yield from self._types(node)
-        for limit in self.rules.limits:
-            if node.op_type in limit.operators and self.release in limit.releases:
-                yield from self._limit(node, limit)
-
-    def _types(self, node: ir.Node) -> Iterator[Finding]:
-        allowed = self.types[node.op_type]
-        for value in self.rules.checked_values(node):
-            if value.dtype is None or value.dtype.name not in allowed:
-                yield self._finding(
-                    node,
-                    expected=f"{_names(allowed)} for {value.name!r}",
-                    got=_type_name(value),
-                    remedy="cast it before",
-                )
-        for value in node.outputs:
-            if value.shape is not None and len(value.shape) > self.limits.max_rank:
-                yield self._finding(
-                    node,
-                    expected=f"at most {self.limits.max_rank} axes",
-                    got=f"{len(value.shape)}",
-                    remedy="merge axes",
-                    source=("parser-10.1",),
-                )
-
-    def _limit(self, node: ir.Node, limit: _Limit) -> Iterator[Finding]:
-        for expected, got in _CHECKS[limit.check](node, limit):
-            yield self._finding(node, expected=expected, got=got, remedy=limit.remedy, source=limit.source)
-
-    def _finding(
-        self,
-        where: str | ir.Node,
-        *,
-        expected: str,
-        got: str,
-        remedy: str,
-        source: tuple[str, ...] = ("table-10.1", "table-10.15"),
-    ) -> Finding:
-        return Finding(
-            release=self.release,
-            where=where if isinstance(where, str) else _where(where),
-            operator="" if isinstance(where, str) else where.op_type,
-            expected=expected,
-            got=got,
-            remedy=remedy,
-            source=source,
-        )
+def _of_model(
+    model: ir.Model, nodes: Collection[ir.Node], limits: _Release
+) -> Iterator[tuple[str, str, str, str]]:
+    opset = model.opset_imports.get("", 0)
+    values = (value for node in nodes for value in node.inputs if value is not None)
+    has_int4 = any(value.dtype == ir.DataType.INT4 for value in values)
+    low, high = limits.min_opset, limits.max_opset_with_int4 if has_int4 else limits.max_opset
+    if not low <= opset <= high:
+        yield "opset", f"{low}..{high}", str(opset), "export with a lower --opset"
+    if model.functions:
+        yield "functions", "none", min(map(str, model.functions)), "inline them"
 
 
-# Each yields (expected, got) for every violation of a limit by a node.
+def _of_input(
+    value: ir.Value, limits: _Release, symbols: Collection[str] | None
+) -> Iterator[tuple[str, str, str, str]]:
+    where = f"input {value.name!r}"
+    if _type_name(value) not in limits.io_types:
+        yield where, _names(limits.io_types), _type_name(value), "convert it before"
+    for axis, size in enumerate(value.shape or ()):
+        if isinstance(size, int) or (size.value is not None and (symbols is None or size.value in symbols)):
+            continue
+        known = f"one of {_names(sorted(symbols))}" if symbols else "a name"
+        remedy = "give it a size in every optimization profile"
+        yield where, f"{known} as the dynamic axis {axis}", repr(size.value), remedy
 
 
-def _never(_node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    yield "another operator", limit.why
+def _of_initializer(value: ir.Value) -> Iterator[tuple[str, str, str, str]]:
+    if isinstance(tensor := value.const_value, ir.ExternalTensor):
+        path = PurePosixPath(location := str(tensor.location))
+        if path.is_absolute() or ".." in path.parts or "\\" in location or ":" in location:
+            expected = "external data inside the bundle's folder"
+            yield f"initializer {value.name!r}", expected, location, "write a relative path"
 
 
-def _constant(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index, value in _inputs(node, limit):
-        if not _is_constant(value):
-            yield f"a constant as {_input_name(node, index)}", f"the computed {value.name!r}"
+def _of_node(
+    node: ir.Node, rules: Rules, types: dict[str, tuple[str, ...]], release: str
+) -> Iterator[tuple[str, str, str]]:
+    """Yield what was expected, what came, and the remedy."""
+    if node.domain not in ("", "ai.onnx"):
+        remedy = "write it with standard operators, as a bundle has no plugins"
+        yield "operators of the default ONNX domain", f"domain {node.domain!r}", remedy
+        return
+    if node.op_type not in types:
+        others = [other for other in RELEASES if node.op_type in rules.operator_types(other)]
+        remedy = f"TensorRT {others[0]} reads it" if others else "write it with other operators"
+        yield "an operator that the parser reads", node.op_type, remedy
+        return
+    for value in rules.checked_values(node):
+        if _type_name(value) not in types[node.op_type]:
+            allowed = _names(types[node.op_type])
+            yield f"{allowed} for {value.name!r}", _type_name(value), "cast it before"
+    most = rules.releases[release].max_rank
+    for value in node.outputs:
+        if value.shape is not None and len(value.shape) > most:
+            yield f"at most {most} axes", str(len(value.shape)), "merge axes"
+    for limit in rules.limits:
+        if node.op_type in limit.operators and release in limit.releases:
+            yield from ((*violation, limit.remedy) for violation in _of_limit(node, limit))
 
 
-def _fixed_steps(node: ir.Node, _limit: _Limit) -> Iterator[tuple[str, str]]:
-    count = int(_attribute_value(node, "num_scan_inputs", default=0))
-    axes = _attribute_value(node, "scan_input_axes", default=[0] * count)
+def _of_limit(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
+    """Yield what was expected and what came, for every violation of a limit."""
+    for index in limit.inputs:
+        if (value := _input(node, index)) is not None:
+            yield from _of_limited_input(_input_name(node, index), value, limit)
+    attribute, num_outputs = _attribute(node, limit), sum(bool(value.name) for value in node.outputs)
+    match limit.check:
+        case "never":
+            yield "another operator", limit.why
+        case "attribute" if attribute not in limit.allowed:
+            yield f"attribute {limit.name} in {_names(limit.allowed)}", str(attribute)
+        case "attribute_absent" if attribute is not None:
+            yield f"no attribute {limit.name}", str(attribute)
+        case "attribute_all_ones" if any(one != 1 for one in attribute or ()):
+            yield f"attribute {limit.name} all 1", str(list(attribute))
+        case "max_outputs" if num_outputs > limit.value:
+            yield f"at most {limit.value} outputs", str(num_outputs)
+        case "fixed_steps":
+            yield from _fixed_steps(node)
+        case "int4_weight":
+            yield from _int4_weight(node)
+
+
+def _of_limited_input(name: str, value: ir.Value, limit: _Limit) -> Iterator[tuple[str, str]]:
+    shape, numbers, allowed = value.shape, _numbers(value), _names(limit.allowed)
+    match limit.check:
+        case "constant" if not _is_constant(value):
+            yield f"a constant as {name}", f"the computed {value.name!r}"
+        case "constant_at_most" if numbers and max(numbers) > limit.value:
+            yield f"{name} <= {limit.value}", f"{max(numbers):.0f}"
+        case "absent_inputs":
+            yield f"no {name}", repr(value.name)
+        case "rank" if shape is not None and len(shape) not in limit.allowed:
+            yield f"{allowed} axes of {name}", str(len(shape))
+        case "input_type" if _type_name(value) not in limit.allowed:
+            yield f"{allowed} for {name}", _type_name(value)
+        case "static_shape" if shape is None or not shape.is_static():
+            yield f"fixed sizes of {name}", str(shape)
+        case "zero" if not numbers:
+            yield f"a small constant or no {name}", repr(value.name)
+        case "zero" if any(numbers):
+            yield f"{name} 0", str(next(filter(None, numbers)))
+
+
+def _fixed_steps(node: ir.Node) -> Iterator[tuple[str, str]]:
+    """Yield the inputs of a Scan that give it a number of steps that is not fixed."""
+    count = node.attributes["num_scan_inputs"].as_int()
+    axes = (
+        node.attributes["scan_input_axes"].as_ints() if "scan_input_axes" in node.attributes else [0] * count
+    )
     for value, axis in zip(node.inputs[len(node.inputs) - count :], axes):
         steps = None if value is None or value.shape is None else value.shape[axis]
         if not isinstance(steps, int):
@@ -302,70 +270,7 @@ def _fixed_steps(node: ir.Node, _limit: _Limit) -> Iterator[tuple[str, str]]:
             yield "a fixed number of steps", f"{steps} of {name!r}"
 
 
-def _constant_at_most(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index, value in _inputs(node, limit):
-        largest = max((int(number) for number in _numbers(value)), default=0)
-        if largest > limit.value:
-            yield f"{_input_name(node, index)} <= {limit.value}", str(largest)
-
-
-def _attribute(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    value = _attribute_value(node, limit.name, default=limit.default)
-    if value not in limit.allowed:
-        yield f"attribute {limit.name} in {_names(limit.allowed)}", str(value)
-
-
-def _attribute_absent(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    value = _attribute_value(node, limit.name, default=None)
-    if value is not None:
-        yield f"no attribute {limit.name}", str(value)
-
-
-def _attribute_all_ones(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    values = _attribute_value(node, limit.name, default=())
-    if any(value != 1 for value in values):
-        yield f"attribute {limit.name} all 1", str(list(values))
-
-
-def _absent_inputs(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index, value in _inputs(node, limit):
-        yield f"no {_input_name(node, index)}", repr(value.name)
-
-
-def _max_outputs(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    used = sum(bool(value.name) for value in node.outputs)
-    if used > limit.value:
-        yield f"at most {limit.value} outputs", str(used)
-
-
-def _rank(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index, value in _inputs(node, limit):
-        if value.shape is not None and len(value.shape) not in limit.allowed:
-            yield f"{_names(limit.allowed)} axes of {_input_name(node, index)}", str(len(value.shape))
-
-
-def _input_type(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index, value in _inputs(node, limit):
-        if value.dtype is None or value.dtype.name not in limit.allowed:
-            yield f"{_names(limit.allowed)} for {_input_name(node, index)}", _type_name(value)
-
-
-def _static_shape(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index, value in _inputs(node, limit):
-        if value.shape is None or not value.shape.is_static():
-            yield f"fixed sizes of {_input_name(node, index)}", str(value.shape)
-
-
-def _zero(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index, value in _inputs(node, limit):
-        numbers = _numbers(value)
-        if not numbers:
-            yield f"a small constant or no {_input_name(node, index)}", repr(value.name)
-        elif any(number != 0 for number in numbers):
-            yield f"{_input_name(node, index)} 0", str(next(number for number in numbers if number != 0))
-
-
-def _int4_weight(node: ir.Node, _limit: _Limit) -> Iterator[tuple[str, str]]:
+def _int4_weight(node: ir.Node) -> Iterator[tuple[str, str]]:
     weight, scale = _input(node, 0), _input(node, 1)
     if weight is None or weight.dtype != ir.DataType.INT4:
         return
@@ -378,38 +283,8 @@ def _int4_weight(node: ir.Node, _limit: _Limit) -> Iterator[tuple[str, str]]:
         yield f"scales in whole blocks along one axis of {list(sizes)}", str(list(scales))
 
 
-_CHECKS: dict[str, Callable[[ir.Node, _Limit], Iterator[tuple[str, str]]]] = {
-    "never": _never,
-    "constant": _constant,
-    "constant_at_most": _constant_at_most,
-    "fixed_steps": _fixed_steps,
-    "attribute": _attribute,
-    "attribute_absent": _attribute_absent,
-    "attribute_all_ones": _attribute_all_ones,
-    "absent_inputs": _absent_inputs,
-    "max_outputs": _max_outputs,
-    "rank": _rank,
-    "input_type": _input_type,
-    "static_shape": _static_shape,
-    "zero": _zero,
-    "int4_weight": _int4_weight,
-}
-
-
-def _nodes(model: ir.Model) -> Iterator[ir.Node]:
-    """Yield the nodes of the graph and of its subgraphs."""
-    yield from ir.traversal.RecursiveGraphIterator(model.graph)
-
-
 def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
-
-
-def _inputs(node: ir.Node, limit: _Limit) -> Iterator[tuple[int, ir.Value]]:
-    """Yield those of the limit's inputs that ``node`` has."""
-    for index in limit.inputs:
-        if (value := _input(node, index)) is not None:
-            yield index, value
 
 
 def _is_constant(value: ir.Value) -> bool:
@@ -437,13 +312,9 @@ def _is_blocked(sizes: tuple[int, ...], scales: tuple[int, ...]) -> bool:
     return len(shortened) == 1 and shortened[0][1] > 0 and shortened[0][0] % shortened[0][1] == 0
 
 
-def _attribute_value(node: ir.Node, name: str, *, default: Any) -> Any:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.value
-
-
-def _where(node: ir.Node) -> str:
-    return f"node {node.name or node.outputs[0].name!r} ({node.op_type})"
+def _attribute(node: ir.Node, limit: _Limit) -> Any:
+    attribute = node.attributes.get(limit.name)
+    return limit.default if attribute is None else attribute.value
 
 
 def _input_name(node: ir.Node, index: int) -> str:

@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.export.checkpoints.hub import SAFETENSORS_WAY_OUT, download_description, download_weights
-from trio_edge.export.checkpoints.packed import PackedWeight, packed_format, with_packed
-from trio_edge.export.checkpoints.safetensors import SourceTensor, read_safetensors_header
+from trio_edge.export.checkpoints.packed import PACKING, PackedWeight, packed_format, with_packed
+from trio_edge.export.checkpoints.weights import SourceTensor, read_safetensors_header
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.files import read_regular
 from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
@@ -27,43 +27,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A short name for a checkpoint."""
+    """The checkpoint that a short name stands for."""
 
-    name: str
     repository: str | None
     """Hub id; None for the packaged model."""
     family: str
 
 
 ALIASES = {
-    alias.name: alias
-    for alias in (
-        Alias("tiny", None, "LLaVA-NeXT, Llama (demo)"),
-        Alias("llava-1.5-7b", "llava-hf/llava-1.5-7b-hf", "LLaVA-1.5, Vicuna"),
-        Alias("llava-1.5-13b", "llava-hf/llava-1.5-13b-hf", "LLaVA-1.5, Vicuna"),
-        Alias("llava-next-7b", "llava-hf/llava-v1.6-vicuna-7b-hf", "LLaVA-NeXT, Vicuna"),
-        Alias("llava-next-mistral-7b", "llava-hf/llava-v1.6-mistral-7b-hf", "LLaVA-NeXT, Mistral"),
-        Alias("llava-next-13b", "llava-hf/llava-v1.6-vicuna-13b-hf", "LLaVA-NeXT, Vicuna"),
-        Alias("llava-onevision-0.5b", "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "LLaVA-OneVision"),
-        Alias("llava-onevision-7b", "llava-hf/llava-onevision-qwen2-7b-ov-hf", "LLaVA-OneVision"),
-        Alias("qwen2.5-vl-3b", "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL"),
-        Alias("qwen2.5-vl-7b", "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL"),
-        Alias("qwen3-vl-2b", "Qwen/Qwen3-VL-2B-Instruct", "Qwen3-VL"),
-        Alias("qwen3-vl-4b", "Qwen/Qwen3-VL-4B-Instruct", "Qwen3-VL"),
-        Alias("qwen3-vl-8b", "Qwen/Qwen3-VL-8B-Instruct", "Qwen3-VL"),
-        Alias("cosmos-reason2-2b", "nvidia/Cosmos-Reason2-2B", "Qwen3-VL, Cosmos-Reason2"),
-        Alias("cosmos-reason2-8b", "nvidia/Cosmos-Reason2-8B", "Qwen3-VL, Cosmos-Reason2"),
-        Alias("internvl3-1b", "OpenGVLab/InternVL3-1B-hf", "InternVL3"),
-        Alias("internvl3-2b", "OpenGVLab/InternVL3-2B-hf", "InternVL3"),
-        Alias("internvl3-8b", "OpenGVLab/InternVL3-8B-hf", "InternVL3"),
-        Alias("internvl3.5-1b", "OpenGVLab/InternVL3_5-1B-HF", "InternVL3.5"),
-        Alias("internvl3.5-2b", "OpenGVLab/InternVL3_5-2B-HF", "InternVL3.5"),
-        Alias("internvl3.5-4b", "OpenGVLab/InternVL3_5-4B-HF", "InternVL3.5"),
-        Alias("internvl3.5-8b", "OpenGVLab/InternVL3_5-8B-HF", "InternVL3.5"),
-        Alias("smolvlm2-256m", "HuggingFaceTB/SmolVLM2-256M-Video-Instruct", "SmolVLM2"),
-        Alias("smolvlm2-500m", "HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "SmolVLM2"),
-        Alias("smolvlm2-2.2b", "HuggingFaceTB/SmolVLM2-2.2B-Instruct", "SmolVLM2"),
-    )
+    "tiny": Alias(None, "LLaVA-NeXT, Llama (demo)"),
+    "llava-1.5-7b": Alias("llava-hf/llava-1.5-7b-hf", "LLaVA-1.5, Vicuna"),
+    "llava-1.5-13b": Alias("llava-hf/llava-1.5-13b-hf", "LLaVA-1.5, Vicuna"),
+    "llava-next-7b": Alias("llava-hf/llava-v1.6-vicuna-7b-hf", "LLaVA-NeXT, Vicuna"),
+    "llava-next-mistral-7b": Alias("llava-hf/llava-v1.6-mistral-7b-hf", "LLaVA-NeXT, Mistral"),
+    "llava-next-13b": Alias("llava-hf/llava-v1.6-vicuna-13b-hf", "LLaVA-NeXT, Vicuna"),
+    "llava-onevision-0.5b": Alias("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "LLaVA-OneVision"),
+    "llava-onevision-7b": Alias("llava-hf/llava-onevision-qwen2-7b-ov-hf", "LLaVA-OneVision"),
+    "qwen2.5-vl-3b": Alias("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL"),
+    "qwen2.5-vl-7b": Alias("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL"),
+    "qwen3-vl-2b": Alias("Qwen/Qwen3-VL-2B-Instruct", "Qwen3-VL"),
+    "qwen3-vl-4b": Alias("Qwen/Qwen3-VL-4B-Instruct", "Qwen3-VL"),
+    "qwen3-vl-8b": Alias("Qwen/Qwen3-VL-8B-Instruct", "Qwen3-VL"),
+    "cosmos-reason2-2b": Alias("nvidia/Cosmos-Reason2-2B", "Qwen3-VL, Cosmos-Reason2"),
+    "cosmos-reason2-8b": Alias("nvidia/Cosmos-Reason2-8B", "Qwen3-VL, Cosmos-Reason2"),
+    "internvl3-1b": Alias("OpenGVLab/InternVL3-1B-hf", "InternVL3"),
+    "internvl3-2b": Alias("OpenGVLab/InternVL3-2B-hf", "InternVL3"),
+    "internvl3-8b": Alias("OpenGVLab/InternVL3-8B-hf", "InternVL3"),
+    "internvl3.5-1b": Alias("OpenGVLab/InternVL3_5-1B-HF", "InternVL3.5"),
+    "internvl3.5-2b": Alias("OpenGVLab/InternVL3_5-2B-HF", "InternVL3.5"),
+    "internvl3.5-4b": Alias("OpenGVLab/InternVL3_5-4B-HF", "InternVL3.5"),
+    "internvl3.5-8b": Alias("OpenGVLab/InternVL3_5-8B-HF", "InternVL3.5"),
+    "smolvlm2-256m": Alias("HuggingFaceTB/SmolVLM2-256M-Video-Instruct", "SmolVLM2"),
+    "smolvlm2-500m": Alias("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "SmolVLM2"),
+    "smolvlm2-2.2b": Alias("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "SmolVLM2"),
 }
 TINY_FOLDER = Path(__file__).parents[1] / "tiny"
 EMBEDDING_NAME = "language_model.embed_tokens.weight"
@@ -94,7 +90,6 @@ class Checkpoint:
     """A checkpoint's folder, configuration, and tensors by canonical name."""
 
     folder: Path
-    name: str
     revision: str | None
     """Commit of a Hub repository; None for a local folder."""
     config: dict[str, Any]
@@ -136,17 +131,10 @@ def canonical_name(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Location:
-    """The folder of a checkpoint."""
-
-    folder: Path
-    repository: str | None = None
-    """Hub id, if ``folder`` is a snapshot in the Hub's cache; its weights may still be missing."""
-
-
-def locate(model: str, *, revision: str | None = None) -> Location:
+def locate(model: str, *, revision: str | None = None) -> tuple[Path, str | None]:
     """Return the folder of ``model``: a local folder, an alias or a Hub id. It downloads all files but the weights.
+
+    The second value is the Hub id if the folder is a snapshot in the Hub's cache, whose weights may still be missing.
 
     Raises:
         CheckpointError: If there is no such folder, alias or Hub repository, or the Hub cannot be reached.
@@ -157,7 +145,7 @@ def locate(model: str, *, revision: str | None = None) -> Location:
             raise CheckpointError(
                 f"--revision: expected a model on the Hub, got {revision!r} of {model}, which is a local folder; leave it out"
             )
-        return Location(folder=path)
+        return path, None
     if path.exists():
         raise CheckpointError(
             f"{model}: expected a checkpoint folder, got a file; name the folder that holds config.json"
@@ -171,14 +159,14 @@ def locate(model: str, *, revision: str | None = None) -> Location:
             f"{model}: expected a folder, a Hub id (owner/name) or one of {', '.join(ALIASES)}, got none of them;"
             f" {f'did you mean {near[0]}?' if near else 'check the spelling'}"
         )
-    return Location(folder=download_description(repository, revision=revision), repository=repository)
+    return download_description(repository, revision=revision), repository
 
 
 def read_checkpoint(
     model: str,
     *,
     revision: str | None = None,
-    check_config: Callable[[Path, dict[str, Any]], None] = lambda _folder, _config: None,
+    check_config: Callable[[Path, dict[str, Any]], object] = lambda _folder, _config: None,
 ) -> Checkpoint:
     """Return the checkpoint that ``model`` names; all weight files are there and complete.
 
@@ -191,22 +179,21 @@ def read_checkpoint(
     Raises:
         CheckpointError: If configuration or weights are missing, broken, truncated, or not safetensors.
     """
-    location = locate(model, revision=revision)
-    config = read_json(location.folder / "config.json")
-    check_config(location.folder, config)
-    if location.repository is not None:
-        download_weights(location.repository, _weight_names(location.folder), snapshot=location.folder)
-        revision = location.folder.name
-    tensors: dict[str, SourceTensor] = {}
-    for file in _weight_files(location.folder):
-        for name, tensor in read_safetensors_header(file).items():
-            tensors[canonical_name(name)] = tensor
+    folder, repository = locate(model, revision=revision)
+    config = read_json(folder / "config.json")
+    check_config(folder, config)
+    if repository is not None:
+        download_weights(repository, _weight_names(folder), snapshot=folder)
+        revision = folder.name
+    tensors = {
+        canonical_name(name): tensor
+        for file in _weight_files(folder)
+        for name, tensor in read_safetensors_header(file).items()
+    }
     packed: dict[str, PackedWeight] = {}
-    if (form := packed_format(location.folder, config)) is not None:
-        tensors, packed = with_packed(location.folder, tensors, form)
-    return Checkpoint(
-        folder=location.folder, name=model, revision=revision, config=config, tensors=tensors, packed=packed
-    )
+    if PACKING in config:
+        tensors, packed = with_packed(folder, tensors, packed_format(folder, config[PACKING]))
+    return Checkpoint(folder=folder, revision=revision, config=config, tensors=tensors, packed=packed)
 
 
 def read_json(path: Path) -> dict[str, Any]:

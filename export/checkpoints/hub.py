@@ -16,7 +16,6 @@ from trio_edge.runtime.bundle.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-DESCRIPTION_FILES = ("*.json", "*.jinja", "tokenizer.model")
 SAFETENSORS_WAY_OUT = (
     "save it once with transformers, AutoModelForImageTextToText.from_pretrained(OLD).save_pretrained(NEW) (CLIPModel"
     " for --clip), and name NEW"
@@ -36,7 +35,7 @@ def download_description(repository: str, *, revision: str | None) -> Path:
             snapshot_download(
                 repository,
                 revision=revision,
-                allow_patterns=list(DESCRIPTION_FILES),
+                allow_patterns=["*.json", "*.jinja", "tokenizer.model"],
                 ignore_patterns=["*/*"],  # folders hold other formats and original code
             )
         )
@@ -76,32 +75,24 @@ def download_weights(repository: str, names: Sequence[str], *, snapshot: Path) -
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its type if it has no message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _explained(error: Exception, repository: str, *, revision: str | None) -> CheckpointError:
     """Return a failed download as one line that says what to do."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
     at = "" if revision is None else f" at revision {revision!r}"
     reasons: dict[type[Exception], str] = {  # a subclass comes before its base
-        HFValidationError: "expected a Hub id (owner/name), got a malformed one; check the spelling",
-        GatedRepoError: "expected access to this gated repository, got none; accept its terms on"
+        errors.HFValidationError: "expected a Hub id (owner/name), got a malformed one; check the spelling",
+        errors.GatedRepoError: "expected access to this gated repository, got none; accept its terms on"
         f" https://huggingface.co/{repository}, then 'hf auth login' or set HF_TOKEN",
-        RepositoryNotFoundError: "expected a Hub repository or a local folder, got neither (or a private one); check the"
+        errors.RepositoryNotFoundError: "expected a Hub repository or a local folder, got neither (or a private one); check the"
         " spelling, or 'hf auth login' or set HF_TOKEN",
-        RevisionNotFoundError: f"expected a branch, tag or commit for --revision, got {revision!r}; check the spelling",
-        LocalEntryNotFoundError: f"expected the Hub or a complete cached copy{at}, got no connection and none in the cache;"
+        errors.RevisionNotFoundError: f"expected a branch, tag or commit for --revision, got {revision!r}; check the spelling",
+        errors.LocalEntryNotFoundError: f"expected the Hub or a complete cached copy{at}, got no connection and none in the cache;"
         " download it first or name a local folder",
-        HfHubHTTPError: f"expected a download, got '{first_line(error)}' from the Hub; try again later",
+        errors.HfHubHTTPError: f"expected a download, got '{first_line(error)}' from the Hub; try again later",
     }
     reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), None)
     if reason is None and isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

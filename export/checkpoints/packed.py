@@ -23,21 +23,22 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from trio_edge.export.checkpoints.safetensors import SourceTensor
+    from trio_edge.export.checkpoints.weights import SourceTensor
 
 Layout = Literal["awq", "gptq", "compressed-tensors", "modelopt"]
 PACKED = "INT4"
 """dtype of a packed weight among a checkpoint's tensors; no safetensors file has it."""
-_VALUES = {"awq": "qweight", "gptq": "qweight", "compressed-tensors": "weight_packed", "modelopt": "weight"}
-_SCALES = {
-    "awq": "scales",
-    "gptq": "scales",
-    "compressed-tensors": "weight_scale",
-    "modelopt": "weight_scale",
+PACKING = "quantization_config"
+"""Key of config.json in checkpoints that are quantized already."""
+_PARTS: dict[Layout, tuple[str, str, tuple[int, int]]] = {
+    "awq": ("qweight", "scales", (1, 8)),
+    "gptq": ("qweight", "scales", (8, 1)),
+    "compressed-tensors": ("weight_packed", "weight_scale", (1, 8)),
+    "modelopt": ("weight", "weight_scale", (2, 1)),
 }
-_ZEROS = {"awq": "qzeros", "gptq": "qzeros"}
-_IGNORED = ("g_idx", "weight_shape", "weight_g_idx")
-"""Other tensors of a packed layer, which are not read."""
+"""Names of a layer's integers and scales; rows and columns of four bits in one stored integer."""
+_MORE_PARTS = ("qzeros", "g_idx", "weight_shape", "weight_g_idx")
+"""Other tensors of a packed layer. The last two are not read."""
 _WAY_OUT = "export the checkpoint that was not quantized"
 
 
@@ -50,6 +51,11 @@ class PackedFormat:
     """Whether every zero point is 8, the middle."""
     stored_zero_offset: int = 0
     """Added to a stored zero point."""
+
+    @property
+    def is_blocks_first(self) -> bool:
+        """Whether integers are [I, O] and scales [B, O], not [O, I] and [O, B]."""
+        return self.layout in ("awq", "gptq")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +74,7 @@ class PackedWeight:
     @property
     def num_blocks(self) -> int:
         """Blocks, and scales, per output."""
-        blocks_first = self.format.layout in ("awq", "gptq")
-        return self.scales.shape[0 if blocks_first else 1]
+        return self.scales.shape[0 if self.format.is_blocks_first else 1]
 
     @property
     def block(self) -> int:
@@ -77,15 +82,12 @@ class PackedWeight:
         return self.shape[1] // self.num_blocks
 
 
-def packed_format(folder: Path, config: Mapping[str, Any]) -> PackedFormat | None:
-    """Return the packing of the weights of the checkpoint with ``config``; None if they are not packed.
+def packed_format(folder: Path, said: Any) -> PackedFormat:
+    """Return the packing that ``said``, the value of ``PACKING`` in config.json, describes.
 
     Raises:
         CheckpointError: If the packing is not supported.
     """
-    if "quantization_config" not in config:
-        return None
-    said = config["quantization_config"]
     method = said.get("quant_method") if isinstance(said, dict) else None
     if method == "awq":
         _require(folder, "version", said.get("version", "gemm"), ("gemm", "GEMM"))
@@ -97,7 +99,7 @@ def packed_format(folder: Path, config: Mapping[str, Any]) -> PackedFormat | Non
         # AutoGPTQ's first format stores zero points minus one
         is_v1 = said.get("checkpoint_format", "gptq") == "gptq"
         return PackedFormat(
-            layout="gptq", is_symmetric=bool(said.get("sym", True)), stored_zero_offset=1 if is_v1 else 0
+            layout="gptq", is_symmetric=bool(said.get("sym", True)), stored_zero_offset=int(is_v1)
         )
     if method == "compressed-tensors":
         _require(folder, "format", said.get("format"), ("pack-quantized",))
@@ -135,58 +137,41 @@ def with_packed(
         CheckpointError: If parts of a packed weight are missing or do not fit together.
     """
     result, packed = dict(tensors), {}
-    values_name, scales_name = _VALUES[form.layout], _SCALES[form.layout]
+    values_name, scales_name, packing = _PARTS[form.layout]
     for scales_key in [name for name in tensors if name.endswith(f".{scales_name}")]:
         layer = scales_key.removesuffix(f".{scales_name}")
         if f"{layer}.pre_quant_scale" in tensors:
             raise CheckpointError(
                 f"{folder} tensor '{layer}.pre_quant_scale': expected no scales of a layer's inputs, got some; {_WAY_OUT}"
             )
-        values = result.pop(f"{layer}.{values_name}", None)
+        names = (values_name, scales_name, *_MORE_PARTS)
+        parts = {name: result.pop(f"{layer}.{name}", None) for name in names}
+        values, scales = parts[values_name], tensors[scales_key]
         if values is None:
             raise CheckpointError(
                 f"{folder}: expected a tensor '{layer}.{values_name}' for its scales, got none; download the checkpoint again"
             )
-        for name, part in ((values_name, values), (scales_name, tensors[scales_key])):
+        for name, part in ((values_name, values), (scales_name, scales)):
             if len(part.shape) != 2:
                 raise CheckpointError(
                     f"{folder} tensor '{layer}.{name}': expected two axes, got shape {list(part.shape)}; download the"
                     " checkpoint again"
                 )
-        zeros = result.pop(f"{layer}.{_ZEROS[form.layout]}", None) if form.layout in _ZEROS else None
-        order = tensors.get(f"{layer}.g_idx")
-        for name in _IGNORED:
-            result.pop(f"{layer}.{name}", None)
+        rows, columns = (size * count for size, count in zip(values.shape, packing))
         weight = PackedWeight(
             format=form,
-            shape=_shape(values, form.layout),
+            shape=(columns, rows) if form.is_blocks_first else (rows, columns),
             values=values,
-            scales=result.pop(scales_key),
-            zeros=zeros,
-            order=order,
+            scales=scales,
+            zeros=parts["qzeros"],
+            order=parts["g_idx"],
         )
-        _check_blocks(folder, layer, weight)
+        outputs = scales.shape[1 if form.is_blocks_first else 0]
+        if outputs != weight.shape[0] or weight.shape[1] % max(weight.num_blocks, 1):
+            raise CheckpointError(
+                f"{folder} {layer}: expected scales for {weight.shape[0]} outputs and equal blocks of {weight.shape[1]} inputs,"
+                f" got {list(scales.shape)}; download the checkpoint again"
+            )
         packed[f"{layer}.weight"] = weight
         result[f"{layer}.weight"] = replace(values, dtype=PACKED, shape=weight.shape)
     return result, packed
-
-
-def _shape(values: SourceTensor, layout: Layout) -> tuple[int, int]:
-    rows, columns = values.shape
-    if layout == "awq":
-        return columns * 8, rows
-    if layout == "gptq":
-        return columns, rows * 8
-    return (rows, columns * 8) if layout == "compressed-tensors" else (rows * 2, columns)
-
-
-def _check_blocks(folder: Path, layer: str, weight: PackedWeight) -> None:
-    num_outputs, num_inputs = weight.shape
-    blocks, outputs = weight.scales.shape
-    if weight.format.layout not in ("awq", "gptq"):
-        blocks, outputs = outputs, blocks
-    if outputs != num_outputs or num_inputs % max(blocks, 1):
-        raise CheckpointError(
-            f"{folder} {layer}: expected scales for {num_outputs} outputs and equal blocks of {num_inputs} inputs, got"
-            f" {list(weight.scales.shape)}; download the checkpoint again"
-        )

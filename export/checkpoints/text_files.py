@@ -1,4 +1,4 @@
-"""Reads the tokenizer and the chat template of a checkpoint, and writes them into a bundle."""
+"""Reads what a checkpoint says about text: its tokenizer, its chat template and its generation settings."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, read_json
 from trio_edge.export.checkpoints.hub import first_line
 from trio_edge.runtime.bundle.errors import BundleError, CheckpointError
 from trio_edge.runtime.bundle.files import read_regular
+from trio_edge.runtime.bundle.generation import SAMPLING_SETTINGS, GenerationSettings
 from trio_edge.runtime.bundle.manifest import TextSpec
 from trio_edge.runtime.bundle.reader import MAX_TEXT_BYTES
 from trio_edge.runtime.prompts.tokenizer_file import MAX_TOKENIZER_BYTES, only_bundle_errors, tokenizer_from
@@ -22,6 +25,34 @@ if TYPE_CHECKING:
 
 TOKENIZER_NAME = "tokenizer.json"
 TEMPLATE_NAME = "chat_template.jinja"
+_GENERATION_NAME = "generation_config.json"
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (0.0,),
+    "dola_layers": (),
+    "constraints": (),
+    "force_words_ids": (),
+    "bad_words_ids": ([],),
+    "sequence_bias": ({},),
+    "guidance_scale": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "exponential_decay_length_penalty": (),
+    "stop_strings": (),
+    "max_time": (),
+    "token_healing": (False,),
+    "watermarking_config": (),
+    "prompt_lookup_num_tokens": (),
+}
+"""Generation settings that the runtime does not implement, and their values besides None that have no effect."""
+_NEUTRAL_IF_SAMPLED: dict[str, tuple[Any, ...]] = {
+    "min_p": (0.0,),
+    "top_h": (),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,11 +62,6 @@ class TextFiles:
     spec: TextSpec
     tokenizer: str
     chat_template: str
-
-    def write(self, bundle: Path) -> None:
-        """Write both files."""
-        (bundle / TOKENIZER_NAME).write_text(self.tokenizer, encoding="utf-8")
-        (bundle / TEMPLATE_NAME).write_text(self.chat_template, encoding="utf-8")
 
 
 def read_text_files(
@@ -55,75 +81,43 @@ def read_text_files(
         CheckpointError: If there is no tokenizer, its image token is unknown or missing in a template that needs marks,
             or it has tokens without a row in the embedding table.
     """
+    folder, config = checkpoint.folder, checkpoint.config
     tokenizer = load_tokenizer(checkpoint)
     backend = tokenizer.backend_tokenizer
-    _check_rules(backend.to_str().encode(), where=checkpoint.folder)
-    image_token_id = checkpoint.config.get("image_token_index", checkpoint.config.get("image_token_id"))
-    image_token = backend.id_to_token(image_token_id) if isinstance(image_token_id, int) else None
-    if image_token is None or not isinstance(image_token_id, int):
+    _check_rules(backend.to_str().encode(), where=folder)
+    image_id = config.get("image_token_index", config.get("image_token_id"))
+    image_token = backend.id_to_token(image_id) if isinstance(image_id, int) else None
+    if image_token is None or not isinstance(image_id, int):
         raise CheckpointError(
-            f"{checkpoint.folder}: expected image_token_index to be the id of a token, got {image_token_id};"
+            f"{folder}: expected image_token_index to be the id of a token, got {image_id};"
             " use the checkpoint's own tokenizer files"
         )
-    _check_vocabulary(checkpoint, backend)
-    # some checkpoints set both; the runtime pads to its own buckets and refuses prompts that are too long
-    backend.no_padding()
-    backend.no_truncation()
+    video_id = config.get("video_token_id")
+    video_token = backend.id_to_token(video_id) if isinstance(video_id, int) else None
+    template = _with_special_tokens(_chat_template(folder) or default_template, tokenizer)
+    if any(image_marks):  # no processor adds them at run time
+        if image_token not in template:
+            raise CheckpointError(
+                f"{folder}: expected a chat template with the image token {image_token!r}, got one without it; use the"
+                " template of the checkpoint's newest revision"
+            )
+        template = template.replace(image_token, image_token.join(image_marks))
     spec = TextSpec(
         tokenizer=TOKENIZER_NAME,
         chat_template=TEMPLATE_NAME,
         image_token=image_token,
-        image_token_id=image_token_id,
+        image_token_id=image_id,
         bos_token=tokenizer.bos_token or "",
         eos_token=tokenizer.eos_token or "",
         stop_token_ids=_stop_token_ids(checkpoint),
-        **_video_token(checkpoint, backend),
+        **({} if video_token is None else {"video_token": video_token, "video_token_id": video_id}),
     )
-    template = _with_special_tokens(_chat_template(checkpoint) or default_template, tokenizer)
-    if any(image_marks):
-        template = _with_marks(template, image_token, image_marks, checkpoint)
+    _check_vocabulary(checkpoint, backend)
     return TextFiles(spec=spec, tokenizer=backend.to_str(), chat_template=template)
 
 
-def _with_marks(template: str, image_token: str, marks: tuple[str, str], checkpoint: Checkpoint) -> str:
-    """Return the template with marks around its image token, as no processor adds them at run time."""
-    if image_token not in template:
-        raise CheckpointError(
-            f"{checkpoint.folder}: expected a chat template with the image token {image_token!r}, got one without it; use the"
-            " template of the checkpoint's newest revision"
-        )
-    return template.replace(image_token, f"{marks[0]}{image_token}{marks[1]}")
-
-
-def _check_rules(content: bytes, *, where: Path) -> None:
-    """Raise CheckpointError if the runtime refuses this tokenizer."""
-    try:
-        tokenizer_from(content, where=str(where))
-    except BundleError as error:
-        reason = str(error).removesuffix("; export the bundle again")
-        raise CheckpointError(f"{reason}; use the checkpoint's own tokenizer files") from None
-
-
-def _video_token(checkpoint: Checkpoint, backend: Any) -> dict[str, Any]:
-    """Return text and id of the video token; empty if the configuration names none of the tokenizer's tokens."""
-    token_id = checkpoint.config.get("video_token_id")
-    token = backend.id_to_token(token_id) if isinstance(token_id, int) else None
-    return {} if token is None else {"video_token": token, "video_token_id": token_id}
-
-
-def _check_vocabulary(checkpoint: Checkpoint, backend: Any) -> None:
-    """Raise CheckpointError if a token has no row in the embedding table; rows without a token are allowed."""
-    num_rows = checkpoint.tensor(EMBEDDING_NAME).shape[0]
-    token, token_id = max(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
-    if token_id >= num_rows:
-        raise CheckpointError(
-            f"{checkpoint.folder}: expected token ids below {num_rows} (rows of the embedding table), got {token_id} for"
-            f" {token!r}; resize the embeddings (resize_token_embeddings) or use the checkpoint's own tokenizer files"
-        )
-
-
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """Return the fast tokenizer that transformers uses for a checkpoint.
+    """Return the fast tokenizer that transformers uses for a checkpoint, without padding and truncation.
 
     Raises:
         CheckpointError: If its files are missing or broken, or it is not a fast tokenizer.
@@ -146,20 +140,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.folder}: expected a tokenizer with tokenizer.json, got a slow one;"
             " save it as a fast tokenizer first"
         )
+    # some checkpoints set both; the runtime pads to its own buckets and refuses prompts that are too long
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
     return tokenizer
-
-
-def _chat_template(checkpoint: Checkpoint) -> str | None:
-    """Return the checkpoint's template, from one of the files in which releases of transformers store it."""
-    folder = checkpoint.folder
-    if (folder / "chat_template.jinja").exists():
-        return _read_text(folder / "chat_template.jinja", max_bytes=MAX_TEXT_BYTES)
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        if (folder / name).exists():
-            template = read_json(folder / name).get("chat_template")
-            if template is not None:
-                return _default_template(template, folder / name)
-    return None
 
 
 def _read_text(path: Path, *, max_bytes: int) -> str:
@@ -167,6 +151,37 @@ def _read_text(path: Path, *, max_bytes: int) -> str:
         return read_regular(path, max_bytes=max_bytes).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: expected UTF-8 text, got {error}; download it again") from None
+
+
+def _check_rules(content: bytes, *, where: Path) -> None:
+    """Raise CheckpointError if the runtime refuses this tokenizer."""
+    try:
+        tokenizer_from(content, where=str(where))
+    except BundleError as error:
+        reason = str(error).removesuffix("; export the bundle again")
+        raise CheckpointError(f"{reason}; use the checkpoint's own tokenizer files") from None
+
+
+def _with_special_tokens(template: str, tokenizer: Any) -> str:
+    """Return the template with its special tokens set; the manifest holds only the begin and end tokens."""
+    texts = (
+        f"{{% set {name} = {json.dumps(str(token))} %}}"
+        for name, token in tokenizer.special_tokens_map.items()
+        if name not in ("bos_token", "eos_token") and re.search(rf"\b{re.escape(name)}\b", template)
+    )
+    return "".join(texts) + template
+
+
+def _chat_template(folder: Path) -> str | None:
+    """Return the checkpoint's template, from one of the files in which releases of transformers store it."""
+    if (folder / TEMPLATE_NAME).exists():
+        return _read_text(folder / TEMPLATE_NAME, max_bytes=MAX_TEXT_BYTES)
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            template = read_json(folder / name).get("chat_template")
+            if template is not None:
+                return _default_template(template, folder / name)
+    return None
 
 
 def _default_template(template: Any, path: Path) -> str:
@@ -183,24 +198,12 @@ def _default_template(template: Any, path: Path) -> str:
     return text
 
 
-def _with_special_tokens(template: str, tokenizer: Any) -> str:
-    """Return the template with its special tokens set; the manifest holds only the begin and end tokens."""
-    more = {
-        name: token
-        for name, token in tokenizer.special_tokens_map.items()
-        if name not in ("bos_token", "eos_token") and re.search(rf"\b{re.escape(name)}\b", template)
-    }
-    return (
-        "".join(f"{{% set {name} = {json.dumps(str(token))} %}}" for name, token in more.items()) + template
-    )
-
-
 def _stop_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     """Return the tokens that end an answer, as for ``generate``: those in ``generation_config.json``, if there are any.
 
     The model's configuration is read only if that file is missing. The result may be empty.
     """
-    path, config = checkpoint.folder / "generation_config.json", checkpoint.config
+    path, config = checkpoint.folder / _GENERATION_NAME, checkpoint.config
     places = (read_json(path),) if path.exists() else (config, config.get("text_config") or {})
     ids = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), ())
     found = tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
@@ -209,3 +212,46 @@ def _stop_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
             f"{checkpoint.folder}: expected eos_token_id to be token ids, got {ids!r:.200}; correct generation_config.json"
         )
     return found
+
+
+def read_generation(checkpoint: Checkpoint) -> GenerationSettings:
+    """Return the checkpoint's generation settings, or Hugging Face's defaults if it has none.
+
+    Raises:
+        CheckpointError: If they cannot be read, or the runtime does not implement one.
+    """
+    path = checkpoint.folder / _GENERATION_NAME
+    if not path.exists():
+        return GenerationSettings()
+    values = {key: value for key, value in read_json(path).items() if value is not None}
+    unknown = _NEUTRAL | (_NEUTRAL_IF_SAMPLED if values.get("do_sample") else {})
+    for name, neutral in unknown.items():
+        if name in values and values[name] not in neutral:
+            raise CheckpointError(
+                f"{path} {name}: expected none, got {values[name]!r}, which the runtime does not implement; remove it to export"
+                " without it (answers would differ from the checkpoint's)"
+            )
+    wanted = {name: values[name] for name in GenerationSettings.__struct_fields__ if name in values}
+    if isinstance(wanted.get("forced_eos_token_id"), int):
+        wanted["forced_eos_token_id"] = [wanted["forced_eos_token_id"]]
+    if "min_new_tokens" in wanted:  # even 0 has precedence
+        wanted.pop("min_length", None)
+    if not wanted.get("do_sample"):  # files often keep sampling settings that have no effect
+        wanted = {name: value for name, value in wanted.items() if name not in SAMPLING_SETTINGS}
+    try:
+        return msgspec.convert(wanted, GenerationSettings)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(
+            f"{path}: expected generation settings in range, got '{error}'; correct the file"
+        ) from None
+
+
+def _check_vocabulary(checkpoint: Checkpoint, backend: Any) -> None:
+    """Raise CheckpointError if a token has no row in the embedding table; rows without a token are allowed."""
+    num_rows = checkpoint.tensor(EMBEDDING_NAME).shape[0]
+    token, token_id = max(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+    if token_id >= num_rows:
+        raise CheckpointError(
+            f"{checkpoint.folder}: expected token ids below {num_rows} (rows of the embedding table), got {token_id} for"
+            f" {token!r}; resize the embeddings (resize_token_embeddings) or use the checkpoint's own tokenizer files"
+        )

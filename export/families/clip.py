@@ -14,7 +14,7 @@ import msgspec
 
 from trio_edge.export.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from trio_edge.export.checkpoints.text_files import load_tokenizer
-from trio_edge.export.families.config_files import load_config
+from trio_edge.export.families.base import load_config
 from trio_edge.export.graphs.clip_text import ClipText
 from trio_edge.export.graphs.vision.clip import ClipVision, VisionWithPatches
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
@@ -49,16 +49,9 @@ class Clip:
 
     def merged_with(self, checkpoint: Checkpoint) -> Checkpoint:
         """Return ``checkpoint`` with CLIP's tensors that graphs may use."""
-        more = {
-            PREFIX + name: tensor
-            for name, tensor in self.checkpoint.tensors.items()
-            if name.startswith(_PARTS)
-        }
+        own = self.checkpoint.tensors
+        more = {PREFIX + name: tensor for name, tensor in own.items() if name.startswith(_PARTS)}
         return replace(checkpoint, tensors=checkpoint.tensors | more)
-
-    def write(self, bundle: Path) -> None:
-        """Write the tokenizer."""
-        (bundle / TOKENIZER_NAME).write_text(self.tokenizer, encoding="utf-8")
 
     def flops(self, num_text: int) -> float:
         """Return the FLOPs of the text tower for a question of ``num_text`` tokens."""
@@ -99,9 +92,14 @@ def read_clip(model: str) -> Clip:
     config = load_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     backend = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.no_truncation()
-    _check_tokenizer(checkpoint, tokenizer, config)
+    rows = config.text_config.vocab_size
+    largest = max(backend.get_vocab(with_added_tokens=True).values())
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None or largest >= rows:
+        raise CheckpointError(
+            f"{checkpoint.folder}: expected a tokenizer with start and end tokens and ids below {rows}, got start"
+            f" {tokenizer.bos_token!r}, end {tokenizer.eos_token!r} and ids up to {largest}; use the checkpoint's own"
+            " tokenizer files"
+        )
     return Clip(
         checkpoint=checkpoint,
         config=config,
@@ -176,16 +174,4 @@ def _check_is_clip(folder: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{folder}: expected a CLIP model for --clip, got {config.get('model_type')!r}; name one such as"
             " openai/clip-vit-large-patch14-336"
-        )
-
-
-def _check_tokenizer(checkpoint: Checkpoint, tokenizer: Any, config: Any) -> None:
-    """Raise CheckpointError unless the tokenizer has start and end tokens, and every token has an embedding."""
-    rows = config.text_config.vocab_size
-    largest = max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values())
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None or largest >= rows:
-        raise CheckpointError(
-            f"{checkpoint.folder}: expected a tokenizer with start and end tokens and ids below {rows}, got start"
-            f" {tokenizer.bos_token!r}, end {tokenizer.eos_token!r} and ids up to {largest}; use the checkpoint's own"
-            " tokenizer files"
         )

@@ -1,22 +1,19 @@
-"""LLaVA-1.5 and LLaVA-NeXT: a CLIP vision tower, an MLP projector, a Llama-like decoder."""
+"""LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision: a vision tower, an MLP projector, and a Llama-like decoder.
+
+The first two have CLIP tiles. LLaVA-OneVision has SigLIP tiles in LLaVA-NeXT's order, and reduces large grids bilinearly.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import re
 from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 import numpy as np
 
-from trio_edge.export.families.base import FamilyModel, VisionGraph, tile_inputs, visual_tokens
-from trio_edge.export.families.config_files import read_image_processor
-from trio_edge.export.families.decoder import (
-    choose_attention,
-    family_model,
-    read_config,
-    require,
-    require_same,
-)
+from trio_edge.export.families import base
+from trio_edge.export.families.base import Family, VisionGraph
 from trio_edge.export.graphs.reduce import FEATURE_NAMES
 from trio_edge.export.graphs.vision.clip import (
     ClipFeatures,
@@ -26,91 +23,120 @@ from trio_edge.export.graphs.vision.clip import (
     check_encoder_keep,
     clip_groups,
 )
+from trio_edge.export.graphs.vision.siglip import SiglipVision
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.graph_io import KEPT_PATCHES
 from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
 from trio_edge.runtime.images.llava import LlavaImages
-from trio_edge.runtime.prompts.chat import VICUNA_TEMPLATE
+from trio_edge.runtime.prompts.chat import LLAVA_ONEVISION_TEMPLATE, MISTRAL_TEMPLATE, VICUNA_TEMPLATE
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.runtime.bundle.manifest import FloatType
-    from trio_edge.runtime.bundle.schedule import Positions
-    from trio_edge.runtime.images.interface import ImageProcessing
 
-TEXT_TYPES = ("llama", "mistral", "qwen2")
+_TEXT_TYPES = ("llama", "mistral", "qwen2")
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class Llava:
-    """Implements ``Family`` for one model type of LLaVA."""
+class Llava(Family):
+    """LLaVA-1.5: one CLIP crop per image."""
 
-    model_type: str
-    architecture: str
-    image_processor: str
+    model_type = "llava"
+    architecture = "LlavaForConditionalGeneration"
+    image_processor = "CLIPImageProcessor"
     """Hugging Face's class of the image processor, if the checkpoint's file names none."""
-    mistral_template: str = VICUNA_TEMPLATE
-    positions: tuple[Positions, ...] = ("compact", "preserved")
-    image_marks: tuple[str, str] = ("", "")
+    chat_template = mistral_template = VICUNA_TEMPLATE
+    text_types = _TEXT_TYPES
+    vision_type = "clip_vision_model"
+    vision_attention = "eager"
+    required = (("vision_feature_select_strategy", "default"),)
+    has_class_row = True
 
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
         """Return Vicuna's template, or for a Mistral decoder the family's template for it."""
         text_type = checkpoint.config.get("text_config", {}).get("model_type")
-        return self.mistral_template if text_type == "mistral" else VICUNA_TEMPLATE
+        return self.mistral_template if text_type == "mistral" else self.chat_template
 
-    def build(
-        self, checkpoint: Checkpoint, *, processing: ImageProcessing, dtype: FloatType, with_features: bool
-    ) -> FamilyModel:
-        """Return the model's modules; see ``Family``."""
-        import transformers
-
-        assert isinstance(processing, LlavaImages)  # as the families' image_processing makes it
-        config = _read_config(checkpoint)
-        choose_attention(config, vision="eager")
-        text, vision = config.text_config, config.vision_config
-        root: Any = getattr(transformers, self.architecture)(config)
-        graph, num_layers = _vision_graph(
-            root.model,
-            feature_layers_of(config),
-            processing=processing,
-            dtype=dtype,
-            with_features=with_features,
-        )
-        return family_model(
-            root,
-            vision=graph,
-            vision_dimensions=VisionDimensions(
-                num_layers=num_layers,
-                hidden_size=vision.hidden_size,
-                intermediate_size=vision.intermediate_size,
-                patches_per_tile=processing.patches_per_tile + 1,
-                projector_weights=(vision.hidden_size + text.hidden_size) * text.hidden_size,
-                projected_per_tile=processing.patches_per_tile,
-                merged_weights=2 * (processing.encoder_keep or 0) * text.hidden_size,
-            ),
-        )
-
-    def image_processing(
-        self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
-    ) -> ImageProcessing:
+    def images(self, checkpoint: Checkpoint, config: Any, max_visual: int | None) -> LlavaImages:
         """Return the tiling; see ``Family``. There is no ``max_visual``."""
         if max_visual is not None:
             raise ScheduleError(
                 f"--max-visual: expected none for {self.model_type}, which does not scale images to a number of tokens, got"
                 f" {max_visual}; use --image-size"
             )
-        processing = read_llava_images(checkpoint, default_type=self.image_processor)
-        if encoder_keep is not None:
-            check_encoder_keep(encoder_keep, patches_per_side=processing.patches_per_side)
-        return msgspec.structs.replace(processing, encoder_keep=encoder_keep)
+        return _images(checkpoint, config, default_type=self.image_processor)
+
+    def check_encoder_keep(self, encoder_keep: int, images: LlavaImages, config: Any) -> None:
+        """Raise ScheduleError unless a tile can keep ``encoder_keep`` patches."""
+        check_encoder_keep(encoder_keep, patches_per_side=images.patches_per_side)
+
+    def vision(
+        self, inner: Any, config: Any, *, processing: LlavaImages, dtype: FloatType, with_features: bool
+    ) -> tuple[VisionGraph, VisionDimensions]:
+        """Return the graph of CLIP's tower; see ``Family``."""
+        text, vision, keep = config.text_config, config.vision_config, processing.encoder_keep
+        tokens = base.visual_tokens(text.hidden_size, dtype=dtype)
+        inputs = base.tile_inputs(processing.tile_size)
+        tower, projector, states = inner.vision_tower, inner.multi_modal_projector, feature_layers_of(config)
+        module: ClipVision | VisionWithFeatures | ReducedVision
+        more_outputs: list[TensorSpec] = []
+        if keep is not None and with_features:
+            raise ScheduleError(
+                "--token-method: expected one that needs no class token with --encoder-keep, got one that does; leave out"
+                " --encoder-keep"
+            )
+        if keep is not None:
+            module = ReducedVision(tower, projector, feature_layers=states, num_keep=keep)
+            more_outputs = [TensorSpec(name=KEPT_PATCHES, dtype="int32", shape=("B", keep))]
+            layers = module.layers
+        else:
+            features = ClipFeatures(tower, feature_layers=states)
+            parts = features, projector, getattr(inner, "image_newline", None)
+            layers = features.layers
+            if with_features:
+                module = VisionWithFeatures(*parts, observed=vision.num_hidden_layers - 2)
+                more_outputs = _feature_tensors(vision, len(states), dtype=dtype)
+            else:
+                module = ClipVision(*parts)
+        graph = VisionGraph(
+            module=module,
+            inputs=inputs,
+            outputs=(tokens, *more_outputs),
+            linear_groups=clip_groups(layers, projector),
+            constants=_position_ids(module, processing.patches_per_tile + 1),
+        )
+        return graph, VisionDimensions(
+            num_layers=len(layers),
+            hidden_size=vision.hidden_size,
+            intermediate_size=vision.intermediate_size,
+            patches_per_tile=processing.patches_per_tile + 1,
+            projector_weights=(vision.hidden_size + text.hidden_size) * text.hidden_size,
+            projected_per_tile=processing.patches_per_tile,
+            merged_weights=2 * (keep or 0) * text.hidden_size,
+        )
 
 
-def _read_config(checkpoint: Checkpoint) -> Any:
-    """Return transformers' configuration, checked."""
-    config = read_config(checkpoint, text_types=TEXT_TYPES, vision_type="clip_vision_model")
-    require(config, checkpoint.folder, vision_feature_select_strategy="default")
-    return config
+@final
+class LlavaNext(Llava):
+    """LLaVA-NeXT: a base tile and a grid of CLIP tiles with newline tokens."""
+
+    model_type = "llava_next"
+    architecture = "LlavaNextForConditionalGeneration"
+    image_processor = "LlavaNextImageProcessor"
+    mistral_template = MISTRAL_TEMPLATE
+
+
+def _feature_tensors(vision: Any, num_states: int, *, dtype: FloatType) -> list[TensorSpec]:
+    """Return the outputs that selectors with ``needs_features`` read."""
+    features, keys, attention = FEATURE_NAMES
+    width, head_size = vision.hidden_size * num_states, vision.hidden_size // vision.num_attention_heads
+    return [
+        TensorSpec(name=features, dtype=dtype, shape=("N", width)),
+        TensorSpec(name=keys, dtype=dtype, shape=("N", head_size)),
+        TensorSpec(name=attention, dtype="float32", shape=("N",)),
+    ]
 
 
 def feature_layers_of(config: Any) -> tuple[int, ...]:
@@ -119,76 +145,106 @@ def feature_layers_of(config: Any) -> tuple[int, ...]:
     return (layer,) if isinstance(layer, int) else tuple(layer)
 
 
-def _vision_graph(
-    inner: Any,
-    feature_layers: tuple[int, ...],
-    *,
-    processing: LlavaImages,
-    dtype: FloatType,
-    with_features: bool,
-) -> tuple[VisionGraph, int]:
-    """Return the graph, and the number of the vision tower's layers that run."""
-    module, more_outputs = _vision_module(
-        inner, feature_layers, keep=processing.encoder_keep, dtype=dtype, with_features=with_features
-    )
-    layers = module.layers if isinstance(module, ReducedVision) else module.features.layers
-    graph = VisionGraph(
-        module=module,
-        inputs=tile_inputs(processing.tile_size),
-        outputs=(visual_tokens(inner.language_model.config.hidden_size, dtype=dtype), *more_outputs),
-        linear_groups=clip_groups(layers, inner.multi_modal_projector),
-        constants={
-            name: np.arange(processing.patches_per_tile + 1, dtype=np.int64)[None]
-            for name, _ in module.named_buffers()
-            if name.endswith("position_ids")
-        },
-    )
-    return graph, len(layers)
+def _position_ids(module: nn.Module, count: int) -> dict[str, NDArray[np.int64]]:
+    """Return the values of the tower's position ids, which have none under FakeTensorMode."""
+    names = (name for name, _ in module.named_buffers() if name.endswith("position_ids"))
+    return {name: np.arange(count, dtype=np.int64)[None] for name in names}
 
 
-def _vision_module(
-    inner: Any, feature_layers: tuple[int, ...], *, keep: int | None, dtype: FloatType, with_features: bool
-) -> tuple[ClipVision | VisionWithFeatures | ReducedVision, list[TensorSpec]]:
-    """Return the module, and its outputs besides the visual tokens."""
-    tower, projector = inner.vision_tower, inner.multi_modal_projector
-    if keep is not None:
-        if with_features:
-            raise ScheduleError(
-                "--token-method: expected one that needs no class token with --encoder-keep, got one that does; leave out"
-                " --encoder-keep"
-            )
-        reduced = ReducedVision(tower, projector, feature_layers=feature_layers, num_keep=keep)
-        return reduced, [TensorSpec(name=KEPT_PATCHES, dtype="int32", shape=("B", keep))]
-    features = ClipFeatures(tower, feature_layers=feature_layers)
-    newline, vision = getattr(inner, "image_newline", None), tower.config
-    if not with_features:
-        return ClipVision(features, projector, newline), []
-    module = VisionWithFeatures(features, projector, newline, observed=vision.num_hidden_layers - 2)
-    widths = (vision.hidden_size * len(feature_layers), vision.hidden_size // vision.num_attention_heads)
-    outputs = [
-        TensorSpec(name=name, dtype=dtype, shape=("N", width)) for name, width in zip(FEATURE_NAMES, widths)
-    ]
-    return module, [*outputs, TensorSpec(name=FEATURE_NAMES[2], dtype="float32", shape=("N",))]
-
-
-def read_llava_images(checkpoint: Checkpoint, *, default_type: str) -> LlavaImages:
+def _images(checkpoint: Checkpoint, config: Any, *, default_type: str) -> LlavaImages:
     """Return the constants of the checkpoint's image processor, of class ``default_type`` if its file names none.
 
     Raises:
         CheckpointError: If it is not supported, or does not fit the model's configuration.
     """
-    folder, values = checkpoint.folder, read_image_processor(checkpoint)
-    config = read_config(checkpoint)
-    processing = LlavaImages.from_preprocessor_config(
-        {"image_processor_type": default_type, **values}, patch_size=config.vision_config.patch_size
+    images = LlavaImages.from_preprocessor_config(
+        {"image_processor_type": default_type, **base.read_image_processor(checkpoint)},
+        patch_size=config.vision_config.patch_size,
     )
-    side = config.vision_config.image_size
-    require_same("tiles of", checkpoint, tower=side, processor=processing.tile_size)
+    base.require_same(
+        "tiles of", checkpoint, tower=config.vision_config.image_size, processor=images.tile_size
+    )
     theirs = [list(pinpoint) for pinpoint in getattr(config, "image_grid_pinpoints", None) or []]
-    ours = [list(pinpoint) for pinpoint in processing.grid_pinpoints]
-    if processing.kind == "anyres" and theirs and ours != theirs:
+    ours = [list(pinpoint) for pinpoint in images.grid_pinpoints]
+    if images.kind == "anyres" and theirs and ours != theirs:
         raise CheckpointError(
-            f"{folder}: expected the same image_grid_pinpoints in config.json and preprocessor, got {theirs} and"
+            f"{checkpoint.folder}: expected the same image_grid_pinpoints in config.json and preprocessor, got {theirs} and"
             f" {ours}; make them agree"
         )
-    return processing
+    return images
+
+
+@final
+class LlavaOnevision(Family):
+    """LLaVA-OneVision."""
+
+    model_type = "llava_onevision"
+    architecture = "LlavaOnevisionForConditionalGeneration"
+    chat_template = LLAVA_ONEVISION_TEMPLATE
+    text_types = _TEXT_TYPES
+    vision_type = "siglip_vision_model"
+    required = (("vision_feature_select_strategy", "full"),)  # SigLIP has no class token
+
+    def check_config(self, config: Any, checkpoint: Checkpoint) -> None:
+        """Raise CheckpointError unless tiles are square and the processor's file agrees on the number of visual tokens."""
+        base.require_square_tiles(config.vision_config, checkpoint.folder)
+        base.require_processor(
+            checkpoint,
+            vision_aspect_ratio=config.vision_aspect_ratio,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            num_image_tokens=_num_patches(config),
+        )
+
+    def images(self, checkpoint: Checkpoint, config: Any, max_visual: int | None) -> LlavaImages:
+        """Return the tiling; see ``Family``. ``max_visual`` leaves out the larger grids."""
+        images = _images(checkpoint, config, default_type="LlavaOnevisionImageProcessor")
+        found = re.fullmatch(r"anyres_max_([1-9]\d*)", config.vision_aspect_ratio)
+        if found is None:
+            raise CheckpointError(
+                f"{checkpoint.folder}: expected a vision_aspect_ratio such as 'anyres_max_9', got"
+                f" {config.vision_aspect_ratio!r}; this variant cannot be exported"
+            )
+        images = msgspec.structs.replace(images, max_grid_tiles=int(found[1]))
+        pinpoints = images.grid_pinpoints
+        smaller = (
+            tuple(pinpoint for pinpoint in pinpoints if math.prod(pinpoint) <= area)
+            for area in sorted({height * width for height, width in pinpoints}, reverse=True)
+        )
+        candidates = (images, *(msgspec.structs.replace(images, grid_pinpoints=grids) for grids in smaller))
+        return base.first_that_fits(max_visual, candidates, smallest="the smallest grid and the base tile")
+
+    def vision(
+        self, inner: Any, config: Any, *, processing: LlavaImages, dtype: FloatType, with_features: bool
+    ) -> tuple[VisionGraph, VisionDimensions]:
+        """Return the graph of SigLIP's tower; see ``Family``."""
+        text, vision, states = config.text_config, config.vision_config, feature_layers_of(config)
+        pixel_values, _ = base.tile_inputs(vision.image_size)
+        module = SiglipVision(
+            inner.vision_tower, inner.multi_modal_projector, inner.image_newline, feature_layers=states
+        )
+        num_patches = _num_patches(config)
+        graph = VisionGraph(
+            module=module,
+            inputs=(
+                pixel_values,
+                TensorSpec(name="token_index", dtype="int32", shape=("N", 4)),
+                TensorSpec(name="token_weights", dtype="float32", shape=("N", 4)),
+            ),
+            outputs=(base.visual_tokens(text.hidden_size, dtype=dtype),),
+            linear_groups=clip_groups(module.layers, module.projector),
+            constants=_position_ids(module, num_patches),
+        )
+        return graph, VisionDimensions(
+            num_layers=len(module.layers),
+            hidden_size=vision.hidden_size,
+            intermediate_size=vision.intermediate_size,
+            patches_per_tile=num_patches,
+            projector_weights=(len(states) * vision.hidden_size + text.hidden_size) * text.hidden_size,
+            projected_per_tile=num_patches,
+        )
+
+
+def _num_patches(config: Any) -> int:
+    """Return P, visual tokens of one tile."""
+    vision = config.vision_config
+    return int(vision.image_size // vision.patch_size) ** 2

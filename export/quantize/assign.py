@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME
-from trio_edge.export.checkpoints.stored import Change, StoredName
+from trio_edge.export.checkpoints.weights import Change, StoredName
 from trio_edge.export.quantize.graph import SCALE_SUFFIX, LinearForm, is_linear, quantize_graph
 from trio_edge.export.quantize.numerics import BLOCK_SIZE, Format, block_size
 from trio_edge.export.quantize.plan import OPSETS, PARTS

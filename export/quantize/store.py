@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 
-from trio_edge.export.checkpoints.stored import StoredName, StoredWeights
 from trio_edge.export.checkpoints.weights import (
-    SAFETENSORS_FROM_DTYPE,
     WEIGHTS_FOLDER,
-    HashedFile,
+    StoredName,
+    StoredWeights,
     check_finite,
-    safetensors_header,
+    write_arrays,
 )
 from trio_edge.export.quantize.numerics import quantize, stored_bytes
 from trio_edge.export.quantize.unpacking import read_weight, taken_over
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
-    from trio_edge.export.checkpoints.safetensors import SourceTensor
+    from trio_edge.export.checkpoints.weights import SourceTensor
     from trio_edge.export.quantize.assign import StoredForm
     from trio_edge.export.quantize.numerics import Format
     from trio_edge.runtime.bundle.manifest import FloatType, StoredType
@@ -52,28 +50,11 @@ def store_quantized(
     """
     writers = [_Writer(checkpoint, form, dtype=dtype) for form in forms]
     described = {name: entry for writer in writers for name, entry in writer.described().items()}
-    header, offsets = safetensors_header(
-        {
-            str(name): (_SAFETENSORS[kind], _file_shape(kind, shape))
-            for name, (kind, shape) in described.items()
-        }
-    )
     (bundle / WEIGHTS_FOLDER).mkdir(exist_ok=True)
-    with HashedFile(bundle / _FILE) as stream:
-        stream.write(header)
-        for writer in writers:
-            for values in writer.tensors():
-                stream.write(values.contiguous().view(torch.uint8).flatten().numpy().data)
-                on_bytes(values.nbytes)
-        digest = stream.hexdigest()
-    tensors = {
-        name: StoredTensor(file=_FILE, dtype=kind, shape=shape, offset=offsets[str(name)])
-        for name, (kind, shape) in described.items()
-    }
-    return StoredWeights(tensors=tensors, sha256={_FILE: digest})
+    values = (tensor for writer in writers for tensor in writer.tensors())
+    return write_arrays(bundle / _FILE, described, values, on_bytes=on_bytes)
 
 
-_SAFETENSORS = {**SAFETENSORS_FROM_DTYPE, "int8": "I8", "int4": "U8", "float8_e4m3fn": "F8_E4M3"}
 _STORED: dict[Format, StoredType] = {"int4": "int4", "int8": "int8", "fp8": "float8_e4m3fn"}
 
 
@@ -85,11 +66,6 @@ def quantized_bytes(checkpoint: Checkpoint, forms: Sequence[StoredForm], *, dtyp
         for writer in writers
         for kind, shape in writer.described().values()
     )
-
-
-def _file_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape in the file's header, in bytes for INT4, which safetensors does not have."""
-    return (math.ceil(math.prod(shape) / 2),) if kind == "int4" else shape
 
 
 class _Writer:

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from trio_edge.export.checkpoints.checkpoint import Checkpoint, canonical_name
-from trio_edge.export.checkpoints.stored import StoredName
+from trio_edge.export.checkpoints.weights import StoredName
 from trio_edge.export.graphs.assembly.layer_stack import stack_layers
 from trio_edge.export.graphs.assembly.onnx_graph import dynamic_axes, example_input, trace
 from trio_edge.export.graphs.assembly.traced import TracedGraph

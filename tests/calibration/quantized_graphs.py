@@ -60,8 +60,7 @@ def write_quantized(
     copies = [replace(graph, model=graph.model.clone()) for graph in ends.graphs]
     graphs, forms = quantize_graphs(copies, plan, scales, checkpoint=ends.checkpoint)
     stored = store_weights(
-        ends.checkpoint,
-        plain_tensors(graphs, forms),
+        {name: ends.checkpoint.tensor(name) for name in plain_tensors(graphs, forms)},
         folder,
         dtype="float32",
         whole_files=False,

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from tests.hub_server import COMMIT, HubServer, serve
 from trio_edge.export.checkpoints.checkpoint import ALIASES, canonical_name, locate, read_checkpoint
-from trio_edge.export.checkpoints.safetensors import read_safetensors_header
+from trio_edge.export.checkpoints.weights import read_safetensors_header
 from trio_edge.runtime.bundle.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -287,8 +287,7 @@ def test_weights_that_are_links_into_a_cache_are_copied_as_files(repository: Pat
     checkpoint = read_checkpoint(str(hub_cache(tmp_path, repository)))
     (tmp_path / "bundle").mkdir()
     store_weights(
-        checkpoint,
-        set(checkpoint.tensors),
+        checkpoint.tensors,
         tmp_path / "bundle",
         dtype="float32",
         on_bytes=lambda _count: None,

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2_5_VLConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from trio_edge.export.families.decoder_config import (
+from trio_edge.export.families.base import (
     check_decoder,
     check_positions,
     max_positions,

@@ -15,7 +15,7 @@ from tests.export.packed_checkpoints import CONFIGS, Integers, write_packed
 from tests.shared_traces import shared_traces
 from trio_edge.export.bundle import export_bundle
 from trio_edge.export.checkpoints.checkpoint import canonical_name, read_checkpoint
-from trio_edge.export.families import check_architecture
+from trio_edge.export.families import family_of
 from trio_edge.export.options import ExportOptions
 from trio_edge.export.quantize.graph import SCALE_SUFFIX
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
@@ -43,7 +43,7 @@ def test_integers_and_scales_are_read_as_they_were_packed(
     checkpoint: Path, tmp_path: Path, method: str
 ) -> None:
     known = write_packed(checkpoint, tmp_path / "packed", method=method)
-    packed = read_checkpoint(str(tmp_path / "packed"), check_config=check_architecture)
+    packed = read_checkpoint(str(tmp_path / "packed"), check_config=family_of)
     assert len(packed.packed) == len(known) == 3 * 7
     for module, integers in known.items():
         name = canonical_name(f"{module}.weight")
@@ -137,7 +137,7 @@ def test_zero_points_that_the_configuration_denies_are_refused(checkpoint: Path,
 )
 def test_other_packings_are_refused_before_weights_are_read(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        check_architecture(Path("folder"), {"model_type": "llava", "quantization_config": settings})
+        family_of(Path("folder"), {"model_type": "llava", "quantization_config": settings})
 
 
 def write_damaged(
@@ -190,4 +190,4 @@ def test_shuffled_blocks_are_refused(checkpoint: Path, tmp_path: Path) -> None:
 def test_a_configuration_that_is_no_object_is_refused() -> None:
     config = json.loads('{"model_type": "llava", "quantization_config": 4}')
     with pytest.raises(CheckpointError, match="expected awq, gptq"):
-        check_architecture(Path("folder"), config)
+        family_of(Path("folder"), config)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 from transformers.video_processing_utils import VideoProcessorMixin
 
-from trio_edge.export.families.config_files import read_video_processor
+from trio_edge.export.families.base import read_video_processor
 from trio_edge.runtime.bundle.errors import CheckpointError
 
 

@@ -14,9 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trio_edge.export.checkpoints.checkpoint import Checkpoint
-from trio_edge.export.checkpoints.safetensors import read_safetensors_header
-from trio_edge.export.checkpoints.stored import StoredName, StoredWeights
-from trio_edge.export.checkpoints.weights import bytes_to_write, read_tensor, store_weights
+from trio_edge.export.checkpoints.weights import (
+    StoredName,
+    StoredWeights,
+    bytes_to_write,
+    read_safetensors_header,
+    read_tensor,
+    store_weights,
+)
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.manifest import FloatType
 
@@ -29,14 +34,14 @@ def checkpoint_of(folder: Path, *shards: dict[str, torch.Tensor]) -> Checkpoint:
     for index, shard in enumerate(shards):
         save_file(shard, folder / f"model-{index}.safetensors")
         tensors |= read_safetensors_header(folder / f"model-{index}.safetensors")
-    return Checkpoint(folder=folder, name="test", revision=None, config={}, tensors=tensors)
+    return Checkpoint(folder=folder, revision=None, config={}, tensors=tensors)
 
 
 def store(checkpoint: Checkpoint, bundle: Path, *, dtype: FloatType) -> StoredWeights:
     bundle.mkdir()
     written: list[int] = []
-    stored = store_weights(checkpoint, set(checkpoint.tensors), bundle, dtype=dtype, on_bytes=written.append)
-    assert sum(written) == bytes_to_write(checkpoint, set(checkpoint.tensors), dtype=dtype)
+    stored = store_weights(checkpoint.tensors, bundle, dtype=dtype, on_bytes=written.append)
+    assert sum(written) == bytes_to_write(checkpoint.tensors, dtype=dtype)
     return stored
 
 
@@ -151,16 +156,13 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(dtype: FloatType, tmp_p
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from trio_edge.export.checkpoints.checkpoint import Checkpoint
-from trio_edge.export.checkpoints.safetensors import read_safetensors_header
-from trio_edge.export.checkpoints.weights import store_weights
+from trio_edge.export.checkpoints.weights import read_safetensors_header, store_weights
 source, target = Path(sys.argv[1]), Path(sys.argv[2])
 tensors = read_safetensors_header(source)
-checkpoint = Checkpoint(folder=source.parent, name="", revision=None, config={}, tensors=tensors)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for dtype in ("float16", "float32"):
     (target / dtype).mkdir()
-    store_weights(checkpoint, set(tensors), target / dtype, dtype=dtype, on_bytes=lambda _count: None)
+    store_weights(tensors, target / dtype, dtype=dtype, on_bytes=lambda _count: None)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 

@@ -14,7 +14,7 @@ from tests.bundles import export
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import CAMERA, hugging_face_inputs, save_qwen_checkpoint
 from trio_edge.export.checkpoints.checkpoint import read_checkpoint
-from trio_edge.export.checkpoints.generation import read_generation
+from trio_edge.export.checkpoints.text_files import read_generation
 from trio_edge.runtime.bundle.errors import CheckpointError, ShapeError
 from trio_edge.runtime.bundle.generation import GenerationSettings
 from trio_edge.runtime.bundle.schedule import Schedule

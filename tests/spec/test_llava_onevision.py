@@ -27,7 +27,7 @@ from tests.spec.whole_answers import assert_same_answer, generate
 from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
 from trio_edge.export.checkpoints.checkpoint import ALIASES, canonical_name, read_checkpoint
 from trio_edge.export.checkpoints.text_files import read_text_files
-from trio_edge.export.families.llava_onevision import LlavaOnevision
+from trio_edge.export.families.llava import LlavaOnevision
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage

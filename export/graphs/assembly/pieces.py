@@ -19,7 +19,7 @@ from trio_edge.runtime.bundle.manifest import Piece
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.export.checkpoints.stored import StoredName
+    from trio_edge.export.checkpoints.weights import StoredName
     from trio_edge.export.graphs.assembly.traced import TracedGraph
     from trio_edge.runtime.bundle.manifest import GraphSpec
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-    from trio_edge.export.checkpoints.stored import StoredName
+    from trio_edge.export.checkpoints.weights import StoredName
     from trio_edge.runtime.bundle.manifest import GraphSpec, PieceName
 
 
