@@ -49,7 +49,7 @@ from trio_edge.runtime.prompts.positions import (
 )
 from trio_edge.runtime.prompts.question import check_messages, last_question, prompt_ids, visual_parts
 from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, Inset, PromptIds, Tokenizer
-from trio_edge.runtime.videos.interface import video_processing
+from trio_edge.runtime.videos.qwen import video_processing
 from trio_edge.runtime.videos.reading import open_video
 
 if TYPE_CHECKING:

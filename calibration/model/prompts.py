@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.questions import Question
-    from trio_edge.runtime.images.layout import ImageLayout
+    from trio_edge.runtime.images.processing import ImageLayout
     from trio_edge.runtime.prompts.positions import PromptPositions
     from trio_edge.runtime.prompts.tokenizer import PromptIds
 

@@ -29,7 +29,7 @@ from trio_edge.export.graphs.vision.smolvlm import SmolVlmVision, patch_position
 from trio_edge.export.graphs.vision.tile_attention import TILE_ATTENTION_NAME
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.manifest import VisionDimensions
-from trio_edge.runtime.images.smolvlm import SmolVlmImages
+from trio_edge.runtime.images.tiles import SmolVlmImages
 from trio_edge.runtime.prompts.chat import SMOLVLM_TEMPLATE
 
 if TYPE_CHECKING:

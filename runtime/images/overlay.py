@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.images.layout import ImageLayout
+    from trio_edge.runtime.images.processing import ImageLayout
 
     Box = tuple[int, int, int, int]
 

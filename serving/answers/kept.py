@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.answer import Generation
     from trio_edge.runtime.bundle.schedule import Stage
-    from trio_edge.runtime.images.layout import ImageLayout
+    from trio_edge.runtime.images.processing import ImageLayout
 
 
 def kept_report(answer: Generation, stages: Sequence[Stage]) -> dict[str, Any]:
