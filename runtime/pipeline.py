@@ -39,16 +39,25 @@ from trio_edge.runtime.model.sampling import (
     with_overrides,
 )
 from trio_edge.runtime.model.vision import Vision
-from trio_edge.runtime.prompts.chat import build_messages, compile_template
+from trio_edge.runtime.prompts.chat import (
+    build_messages,
+    check_messages,
+    compile_template,
+    last_question,
+    prompt_ids,
+    visual_parts,
+)
 from trio_edge.runtime.prompts.clip_text import ClipTexts
-from trio_edge.runtime.prompts.positions import (
+from trio_edge.runtime.prompts.tokenizer import (
+    DetokenizeStream,
+    Inset,
+    PromptIds,
     PromptPositions,
     RunPositions,
+    Tokenizer,
     mrope_positions,
     plain_positions,
 )
-from trio_edge.runtime.prompts.question import check_messages, last_question, prompt_ids, visual_parts
-from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, Inset, PromptIds, Tokenizer
 from trio_edge.runtime.videos.qwen import video_processing
 from trio_edge.runtime.videos.reading import open_video
 
