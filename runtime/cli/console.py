@@ -28,9 +28,8 @@ _NAMES = {
 def run(command: click.Command, argv: Sequence[str] | None) -> int:
     """Run a click command and return its exit code. Errors that a user can correct print one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a terminal shows a question mark for a character that it lacks
+        # A terminal shows a question mark for a character that it lacks.
+        sys.stdout.reconfigure(errors="replace")
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not all(map(_is_text, arguments)):
         return _fail(command, "arguments: expected text, got a null byte or half a character; remove it")
@@ -66,13 +65,10 @@ def _fail_with_files(command: click.Command, error: OSError) -> int:
     if error.errno in _FULL and error.filename is None:
         _print_nowhere()
         return _fail(command, f"expected room for the output, got: {error.strerror}; free some disk space")
-    if (
-        error.errno == errno.ENOENT and error.filename is None
-    ):  # tempfile's, where no folder can be written to
-        return _fail(
-            command,
-            f"expected a temporary folder with room, got: {error.strerror}; free some disk space or set TMPDIR",
-        )
+    # This error is tempfile's, where no folder can be written to.
+    if error.errno == errno.ENOENT and error.filename is None:
+        room = f"expected a temporary folder with room, got: {error.strerror}"
+        return _fail(command, f"{room}; free some disk space or set TMPDIR")
     if error.errno not in _NAMES or error.filename is None:
         raise error
     return _fail(command, f"{error.filename}: cannot be used ({error.strerror}); choose another name")

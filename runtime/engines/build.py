@@ -1,4 +1,20 @@
-"""Builds the engines of a bundle: plans the build, runs one process per graph, and writes ``engines.json`` last."""
+"""Builds the engines of a bundle: plans the build, runs one process per graph, and writes ``engines.json`` last.
+
+A plan estimates the memory and time for building each engine, and its size. W are the graph's weights in bytes:
+
+    engine   W + profiles * architectures * 3 MB of kernels
+    peak     W                 the weight files, which the parser maps: the system can take these pages back
+           + W                 TensorRT's copy, from which the engine is written piece by piece
+           + W                 the serialized engine, in releases that cannot do so, such as 10.3
+           + W                 with ``tensorrt``: the copy on the GPU for timing tactics; a Jetson's GPU shares the memory
+           + min(W, 0.6 GB)    the optimizer's working memory
+           + 0.4 GB            Python and TensorRT's libraries
+    time     3 s + 15 s per GB of weights
+
+Fitted to tensorrt-rtx 1.7 on the graphs of LLaVA-NeXT-7B, with and without writing in pieces; docs/build.md has the
+measurements. On two CPUs, times were between half and twice the estimate. Memory and time of ``tensorrt`` are not
+measured: it times tactics on the GPU, which tensorrt-rtx leaves to the first run.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +25,6 @@ import signal
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.bundle.errors import BackendError
@@ -17,8 +32,7 @@ from trio_edge.runtime.bundle.fp8 import fp8_refusal
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec
 from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.runtime.devices.machine import Host, available_memory_bytes, find_host
-from trio_edge.runtime.engines.child import Job, holds_head, run_job
-from trio_edge.runtime.engines.estimate import BuildMemory, estimate_memory
+from trio_edge.runtime.engines.child import LOG_NAME, Job, holds_head, run_job
 from trio_edge.runtime.engines.files import (
     ENGINES_FOLDER,
     ENGINES_NAME,
@@ -31,7 +45,7 @@ from trio_edge.runtime.engines.files import (
     target_name,
     write_engine_set,
 )
-from trio_edge.runtime.engines.package import TensorRT, choose_backend, load_tensorrt
+from trio_edge.runtime.engines.package import EngineBackend, TensorRT, choose_backend, load_tensorrt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +56,10 @@ if TYPE_CHECKING:
 _SPARE_BYTES = 64 << 20  # for kernels, the timing cache and engines.json
 _TWICE = 1.25
 """An engine larger than its kernels and this many times its graph's weights holds some weights twice."""
-_LOG_NAME = "build.log"
+_KERNELS_BYTES = 3_000_000
+_BASE_BYTES = 400_000_000
+_WORK_BYTES = 600_000_000
+_BASE_SECONDS, _SECONDS_PER_BYTE = 3.0, 15e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +81,23 @@ class BuildOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedGraph:
-    """A graph to build an engine for."""
+    """A graph to build an engine for, with estimates."""
 
     spec: GraphSpec
-    memory: BuildMemory
+    engine_bytes: int
+    """Size of the engine file."""
+    peak_bytes: int
+    """Resident memory of the process that builds it."""
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Part of ``peak_bytes`` in mapped weight files, whose pages the system can take back."""
+        return self.spec.weight_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the build for one compute capability."""
+        return _BASE_SECONDS + _SECONDS_PER_BYTE * self.spec.weight_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,20 +118,17 @@ class BuildPlan:
     @property
     def disk_bytes(self) -> int:
         """Estimated size of the files to write."""
-        return sum(graph.memory.engine_bytes for graph in self.graphs) + _SPARE_BYTES
+        return sum(graph.engine_bytes for graph in self.graphs) + _SPARE_BYTES
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Possible problems, one line each."""
-        needed = max(graph.memory.peak_bytes - graph.memory.mapped_bytes for graph in self.graphs)
+        needed = max(graph.peak_bytes - graph.mapped_bytes for graph in self.graphs)
         available = available_memory_bytes()
         if available is None or needed <= available:
             return ()
-        text = (
-            f"building may need {needed / 1e9:.1f} GB of memory apart from mapped files,"
-            f" {available / 1e9:.1f} GB are available; close other programs or add swap"
-        )
-        return (text,)
+        needs = f"building may need {needed / 1e9:.1f} GB of memory apart from mapped files"
+        return (f"{needs}, {available / 1e9:.1f} GB are available; close other programs or add swap",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,14 +159,29 @@ def planned_graphs(
         raise BackendError(
             f"--graphs: expected some of {', '.join(known)}, got {unknown[0]!r}; choose among them"
         )
-    estimate = partial(
-        estimate_memory,
-        backend="tensorrt-rtx" if tensorrt is None else tensorrt.backend,
-        streams_engines=tensorrt is None or tensorrt.streams_engines,
-        num_architectures=num_architectures,
+    backend: EngineBackend = "tensorrt-rtx" if tensorrt is None else tensorrt.backend
+    streams = tensorrt is None or tensorrt.streams_engines
+    return tuple(
+        planned_graph(spec, backend=backend, streams_engines=streams, num_architectures=num_architectures)
+        for spec in bundle.manifest.graphs
+        if not names or spec.name in names
     )
-    chosen = [spec for spec in bundle.manifest.graphs if not names or spec.name in names]
-    return tuple(PlannedGraph(spec=spec, memory=estimate(spec)) for spec in chosen)
+
+
+def planned_graph(
+    spec: GraphSpec, *, backend: EngineBackend, streams_engines: bool, num_architectures: int
+) -> PlannedGraph:
+    """Return ``spec`` with the estimates for building its engine for ``num_architectures`` compute capabilities.
+
+    ``streams_engines`` is ``TensorRT.streams_engines``.
+    """
+    weights = spec.weight_bytes
+    copies = 2 + (backend == "tensorrt") + (not streams_engines)
+    return PlannedGraph(
+        spec=spec,
+        engine_bytes=weights + len(spec.profiles) * num_architectures * _KERNELS_BYTES,
+        peak_bytes=copies * weights + min(weights, _WORK_BYTES) + _BASE_BYTES,
+    )
 
 
 def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = None) -> BuildPlan:
@@ -247,8 +289,9 @@ def _kept_engines(
         and old.manifest_sha256 == sha256_of(bundle.folder / MANIFEST_NAME)
         and (old.detailed_layers, old.split_lm_head) == (options.detailed_layers, options.split_lm_head)
     )
-    there = [] if old is None else [entry for entry in old.engines if _is_there(folder / entry.file, entry)]
-    kept = there if fits and options.graphs else []
+    kept = []
+    if old is not None and fits and options.graphs:
+        kept = [entry for entry in old.engines if _is_there(folder / entry.file, entry)]
     if not options.force and (not kept or any(entry.graph in options.graphs for entry in kept)):
         raise BackendError(f"{folder}: expected no engines, they exist; add --force to replace them")
     return tuple(entry for entry in kept if entry.graph not in options.graphs)
@@ -276,7 +319,7 @@ def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress())
         with suppress(OSError):  # without a readable cache, tactics are timed again
             shutil.copyfile(plan.folder / TIMING_CACHE_NAME, folder / TIMING_CACHE_NAME)
         built = [_build_graph(plan, graph, folder, progress) for graph in plan.graphs]
-        (folder / _LOG_NAME).unlink(missing_ok=True)  # only needed for the message of a failed build
+        (folder / LOG_NAME).unlink(missing_ok=True)  # only needed for the message of a failed build
         order = [spec.name for spec in plan.bundle.manifest.graphs]
         engine_set = EngineSet(
             schema_version=ENGINES_SCHEMA_VERSION,
@@ -307,20 +350,16 @@ def _check_unchanged(plan: BuildPlan) -> None:
 def _build_graph(plan: BuildPlan, graph: PlannedGraph, folder: Path, progress: BuildProgress) -> EngineEntry:
     progress.graph(graph)
     spec, dimensions = graph.spec, plan.bundle.manifest.dimensions
-    ahead = plan.compute_capabilities if plan.tensorrt.ahead_of_time else ()
     job = Job(
         backend=plan.tensorrt.backend,
         spec=spec,
         graph_file=plan.bundle.path(spec.file).resolve(),
-        engine_file=folder.resolve() / f"{spec.name}.engine",
-        log_file=folder.resolve() / _LOG_NAME,
-        timing_cache=folder.resolve() / TIMING_CACHE_NAME,
-        compute_capabilities=ahead,
+        folder=folder.resolve(),
+        compute_capabilities=plan.compute_capabilities if plan.tensorrt.ahead_of_time else (),
         detailed_layers=plan.options.detailed_layers,
         dtype=plan.bundle.manifest.dtype,
         split_lm_head=plan.options.split_lm_head,
-        vocab_size=dimensions.vocab_size,
-        hidden_size=dimensions.hidden_size,
+        lm_head_shape=(dimensions.vocab_size, dimensions.hidden_size),
     )
     result = _run_process(job, graph, progress)
     entry = EngineEntry(
@@ -332,7 +371,7 @@ def _build_graph(plan: BuildPlan, graph: PlannedGraph, folder: Path, progress: B
         build_seconds=round(result["seconds"], 3),
         peak_memory_bytes=result["peak_memory_bytes"],
     )
-    kernels = graph.memory.engine_bytes - spec.weight_bytes
+    kernels = graph.engine_bytes - spec.weight_bytes
     if entry.num_bytes > _TWICE * spec.weight_bytes + 4 * kernels:
         progress.warn(
             f"{spec.name}: the engine has {entry.num_bytes / 1e9:.2f} GB for {spec.weight_bytes / 1e9:.2f} GB of weights:"
@@ -368,26 +407,24 @@ def _run_process(job: Job, graph: PlannedGraph, progress: BuildProgress) -> dict
         reader.close()
     if "done" in reports and process.exitcode == 0:
         return reports["done"]
-    error = reports["error"]["text"] if "error" in reports else None
-    raise BackendError(_failure(job, graph, error=error, exit_code=process.exitcode))
+    raise BackendError(_failure(job, graph, reports.get("error"), process.exitcode))
 
 
-def _failure(job: Job, graph: PlannedGraph, *, error: str | None, exit_code: int | None) -> str:
+def _failure(job: Job, graph: PlannedGraph, error: dict[str, Any] | None, exit_code: int | None) -> str:
     where = f"{job.spec.name}: expected {job.backend} to build this graph"
     if error is not None:
-        return f"{where}, got: {error}; no engine was changed"
+        return f"{where}, got: {error['text']}; no engine was changed"
     if sys.platform != "win32" and exit_code == -signal.SIGKILL:
         return (
             f"{where}, its process was killed, most likely because memory ran out (it needs about"
-            f" {graph.memory.peak_bytes / 1e9:.1f} GB); close other programs or add swap"
+            f" {graph.peak_bytes / 1e9:.1f} GB); close other programs or add swap"
         )
-    log = job.log_file.read_text(errors="replace") if job.log_file.exists() else ""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    file = job.folder / LOG_NAME
+    log = file.read_text(errors="replace").strip() if file.exists() else ""
+    last = (log or "it printed nothing").splitlines()[-1].strip()[:300]
     has_crashed = exit_code is not None and exit_code < 0
     reason = f"crashed with signal {-(exit_code or 0)}" if has_crashed else f"ended with code {exit_code}"
-    return (
-        f"{where}, its process {reason}: {(lines or ['it printed nothing'])[-1][:300]}; no engine was changed"
-    )
+    return f"{where}, its process {reason}: {last}; no engine was changed"
 
 
 @contextmanager

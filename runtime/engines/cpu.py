@@ -306,8 +306,7 @@ def _share_arena() -> bool:
     same_as_requested = ort.OrtArenaCfg({"arena_extend_strategy": 1})
     try:
         ort.create_and_register_allocator(memory, same_as_requested)
-    except (
-        Exception
-    ):  # onnxruntime's exceptions have no common public base; the program already has such an arena
+    # onnxruntime's exceptions have no common public base; the program already has such an arena.
+    except Exception:
         return False
     return True

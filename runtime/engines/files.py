@@ -189,28 +189,22 @@ def _differences(
 ) -> list[str]:
     """Return one message for each reason why ``engines`` do not run here."""
     build = f"run trio-build {bundle.folder} --backend {backend}"
-    capability = None if host.gpu is None else host.gpu.compute_capability
-    wanted = ", ".join(f"{number // 10}.{number % 10}" for number in engines.compute_capabilities)
+    wanted = ", ".join(f"{number / 10:.1f}" for number in engines.compute_capabilities)
     problems = []
     if engines.backend != backend:
         problems.append(f"expected engines of {backend}, got {engines.backend}; {build}")
     elif engines.tensorrt_version != version:
-        problems.append(
-            f"expected engines of {backend} {version}, which is installed, got {engines.tensorrt_version}; {build} --force"
-        )
+        here = f"{backend} {version}, which is installed"
+        problems.append(f"expected engines of {here}, got {engines.tensorrt_version}; {build} --force")
     if engines.platform != host.platform:
-        problems.append(
-            f"expected engines for {host.platform}, got {engines.platform}; {build} on this machine"
-        )
-    if capability is None:
-        problems.append(
-            "expected an NVIDIA GPU and its driver on this machine, got none; use --backend onnxruntime"
-        )
-    elif capability not in engines.compute_capabilities:
-        problems.append(
-            f"expected engines for compute capability {capability // 10}.{capability % 10} ({host.gpu and host.gpu.name}),"
-            f" got {wanted}; {build}"
-        )
+        text = f"expected engines for {host.platform}, got {engines.platform}; {build} on this machine"
+        problems.append(text)
+    if (gpu := host.gpu) is None:
+        text = "expected an NVIDIA GPU and its driver on this machine, got none; use --backend onnxruntime"
+        problems.append(text)
+    elif gpu.compute_capability not in engines.compute_capabilities:
+        here = f"compute capability {gpu.compute_capability / 10:.1f} ({gpu.name})"
+        problems.append(f"expected engines for {here}, got {wanted}; {build}")
     if engines.manifest_sha256 != sha256_of(bundle.folder / MANIFEST_NAME):
         problems.append(f"expected engines of this bundle, got those of another export; {build} --force")
     return problems

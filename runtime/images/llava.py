@@ -118,9 +118,8 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         name, values = processor_values(config, *_PROCESSORS, always=("do_convert_rgb",))
         is_anyres = name in ("LlavaNextImageProcessor", _ONEVISION)
         with only_checkpoint_errors():
-            if (
-                name == _ONEVISION
-            ):  # its class has other defaults; without a crop, tiles have the size ``size``
+            # This class has other defaults; without a crop, tiles have the size ``size``.
+            if name == _ONEVISION:
                 size = values.setdefault("size", {"height": 384, "width": 384})
                 values = {
                     "crop_size": size,
@@ -211,16 +210,16 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         own = self.sizes(*image.size)
         room = room_for(own, sizes, image=image)
         tiles = [_single_tile(image, self)] if self.kind == "single" else _anyres_tiles(image, self)
-        inputs: dict[str, NDArray[Any]] = {"pixel_values": padded_tiles(np.stack(tiles), room["B"], self)}
+        inputs: dict[str, NDArray[Any]] = {}
         if self.max_grid_tiles is not None:
             used, weights = self.weighted_index(*image.size, num_tiles=room["B"])
-            padding = np.zeros((room["N"] - own["N"], 4), np.float32)
-            inputs["token_weights"] = np.concatenate([weights, padding])
+            inputs["token_weights"] = np.pad(weights, ((0, room["N"] - own["N"]), (0, 0)))
         elif self.encoder_keep is None:
             used = self.token_index(*image.size, num_tiles=room["B"])
         else:  # the graph's rows are only kept patches, without newlines
             used = np.arange(own["N"], dtype=np.int32)
-        return inputs | {"token_index": padded_index(used, room["N"])}
+        pixels = padded_tiles(np.stack(tiles), room["B"], self)
+        return {"pixel_values": pixels, "token_index": padded_index(used, room["N"]), **inputs}
 
     def token_index(self, width: int, height: int, *, num_tiles: int | None = None) -> NDArray[np.int32]:
         """Return the row of each visual token of an image in the vision graph's flat features, int32 [N].
@@ -306,17 +305,8 @@ def _grid(width: int, height: int, images: LlavaImages) -> _Grid:
     else:
         left = (columns - int(round(width * (rows / height), 7))) // 2
     kept_rows, kept_columns = range(top, rows - top), range(left, columns - left)
-    lines, line_tokens = _limited(len(kept_rows), len(kept_columns), images)
-    return _Grid(
-        *pinpoint,
-        *fitted,
-        num_columns=tile_columns,
-        num_tiles=tile_rows * tile_columns,
-        rows=kept_rows,
-        columns=kept_columns,
-        lines=lines,
-        line_tokens=line_tokens,
-    )
+    num_tiles, limited = tile_rows * tile_columns, _limited(len(kept_rows), len(kept_columns), images)
+    return _Grid(*pinpoint, *fitted, tile_columns, num_tiles, kept_rows, kept_columns, *limited)
 
 
 def _limited(rows: int, columns: int, images: LlavaImages) -> tuple[int, int]:

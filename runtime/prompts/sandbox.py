@@ -209,8 +209,9 @@ class _Payments(NodeTransformer):
 
     def visit_Compare(self, node: jinja2.nodes.Compare) -> jinja2.nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        for compared in (node, *node.ops):
-            compared.expr = _filtered(compared.expr, "read ")
+        compared: tuple[Any, ...] = (node, *node.ops)
+        for operand in compared:
+            operand.expr = _filtered(operand.expr, "read ")
         return node
 
     def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Node:  # noqa: N802

@@ -201,9 +201,8 @@ def _from_file(
                 f"{name}: expected frames of at most {max_pixels} pixels, got {stream.width}x{stream.height}; scale it"
                 " down or raise --max-pixels"
             )
-        stream.codec_context.options = {
-            "max_pixels": str(max_pixels)
-        }  # the size can change within a damaged stream
+        # The size can change within a damaged stream.
+        stream.codec_context.options = {"max_pixels": str(max_pixels)}
         _check_size(size, size, num_frames=len(indices), name=name)
         stream.thread_type = "AUTO"
         frames = _decoded(container.decode(stream), indices, name=name)
