@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 import sys
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.console import EXIT_USER_ERROR, run
 from trio_edge.runtime.cli.interruption import interruptible
 from trio_edge.runtime.cli.tables import profile_list, whole_table, wide_console
-from trio_edge.runtime.devices.machine import l4t_release
 from trio_edge.runtime.engines.build import (
     BuildOptions,
     BuildProgress,
@@ -29,13 +27,13 @@ from trio_edge.runtime.engines.build import (
     plan_build,
 )
 from trio_edge.runtime.engines.files import ENGINES_FOLDER
-from trio_edge.runtime.engines.needs import BuildNeeds, build_needs, in_words
+from trio_edge.runtime.engines.needs import build_needs, in_words
 from trio_edge.runtime.engines.package import ENGINES_BACKENDS_HELP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from trio_edge.runtime.bundle.manifest import GraphSpec
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest
     from trio_edge.runtime.engines.files import EngineEntry, EngineSet
 
 
@@ -96,7 +94,7 @@ def command(
         raise click.UsageError("--json: expected --dry-run as well, got none; add it, or read engines.json")
     opened = open_bundle(bundle)
     if dry_run:
-        return _report(build_needs(opened, options), as_json=as_json)
+        return _report(build_needs(opened, options), opened.manifest, as_json=as_json)
     plan = plan_build(opened, options)
     for text in plan.warnings:
         _warn(text)
@@ -158,60 +156,55 @@ def _warn(text: str) -> None:
     _tell(Console(stderr=True), f"trio-build: warning: {text}")
 
 
-def _report(needs: BuildNeeds, *, as_json: bool) -> int:
+def _report(needs: dict[str, Any], manifest: Manifest, *, as_json: bool) -> int:
     """Print what a build needs and whether it can start; return the exit code."""
     if as_json:
-        print(json.dumps(needs.to_dict(), indent=1))
+        print(json.dumps(needs, indent=1))
     else:
         table = whole_table("graph", "profiles", "weights MB", "engine MB", "peak memory MB")
-        for graph in needs.graphs:
-            sizes = (graph.spec.weight_bytes, graph.engine_bytes, graph.peak_bytes)
-            table.add_row(graph.spec.name, profile_list(graph.spec), *(f"{size / 1e6:.1f}" for size in sizes))
+        for graph in needs["graphs"]:
+            sizes = (f"{graph[name] / 1e6:.1f}" for name in ("weight_bytes", "engine_bytes", "peak_bytes"))
+            table.add_row(graph["name"], profile_list(manifest.graph(graph["name"])), *sizes)
         wide_console().print(table)
         for name, text in _lines(needs).items():
             print(f"{name:14}{text}")
-        for text in needs.warnings:
+        for text in needs["warnings"]:
             _warn(text)
-    for text in needs.problems:
+    for text in needs["problems"]:
         print(f"trio-build: {text}", file=sys.stderr)
-    return EXIT_USER_ERROR if needs.problems else 0
+    return EXIT_USER_ERROR if needs["problems"] else 0
 
 
-def _lines(needs: BuildNeeds) -> dict[str, str]:
+def _lines(needs: dict[str, Any]) -> dict[str, str]:
     """Return the report's lines by name."""
-    gpu, plan, release, seconds = needs.host.gpu, needs.plan, l4t_release(), needs.seconds
-    machine = f"{needs.host.platform}, Python {platform.python_version()}"
-    packages = (f"{name} {version or 'not installed'}" for name, version in needs.tensorrt.items())
-    hardware, built_for, folder = "none", "nothing", "none"
+    gpu, kept, seconds = needs["gpu"], ", ".join(needs["kept"]), needs["seconds"]
+    packages = (f"{name} {version or 'not installed'}" for name, version in needs["tensorrt"].items())
+    hardware = "none"
     if gpu is not None:
-        capability = f"compute capability {gpu.compute_capability / 10:.1f}"
-        hardware = f"{gpu.name}, {capability}, {gpu.memory_bytes / 1e9:.1f} GB, driver {gpu.driver}"
-    if plan is not None:
-        built_for = ", ".join(f"sm{number}" for number in plan.compute_capabilities)
-        kept = ", ".join(entry.graph for entry in plan.kept)
-        folder = f"{plan.folder}{f' (keeps {kept})' if kept else ''}"
+        capability = f"compute capability {gpu['compute_capability'] / 10:.1f}"
+        hardware = f"{gpu['name']}, {capability}, {gpu['memory_bytes'] / 1e9:.1f} GB, driver {gpu['driver']}"
     note = " for one compute capability, on two CPUs"
-    if plan is not None and plan.tensorrt.backend == "tensorrt":
+    if needs["backend"] == "tensorrt":
         note = " plus the timing of tactics on the GPU, which is not known"
-    memory = (
-        f"peak about {_gb(needs.peak.peak_bytes)}, including {_gb(needs.peak.mapped_bytes)} of mapped files"
-    )
-    if needs.available_bytes is not None:
-        memory += f"; {_gb(needs.available_bytes)} are available"
-    verdict = f"cannot be built here: {_count(len(needs.problems), 'problem')}, below"
-    if not needs.problems:
-        warned = f", with {_count(len(needs.warnings), 'warning')}" if needs.warnings else ""
-        verdict = f"ready{warned}; run {needs.command}"
+    memory = f"peak about {_gb(needs['peak_bytes'])}, including {_gb(needs['mapped_bytes'])} of mapped files"
+    if needs["available_bytes"] is not None:
+        memory += f"; {_gb(needs['available_bytes'])} are available"
+    verdict = f"cannot be built here: {_count(len(needs['problems']), 'problem')}, below"
+    if needs["ready"]:
+        warned = f", with {_count(len(needs['warnings']), 'warning')}" if needs["warnings"] else ""
+        verdict = f"ready{warned}; run {needs['command']}"
+    run_bytes, release = needs["run_bytes"], needs["l4t"]
+    jetson = "" if release is None else f", Jetson Linux {release}"
     return {
-        "machine": machine + ("" if release is None else f", Jetson Linux {release}"),
+        "machine": f"{needs['platform']}, Python {needs['python']}{jetson}",
         "TensorRT": ", ".join(packages),
         "GPU": hardware,
-        "built for": built_for,
-        "folder": folder,
-        "time": f"about {f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} min'}{note}",
-        "disk": f"about {_gb(needs.disk_bytes)}; {_gb(needs.free_disk_bytes)} are free",
+        "built for": ", ".join(f"sm{number}" for number in needs["compute_capabilities"]) or "nothing",
+        "folder": f"{needs['folder'] or 'none'}{f' (keeps {kept})' if kept else ''}",
+        "time": f"about {f'{seconds} s' if seconds < 90 else f'{seconds / 60:.0f} min'}{note}",
+        "disk": f"about {_gb(needs['disk_bytes'])}; {_gb(needs['free_disk_bytes'])} are free",
         "memory": memory,
-        "to run": f"about {_gb(sum(needs.run_bytes.values()))} on the device ({in_words(needs.run_bytes)})",
+        "to run": f"about {_gb(sum(run_bytes.values()))} on the device ({in_words(run_bytes)})",
         "verdict": verdict,
     }
 

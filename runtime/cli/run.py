@@ -121,7 +121,10 @@ def command(
         if show_kept is not None:
             _draw(pipeline, answer, show_kept)
         if answer.images:
-            print(_tokens_line(answer))
+            statistics = answer.statistics
+            kept = f"{statistics.average_keep * statistics.visual_tokens:.1f} kept on average"
+            share = f"{100 * statistics.average_keep:.1f} %"
+            print(f"visual tokens: {statistics.visual_tokens} in, {kept} ({share})")
     if compare_full is not None:
         with Pipeline.from_bundle(compare_full, **loading) as full:
             reference = full.generate(images, prompt, **settings)
@@ -138,15 +141,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _shown(text: str) -> str:
     """Return a piece of an answer, escaped for a terminal; files and pipes get it unchanged."""
     return printable(text, but="\n\t") if sys.stdout.isatty() else text
-
-
-def _tokens_line(answer: Generation) -> str:
-    statistics = answer.statistics
-    kept = statistics.average_keep * statistics.visual_tokens
-    return (
-        f"visual tokens: {statistics.visual_tokens} in, {kept:.1f} kept on average"
-        f" ({100 * statistics.average_keep:.1f} %)"
-    )
 
 
 def _statistics_line(answer: Generation) -> str:

@@ -291,14 +291,11 @@ def _kept_engines(
     )
     kept = []
     if old is not None and fits and options.graphs:
-        kept = [entry for entry in old.engines if _is_there(folder / entry.file, entry)]
+        sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+        kept = [entry for entry in old.engines if sizes.get(entry.file) == entry.num_bytes]
     if not options.force and (not kept or any(entry.graph in options.graphs for entry in kept)):
         raise BackendError(f"{folder}: expected no engines, they exist; add --force to replace them")
     return tuple(entry for entry in kept if entry.graph not in options.graphs)
-
-
-def _is_there(file: Path, entry: EngineEntry) -> bool:
-    return file.is_file() and file.stat().st_size == entry.num_bytes
 
 
 def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress()) -> EngineSet:

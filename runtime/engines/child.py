@@ -115,13 +115,13 @@ def build_engine(job: Job, reporter: Reporter) -> None:
     trt = tensorrt.module
     logger = make_logger(trt, reporter.error)
     builder = _not_none(trt.Builder(logger), "a builder")
-    definition = builder.create_network(_network_flags(trt))
+    # The flag of a strongly typed network; newer releases have no other networks and need no flag.
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    definition = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(definition, logger)
     if not parser.parse_from_file(str(job.graph_file)):
-        errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-        raise BackendError(
-            f"its parser does not take {job.graph_file.name}: {(errors or ['no reason given'])[0]}"
-        )
+        reason = parser.get_error(0).desc() if parser.num_errors else "no reason given"
+        raise BackendError(f"its parser does not take {job.graph_file.name}: {reason}")
     network = Network(tensorrt, definition)  # keeps the passes' constants alive while the engine is built
     _run_passes(job, network)
     config = _config(job, tensorrt, builder, reporter)
@@ -151,12 +151,6 @@ def _run_passes(job: Job, network: Network) -> None:
     if job.split_lm_head > 1 and holds_head(job.spec):
         vocab_size, hidden_size = job.lm_head_shape
         split_lm_head(network, vocab_size=vocab_size, hidden_size=hidden_size, num_blocks=job.split_lm_head)
-
-
-def _network_flags(trt: Any) -> int:
-    """Return the flags of a strongly typed network; newer releases have no other networks and need no flag."""
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    return 0 if flag is None else 1 << int(flag)
 
 
 def _config(job: Job, tensorrt: TensorRT, builder: Any, reporter: Reporter) -> Any:

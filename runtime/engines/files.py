@@ -155,12 +155,10 @@ def write_engine_set(folder: Path, engine_set: EngineSet) -> None:
     (folder / ENGINES_NAME).write_bytes(text + b"\n")
 
 
-def open_engines(
-    bundle: Bundle, *, backend: EngineBackend, version: str, host: Host, hash_all: bool = False
-) -> Engines:
+def open_engines(bundle: Bundle, *, backend: EngineBackend, version: str, host: Host) -> Engines:
     """Return the engines of ``bundle`` that run on ``host``, after checking everything that they depend on.
 
-    ``version`` is that of the installed ``backend``. ``hash_all`` also hashes files above ``LARGEST_HASHED_BYTES``.
+    ``version`` is that of the installed ``backend``.
 
     Raises:
         BackendError: If there are no engines, or none fit; the message is about the target with the fewest differences.
@@ -178,7 +176,7 @@ def open_engines(
             continue
         problems = _differences(engine_set, bundle=bundle, backend=backend, version=version, host=host)
         if not problems:
-            check_files(folder, engine_set, bundle=bundle, hash_all=hash_all)
+            check_files(folder, engine_set, bundle=bundle)
             return Engines(folder=folder, engine_set=engine_set, notes=_notes(engine_set, host))
         unfit.append((-len(problems), f"{folder}: {problems[0]}"))
     raise BackendError(max(unfit, key=lambda pair: pair[0])[1])
@@ -210,10 +208,10 @@ def _differences(
     return problems
 
 
-def check_files(folder: Path, engine_set: EngineSet, *, bundle: Bundle, hash_all: bool) -> None:
+def check_files(folder: Path, engine_set: EngineSet, *, bundle: Bundle) -> None:
     """Raise BackendError unless ``folder`` has an unchanged engine with the right profiles for every graph of ``bundle``.
 
-    ``engine_set`` is the content of ``engines.json``. ``hash_all`` also hashes files above ``LARGEST_HASHED_BYTES``.
+    ``engine_set`` is the content of ``engines.json``. Files above ``LARGEST_HASHED_BYTES`` are not hashed.
     """
     root = folder.resolve()
     for spec in bundle.manifest.graphs:
@@ -227,7 +225,7 @@ def check_files(folder: Path, engine_set: EngineSet, *, bundle: Bundle, hash_all
             raise BackendError(
                 f"{folder / entry.file}: expected the bundle's profiles, got others; {_again(folder)}"
             )
-        problem = file_problem(folder / entry.file, entry, root=root, hash_all=hash_all)
+        problem = file_problem(folder / entry.file, entry, root=root, hash_all=False)
         if problem is not None:
             raise BackendError(f"{problem}; {_again(folder)}")
 

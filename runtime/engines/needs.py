@@ -10,13 +10,12 @@ import math
 import platform
 import shlex
 import shutil
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.buffers.estimate import estimate
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.devices.machine import Host, available_memory_bytes, find_host, l4t_release
-from trio_edge.runtime.engines.build import BuildOptions, BuildPlan, PlannedGraph, plan_build, planned_graphs
+from trio_edge.runtime.engines.build import BuildOptions, BuildPlan, plan_build, planned_graphs
 from trio_edge.runtime.engines.files import check_engines_place
 from trio_edge.runtime.engines.package import ENGINE_BACKENDS, load_tensorrt
 
@@ -26,96 +25,14 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.reader import Bundle
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildNeeds:
-    """The report, with sizes in bytes; None means not known."""
+def build_needs(bundle: Bundle, options: BuildOptions, *, host: Host | None = None) -> dict[str, Any]:
+    """Return the needs of a build with ``options`` on ``host``, by default this machine, as JSON types.
 
-    bundle: Bundle
-    options: BuildOptions
-    host: Host
-    tensorrt: dict[str, str | None]
-    """Version of each backend's package; None if it is not installed."""
-    plan: BuildPlan | None
-    """None if nothing can be built here."""
-    graphs: tuple[PlannedGraph, ...]
-    problems: tuple[str, ...]
-    """Problems that keep the build from starting, each in one line that says what to do."""
-    warnings: tuple[str, ...]
-    """Possible problems, one line each."""
-    run_bytes: dict[str, int]
-    """Device memory for running the whole bundle, in bytes by purpose."""
-    available_bytes: int | None
-    free_disk_bytes: int
-
-    @property
-    def disk_bytes(self) -> int:
-        """Estimated size of the files to write."""
-        return sum(graph.engine_bytes for graph in self.graphs)
-
-    @property
-    def peak(self) -> PlannedGraph:
-        """The graph whose build needs most memory; builds run one after the other."""
-        return max(self.graphs, key=lambda graph: graph.peak_bytes)
-
-    @property
-    def seconds(self) -> float:
-        """Estimated seconds of all builds."""
-        return sum(graph.seconds for graph in self.graphs)
-
-    @property
-    def command(self) -> str:
-        """Command line that starts the build."""
-        options = self.options
-        values = {
-            "--backend": "" if options.backend == "auto" else options.backend,
-            "--compute-capability": ",".join(map(str, options.compute_capabilities)),
-            "--graphs": ",".join(options.graphs),
-            "--split-lm-head": "" if options.split_lm_head == 1 else str(options.split_lm_head),
-        }
-        words = [word for name, value in values.items() if value for word in (name, value)]
-        words += ["--verbose-layers"] * options.detailed_layers + ["--force"] * options.force
-        return shlex.join(["trio-build", str(self.bundle.folder), *words])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON types."""
-        gpu, plan = self.host.gpu, self.plan
-        return {
-            "ready": not self.problems,
-            "problems": list(self.problems),
-            "warnings": list(self.warnings),
-            "command": self.command,
-            "tensorrt": dict(self.tensorrt),
-            "backend": None if plan is None else plan.tensorrt.backend,
-            "compute_capabilities": [] if plan is None else list(plan.compute_capabilities),
-            "folder": None if plan is None else str(plan.folder),
-            "kept": [] if plan is None else [entry.graph for entry in plan.kept],
-            "platform": self.host.platform,
-            "python": platform.python_version(),
-            "l4t": l4t_release(),
-            "gpu": None if gpu is None else dataclasses.asdict(gpu),
-            "seconds": round(self.seconds),
-            "disk_bytes": self.disk_bytes,
-            "free_disk_bytes": self.free_disk_bytes,
-            "peak_bytes": self.peak.peak_bytes,
-            "mapped_bytes": self.peak.mapped_bytes,
-            "available_bytes": self.available_bytes,
-            "run_bytes": self.run_bytes,
-            "graphs": [
-                {
-                    "name": graph.spec.name,
-                    "profiles": {profile.name: profile.sizes for profile in graph.spec.profiles},
-                    "weight_bytes": graph.spec.weight_bytes,
-                    "engine_bytes": graph.engine_bytes,
-                    "peak_bytes": graph.peak_bytes,
-                    "seconds": round(graph.seconds),
-                }
-                for graph in self.graphs
-            ],
-        }
-
-
-def build_needs(bundle: Bundle, options: BuildOptions, *, host: Host | None = None) -> BuildNeeds:
-    """Return the needs of a build with ``options`` on ``host``, by default this machine.
+    Sizes are in bytes, times in seconds; None means not known. ``problems`` keep the build from starting, each in one line that
+    says what to do; ``warnings`` are possible problems. ``tensorrt`` has the version of each backend's package, None if it is
+    not installed. ``backend`` and ``folder`` are None if nothing can be built here. ``peak_bytes`` and ``mapped_bytes`` are
+    those of the largest build, because builds run one after the other. ``run_bytes`` is the device memory for running the
+    whole bundle, by purpose. ``command`` starts the build.
 
     Raises:
         BackendError: If ``options`` name a graph that the bundle does not have.
@@ -131,30 +48,62 @@ def build_needs(bundle: Bundle, options: BuildOptions, *, host: Host | None = No
         problems.append(str(error))
     if plan is not None:
         graphs, warnings = plan.graphs, list(plan.warnings)
-    free = shutil.disk_usage(bundle.folder).free
-    needed = sum(graph.engine_bytes for graph in graphs) if plan is None else plan.disk_bytes
+    free, disk_bytes = shutil.disk_usage(bundle.folder).free, sum(graph.engine_bytes for graph in graphs)
+    needed = disk_bytes if plan is None else plan.disk_bytes
     if needed > free:
         missing = math.ceil((needed - free) / 1e7) / 100  # rounded up, so that freeing as much suffices
         problems.append(
             f"{bundle.folder}: expected {needed / 1e9:.2f} GB of free space, got {free / 1e9:.2f} GB;"
             f" free {missing:.2f} GB, or move the bundle to another disk"
         )
-    specs = bundle.manifest.graphs
+    specs, largest = bundle.manifest.graphs, max(graphs, key=lambda graph: graph.peak_bytes)
     run_bytes = estimate(bundle.manifest, specs, weight_bytes=sum(spec.weight_bytes for spec in specs))
-    warnings += _cannot_run(run_bytes, host, plan)
-    return BuildNeeds(
-        bundle=bundle,
-        options=options,
-        host=host,
-        tensorrt=_installed(plan),
-        plan=plan,
-        graphs=graphs,
-        problems=tuple(problems),
-        warnings=tuple(warnings),
-        run_bytes=run_bytes,
-        available_bytes=available_memory_bytes(),
-        free_disk_bytes=free,
-    )
+    return {
+        "ready": not problems,
+        "problems": problems,
+        "warnings": warnings + _cannot_run(run_bytes, host, plan),
+        "command": _command(bundle, options),
+        "tensorrt": _installed(plan),
+        "backend": None if plan is None else plan.tensorrt.backend,
+        "compute_capabilities": [] if plan is None else list(plan.compute_capabilities),
+        "folder": None if plan is None else str(plan.folder),
+        "kept": [] if plan is None else [entry.graph for entry in plan.kept],
+        "platform": host.platform,
+        "python": platform.python_version(),
+        "l4t": l4t_release(),
+        "gpu": None if host.gpu is None else dataclasses.asdict(host.gpu),
+        "seconds": round(sum(graph.seconds for graph in graphs)),
+        "disk_bytes": disk_bytes,
+        "free_disk_bytes": free,
+        "peak_bytes": largest.peak_bytes,
+        "mapped_bytes": largest.mapped_bytes,
+        "available_bytes": available_memory_bytes(),
+        "run_bytes": run_bytes,
+        "graphs": [
+            {
+                "name": graph.spec.name,
+                "profiles": {profile.name: profile.sizes for profile in graph.spec.profiles},
+                "weight_bytes": graph.spec.weight_bytes,
+                "engine_bytes": graph.engine_bytes,
+                "peak_bytes": graph.peak_bytes,
+                "seconds": round(graph.seconds),
+            }
+            for graph in graphs
+        ],
+    }
+
+
+def _command(bundle: Bundle, options: BuildOptions) -> str:
+    """Return the command line that starts the build."""
+    values = {
+        "--backend": "" if options.backend == "auto" else options.backend,
+        "--compute-capability": ",".join(map(str, options.compute_capabilities)),
+        "--graphs": ",".join(options.graphs),
+        "--split-lm-head": "" if options.split_lm_head == 1 else str(options.split_lm_head),
+    }
+    words = [word for name, value in values.items() if value for word in (name, value)]
+    words += ["--verbose-layers"] * options.detailed_layers + ["--force"] * options.force
+    return shlex.join(["trio-build", str(bundle.folder), *words])
 
 
 def _installed(plan: BuildPlan | None) -> dict[str, str | None]:
