@@ -143,10 +143,10 @@ def _spec(name: str, folders: Sequence[Path]) -> ModuleSpec | None:
 
 
 def _missing(backend: EngineBackend) -> BackendError:
-    remedy = {
-        "tensorrt": "on a Jetson it comes with JetPack (sudo apt install python3-libnvinfer), elsewhere pip install tensorrt",
-        "tensorrt-rtx": 'run pip install "trio-edge[rtx]"',
-    }[backend]
+    remedy = 'run pip install "trio-edge[rtx]"'
+    if backend == "tensorrt":
+        jetson = "on a Jetson it comes with JetPack (sudo apt install python3-libnvinfer)"
+        remedy = f"{jetson}, elsewhere pip install tensorrt"
     return BackendError(f"backend: expected {backend} to be installed, it is not; {remedy}")
 
 

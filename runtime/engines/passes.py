@@ -11,7 +11,7 @@ without users when it builds the engine.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
@@ -116,9 +116,8 @@ class Network:
                 return None, False  # a reshape
             transposed ^= swapped
             tensor = source
-        if layer is None or layer.type != self.trt.LayerType.CONSTANT or len(tensor.shape) != 2:
-            return None, False
-        return layer, transposed
+        is_weight = layer is not None and layer.type == self.trt.LayerType.CONSTANT and len(tensor.shape) == 2
+        return (layer, transposed) if is_weight else (None, False)
 
     def _typed(self, layer: Any) -> Any:
         """Return ``layer`` as the class of its type: get_layer gives the base class, which lacks most attributes."""
@@ -140,42 +139,24 @@ def join_attention(network: Network) -> int:
     kernels of the two halves, one of which copies the past keys. With joined keys and values it makes one kernel in prefill
     and in decode, which reads both parts in place (tensorrt-rtx 1.7; docs/kernels.md). The sums are the same.
     """
-    joined = 0
-    for layer in network.layers():
-        if layer.type == network.trt.LayerType.SOFTMAX and (parts := _attention_parts(network, layer)):
-            _join(network, parts)
-            joined += 1
-    return joined
+    softmax = network.trt.LayerType.SOFTMAX
+    return sum(_join_around(network, layer) for layer in network.layers() if layer.type == softmax)
 
 
-class _AttentionParts(NamedTuple):
-    """Layers and tensors of one attention in the form of ``export/graphs/attention.py``."""
-
-    past_scores: Any
-    new_scores: Any
-    scores: Any
-    """The concatenation of both."""
-    weights: Any
-    """Tensor of both parts' weights, with the type and rank of the values."""
-    past_output: Any
-    new_output: Any
-    output: Any
-    """The sum of both."""
-
-
-def _attention_parts(network: Network, softmax: Any) -> _AttentionParts | None:
-    """Return the parts of the attention around a softmax; None if the softmax is not part of one."""
-    types = network.trt.LayerType
+def _join_around(network: Network, softmax: Any) -> bool:
+    """Join keys and values around a softmax; return False if it is no part of an attention as in ``export/graphs/attention.py``."""
+    definition, types, plain = network.definition, network.trt.LayerType, network.trt.MatrixOperation.NONE
     masked = network.maker(softmax.get_input(0))
     if masked is None or masked.type != types.ELEMENTWISE:
-        return None
+        return False
     scores = _source(network, masked.get_input(0), types.CONCATENATION, through=(types.CAST,))
     if scores is None or scores.num_inputs != 2:
-        return None
-    through = (types.SHUFFLE,)
+        return False
     past, new = (
-        _source(network, scores.get_input(index), types.MATRIX_MULTIPLY, through=through) for index in (0, 1)
+        _source(network, scores.get_input(index), types.MATRIX_MULTIPLY, through=(types.SHUFFLE,))
+        for index in (0, 1)
     )
+    # The tensor of both parts' weights, with the type and rank of the values.
     weights = softmax.get_output(0)
     while len(users := network.users(weights)) == 1 and users[0].type in (types.CAST, types.SHUFFLE):
         weights = users[0].get_output(0)
@@ -183,10 +164,20 @@ def _attention_parts(network: Network, softmax: Any) -> _AttentionParts | None:
     outputs = [user for part in slices for user in network.users(part.get_output(0))]
     sums = [user for part in outputs for user in network.users(part.get_output(0))]
     if not past or not new or len(outputs) != 2 or len(sums) != 2 or sums[0].name != sums[1].name:
-        return None
+        return False
+    keys = definition.add_concatenation([past.get_input(1), new.get_input(1)])
+    keys.axis = 3  # [1, G, E, C + S], transposed in the graph
+    product = definition.add_matrix_multiply(past.get_input(0), plain, keys.get_output(0), plain)
+    joined = definition.add_shuffle(product.get_output(0))
+    joined.set_input(1, definition.add_shape(scores.get_output(0)).get_output(0))
+    network.connect(scores.get_output(0), joined.get_output(0))
     # The graph adds the output for the new rows to that for the past rows.
     past_output, new_output = (network.maker(sums[0].get_input(index)) for index in (0, 1))
-    return _AttentionParts(past, new, scores, weights, past_output, new_output, sums[0])
+    values = definition.add_concatenation([past_output.get_input(1), new_output.get_input(1)])
+    values.axis = 2  # [1, G, C + S, E]
+    output = definition.add_matrix_multiply(weights, plain, values.get_output(0), plain)
+    network.connect(sums[0].get_output(0), output.get_output(0))
+    return True
 
 
 def _source(network: Network, tensor: Any, wanted: Any, *, through: tuple[Any, ...]) -> Any | None:
@@ -195,21 +186,6 @@ def _source(network: Network, tensor: Any, wanted: Any, *, through: tuple[Any, .
     while layer is not None and layer.type in through:
         layer = network.maker(layer.get_input(0))
     return layer if layer is not None and layer.type == wanted else None
-
-
-def _join(network: Network, parts: _AttentionParts) -> None:
-    definition, plain = network.definition, network.trt.MatrixOperation.NONE
-    keys = definition.add_concatenation([parts.past_scores.get_input(1), parts.new_scores.get_input(1)])
-    keys.axis = 3  # [1, G, E, C + S], transposed in the graph
-    query = parts.past_scores.get_input(0)
-    product = definition.add_matrix_multiply(query, plain, keys.get_output(0), plain).get_output(0)
-    scores = definition.add_shuffle(product)
-    scores.set_input(1, definition.add_shape(parts.scores.get_output(0)).get_output(0))
-    network.connect(parts.scores.get_output(0), scores.get_output(0))
-    values = definition.add_concatenation([parts.past_output.get_input(1), parts.new_output.get_input(1)])
-    values.axis = 2  # [1, G, C + S, E]
-    output = definition.add_matrix_multiply(parts.weights, plain, values.get_output(0), plain)
-    network.connect(parts.output.get_output(0), output.get_output(0))
 
 
 def separate_products(network: Network) -> int:

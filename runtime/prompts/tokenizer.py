@@ -170,9 +170,8 @@ class Tokenizer:
         try:
             content = read_regular(Path(path), max_bytes=MAX_TOKENIZER_BYTES)
         except OSError as error:
-            raise BundleError(
-                f"{where}: cannot be read ({error.strerror}); export the bundle again"
-            ) from None
+            text = f"{where}: cannot be read ({error.strerror}); export the bundle again"
+            raise BundleError(text) from None
         tokenizer, growth = tokenizer_from(content, where=where)
         return cls(tokenizer, growth=growth)
 
@@ -232,16 +231,12 @@ class Tokenizer:
             )
         if len(ids) == 0:
             raise ShapeError("prompt: expected some text, got none; write a question")
-        run_ids = [
-            video[1] if video is not None and inset.is_video else image_token_id
-            for inset in insets
-            for _ in inset.text[1:]
-        ]
-        return PromptIds(
-            text=ids[~is_run],
-            text_before=tuple((places - np.arange(num_runs)).tolist()),
-            run_ids=tuple(run_ids),
-        )
+        run_ids: list[int] = []
+        for inset in insets:
+            token_id = video[1] if video is not None and inset.is_video else image_token_id
+            run_ids += [token_id] * (len(inset.text) - 1)
+        text_before = tuple((places - np.arange(num_runs)).tolist())
+        return PromptIds(text=ids[~is_run], text_before=text_before, run_ids=tuple(run_ids))
 
     def plain_ids(self, text: str) -> NDArray[np.int32]:
         """Return the ids of a text without special tokens around it.
@@ -287,9 +282,8 @@ class Tokenizer:
         It is not after a byte token, whose run may go on, nor after a special token, which ``decode`` skips in a run.
         """
         token = self._tokenizer.id_to_token(token_id)
-        if token is None or token in self._special_tokens:
-            return False
-        return _BYTE_TOKEN.fullmatch(token) is None
+        is_plain = token is not None and token not in self._special_tokens
+        return is_plain and _BYTE_TOKEN.fullmatch(token) is None
 
 
 class DetokenizeStream:
@@ -318,8 +312,7 @@ class DetokenizeStream:
     def _send(self, text: str) -> str:
         if not text.startswith(self._sent):
             return ""
-        piece = text[len(self._sent) :]
-        self._sent = text
+        piece, self._sent = text[len(self._sent) :], text
         return piece
 
 
@@ -327,10 +320,8 @@ def _with_insets(text: str, insets: Sequence[Inset], *, image_token: str, video_
     """Return the chat with one image placeholder for each run of visual tokens, and the text around the runs."""
     places = re.compile("|".join(re.escape(token) for token in (image_token, video_token) if token))
     found = places.findall(text)
-    for kind, token, wanted in (
-        ("image", image_token, sum(not inset.is_video for inset in insets)),
-        ("video", video_token, sum(inset.is_video for inset in insets)),
-    ):
+    for kind, token in (("image", image_token), ("video", video_token)):
+        wanted = sum(inset.is_video == (kind == "video") for inset in insets)
         if found.count(token) != wanted:
             many = "" if wanted == 1 else "s"
             raise ShapeError(
@@ -365,15 +356,11 @@ def tokenizer_from(content: bytes, *, where: str) -> tuple[tokenizers.Tokenizer,
     Raises:
         BundleError: If the file is broken, or its rules could take too much time or memory; the message begins with ``where``.
     """
-    try:
-        growth = _checked_growth(content)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        is_told = isinstance(error, ValueError)
-        reason = error if is_told else f"a rule of another form ({type(error).__name__})"
-        raise BundleError(
-            f"{where}: expected a tokenizer.json, got {str(reason)[:200]}; export the bundle again"
-        ) from None
     with only_bundle_errors(where):
+        try:
+            growth = _checked_growth(content)
+        except (TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"a rule of another form ({type(error).__name__})") from None
         return tokenizers.Tokenizer.from_buffer(content), growth
 
 
