@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,20 +109,29 @@ def command(
         raise BundleError(
             f"{compare_full}: expected a keep-all bundle, got one with stages; export --keep all"
         )
+    # Escaped for a terminal; files and pipes get it unchanged.
+    shown = partial(printable, but="\n\t") if sys.stdout.isatty() else str
     loading: dict[str, Any] = {"backend": backend, "threads": threads}
     loading |= {"cpu_accuracy": cpu_accuracy, "max_pixels": max_pixels}
     with Pipeline.from_bundle(bundle, **loading) as pipeline:
         answer = pipeline.generate(images, prompt, **settings)
         for piece in answer:
-            print(_shown(piece), end="", flush=True)
+            print(shown(piece), end="", flush=True)
         print()
-        print(f"{pipeline.backend_name}: {_statistics_line(answer)}", file=sys.stderr)
+        statistics = answer.statistics
+        graphs = ", ".join(f"{name} {ms:.1f}" for name, ms in statistics.graph_ms.items())
+        times = (
+            f"first token {statistics.ttft_ms:.1f} ms ({graphs}), {statistics.tokens_per_second:.1f} tokens/s"
+        )
+        kept = f"KV {statistics.kv_bytes / 1e6:.2f} MB, kept per stage {list(statistics.kept_tokens)}"
+        redone = statistics.repaired_stages
+        repaired = f"; {redone} stages redone on the host" if redone else ""
+        print(f"{pipeline.backend_name}: {times}, {kept}{repaired}", file=sys.stderr)
         for note in pipeline.notes:  # after the answer, which may add some
             print(f"trio-run: {printable(note)}", file=sys.stderr)
         if show_kept is not None:
             _draw(pipeline, answer, show_kept)
         if answer.images:
-            statistics = answer.statistics
             kept = f"{statistics.average_keep * statistics.visual_tokens:.1f} kept on average"
             share = f"{100 * statistics.average_keep:.1f} %"
             print(f"visual tokens: {statistics.visual_tokens} in, {kept} ({share})")
@@ -129,6 +139,7 @@ def command(
         with Pipeline.from_bundle(compare_full, **loading) as full:
             reference = full.generate(images, prompt, **settings)
             _ = reference.text
+        print(f"keep-all answer: {shown(reference.text)}")
         _print_comparison(answer, reference)
     return 0
 
@@ -136,22 +147,6 @@ def command(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     return run(command, argv)
-
-
-def _shown(text: str) -> str:
-    """Return a piece of an answer, escaped for a terminal; files and pipes get it unchanged."""
-    return printable(text, but="\n\t") if sys.stdout.isatty() else text
-
-
-def _statistics_line(answer: Generation) -> str:
-    statistics = answer.statistics
-    graphs = ", ".join(f"{name} {ms:.1f}" for name, ms in statistics.graph_ms.items())
-    redone = statistics.repaired_stages
-    repaired = f"; {redone} stages redone on the host" if redone else ""
-    return (
-        f"first token {statistics.ttft_ms:.1f} ms ({graphs}), {statistics.tokens_per_second:.1f} tokens/s,"
-        f" KV {statistics.kv_bytes / 1e6:.2f} MB, kept per stage {list(statistics.kept_tokens)}{repaired}"
-    )
 
 
 def _check_drawing_target(path: Path) -> None:
@@ -184,7 +179,6 @@ def _print_comparison(answer: Generation, reference: Generation) -> None:
     def ratio(ours: float, theirs: float) -> str:
         return f"{theirs / ours:.2f}x" if ours > 0 else "-"
 
-    print(f"keep-all answer: {_shown(reference.text)}")
     everything = summary_of(reference.first_logits, num_tokens=len(reference.first_logits))
     print(f"KL of the first token: {first_token_kl(everything, answer.first_logits):.4f} nats")
     print(

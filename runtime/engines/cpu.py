@@ -88,12 +88,13 @@ def set_cpu_options(
     """Set the options that trade memory, speed and accuracy of a graph on the CPU."""
     # An arena keeps the session's largest activations forever, and a memory pattern allocates all of a run's at once.
     options.enable_cpu_mem_arena = False
+    can_share, is_packed = _share_arena(), _has_packed_weights(bundle, spec)
     is_in_prefill = spec.role in _PREFILL_ROLES or is_probe(spec)
     if is_in_prefill:
         options.enable_mem_pattern = False
     # These graphs run once a prompt and write large buffers, such as float32 copies of weights. Allocating each time takes up to
     # twice the time: they share memory. ONNX Runtime's plan for reuse would keep a buffer of each size for later nodes.
-    if (spec.role in ("vision", "select") or is_probe(spec)) and _share_arena():
+    if can_share and (spec.role in ("vision", "select") or is_probe(spec)):
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.enable_mem_reuse = False
     if accuracy == "auto":
@@ -110,7 +111,7 @@ def set_cpu_options(
     options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")
     # Prepacking copies weights. It saves time in decode only, and little in large graphs. The kernel for INT4 and INT8 weights
     # always needs it.
-    if (is_in_prefill or _is_large(spec)) and not _has_packed_weights(bundle, spec):
+    if (is_in_prefill or _is_large(spec)) and not is_packed:
         options.add_session_config_entry("session.disable_prepacking", "1")
 
 

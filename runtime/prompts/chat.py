@@ -228,23 +228,25 @@ def prompt_ids(
     that is far longer than ``max_tokens`` is refused before it is tokenized, which would take long.
 
     Raises:
-        ShapeError: If a text holds a special token or is far too long, or the template refuses the messages.
+        PromptTooLongError: If the text has more than ``max_tokens`` tokens.
+        ShapeError: If a text holds a special token, or the template refuses the messages.
         BundleError: If the template is broken.
     """
     most = max(_FEW_CHARACTERS, _CHARACTERS_PER_TOKEN * max_tokens)
     texts = [part["text"] for part in _parts(messages) if part["type"] == "text"]
-    _check_length(sum(map(len, texts)), most=most, max_tokens=max_tokens)
+    characters = f"characters for {max_tokens} text tokens"
+    _check_length(sum(map(len, texts)), most, characters)
     rendered = render_chat(
         [{**message, "content": _places(message["content"])} for message in messages],
         template=template,
         special_tokens={"bos_token": text.bos_token, "eos_token": text.eos_token},
     )
-    _check_length(len(rendered), most=most, max_tokens=max_tokens)
+    _check_length(len(rendered), most, characters)
     for written in texts:
         tokenizer.check_user_text(written)
     if insets is None:
         insets = [Inset(is_video=part["type"] == "video") for part in visual_parts(messages)]
-    return tokenizer.encode_prompt(
+    ids = tokenizer.encode_prompt(
         rendered,
         image_token=text.image_token,
         image_token_id=text.image_token_id,
@@ -252,13 +254,15 @@ def prompt_ids(
         insets=insets,
         bos_token=text.bos_token,
     )
+    _check_length(len(ids.text), max_tokens, "text tokens")
+    return ids
 
 
-def _check_length(num_characters: int, *, most: int, max_tokens: int) -> None:
-    if num_characters > most:
+def _check_length(count: int, most: int, noun: str) -> None:
+    if count > most:
         raise PromptTooLongError(
-            f"prompt: expected at most {most} characters for {max_tokens} text tokens (the largest bucket), got"
-            f" {num_characters}; shorten it or export with a larger --max-text"
+            f"prompt: expected at most {most} {noun} (the largest bucket), got {count};"
+            " shorten it or export with a larger --max-text"
         )
 
 

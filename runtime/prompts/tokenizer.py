@@ -229,7 +229,7 @@ class Tokenizer:
             raise BundleError(
                 f"tokenizer: expected {num_runs} tokens {image_token!r}, got {len(places)}; export the bundle again"
             )
-        if len(ids) == 0:
+        if is_run.all():
             raise ShapeError("prompt: expected some text, got none; write a question")
         run_ids: list[int] = []
         for inset in insets:
