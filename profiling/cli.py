@@ -29,8 +29,7 @@ from trio_edge.runtime.backends.registry import with_accuracy
 from trio_edge.runtime.bundle.errors import BundleError
 from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.runtime.cli.backend_options import backend_options
-from trio_edge.runtime.cli.console import run
+from trio_edge.runtime.cli.console import backend_options, run
 from trio_edge.runtime.cli.tables import wide_console
 
 if TYPE_CHECKING:

@@ -19,8 +19,7 @@ from trio_edge.calibration.evaluate.report import check_plot, draw_plot, print_r
 from trio_edge.calibration.metrics import METRICS
 from trio_edge.calibration.questions import SYNTHETIC, SYNTHETIC_SETS
 from trio_edge.runtime.bundle.files import check_outputs, write_output
-from trio_edge.runtime.cli.backend_options import backend_options
-from trio_edge.runtime.cli.console import EXIT_USER_ERROR, run
+from trio_edge.runtime.cli.console import EXIT_USER_ERROR, backend_options, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

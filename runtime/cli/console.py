@@ -1,4 +1,4 @@
-"""The frame of all commands: errors become one line on standard error and exit code 2."""
+"""The frame of all commands: errors become one line on standard error and exit code 2; options of those that run graphs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from trio_edge.runtime.backends.registry import BACKENDS_HELP, CPU_ACCURACIES
 from trio_edge.runtime.bundle.errors import TrioEdgeError, message_line
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -83,3 +84,25 @@ def _print_nowhere() -> None:
 def _fail(command: click.Command, message: str) -> int:
     print(f"{command.name}: {message_line(message)}", file=sys.stderr)
     return EXIT_USER_ERROR
+
+
+def backend_options(
+    *, threads: int = 0, threads_help: str = "CPU threads; 0 lets the backend choose."
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that adds ``--backend``, ``--threads`` and ``--cpu-accuracy`` to a command."""
+    accuracy = (
+        "Type of activations that the CPU multiplies with INT4 and INT8 weights; auto: int8 in large graphs."
+    )
+    shown: dict[str, Any] = {"default": "auto", "show_default": True}
+    options = (
+        click.option("--backend", help=BACKENDS_HELP, **shown),
+        click.option("--threads", type=click.IntRange(0, 1024), default=threads, help=threads_help),
+        click.option("--cpu-accuracy", type=click.Choice(CPU_ACCURACIES), help=accuracy, **shown),
+    )
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add

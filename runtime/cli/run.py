@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,7 @@ import click
 
 from trio_edge.runtime.bundle.errors import BundleError, ImageError, printable
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS
-from trio_edge.runtime.cli.backend_options import backend_options
-from trio_edge.runtime.cli.console import run
+from trio_edge.runtime.cli.console import backend_options, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -109,14 +107,12 @@ def command(
         raise BundleError(
             f"{compare_full}: expected a keep-all bundle, got one with stages; export --keep all"
         )
-    # Escaped for a terminal; files and pipes get it unchanged.
-    shown = partial(printable, but="\n\t") if sys.stdout.isatty() else str
     loading: dict[str, Any] = {"backend": backend, "threads": threads}
     loading |= {"cpu_accuracy": cpu_accuracy, "max_pixels": max_pixels}
     with Pipeline.from_bundle(bundle, **loading) as pipeline:
         answer = pipeline.generate(images, prompt, **settings)
         for piece in answer:
-            print(shown(piece), end="", flush=True)
+            print(_shown(piece), end="", flush=True)
         print()
         statistics = answer.statistics
         graphs = ", ".join(f"{name} {ms:.1f}" for name, ms in statistics.graph_ms.items())
@@ -139,7 +135,6 @@ def command(
         with Pipeline.from_bundle(compare_full, **loading) as full:
             reference = full.generate(images, prompt, **settings)
             _ = reference.text
-        print(f"keep-all answer: {shown(reference.text)}")
         _print_comparison(answer, reference)
     return 0
 
@@ -147,6 +142,11 @@ def command(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     return run(command, argv)
+
+
+def _shown(text: str) -> str:
+    """Return a piece of an answer, escaped for a terminal; files and pipes get it unchanged."""
+    return printable(text, but="\n\t") if sys.stdout.isatty() else text
 
 
 def _check_drawing_target(path: Path) -> None:
@@ -180,6 +180,7 @@ def _print_comparison(answer: Generation, reference: Generation) -> None:
         return f"{theirs / ours:.2f}x" if ours > 0 else "-"
 
     everything = summary_of(reference.first_logits, num_tokens=len(reference.first_logits))
+    print(f"keep-all answer: {_shown(reference.text)}")
     print(f"KL of the first token: {first_token_kl(everything, answer.first_logits):.4f} nats")
     print(
         f"keep-all / reduced: first token {ratio(reduced.ttft_ms, full.ttft_ms)},"

@@ -24,7 +24,8 @@ import shutil
 import signal
 import sys
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.bundle.errors import BackendError
@@ -111,9 +112,9 @@ class BuildPlan:
     """``engines/<target>`` of the bundle."""
     compute_capabilities: tuple[int, ...]
     graphs: tuple[PlannedGraph, ...]
-    kept: tuple[EngineEntry, ...]
-    """Engines in ``folder`` that stay as they are."""
     options: BuildOptions
+    kept: tuple[EngineEntry, ...] = ()
+    """Engines in ``folder`` that stay as they are."""
 
     @property
     def disk_bytes(self) -> int:
@@ -208,16 +209,16 @@ def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = Non
     capabilities = resolve_capabilities(options.compute_capabilities, tensorrt=tensorrt, host=host)
     name = target_name(backend, version=tensorrt.version, compute_capabilities=capabilities)
     folder = bundle.folder / ENGINES_FOLDER / name
-    return BuildPlan(
+    plan = BuildPlan(
         bundle=bundle,
         tensorrt=tensorrt,
         host=host,
         folder=folder,
         compute_capabilities=capabilities,
         graphs=planned_graphs(bundle, options.graphs, tensorrt=tensorrt, num_architectures=len(capabilities)),
-        kept=_kept_engines(folder, bundle, options, tensorrt=tensorrt, host=host),
         options=options,
     )
+    return replace(plan, kept=_kept_engines(plan))
 
 
 def _check_formats(bundle: Bundle, graphs: Sequence[PlannedGraph], options: BuildOptions, host: Host) -> None:
@@ -267,14 +268,13 @@ def resolve_capabilities(wanted: tuple[int, ...], *, tensorrt: TensorRT, host: H
     return chosen
 
 
-def _kept_engines(
-    folder: Path, bundle: Bundle, options: BuildOptions, *, tensorrt: TensorRT, host: Host
-) -> tuple[EngineEntry, ...]:
-    """Return the engines in ``folder`` that stay there when only some graphs are built.
+def _kept_engines(plan: BuildPlan) -> tuple[EngineEntry, ...]:
+    """Return the engines in the plan's folder that stay there when only some graphs are built.
 
     Raises:
-        BackendError: If ``folder`` holds something that may not be replaced.
+        BackendError: If the folder holds something that may not be replaced.
     """
+    folder, options = plan.folder, plan.options
     if not folder.exists():
         return ()
     if not (folder / ENGINES_NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -284,9 +284,9 @@ def _kept_engines(
     except BackendError:
         old = None
     fits = old is not None and (
-        old.tensorrt_version == tensorrt.version
-        and old.platform == host.platform
-        and old.manifest_sha256 == sha256_of(bundle.folder / MANIFEST_NAME)
+        old.tensorrt_version == plan.tensorrt.version
+        and old.platform == plan.host.platform
+        and old.manifest_sha256 == sha256_of(plan.bundle.folder / MANIFEST_NAME)
         and (old.detailed_layers, old.split_lm_head) == (options.detailed_layers, options.split_lm_head)
     )
     kept = []
@@ -304,13 +304,9 @@ def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress())
     Raises:
         BackendError: If a graph cannot be built, memory or disk space runs out, or the folder cannot be written.
     """
-    gpu = plan.host.gpu
-    manifest_digest = sha256_of(plan.bundle.folder / MANIFEST_NAME)
-    # The plan is checked again at the end, because another build may have written other engines in the meantime.
-    writing = atomic_engines(
-        plan.folder, num_bytes=plan.disk_bytes, before_rename=lambda: _check_unchanged(plan)
-    )
-    with writing as folder:
+    gpu, digest = plan.host.gpu, sha256_of(plan.bundle.folder / MANIFEST_NAME)
+    check = partial(_check_unchanged, plan)
+    with atomic_engines(plan.folder, num_bytes=plan.disk_bytes, before_rename=check) as folder:
         for entry in plan.kept:
             _link(plan.folder / entry.file, folder / entry.file)
         with suppress(OSError):  # without a readable cache, tactics are timed again
@@ -326,7 +322,7 @@ def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress())
             platform=plan.host.platform,
             gpu=None if gpu is None else gpu.name,
             driver=None if gpu is None else gpu.driver,
-            manifest_sha256=manifest_digest,
+            manifest_sha256=digest,
             detailed_layers=plan.options.detailed_layers,
             split_lm_head=plan.options.split_lm_head,
             engines=tuple(sorted((*plan.kept, *built), key=lambda entry: order.index(entry.graph))),
@@ -337,8 +333,7 @@ def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress())
 
 def _check_unchanged(plan: BuildPlan) -> None:
     """Raise BackendError if another build has written to the plan's folder in the meantime: its engines would be lost."""
-    kept = _kept_engines(plan.folder, plan.bundle, plan.options, tensorrt=plan.tensorrt, host=plan.host)
-    if kept != plan.kept:
+    if _kept_engines(plan) != plan.kept:
         raise BackendError(
             f"{plan.folder}: expected the engines from the start of the build, got those of another build; run this one again"
         )

@@ -172,8 +172,8 @@ def _join_around(network: Network, softmax: Any) -> bool:
     joined.set_input(1, definition.add_shape(scores.get_output(0)).get_output(0))
     network.connect(scores.get_output(0), joined.get_output(0))
     # The graph adds the output for the new rows to that for the past rows.
-    past_output, new_output = (network.maker(sums[0].get_input(index)) for index in (0, 1))
-    values = definition.add_concatenation([past_output.get_input(1), new_output.get_input(1)])
+    halves: list[Any] = [network.maker(sums[0].get_input(index)) for index in (0, 1)]
+    values = definition.add_concatenation([half.get_input(1) for half in halves])
     values.axis = 2  # [1, G, C + S, E]
     output = definition.add_matrix_multiply(weights, plain, values.get_output(0), plain)
     network.connect(sums[0].get_output(0), output.get_output(0))

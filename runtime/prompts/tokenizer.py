@@ -282,8 +282,9 @@ class Tokenizer:
         It is not after a byte token, whose run may go on, nor after a special token, which ``decode`` skips in a run.
         """
         token = self._tokenizer.id_to_token(token_id)
-        is_plain = token is not None and token not in self._special_tokens
-        return is_plain and _BYTE_TOKEN.fullmatch(token) is None
+        if token is None or token in self._special_tokens:
+            return False
+        return _BYTE_TOKEN.fullmatch(token) is None
 
 
 class DetokenizeStream:
