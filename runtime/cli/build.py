@@ -106,13 +106,11 @@ def command(
 
 def _prepare_for_cpu(bundle: Path, given: dict[str, Any], console: Console, *, force: bool) -> int:
     if odd := next((name for name, value in given.items() if value), None):
-        raise click.UsageError(
-            f"{odd}: expected --backend tensorrt or tensorrt-rtx, got onnxruntime; remove the option"
-        )
+        rule = "expected --backend tensorrt or tensorrt-rtx, got onnxruntime"
+        raise click.UsageError(f"{odd}: {rule}; remove the option")
     if find_spec("onnxruntime") is None:
-        raise BackendError(
-            'backend: expected onnxruntime to be installed, it is not; run pip install "trio-edge[ort]"'
-        )
+        remedy = 'run pip install "trio-edge[ort]"'
+        raise BackendError(f"backend: expected onnxruntime to be installed, it is not; {remedy}")
     from trio_edge.runtime.engines.cpu import CPU_TARGET, prepare_graphs
 
     opened = open_bundle(bundle)

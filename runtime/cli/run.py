@@ -116,9 +116,8 @@ def command(
         print()
         statistics = answer.statistics
         graphs = ", ".join(f"{name} {ms:.1f}" for name, ms in statistics.graph_ms.items())
-        times = (
-            f"first token {statistics.ttft_ms:.1f} ms ({graphs}), {statistics.tokens_per_second:.1f} tokens/s"
-        )
+        speed = f"{statistics.tokens_per_second:.1f} tokens/s"
+        times = f"first token {statistics.ttft_ms:.1f} ms ({graphs}), {speed}"
         kept = f"KV {statistics.kv_bytes / 1e6:.2f} MB, kept per stage {list(statistics.kept_tokens)}"
         redone = statistics.repaired_stages
         repaired = f"; {redone} stages redone on the host" if redone else ""

@@ -193,10 +193,8 @@ def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = Non
             engines exist that may not be replaced.
     """
     host = find_host() if host is None else host
-    if options.split_lm_head < 1:
-        raise BackendError(
-            f"--split-lm-head: expected 1 or more blocks, got {options.split_lm_head}; 4 is usual"
-        )
+    if (blocks := options.split_lm_head) < 1:
+        raise BackendError(f"--split-lm-head: expected 1 or more blocks, got {blocks}; 4 is usual")
     graphs = planned_graphs(bundle, options.graphs)
     if options.split_lm_head > 1 and not any(holds_head(graph.spec) for graph in graphs):
         raise BackendError(

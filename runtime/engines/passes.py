@@ -108,9 +108,8 @@ class Network:
             source = layer.get_input(0)
             if len(source.shape) != 2 or layer.num_inputs > 1:
                 return None, False
-            first, second = (
-                tuple(order)[:2] == (1, 0) for order in (layer.first_transpose, layer.second_transpose)
-            )
+            orders = (layer.first_transpose, layer.second_transpose)
+            first, second = (tuple(order)[:2] == (1, 0) for order in orders)
             swapped = first ^ (second and len(tensor.shape) == 2)
             if tuple(tensor.shape)[-2:] != tuple(source.shape)[:: -1 if swapped else 1]:
                 return None, False  # a reshape
@@ -335,8 +334,6 @@ def equal_tensor(network: Network, tensor: Any) -> Any | None:
         if constant is not None and constant.type == trt.LayerType.CONSTANT:
             # The constant is copied, because with the same one TensorRT would recognize that both tensors are equal.
             copy = network.values(constant).astype(trt.nptype(operand.dtype)).reshape(tuple(operand.shape))
-            product = network.definition.add_elementwise(
-                network.constant(copy), other, trt.ElementWiseOperation.PROD
-            )
-            return product.get_output(0)
+            factor, kind = network.constant(copy), trt.ElementWiseOperation.PROD
+            return network.definition.add_elementwise(factor, other, kind).get_output(0)
     return None

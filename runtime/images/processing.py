@@ -135,13 +135,8 @@ class ImageLayout:
         ends = np.cumsum(self.run_lengths)
         runs = np.bincount(np.searchsorted(ends, indices, side="right"), minlength=len(ends))
         overview = np.flatnonzero(np.isin(indices, self.overview))
-        return replace(
-            self,
-            boxes=self.boxes[indices],
-            positions=positions,
-            overview=tuple(overview.tolist()),
-            runs=tuple(runs.tolist()),
-        )
+        marks: dict[str, Any] = {"overview": tuple(overview.tolist()), "runs": tuple(runs.tolist())}
+        return replace(self, boxes=self.boxes[indices], positions=positions, **marks)
 
 
 def check_not_empty(width: int, height: int) -> None:
@@ -150,9 +145,7 @@ def check_not_empty(width: int, height: int) -> None:
         raise ImageError(f"image: expected at least 1x1 pixels, got {width}x{height}")
 
 
-def room_for(
-    own: Mapping[str, int], sizes: Mapping[str, int] | None, *, image: Image.Image
-) -> dict[str, int]:
+def room_for(own: dict[str, int], sizes: Mapping[str, int] | None, *, image: Image.Image) -> dict[str, int]:
     """Return the sizes that the inputs are padded to: the graph's ``sizes``, or the image's ``own`` for missing axes.
 
     Raises:
@@ -233,7 +226,8 @@ def processor_values(
     """
     name = str(config.get("image_processor_type", "")).removesuffix("Fast").removesuffix("Pil")
     if name not in processors:
-        expected = " or ".join([", ".join(processors[:-1]), processors[-1]][len(processors) == 1 :])
+        *first, last = processors
+        expected = " or ".join([", ".join(first), last] if first else [last])
         got = repr(config.get("image_processor_type"))
         raise CheckpointError(f"preprocessor_config image_processor_type: expected {expected}, got {got}")
     values = {key: value for key, value in config.items() if value is not None}

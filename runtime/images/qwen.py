@@ -60,10 +60,9 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
     """Larger images are reduced."""
 
     def __post_init__(self) -> None:
-        if self.min_pixels > self.max_pixels:
-            raise ManifestError(
-                f"min_pixels: expected <= max_pixels {self.max_pixels}, got {self.min_pixels}"
-            )
+        least, most = self.min_pixels, self.max_pixels
+        if least > most:
+            raise ManifestError(f"min_pixels: expected <= max_pixels {most}, got {least}")
 
     @classmethod
     def from_preprocessor_config(cls: type[_Images], config: Mapping[str, Any], **tower: int) -> _Images:
@@ -132,7 +131,7 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
         grid: tuple[int, int],
         order: NDArray[np.int64],
         positions: NDArray[np.int32],
-        room: Mapping[str, int],
+        room: dict[str, int],
     ) -> dict[str, NDArray[Any]]:
         """Return the inputs that only this family's vision graph has.
 
@@ -230,7 +229,7 @@ class QwenImages(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag="
         grid: tuple[int, int],
         order: NDArray[np.int64],
         positions: NDArray[np.int32],
-        room: Mapping[str, int],
+        room: dict[str, int],
     ) -> dict[str, NDArray[Any]]:
         """Return the windows of the patches; arguments are those of ``PatchImages.family_inputs``.
 
@@ -267,7 +266,7 @@ class Qwen3Images(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag=
         grid: tuple[int, int],
         order: NDArray[np.int64],
         positions: NDArray[np.int32],
-        room: Mapping[str, int],
+        room: dict[str, int],
     ) -> dict[str, NDArray[Any]]:
         """Return the entries of the table around each patch; arguments are those of ``PatchImages.family_inputs``.
 

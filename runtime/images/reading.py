@@ -184,9 +184,8 @@ def _decode(image: Image.Image, *, name: str, drop_alpha: bool, max_pixels: int)
     except Image.DecompressionBombError as error:
         raise ImageError(_too_many(name, max_pixels)) from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged data
-        raise ImageError(
-            f"{name}: expected a whole image, got {one_line(error)}; the file is damaged"
-        ) from error
+        told = one_line(error)
+        raise ImageError(f"{name}: expected a whole image, got {told}; the file is damaged") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -155,9 +155,8 @@ class InternVlImages(TileImages, frozen=True, kw_only=True, tag_field="kind", ta
 
     def __post_init__(self) -> None:
         if self.tokens_per_side > self.tile_size:
-            raise ManifestError(
-                f"tokens_per_side: expected <= tile_size {self.tile_size}, got {self.tokens_per_side}"
-            )
+            limit = f"tile_size {self.tile_size}"
+            raise ManifestError(f"tokens_per_side: expected <= {limit}, got {self.tokens_per_side}")
         if self.min_tiles > self.max_tiles:
             raise ManifestError(f"min_tiles: expected <= max_tiles {self.max_tiles}, got {self.min_tiles}")
 
@@ -173,11 +172,9 @@ class InternVlImages(TileImages, frozen=True, kw_only=True, tag_field="kind", ta
         _, values = processor_values(config, "GotOcr2ImageProcessor")
         size = values.get("size", {"height": 384, "width": 384})
         with only_checkpoint_errors():
-            tile_size = square_side(size)
-            if tile_size is None:
-                raise CheckpointError(
-                    f"preprocessor_config size: expected a square 'height' and 'width', got {size}"
-                )
+            if (tile_size := square_side(size)) is None:
+                expected = "a square 'height' and 'width'"
+                raise CheckpointError(f"preprocessor_config size: expected {expected}, got {size}")
             renamed = {"min_patches": "min_tiles", "max_patches": "max_tiles"}
             fields = {name: values[key] for key, name in renamed.items() if key in values}
             fields |= {"tile_size": tile_size, "tokens_per_side": tokens_per_side}
@@ -332,9 +329,8 @@ def _longest_edge(values: Mapping[str, Any], name: str, default: int) -> int:
     """
     size = {key: value for key, value in dict(values.get(name, {"longest_edge": default})).items() if value}
     if set(size) != {"longest_edge"}:
-        raise CheckpointError(
-            f"preprocessor_config {name}: expected a 'longest_edge' and no other, got {size}"
-        )
+        expected = "a 'longest_edge' and no other"
+        raise CheckpointError(f"preprocessor_config {name}: expected {expected}, got {size}")
     return int(size["longest_edge"])
 
 

@@ -149,24 +149,21 @@ def _message(role: str, text: str, shown: Sequence[dict[str, Any]] = ()) -> Mess
 def check_messages(messages: object) -> None:
     """Raise ShapeError unless ``messages`` are a conversation whose last turn is the user's."""
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise ShapeError(
-            f"messages: expected a list of turns, got {type(messages).__name__}; write a question"
-        )
+        kind = type(messages).__name__
+        raise ShapeError(f"messages: expected a list of turns, got {kind}; write a question")
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ShapeError(f"{where}: expected a dict with 'role' and 'content', got {_described(message)}")
         content = message.get("content")
         if not isinstance(content, (str, list, tuple)):
-            raise ShapeError(
-                f"{where}: expected text or a list of parts as content, got {_described(content)}"
-            )
+            got = _described(content)
+            raise ShapeError(f"{where}: expected text or a list of parts as content, got {got}")
         for part in () if isinstance(content, str) else content:
             _check_part(part, where=where)
     if messages[-1]["role"] != "user":
-        raise ShapeError(
-            f"messages: expected the last turn to be the user's, got {messages[-1]['role']!r}; add a question"
-        )
+        got = messages[-1]["role"]
+        raise ShapeError(f"messages: expected the last turn to be the user's, got {got!r}; add a question")
 
 
 def _check_part(part: object, *, where: str) -> None:
@@ -176,9 +173,8 @@ def _check_part(part: object, *, where: str) -> None:
         )
     kind = part["type"]
     if kind == "text" and not isinstance(part.get("text"), str):
-        raise ShapeError(
-            f"{where}: expected text in a part of the type 'text', got {_described(part.get('text'))}"
-        )
+        got = _described(part.get("text"))
+        raise ShapeError(f"{where}: expected text in a part of the type 'text', got {got}")
     if kind in _VISUAL and part.get(kind) is None:
         raise ShapeError(f"{where}: expected {kind!r} in a part of the type {kind!r}, got none; add it")
 

@@ -128,9 +128,8 @@ class QwenVideos(Processing, frozen=True, kw_only=True):
                     f"{_FILE} {key}: expected {getattr(images, key)} (the image processor's), got {values[key]}"
                 )
         with only_checkpoint_errors(_FILE):
-            fields = (
-                pixel_fields(values, *_VALUES) | areas(values, file=_FILE, old_keys=cls.old_sizes) | tower
-            )
+            fields = pixel_fields(values, *_VALUES) | tower
+            fields |= areas(values, file=_FILE, old_keys=cls.old_sizes)
             # null is different from the default: it switches off sampling by this number.
             fields |= {key: config[key] for key in _REQUESTS if key in config}
             return msgspec.convert({"kind": cls.__struct_config__.tag, **fields}, cls, strict=True)
@@ -171,11 +170,10 @@ class Qwen25Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=
         else:
             return list(range(total))
         if not 0 < count <= total:
-            advice = (
-                "2 or more with num_frames" if count < 1 < total else "fewer, or ask about it as an image"
-            )
+            too_few, wanted = count < 1 < total, max(count, 2)
+            advice = "2 or more with num_frames" if too_few else "fewer, or ask about it as an image"
             raise ImageError(
-                f"video: expected {max(count, 2)} frames to take, got a video of {total}; take {advice}"
+                f"video: expected {wanted} frames to take, got a video of {total}; take {advice}"
             )
         # float32, like torch.arange: in float64 a product just below a whole number would be rounded down
         places = (np.arange(count) * (total / count)).astype(np.float32)
