@@ -40,7 +40,7 @@ def cells(plan: BuildPlan, entry: EngineEntry, memory: Peaks) -> tuple[str, ...]
     graph = next(graph for graph in plan.graphs if graph.spec.name == entry.graph)
     layers = f" ({graph.spec.num_layers})" if graph.spec.num_layers else ""
     weights, peak = graph.spec.weight_bytes, max(memory.resident, entry.peak_memory_bytes or 0)
-    sizes = (peak, memory.anonymous, memory.mapped, graph.memory.peak_bytes)
+    sizes = (peak, memory.anonymous, memory.mapped, graph.peak_bytes)
     return (
         f"{entry.graph}{layers}",
         str(len(entry.profiles)),

@@ -19,9 +19,8 @@ from parts.tables import markdown
 
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.engines.child import optimization_profile, set_flags
-from trio_edge.runtime.engines.network import Network
 from trio_edge.runtime.engines.package import load_tensorrt
-from trio_edge.runtime.engines.passes import join_attention, separate_products
+from trio_edge.runtime.engines.passes import Network, join_attention, separate_products
 
 _PRODUCT = re.compile(r"node_linear(?:_\d+)?\.0")
 _SCORES = re.compile(r"node_(?:matmul(?:_\d+)?|softmax|transpose_3)\.0")

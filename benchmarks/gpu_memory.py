@@ -20,7 +20,7 @@ from trio_edge.export.check.fit import INT4_SHARE, Fit, FitImage, FitInputs, est
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
 from trio_edge.runtime.bundle.schedule import Schedule
-from trio_edge.runtime.engines.estimate import estimate_memory
+from trio_edge.runtime.engines.build import planned_graph
 from trio_edge.trio.cost.devices import DEVICES
 from trio_edge.trio.cost.memory import tiles_of
 from trio_edge.trio.cost.work import layer_weights
@@ -52,8 +52,8 @@ def build_peak(sizes: Sizes, schedule: Schedule, *, int4: bool, streams_engines:
         name="", role="suffix", file="", inputs=(), outputs=(), weight_bytes=weights,
         profiles=(Profile(name="decode", sizes={}),),
     )  # fmt: skip
-    memory = estimate_memory(spec, backend="tensorrt", streams_engines=streams_engines, num_architectures=1)
-    return memory.peak_bytes - memory.mapped_bytes
+    graph = planned_graph(spec, backend="tensorrt", streams_engines=streams_engines, num_architectures=1)
+    return graph.peak_bytes - graph.mapped_bytes
 
 
 def fits_on(run: Fit, peaks: tuple[int, int]) -> str:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Schedule
     from trio_edge.runtime.images.interface import ImageProcessing
-    from trio_edge.runtime.videos.interface import VideoProcessing
+    from trio_edge.runtime.videos.qwen import VideoProcessing
     from trio_edge.trio.selectors.interface import TokenSelector
 
 

@@ -23,8 +23,7 @@ from trio_edge.profiling.report.trace import trace_json
 from trio_edge.runtime.bundle.errors import BundleError, TargetError
 from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.runtime.cli.backend_options import backend_options
-from trio_edge.runtime.cli.console import run
+from trio_edge.runtime.cli.console import backend_options, run
 from trio_edge.runtime.cli.tables import wide_console
 from trio_edge.trio.cost.devices import DEVICES, find_device
 

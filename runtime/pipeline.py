@@ -21,7 +21,7 @@ import numpy as np
 
 from trio_edge.runtime.answer import Generation
 from trio_edge.runtime.backends.registry import make_backend
-from trio_edge.runtime.bundle.errors import BackendError, BundleError, PromptTooLongError, ShapeError
+from trio_edge.runtime.bundle.errors import BackendError, BundleError, ShapeError
 from trio_edge.runtime.bundle.graph_io import bucket_of
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS, is_whole
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
@@ -39,17 +39,26 @@ from trio_edge.runtime.model.sampling import (
     with_overrides,
 )
 from trio_edge.runtime.model.vision import Vision
-from trio_edge.runtime.prompts.chat import build_messages, compile_template
+from trio_edge.runtime.prompts.chat import (
+    build_messages,
+    check_messages,
+    compile_template,
+    last_question,
+    prompt_ids,
+    visual_parts,
+)
 from trio_edge.runtime.prompts.clip_text import ClipTexts
-from trio_edge.runtime.prompts.positions import (
+from trio_edge.runtime.prompts.tokenizer import (
+    DetokenizeStream,
+    Inset,
+    PromptIds,
     PromptPositions,
     RunPositions,
+    Tokenizer,
     mrope_positions,
     plain_positions,
 )
-from trio_edge.runtime.prompts.question import check_messages, last_question, prompt_ids, visual_parts
-from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, Inset, PromptIds, Tokenizer
-from trio_edge.runtime.videos.interface import video_processing
+from trio_edge.runtime.videos.qwen import video_processing
 from trio_edge.runtime.videos.reading import open_video
 
 if TYPE_CHECKING:
@@ -284,14 +293,12 @@ class Pipeline:
             raise ShapeError(
                 f"override: expected a function, got {type(override).__name__}; see SelectorOverride"
             )
-        check_messages(messages)
         overrides = {"repetition_penalty": repetition_penalty, "no_repeat_ngram_size": no_repeat_ngram_size}
         overrides["min_new_tokens"] = min_new_tokens
         rules = with_overrides(self.manifest.generation, overrides)
         sampler = self._sampler(temperature, top_p, top_k, seed)
         shown = self._open(messages)
         ids = self._encode(messages, [part.inset for part in shown])
-        self._check_text(ids)
         prepared = [image for part in shown for image in part.prepared]
         self._vision.check_room(prepared)
         images = tuple(image for part in shown for image in part.images)
@@ -370,6 +377,7 @@ class Pipeline:
 
     def _open(self, messages: Sequence[Message]) -> list[_Shown]:
         """Return the images and videos of a conversation, decoded and prepared."""
+        check_messages(messages)
         parts, question = visual_parts(messages), last_question(messages)
         num_images = sum(part["type"] == "image" for part in parts)
         images = self.images if num_images == 1 else self.images.of_several()
@@ -421,16 +429,6 @@ class Pipeline:
         return AnswerRules(
             settings, prompt_ids=prompt, stop_ids=text.stop_token_ids, limit=limit, constraint=constraint
         )
-
-    def _check_text(self, ids: PromptIds) -> None:
-        num_text, largest = ids.num_tokens, self.manifest.text_buckets[-1]
-        if num_text > largest:
-            raise PromptTooLongError(
-                f"prompt: expected at most {largest} text tokens (the largest bucket), got {num_text};"
-                " shorten it or export with a larger --max-text"
-            )
-        if num_text == 0:
-            raise ShapeError("prompt: expected at least one token, got none; write a question")
 
     def _bucket(self, ids: PromptIds) -> int:
         return bucket_of(ids.num_tokens, self.manifest.text_buckets)

@@ -14,8 +14,7 @@ from urllib.parse import urlsplit
 import click
 
 from trio_edge.runtime.bundle.errors import BackendError
-from trio_edge.runtime.cli.backend_options import backend_options
-from trio_edge.runtime.cli.console import run
+from trio_edge.runtime.cli.console import backend_options, run
 from trio_edge.serving.fleet.cluster import FleetSettings, fleet_app
 from trio_edge.serving.settings import ServerSettings
 

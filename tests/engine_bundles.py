@@ -52,15 +52,12 @@ def build_here(bundle: Bundle, folder: Path) -> dict[str, int]:
             backend="tensorrt-rtx",
             spec=spec,
             graph_file=bundle.path(spec.file).resolve(),
-            engine_file=folder / f"{spec.name}.engine",
-            log_file=folder / "build.log",
-            timing_cache=folder / "timing.cache",
+            folder=folder,
             compute_capabilities=(86,),
             detailed_layers=False,
             dtype=bundle.manifest.dtype,
             split_lm_head=1,
-            vocab_size=dimensions.vocab_size,
-            hidden_size=dimensions.hidden_size,
+            lm_head_shape=(dimensions.vocab_size, dimensions.hidden_size),
         )
         build_engine(job, Reporter(SimpleNamespace(send=reports.append)))
         assert reports[-1]["kind"] == "done", reports

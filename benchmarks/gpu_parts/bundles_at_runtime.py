@@ -27,7 +27,7 @@ from trio_edge.runtime.model.decoder import Decoder, PrefillResult
 from trio_edge.runtime.model.decoder_prompt import DecoderPrompt
 from trio_edge.runtime.model.programs import Programs
 from trio_edge.runtime.model.vision import Vision
-from trio_edge.runtime.prompts.positions import PromptPositions
+from trio_edge.runtime.prompts.tokenizer import PromptPositions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trio_edge.runtime.images.interface import ImageProcessing
-from trio_edge.runtime.prompts.positions import (
+from trio_edge.runtime.prompts.tokenizer import (
     PromptPositions,
     RunPositions,
     mrope_positions,

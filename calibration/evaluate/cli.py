@@ -15,8 +15,7 @@ from trio_edge.calibration.evaluate.report import print_report
 from trio_edge.calibration.metrics import METRICS
 from trio_edge.calibration.progress import progress_bars
 from trio_edge.runtime.bundle.files import check_outputs, write_output
-from trio_edge.runtime.cli.backend_options import backend_options
-from trio_edge.runtime.cli.console import EXIT_USER_ERROR, run
+from trio_edge.runtime.cli.console import EXIT_USER_ERROR, backend_options, run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,19 +11,16 @@ import torch
 from trio_edge.calibration.model.sequence import Sequence
 from trio_edge.runtime.bundle.errors import DataError, ImageError, ShapeError
 from trio_edge.runtime.images.reading import open_image
-from trio_edge.runtime.prompts.chat import build_messages
-from trio_edge.runtime.prompts.positions import RunPositions, mrope_positions, plain_positions
-from trio_edge.runtime.prompts.question import prompt_ids
-from trio_edge.runtime.prompts.tokenizer import Inset
+from trio_edge.runtime.prompts.chat import build_messages, prompt_ids
+from trio_edge.runtime.prompts.tokenizer import Inset, RunPositions, mrope_positions, plain_positions
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.questions import Question
-    from trio_edge.runtime.images.layout import ImageLayout
-    from trio_edge.runtime.prompts.positions import PromptPositions
-    from trio_edge.runtime.prompts.tokenizer import PromptIds
+    from trio_edge.runtime.images.processing import ImageLayout
+    from trio_edge.runtime.prompts.tokenizer import PromptIds, PromptPositions
 
 
 @dataclass(frozen=True, kw_only=True)

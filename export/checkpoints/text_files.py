@@ -16,7 +16,7 @@ from trio_edge.runtime.bundle.files import read_regular
 from trio_edge.runtime.bundle.generation import SAMPLING_SETTINGS, GenerationSettings
 from trio_edge.runtime.bundle.manifest import TextSpec
 from trio_edge.runtime.bundle.reader import MAX_TEXT_BYTES
-from trio_edge.runtime.prompts.tokenizer_file import MAX_TOKENIZER_BYTES, only_bundle_errors, tokenizer_from
+from trio_edge.runtime.prompts.tokenizer import MAX_TOKENIZER_BYTES, only_bundle_errors, tokenizer_from
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import FloatType, VisionDimensions
     from trio_edge.runtime.bundle.schedule import Positions
     from trio_edge.runtime.images.interface import ImageProcessing
-    from trio_edge.runtime.videos.interface import VideoProcessing
+    from trio_edge.runtime.videos.qwen import VideoProcessing
 
     _Images = TypeVar("_Images", bound=ImageProcessing)
 

@@ -11,7 +11,7 @@ from trio_edge.export.families.base import Family, VisionGraph
 from trio_edge.export.graphs.vision.internvl import TileVision
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.manifest import VisionDimensions
-from trio_edge.runtime.images.internvl import InternVlImages
+from trio_edge.runtime.images.tiles import InternVlImages
 from trio_edge.runtime.prompts.chat import INTERNVL_TEMPLATE
 
 if TYPE_CHECKING:

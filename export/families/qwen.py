@@ -25,11 +25,9 @@ from trio_edge.export.graphs.vision import deepstack, windowed
 from trio_edge.runtime.bundle.errors import ManifestError, ScheduleError
 from trio_edge.runtime.bundle.graph_io import DEEPSTACK_TOKENS, KEPT_TOKENS
 from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
-from trio_edge.runtime.images.patches import PatchImages
-from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages
+from trio_edge.runtime.images.qwen import PatchImages, Qwen3Images, QwenImages
 from trio_edge.runtime.prompts.chat import QWEN2_5_VL_TEMPLATE, QWEN3_VL_TEMPLATE
-from trio_edge.runtime.videos.interface import VideoProcessing, video_processing
-from trio_edge.runtime.videos.qwen import Qwen3Videos, Qwen25Videos
+from trio_edge.runtime.videos.qwen import Qwen3Videos, Qwen25Videos, VideoProcessing, video_processing
 
 if TYPE_CHECKING:
     from trio_edge.export.checkpoints.checkpoint import Checkpoint

@@ -13,7 +13,7 @@ from trio_edge.export.families.base import Family, VisionGraph
 from trio_edge.export.graphs.vision.smolvlm import SmolVlmVision, patch_positions
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.manifest import VisionDimensions
-from trio_edge.runtime.images.smolvlm import SmolVlmImages
+from trio_edge.runtime.images.tiles import SmolVlmImages
 from trio_edge.runtime.prompts.chat import SMOLVLM_TEMPLATE
 
 if TYPE_CHECKING:

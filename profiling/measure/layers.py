@@ -110,7 +110,7 @@ def layer_runs(written: Any) -> list[list[LayerCall]]:
     """Return the layers of each run of one graph, in order.
 
     ``written`` is the JSON of the backend's profiler: ONNX Runtime's list of trace events, or the dictionary that
-    ``trio_edge.runtime.engines.log`` writes for a TensorRT engine.
+    ``trio_edge.runtime.engines.package`` writes for a TensorRT engine.
     """
     return _runs_of_trace(written) if isinstance(written, list) else _runs_of_engine(written)
 

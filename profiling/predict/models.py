@@ -11,10 +11,9 @@ import msgspec
 from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.runtime.bundle.manifest import Dimensions, Manifest, VisionDimensions
 from trio_edge.runtime.images.interface import ImageProcessing, image_processing
-from trio_edge.runtime.images.internvl import InternVlImages
 from trio_edge.runtime.images.llava import ONEVISION_PINPOINTS, LlavaImages
 from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages
-from trio_edge.runtime.images.smolvlm import SmolVlmImages
+from trio_edge.runtime.images.tiles import InternVlImages, SmolVlmImages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -22,8 +22,13 @@ from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
 from trio_edge.runtime.devices.interface import LoadedGraphs
 from trio_edge.runtime.devices.machine import find_host
 from trio_edge.runtime.engines.files import engine_sets, open_engines
-from trio_edge.runtime.engines.log import EngineErrors, EngineLayerTimes, engine_errors
-from trio_edge.runtime.engines.package import ENGINE_BACKENDS, load_tensorrt
+from trio_edge.runtime.engines.package import (
+    ENGINE_BACKENDS,
+    EngineErrors,
+    EngineLayerTimes,
+    engine_errors,
+    load_tensorrt,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

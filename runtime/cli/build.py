@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 import sys
 from contextlib import contextmanager
@@ -12,38 +11,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.console import EXIT_USER_ERROR, run
 from trio_edge.runtime.cli.interruption import interruptible
 from trio_edge.runtime.cli.tables import profile_list, whole_table, wide_console
-from trio_edge.runtime.devices.machine import l4t_release
 from trio_edge.runtime.engines.build import (
     BuildOptions,
-    BuildPlan,
     BuildProgress,
     PlannedGraph,
     build_engines,
     plan_build,
 )
 from trio_edge.runtime.engines.files import ENGINES_FOLDER
-from trio_edge.runtime.engines.needs import BuildNeeds, build_needs, in_words
+from trio_edge.runtime.engines.needs import build_needs, in_words
 from trio_edge.runtime.engines.package import ENGINES_BACKENDS_HELP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from trio_edge.runtime.bundle.manifest import GraphSpec
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest
     from trio_edge.runtime.engines.files import EngineEntry, EngineSet
 
 
@@ -89,10 +79,11 @@ def command(
     faster, and their weights stay on disk until they are read.
     """
     chosen = {name: value for name, value in settings.items() if value is not None}
+    console = Console(stderr=True, quiet=quiet)
     if chosen.get("backend") == "onnxruntime":
         given = {"--compute-capability": capabilities, "--graphs": graphs, "--verbose-layers": verbose_layers}
         given |= {"--dry-run": dry_run, "--split-lm-head": settings["split_lm_head"]}
-        return _prepare_for_cpu(bundle, given, force=bool(settings["force"]), quiet=quiet)
+        return _prepare_for_cpu(bundle, given, console, force=bool(settings["force"]))
     options = BuildOptions(
         compute_capabilities=() if capabilities is None else _capabilities(capabilities),
         graphs=tuple(name.strip() for text in graphs for name in text.split(",")),
@@ -103,9 +94,8 @@ def command(
         raise click.UsageError("--json: expected --dry-run as well, got none; add it, or read engines.json")
     opened = open_bundle(bundle)
     if dry_run:
-        return _report(build_needs(opened, options), as_json=as_json)
+        return _report(build_needs(opened, options), opened.manifest, as_json=as_json)
     plan = plan_build(opened, options)
-    console = Console(stderr=True, quiet=quiet)
     for text in plan.warnings:
         _warn(text)
     with interruptible() as check, _bars(console, count=len(plan.graphs), check_interrupt=check) as progress:
@@ -114,18 +104,16 @@ def command(
     return 0
 
 
-def _prepare_for_cpu(bundle: Path, given: dict[str, Any], *, force: bool, quiet: bool) -> int:
+def _prepare_for_cpu(bundle: Path, given: dict[str, Any], console: Console, *, force: bool) -> int:
     if odd := next((name for name, value in given.items() if value), None):
-        raise click.UsageError(
-            f"{odd}: expected --backend tensorrt or tensorrt-rtx, got onnxruntime; remove the option"
-        )
+        rule = "expected --backend tensorrt or tensorrt-rtx, got onnxruntime"
+        raise click.UsageError(f"{odd}: {rule}; remove the option")
     if find_spec("onnxruntime") is None:
-        raise BackendError(
-            'backend: expected onnxruntime to be installed, it is not; run pip install "trio-edge[ort]"'
-        )
+        remedy = 'run pip install "trio-edge[ort]"'
+        raise BackendError(f"backend: expected onnxruntime to be installed, it is not; {remedy}")
     from trio_edge.runtime.engines.cpu import CPU_TARGET, prepare_graphs
 
-    opened, console = open_bundle(bundle), Console(stderr=True, quiet=quiet)
+    opened = open_bundle(bundle)
     target = opened.folder / ENGINES_FOLDER / CPU_TARGET
     if target.exists() and not force:
         raise BackendError(
@@ -135,9 +123,7 @@ def _prepare_for_cpu(bundle: Path, given: dict[str, Any], *, force: bool, quiet:
 
         def started(spec: GraphSpec) -> None:
             check()
-            console.print(
-                f"{spec.name}: {spec.weight_bytes / 1e9:.2f} GB of weights", soft_wrap=True, highlight=False
-            )
+            _tell(console, f"{spec.name}: {_gb(spec.weight_bytes)} of weights")
 
         prepare_graphs(opened, started=started)
     num_bytes = sum(file.stat().st_size for file in target.iterdir())
@@ -160,96 +146,94 @@ def _capabilities(text: str) -> tuple[int, ...]:
     return tuple(int(part.replace(".", "")) for part in parts)
 
 
+def _tell(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
 def _warn(text: str) -> None:
-    Console(stderr=True).print(f"trio-build: warning: {text}", soft_wrap=True, markup=False, highlight=False)
+    _tell(Console(stderr=True), f"trio-build: warning: {text}")
 
 
-def _report(needs: BuildNeeds, *, as_json: bool) -> int:
+def _report(needs: dict[str, Any], manifest: Manifest, *, as_json: bool) -> int:
     """Print what a build needs and whether it can start; return the exit code."""
     if as_json:
-        print(json.dumps(needs.to_dict(), indent=1))
+        print(json.dumps(needs, indent=1))
     else:
-        _print_graphs(needs.graphs)
+        table = whole_table("graph", "profiles", "weights MB", "engine MB", "peak memory MB")
+        for graph in needs["graphs"]:
+            sizes = (f"{graph[name] / 1e6:.1f}" for name in ("weight_bytes", "engine_bytes", "peak_bytes"))
+            table.add_row(graph["name"], profile_list(manifest.graph(graph["name"])), *sizes)
+        wide_console().print(table)
         for name, text in _lines(needs).items():
             print(f"{name:14}{text}")
-        for text in needs.warnings:
+        for text in needs["warnings"]:
             _warn(text)
-    for text in needs.problems:
+    for text in needs["problems"]:
         print(f"trio-build: {text}", file=sys.stderr)
-    return EXIT_USER_ERROR if needs.problems else 0
+    return EXIT_USER_ERROR if needs["problems"] else 0
 
 
-def _lines(needs: BuildNeeds) -> dict[str, str]:
+def _lines(needs: dict[str, Any]) -> dict[str, str]:
     """Return the report's lines by name."""
-    gpu, plan = needs.host.gpu, needs.plan
-    release = l4t_release()
-    kept = "" if plan is None else ", ".join(entry.graph for entry in plan.kept)
-    available = (
-        "" if needs.available_bytes is None else f"; {needs.available_bytes / 1e9:.2f} GB are available"
-    )
+    gpu, kept, seconds = needs["gpu"], ", ".join(needs["kept"]), needs["seconds"]
+    packages = (f"{name} {version or 'not installed'}" for name, version in needs["tensorrt"].items())
+    hardware = "none"
+    if gpu is not None:
+        capability = f"compute capability {gpu['compute_capability'] / 10:.1f}"
+        hardware = f"{gpu['name']}, {capability}, {gpu['memory_bytes'] / 1e9:.1f} GB, driver {gpu['driver']}"
+    note = " for one compute capability, on two CPUs"
+    if needs["backend"] == "tensorrt":
+        note = " plus the timing of tactics on the GPU, which is not known"
+    memory = f"peak about {_gb(needs['peak_bytes'])}, including {_gb(needs['mapped_bytes'])} of mapped files"
+    if needs["available_bytes"] is not None:
+        memory += f"; {_gb(needs['available_bytes'])} are available"
+    verdict = f"cannot be built here: {_count(len(needs['problems']), 'problem')}, below"
+    if needs["ready"]:
+        warned = f", with {_count(len(needs['warnings']), 'warning')}" if needs["warnings"] else ""
+        verdict = f"ready{warned}; run {needs['command']}"
+    run_bytes, release = needs["run_bytes"], needs["l4t"]
+    jetson = "" if release is None else f", Jetson Linux {release}"
     return {
-        "machine": f"{needs.host.platform}, Python {platform.python_version()}"
-        + ("" if release is None else f", Jetson Linux {release}"),
-        "TensorRT": ", ".join(
-            f"{name} {version or 'not installed'}" for name, version in needs.tensorrt.items()
-        ),
-        "GPU": "none"
-        if gpu is None
-        else f"{gpu.name}, compute capability {gpu.compute_capability / 10:.1f}, {gpu.memory_bytes / 1e9:.1f} GB,"
-        f" driver {gpu.driver}",
-        "built for": "nothing" if plan is None else ", ".join(f"sm{n}" for n in plan.compute_capabilities),
-        "folder": "none" if plan is None else f"{plan.folder}{f' (keeps {kept})' if kept else ''}",
-        "time": f"about {_duration(needs.seconds)}" + _time_note(plan),
-        "disk": f"about {needs.disk_bytes / 1e9:.2f} GB; {needs.free_disk_bytes / 1e9:.2f} GB are free",
-        "memory": f"peak about {needs.peak.peak_bytes / 1e9:.2f} GB, including {needs.peak.mapped_bytes / 1e9:.2f} GB of mapped"
-        f" files{available}",
-        "to run": f"about {sum(needs.run_bytes.values()) / 1e9:.2f} GB on the device ({in_words(needs.run_bytes)})",
-        "verdict": _verdict(needs),
+        "machine": f"{needs['platform']}, Python {needs['python']}{jetson}",
+        "TensorRT": ", ".join(packages),
+        "GPU": hardware,
+        "built for": ", ".join(f"sm{number}" for number in needs["compute_capabilities"]) or "nothing",
+        "folder": f"{needs['folder'] or 'none'}{f' (keeps {kept})' if kept else ''}",
+        "time": f"about {f'{seconds} s' if seconds < 90 else f'{seconds / 60:.0f} min'}{note}",
+        "disk": f"about {_gb(needs['disk_bytes'])}; {_gb(needs['free_disk_bytes'])} are free",
+        "memory": memory,
+        "to run": f"about {_gb(sum(run_bytes.values()))} on the device ({in_words(run_bytes)})",
+        "verdict": verdict,
     }
 
 
-def _verdict(needs: BuildNeeds) -> str:
-    if needs.problems:
-        return f"cannot be built here: {_count(len(needs.problems), 'problem')}, below"
-    warned = f", with {_count(len(needs.warnings), 'warning')}" if needs.warnings else ""
-    return f"ready{warned}; run {needs.command}"
-
-
-def _time_note(plan: BuildPlan | None) -> str:
-    if plan is not None and plan.tensorrt.backend == "tensorrt":
-        return " plus the timing of tactics on the GPU, which is not known"
-    return " for one compute capability, on two CPUs"
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' if number > 1 else ''}"
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
-def _print_graphs(graphs: tuple[PlannedGraph, ...]) -> None:
-    table = whole_table("graph", "profiles", "weights MB", "engine MB", "peak memory MB")
-    for graph in graphs:
-        sizes = (graph.spec.weight_bytes, graph.memory.engine_bytes, graph.memory.peak_bytes)
-        table.add_row(graph.spec.name, profile_list(graph.spec), *(f"{size / 1e6:.1f}" for size in sizes))
-    wide_console().print(table)
-
-
 @contextmanager
 def _bars(console: Console, *, count: int, check_interrupt: Callable[[], None]) -> Iterator[BuildProgress]:
     """Yield callbacks that show one bar for the graphs and one for TensorRT's phase, and check for Ctrl-C."""
-    text = TextColumn("{task.description}")
-    columns = SpinnerColumn(), text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    columns = (
+        rich_progress.SpinnerColumn(),
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+    )
+    is_shown = console.is_terminal
+    with rich_progress.Progress(*columns, console=console, transient=True, disable=not is_shown) as bars:
         graphs, phases = bars.add_task("", total=count), bars.add_task("", total=None)
 
         def graph(planned: PlannedGraph) -> None:
-            peak = planned.memory.peak_bytes / 1e9
-            text = f"{planned.spec.name}: {planned.spec.weight_bytes / 1e9:.2f} GB of weights, needs about {peak:.1f} GB of memory"
-            console.print(text, soft_wrap=True, highlight=False)
-            bars.update(graphs, description=planned.spec.name)
+            spec, peak = planned.spec, planned.peak_bytes / 1e9
+            weights = _gb(spec.weight_bytes)
+            _tell(console, f"{spec.name}: {weights} of weights, needs about {peak:.1f} GB of memory")
+            bars.update(graphs, description=spec.name)
             bars.reset(phases, description="loading TensorRT")
 
         def report(message: dict[str, Any]) -> None:
@@ -262,14 +246,12 @@ def _bars(console: Console, *, count: int, check_interrupt: Callable[[], None]) 
         def done(entry: EngineEntry) -> None:
             check_interrupt()
             bars.advance(graphs)
-            console.print(f"  {_facts(entry)}", soft_wrap=True, highlight=False)
+            peak = entry.peak_memory_bytes
+            memory = "" if peak is None else f", peak memory {_gb(peak)}"
+            size = f"{entry.num_bytes / 1e6:.1f} MB"
+            _tell(console, f"  {entry.graph}: {size} in {entry.build_seconds:.1f} s{memory}")
 
         yield BuildProgress(graph=graph, report=report, done=done, warn=_warn)
-
-
-def _facts(entry: EngineEntry) -> str:
-    peak = "" if entry.peak_memory_bytes is None else f", peak memory {entry.peak_memory_bytes / 1e9:.2f} GB"
-    return f"{entry.graph}: {entry.num_bytes / 1e6:.1f} MB in {entry.build_seconds:.1f} s{peak}"
 
 
 def _summary(engine_set: EngineSet, folder: Path) -> str:

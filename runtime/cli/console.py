@@ -1,4 +1,4 @@
-"""The frame of all commands: errors become one line on standard error and exit code 2."""
+"""The frame of all commands: errors become one line on standard error and exit code 2; options of those that run graphs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from trio_edge.runtime.backends.registry import BACKENDS_HELP, CPU_ACCURACIES
 from trio_edge.runtime.bundle.errors import TrioEdgeError, message_line
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -28,9 +29,8 @@ _NAMES = {
 def run(command: click.Command, argv: Sequence[str] | None) -> int:
     """Run a click command and return its exit code. Errors that a user can correct print one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a terminal shows a question mark for a character that it lacks
+        # A terminal shows a question mark for a character that it lacks.
+        sys.stdout.reconfigure(errors="replace")
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not all(map(_is_text, arguments)):
         return _fail(command, "arguments: expected text, got a null byte or half a character; remove it")
@@ -66,13 +66,10 @@ def _fail_with_files(command: click.Command, error: OSError) -> int:
     if error.errno in _FULL and error.filename is None:
         _print_nowhere()
         return _fail(command, f"expected room for the output, got: {error.strerror}; free some disk space")
-    if (
-        error.errno == errno.ENOENT and error.filename is None
-    ):  # tempfile's, where no folder can be written to
-        return _fail(
-            command,
-            f"expected a temporary folder with room, got: {error.strerror}; free some disk space or set TMPDIR",
-        )
+    # This error is tempfile's, where no folder can be written to.
+    if error.errno == errno.ENOENT and error.filename is None:
+        room = f"expected a temporary folder with room, got: {error.strerror}"
+        return _fail(command, f"{room}; free some disk space or set TMPDIR")
     if error.errno not in _NAMES or error.filename is None:
         raise error
     return _fail(command, f"{error.filename}: cannot be used ({error.strerror}); choose another name")
@@ -87,3 +84,25 @@ def _print_nowhere() -> None:
 def _fail(command: click.Command, message: str) -> int:
     print(f"{command.name}: {message_line(message)}", file=sys.stderr)
     return EXIT_USER_ERROR
+
+
+def backend_options(
+    *, threads: int = 0, threads_help: str = "CPU threads; 0 lets the backend choose."
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that adds ``--backend``, ``--threads`` and ``--cpu-accuracy`` to a command."""
+    accuracy = (
+        "Type of activations that the CPU multiplies with INT4 and INT8 weights; auto: int8 in large graphs."
+    )
+    shown: dict[str, Any] = {"default": "auto", "show_default": True}
+    options = (
+        click.option("--backend", help=BACKENDS_HELP, **shown),
+        click.option("--threads", type=click.IntRange(0, 1024), default=threads, help=threads_help),
+        click.option("--cpu-accuracy", type=click.Choice(CPU_ACCURACIES), help=accuracy, **shown),
+    )
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add

@@ -34,9 +34,20 @@ def command(bundle: Path, as_json: bool, show_io: bool, verify: bool) -> int:
     manifest = open_bundle(bundle, hash_all=verify).manifest
     if as_json:
         print(json.dumps({**summary(manifest), "engines": _engines(bundle)}, indent=1))
-    else:
-        _print(manifest, show_io=show_io)
-        _print_engines(_engines(bundle))
+        return 0
+    console = Console()
+    _print(console, manifest)
+    if show_io:
+        table = Table("graph", "direction", "tensor", "dtype", "shape")
+        for graph in manifest.graphs:
+            for tensor in graph.tensors:
+                direction = "in" if tensor in graph.inputs else "out"
+                table.add_row(graph.name, direction, tensor.name, tensor.dtype, str(list(tensor.shape)))
+        console.print(table)
+    for entry in _engines(bundle):
+        size = f"{len(entry['graphs'])} graphs, {entry['num_bytes'] / 1e6:.1f} MB"
+        built = f"{entry['backend']} {entry['tensorrt_version']}, {entry['platform']}"
+        _print_line(console, "engines", f"{entry['target']}: {size}, {built}")
     return 0
 
 
@@ -47,33 +58,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def summary(manifest: Manifest) -> dict[str, Any]:
     """Return the facts that ``--json`` prints: sizes in bytes, ``average_keep`` as a fraction."""
-    cost = manifest.cost
-    full, reduced = sum(cost.full_flops.values()), sum(cost.reduced_flops.values())
+    cost, schedule = manifest.cost, msgspec.to_builtins(manifest.schedule)
+    del schedule["method"]
+    flops: dict[str, Any] = {"full": cost.full_flops, "reduced": cost.reduced_flops}
+    flops["ratio"] = sum(cost.full_flops.values()) / sum(cost.reduced_flops.values())
     return {
         **_values(manifest, "model", "family", "dtype", "opset", "max_visual", "max_images"),
         "takes_videos": manifest.video_processing is not None,
         "follow_ups": has_follow_ups(manifest),
         "visual_sizes": list(manifest.visual_sizes),
         "image_sizes": [
-            {
-                **_values(size, "width", "height", "num_visual"),
-                "padding": size.rows - size.num_visual,
-            }
+            {**_values(size, "width", "height", "num_visual"), "padding": size.rows - size.num_visual}
             for size in manifest.image_sizes
         ],
-        "text_buckets": list(manifest.text_buckets),
-        "max_new_tokens": manifest.max_new_tokens,
-        "schedule": {
-            name: value for name, value in msgspec.to_builtins(manifest.schedule).items() if name != "method"
-        },
+        **_values(manifest, "text_buckets", "max_new_tokens"),
+        "schedule": schedule,
         "average_keep": manifest.average_keep,
-        "flops": {
-            "num_visual": cost.num_visual,
-            "num_text": cost.num_text,
-            "full": cost.full_flops,
-            "reduced": cost.reduced_flops,
-            "ratio": full / reduced,
-        },
+        "flops": {**_values(cost, "num_visual", "num_text"), **flops},
         "kv": {
             "dtype": manifest.kv_dtype,
             "allocated_bytes": manifest.kv_bytes,
@@ -86,7 +87,14 @@ def summary(manifest: Manifest) -> dict[str, Any]:
             "device_ratio": manifest.device_weight_ratio,
             "bundle_bytes": sum(entry.num_bytes for entry in manifest.files),
         },
-        "graphs": [_graph_summary(graph) for graph in manifest.graphs],
+        "graphs": [
+            {
+                **_values(graph, "name", "role", "file"),
+                "layers": _layers(graph),
+                **_values(graph, "weight_bytes", "inputs", "outputs", "profiles"),
+            }
+            for graph in manifest.graphs
+        ],
         "tools": manifest.tools,
     }
 
@@ -95,28 +103,12 @@ def _values(source: object, *names: str) -> dict[str, Any]:
     return {name: msgspec.to_builtins(getattr(source, name)) for name in names}
 
 
-def _graph_summary(graph: GraphSpec) -> dict[str, Any]:
-    return {
-        **_values(graph, "name", "role", "file"),
-        "layers": _layers(graph),
-        "weight_bytes": graph.weight_bytes,
-        "inputs": msgspec.to_builtins(list(graph.inputs)),
-        "outputs": msgspec.to_builtins(list(graph.outputs)),
-        "profiles": msgspec.to_builtins(list(graph.profiles)),
-    }
-
-
 def _engines(bundle: Path) -> list[dict[str, Any]]:
     """Return the bundle's engines, whether or not they run on this machine."""
+    names = ("backend", "tensorrt_version", "compute_capabilities", "platform", "num_bytes")
     return [
-        {
-            "target": target,
-            **_values(
-                engines, "backend", "tensorrt_version", "compute_capabilities", "platform", "num_bytes"
-            ),
-            "graphs": [entry.graph for entry in engines.engines],
-        }
-        for target, engines in engine_sets(bundle).items()
+        {"target": target, **_values(found, *names), "graphs": [entry.graph for entry in found.engines]}
+        for target, found in engine_sets(bundle).items()
     ]
 
 
@@ -136,27 +128,28 @@ def _visual_sizes(manifest: Manifest) -> str:
         for size in manifest.image_sizes
     ]
     if manifest.max_images > 1:
-        kept = (
-            "all images share what is kept" if manifest.schedule.budget == "prompt" else "each keeps a share"
-        )
+        is_shared = manifest.schedule.budget == "prompt"
+        kept = "all images share what is kept" if is_shared else "each keeps a share"
         parts.append(f"up to {manifest.max_visual} for {manifest.max_images} images; {kept}")
     elif manifest.max_visual > max((size.rows for size in manifest.image_sizes), default=0):
         parts.append(f"any image padded to {manifest.max_visual}")
     return ", ".join(parts)
 
 
-def _print(manifest: Manifest, *, show_io: bool) -> None:
-    console, facts = Console(), summary(manifest)
+def _print_line(console: Console, name: str, text: str) -> None:
+    console.print(f"[bold]{name:14}[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _print(console: Console, manifest: Manifest) -> None:
+    facts = summary(manifest)
     schedule, flops, kv, weights = facts["schedule"], facts["flops"], facts["kv"], facts["weights"]
-    stages = (
-        ", ".join(f"layer {stage['layer']} keeps {stage['keep']}" for stage in schedule["stages"]) or "none"
-    )
+    stages = ", ".join(f"layer {stage['layer']} keeps {stage['keep']}" for stage in schedule["stages"])
     total = {name: sum(flops[name].values()) / 1e9 for name in ("reduced", "full")}
     lines = {
         "model": f"{manifest.model} ({manifest.family}), {manifest.dtype}, opset {manifest.opset}",
         "visual tokens": _visual_sizes(manifest),
         "text": f"padded to {list(manifest.text_buckets)} tokens; {manifest.max_new_tokens} new tokens",
-        "stages": f"{stages} ({schedule['probe_rows']} probe rows, {schedule['positions']} positions)",
+        "stages": f"{stages or 'none'} ({schedule['probe_rows']} probe rows, {schedule['positions']} positions)",
         "average keep": f"{100 * manifest.average_keep:.1f} %",
         "FLOPs": (
             f"{total['reduced']:.2f} G against {total['full']:.2f} G ({flops['ratio']:.2f}x)"
@@ -172,29 +165,9 @@ def _print(manifest: Manifest, *, show_io: bool) -> None:
         ),
     }
     for name, text in lines.items():
-        console.print(f"[bold]{name:14}[/] {escape(text)}", highlight=False, soft_wrap=True)
+        _print_line(console, name, text)
     table = Table("graph", "layers", "weights MB", "profiles")
     for graph in manifest.graphs:
         weights = f"{graph.weight_bytes / 1e6:.2f}"
         table.add_row(graph.name, _layers(graph), weights, profile_list(graph))
     console.print(table)
-    if show_io:
-        _print_io(console, manifest)
-
-
-def _print_io(console: Console, manifest: Manifest) -> None:
-    table = Table("graph", "direction", "tensor", "dtype", "shape")
-    for graph in manifest.graphs:
-        for tensor in graph.tensors:
-            direction = "in" if tensor in graph.inputs else "out"
-            table.add_row(graph.name, direction, tensor.name, tensor.dtype, str(list(tensor.shape)))
-    console.print(table)
-
-
-def _print_engines(engines: list[dict[str, Any]]) -> None:
-    for entry in engines:
-        text = (
-            f"{entry['target']}: {len(entry['graphs'])} graphs, {entry['num_bytes'] / 1e6:.1f} MB,"
-            f" {entry['backend']} {entry['tensorrt_version']}, {entry['platform']}"
-        )
-        Console().print(f"[bold]{'engines':14}[/] {escape(text)}", highlight=False, soft_wrap=True)

@@ -10,15 +10,31 @@ import click
 
 from trio_edge.runtime.bundle.errors import BundleError, ImageError, printable
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS
-from trio_edge.runtime.cli.backend_options import backend_options
-from trio_edge.runtime.cli.console import run
+from trio_edge.runtime.cli.console import backend_options, run
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from trio_edge.runtime.answer import Generation
     from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.pipeline import Pipeline
+
+
+_SAMPLING: dict[str, tuple[type, str]] = {
+    "--temperature": (float, "Sampling temperature; 0 is greedy."),
+    "--top-p": (float, "Sample only from the most likely tokens whose probabilities sum to this."),
+    "--top-k": (int, "Sample only from this many most likely tokens; 0 means all."),
+    "--repetition-penalty": (float, "Divisor for logits of tokens that occurred before; 1 means none."),
+    "--no-repeat-ngram-size": (int, "Length of token sequences that may not occur twice; 0 means no limit."),
+    "--min-new-tokens": (int, "Shortest answer in tokens."),
+}
+
+
+def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options whose defaults are the checkpoint's."""
+    for name, (kind, text) in reversed(_SAMPLING.items()):
+        command = click.option(name, type=kind, help=f"{text} [default: the checkpoint's]")(command)
+    return command
 
 
 @click.command("trio-run", context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,30 +67,7 @@ if TYPE_CHECKING:
 @click.option("--system", help="System prompt, where the chat template takes one.")
 @backend_options()
 @click.option("--max-new-tokens", type=int, help="Longest answer in tokens. [default: the bundle's limit]")
-@click.option(
-    "--temperature", type=float, help="Sampling temperature; 0 is greedy. [default: the checkpoint's]"
-)
-@click.option(
-    "--top-p",
-    type=float,
-    help="Sample only from the most likely tokens whose probabilities sum to this. [default: the checkpoint's]",
-)
-@click.option(
-    "--top-k",
-    type=int,
-    help="Sample only from this many most likely tokens; 0 means all. [default: the checkpoint's]",
-)
-@click.option(
-    "--repetition-penalty",
-    type=float,
-    help="Divisor for logits of tokens that occurred before; 1 means none. [default: the checkpoint's]",
-)
-@click.option(
-    "--no-repeat-ngram-size",
-    type=int,
-    help="Length of token sequences that may not occur twice; 0 means no limit. [default: the checkpoint's]",
-)
-@click.option("--min-new-tokens", type=int, help="Shortest answer in tokens. [default: the checkpoint's]")
+@sampling_options
 @click.option("--seed", type=int, help="Random seed that makes sampling repeatable.")
 @click.option(
     "--show-kept",
@@ -114,20 +107,29 @@ def command(
         raise BundleError(
             f"{compare_full}: expected a keep-all bundle, got one with stages; export --keep all"
         )
-    loading: dict[str, Any] = {"backend": backend, "threads": threads, "cpu_accuracy": cpu_accuracy}
-    loading["max_pixels"] = max_pixels
+    loading: dict[str, Any] = {"backend": backend, "threads": threads}
+    loading |= {"cpu_accuracy": cpu_accuracy, "max_pixels": max_pixels}
     with Pipeline.from_bundle(bundle, **loading) as pipeline:
         answer = pipeline.generate(images, prompt, **settings)
         for piece in answer:
             print(_shown(piece), end="", flush=True)
         print()
-        print(f"{pipeline.backend_name}: {_statistics_line(answer)}", file=sys.stderr)
+        statistics = answer.statistics
+        graphs = ", ".join(f"{name} {ms:.1f}" for name, ms in statistics.graph_ms.items())
+        speed = f"{statistics.tokens_per_second:.1f} tokens/s"
+        times = f"first token {statistics.ttft_ms:.1f} ms ({graphs}), {speed}"
+        kept = f"KV {statistics.kv_bytes / 1e6:.2f} MB, kept per stage {list(statistics.kept_tokens)}"
+        redone = statistics.repaired_stages
+        repaired = f"; {redone} stages redone on the host" if redone else ""
+        print(f"{pipeline.backend_name}: {times}, {kept}{repaired}", file=sys.stderr)
         for note in pipeline.notes:  # after the answer, which may add some
             print(f"trio-run: {printable(note)}", file=sys.stderr)
         if show_kept is not None:
             _draw(pipeline, answer, show_kept)
         if answer.images:
-            print(_tokens_line(answer))
+            kept = f"{statistics.average_keep * statistics.visual_tokens:.1f} kept on average"
+            share = f"{100 * statistics.average_keep:.1f} %"
+            print(f"visual tokens: {statistics.visual_tokens} in, {kept} ({share})")
     if compare_full is not None:
         with Pipeline.from_bundle(compare_full, **loading) as full:
             reference = full.generate(images, prompt, **settings)
@@ -144,27 +146,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _shown(text: str) -> str:
     """Return a piece of an answer, escaped for a terminal; files and pipes get it unchanged."""
     return printable(text, but="\n\t") if sys.stdout.isatty() else text
-
-
-def _tokens_line(answer: Generation) -> str:
-    statistics = answer.statistics
-    kept = statistics.average_keep * statistics.visual_tokens
-    return (
-        f"visual tokens: {statistics.visual_tokens} in, {kept:.1f} kept on average"
-        f" ({100 * statistics.average_keep:.1f} %)"
-    )
-
-
-def _statistics_line(answer: Generation) -> str:
-    statistics = answer.statistics
-    graphs = ", ".join(f"{name} {ms:.1f}" for name, ms in statistics.graph_ms.items())
-    repaired = (
-        f"; {statistics.repaired_stages} stages redone on the host" if statistics.repaired_stages else ""
-    )
-    return (
-        f"first token {statistics.ttft_ms:.1f} ms ({graphs}), {statistics.tokens_per_second:.1f} tokens/s,"
-        f" KV {statistics.kv_bytes / 1e6:.2f} MB, kept per stage {list(statistics.kept_tokens)}{repaired}"
-    )
 
 
 def _check_drawing_target(path: Path) -> None:
@@ -197,8 +178,8 @@ def _print_comparison(answer: Generation, reference: Generation) -> None:
     def ratio(ours: float, theirs: float) -> str:
         return f"{theirs / ours:.2f}x" if ours > 0 else "-"
 
-    print(f"keep-all answer: {_shown(reference.text)}")
     everything = summary_of(reference.first_logits, num_tokens=len(reference.first_logits))
+    print(f"keep-all answer: {_shown(reference.text)}")
     print(f"KL of the first token: {first_token_kl(everything, answer.first_logits):.4f} nats")
     print(
         f"keep-all / reduced: first token {ratio(reduced.ttft_ms, full.ttft_ms)},"

@@ -1,4 +1,20 @@
-"""Builds the engines of a bundle: plans the build, runs one process per graph, and writes ``engines.json`` last."""
+"""Builds the engines of a bundle: plans the build, runs one process per graph, and writes ``engines.json`` last.
+
+A plan estimates the memory and time for building each engine, and its size. W are the graph's weights in bytes:
+
+    engine   W + profiles * architectures * 3 MB of kernels
+    peak     W                 the weight files, which the parser maps: the system can take these pages back
+           + W                 TensorRT's copy, from which the engine is written piece by piece
+           + W                 the serialized engine, in releases that cannot do so, such as 10.3
+           + W                 with ``tensorrt``: the copy on the GPU for timing tactics; a Jetson's GPU shares the memory
+           + min(W, 0.6 GB)    the optimizer's working memory
+           + 0.4 GB            Python and TensorRT's libraries
+    time     3 s + 15 s per GB of weights
+
+Fitted to tensorrt-rtx 1.7 on the graphs of LLaVA-NeXT-7B, with and without writing in pieces; docs/build.md has the
+measurements. On two CPUs, times were between half and twice the estimate. Memory and time of ``tensorrt`` are not
+measured: it times tactics on the GPU, which tensorrt-rtx leaves to the first run.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +24,7 @@ import shutil
 import signal
 import sys
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +33,7 @@ from trio_edge.runtime.bundle.fp8 import fp8_refusal
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec
 from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.runtime.devices.machine import Host, available_memory_bytes, find_host
-from trio_edge.runtime.engines.child import Job, holds_head, run_job
-from trio_edge.runtime.engines.estimate import BuildMemory, estimate_memory
+from trio_edge.runtime.engines.child import LOG_NAME, Job, holds_head, run_job
 from trio_edge.runtime.engines.files import (
     ENGINES_FOLDER,
     ENGINES_NAME,
@@ -31,7 +46,7 @@ from trio_edge.runtime.engines.files import (
     target_name,
     write_engine_set,
 )
-from trio_edge.runtime.engines.package import TensorRT, choose_backend, load_tensorrt
+from trio_edge.runtime.engines.package import EngineBackend, TensorRT, choose_backend, load_tensorrt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +57,10 @@ if TYPE_CHECKING:
 _SPARE_BYTES = 64 << 20  # for kernels, the timing cache and engines.json
 _TWICE = 1.25
 """An engine larger than its kernels and this many times its graph's weights holds some weights twice."""
-_LOG_NAME = "build.log"
+_KERNELS_BYTES = 3_000_000
+_BASE_BYTES = 400_000_000
+_WORK_BYTES = 600_000_000
+_BASE_SECONDS, _SECONDS_PER_BYTE = 3.0, 15e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +82,23 @@ class BuildOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedGraph:
-    """A graph to build an engine for."""
+    """A graph to build an engine for, with estimates."""
 
     spec: GraphSpec
-    memory: BuildMemory
+    engine_bytes: int
+    """Size of the engine file."""
+    peak_bytes: int
+    """Resident memory of the process that builds it."""
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Part of ``peak_bytes`` in mapped weight files, whose pages the system can take back."""
+        return self.spec.weight_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the build for one compute capability."""
+        return _BASE_SECONDS + _SECONDS_PER_BYTE * self.spec.weight_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,27 +112,24 @@ class BuildPlan:
     """``engines/<target>`` of the bundle."""
     compute_capabilities: tuple[int, ...]
     graphs: tuple[PlannedGraph, ...]
-    kept: tuple[EngineEntry, ...]
-    """Engines in ``folder`` that stay as they are."""
     options: BuildOptions
+    kept: tuple[EngineEntry, ...] = ()
+    """Engines in ``folder`` that stay as they are."""
 
     @property
     def disk_bytes(self) -> int:
         """Estimated size of the files to write."""
-        return sum(graph.memory.engine_bytes for graph in self.graphs) + _SPARE_BYTES
+        return sum(graph.engine_bytes for graph in self.graphs) + _SPARE_BYTES
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Possible problems, one line each."""
-        needed = max(graph.memory.peak_bytes - graph.memory.mapped_bytes for graph in self.graphs)
+        needed = max(graph.peak_bytes - graph.mapped_bytes for graph in self.graphs)
         available = available_memory_bytes()
         if available is None or needed <= available:
             return ()
-        text = (
-            f"building may need {needed / 1e9:.1f} GB of memory apart from mapped files,"
-            f" {available / 1e9:.1f} GB are available; close other programs or add swap"
-        )
-        return (text,)
+        needs = f"building may need {needed / 1e9:.1f} GB of memory apart from mapped files"
+        return (f"{needs}, {available / 1e9:.1f} GB are available; close other programs or add swap",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,14 +160,29 @@ def planned_graphs(
         raise BackendError(
             f"--graphs: expected some of {', '.join(known)}, got {unknown[0]!r}; choose among them"
         )
-    estimate = partial(
-        estimate_memory,
-        backend="tensorrt-rtx" if tensorrt is None else tensorrt.backend,
-        streams_engines=tensorrt is None or tensorrt.streams_engines,
-        num_architectures=num_architectures,
+    backend: EngineBackend = "tensorrt-rtx" if tensorrt is None else tensorrt.backend
+    streams = tensorrt is None or tensorrt.streams_engines
+    return tuple(
+        planned_graph(spec, backend=backend, streams_engines=streams, num_architectures=num_architectures)
+        for spec in bundle.manifest.graphs
+        if not names or spec.name in names
     )
-    chosen = [spec for spec in bundle.manifest.graphs if not names or spec.name in names]
-    return tuple(PlannedGraph(spec=spec, memory=estimate(spec)) for spec in chosen)
+
+
+def planned_graph(
+    spec: GraphSpec, *, backend: EngineBackend, streams_engines: bool, num_architectures: int
+) -> PlannedGraph:
+    """Return ``spec`` with the estimates for building its engine for ``num_architectures`` compute capabilities.
+
+    ``streams_engines`` is ``TensorRT.streams_engines``.
+    """
+    weights = spec.weight_bytes
+    copies = 2 + (backend == "tensorrt") + (not streams_engines)
+    return PlannedGraph(
+        spec=spec,
+        engine_bytes=weights + len(spec.profiles) * num_architectures * _KERNELS_BYTES,
+        peak_bytes=copies * weights + min(weights, _WORK_BYTES) + _BASE_BYTES,
+    )
 
 
 def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = None) -> BuildPlan:
@@ -150,10 +193,8 @@ def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = Non
             engines exist that may not be replaced.
     """
     host = find_host() if host is None else host
-    if options.split_lm_head < 1:
-        raise BackendError(
-            f"--split-lm-head: expected 1 or more blocks, got {options.split_lm_head}; 4 is usual"
-        )
+    if (blocks := options.split_lm_head) < 1:
+        raise BackendError(f"--split-lm-head: expected 1 or more blocks, got {blocks}; 4 is usual")
     graphs = planned_graphs(bundle, options.graphs)
     if options.split_lm_head > 1 and not any(holds_head(graph.spec) for graph in graphs):
         raise BackendError(
@@ -166,16 +207,16 @@ def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = Non
     capabilities = resolve_capabilities(options.compute_capabilities, tensorrt=tensorrt, host=host)
     name = target_name(backend, version=tensorrt.version, compute_capabilities=capabilities)
     folder = bundle.folder / ENGINES_FOLDER / name
-    return BuildPlan(
+    plan = BuildPlan(
         bundle=bundle,
         tensorrt=tensorrt,
         host=host,
         folder=folder,
         compute_capabilities=capabilities,
         graphs=planned_graphs(bundle, options.graphs, tensorrt=tensorrt, num_architectures=len(capabilities)),
-        kept=_kept_engines(folder, bundle, options, tensorrt=tensorrt, host=host),
         options=options,
     )
+    return replace(plan, kept=_kept_engines(plan))
 
 
 def _check_formats(bundle: Bundle, graphs: Sequence[PlannedGraph], options: BuildOptions, host: Host) -> None:
@@ -225,14 +266,13 @@ def resolve_capabilities(wanted: tuple[int, ...], *, tensorrt: TensorRT, host: H
     return chosen
 
 
-def _kept_engines(
-    folder: Path, bundle: Bundle, options: BuildOptions, *, tensorrt: TensorRT, host: Host
-) -> tuple[EngineEntry, ...]:
-    """Return the engines in ``folder`` that stay there when only some graphs are built.
+def _kept_engines(plan: BuildPlan) -> tuple[EngineEntry, ...]:
+    """Return the engines in the plan's folder that stay there when only some graphs are built.
 
     Raises:
-        BackendError: If ``folder`` holds something that may not be replaced.
+        BackendError: If the folder holds something that may not be replaced.
     """
+    folder, options = plan.folder, plan.options
     if not folder.exists():
         return ()
     if not (folder / ENGINES_NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -242,20 +282,18 @@ def _kept_engines(
     except BackendError:
         old = None
     fits = old is not None and (
-        old.tensorrt_version == tensorrt.version
-        and old.platform == host.platform
-        and old.manifest_sha256 == sha256_of(bundle.folder / MANIFEST_NAME)
+        old.tensorrt_version == plan.tensorrt.version
+        and old.platform == plan.host.platform
+        and old.manifest_sha256 == sha256_of(plan.bundle.folder / MANIFEST_NAME)
         and (old.detailed_layers, old.split_lm_head) == (options.detailed_layers, options.split_lm_head)
     )
-    there = [] if old is None else [entry for entry in old.engines if _is_there(folder / entry.file, entry)]
-    kept = there if fits and options.graphs else []
+    kept = []
+    if old is not None and fits and options.graphs:
+        sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+        kept = [entry for entry in old.engines if sizes.get(entry.file) == entry.num_bytes]
     if not options.force and (not kept or any(entry.graph in options.graphs for entry in kept)):
         raise BackendError(f"{folder}: expected no engines, they exist; add --force to replace them")
     return tuple(entry for entry in kept if entry.graph not in options.graphs)
-
-
-def _is_there(file: Path, entry: EngineEntry) -> bool:
-    return file.is_file() and file.stat().st_size == entry.num_bytes
 
 
 def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress()) -> EngineSet:
@@ -264,19 +302,15 @@ def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress())
     Raises:
         BackendError: If a graph cannot be built, memory or disk space runs out, or the folder cannot be written.
     """
-    gpu = plan.host.gpu
-    manifest_digest = sha256_of(plan.bundle.folder / MANIFEST_NAME)
-    # The plan is checked again at the end, because another build may have written other engines in the meantime.
-    writing = atomic_engines(
-        plan.folder, num_bytes=plan.disk_bytes, before_rename=lambda: _check_unchanged(plan)
-    )
-    with writing as folder:
+    gpu, digest = plan.host.gpu, sha256_of(plan.bundle.folder / MANIFEST_NAME)
+    check = partial(_check_unchanged, plan)
+    with atomic_engines(plan.folder, num_bytes=plan.disk_bytes, before_rename=check) as folder:
         for entry in plan.kept:
             _link(plan.folder / entry.file, folder / entry.file)
         with suppress(OSError):  # without a readable cache, tactics are timed again
             shutil.copyfile(plan.folder / TIMING_CACHE_NAME, folder / TIMING_CACHE_NAME)
         built = [_build_graph(plan, graph, folder, progress) for graph in plan.graphs]
-        (folder / _LOG_NAME).unlink(missing_ok=True)  # only needed for the message of a failed build
+        (folder / LOG_NAME).unlink(missing_ok=True)  # only needed for the message of a failed build
         order = [spec.name for spec in plan.bundle.manifest.graphs]
         engine_set = EngineSet(
             schema_version=ENGINES_SCHEMA_VERSION,
@@ -286,7 +320,7 @@ def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress())
             platform=plan.host.platform,
             gpu=None if gpu is None else gpu.name,
             driver=None if gpu is None else gpu.driver,
-            manifest_sha256=manifest_digest,
+            manifest_sha256=digest,
             detailed_layers=plan.options.detailed_layers,
             split_lm_head=plan.options.split_lm_head,
             engines=tuple(sorted((*plan.kept, *built), key=lambda entry: order.index(entry.graph))),
@@ -297,8 +331,7 @@ def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress())
 
 def _check_unchanged(plan: BuildPlan) -> None:
     """Raise BackendError if another build has written to the plan's folder in the meantime: its engines would be lost."""
-    kept = _kept_engines(plan.folder, plan.bundle, plan.options, tensorrt=plan.tensorrt, host=plan.host)
-    if kept != plan.kept:
+    if _kept_engines(plan) != plan.kept:
         raise BackendError(
             f"{plan.folder}: expected the engines from the start of the build, got those of another build; run this one again"
         )
@@ -307,20 +340,16 @@ def _check_unchanged(plan: BuildPlan) -> None:
 def _build_graph(plan: BuildPlan, graph: PlannedGraph, folder: Path, progress: BuildProgress) -> EngineEntry:
     progress.graph(graph)
     spec, dimensions = graph.spec, plan.bundle.manifest.dimensions
-    ahead = plan.compute_capabilities if plan.tensorrt.ahead_of_time else ()
     job = Job(
         backend=plan.tensorrt.backend,
         spec=spec,
         graph_file=plan.bundle.path(spec.file).resolve(),
-        engine_file=folder.resolve() / f"{spec.name}.engine",
-        log_file=folder.resolve() / _LOG_NAME,
-        timing_cache=folder.resolve() / TIMING_CACHE_NAME,
-        compute_capabilities=ahead,
+        folder=folder.resolve(),
+        compute_capabilities=plan.compute_capabilities if plan.tensorrt.ahead_of_time else (),
         detailed_layers=plan.options.detailed_layers,
         dtype=plan.bundle.manifest.dtype,
         split_lm_head=plan.options.split_lm_head,
-        vocab_size=dimensions.vocab_size,
-        hidden_size=dimensions.hidden_size,
+        lm_head_shape=(dimensions.vocab_size, dimensions.hidden_size),
     )
     result = _run_process(job, graph, progress)
     entry = EngineEntry(
@@ -332,7 +361,7 @@ def _build_graph(plan: BuildPlan, graph: PlannedGraph, folder: Path, progress: B
         build_seconds=round(result["seconds"], 3),
         peak_memory_bytes=result["peak_memory_bytes"],
     )
-    kernels = graph.memory.engine_bytes - spec.weight_bytes
+    kernels = graph.engine_bytes - spec.weight_bytes
     if entry.num_bytes > _TWICE * spec.weight_bytes + 4 * kernels:
         progress.warn(
             f"{spec.name}: the engine has {entry.num_bytes / 1e9:.2f} GB for {spec.weight_bytes / 1e9:.2f} GB of weights:"
@@ -368,26 +397,24 @@ def _run_process(job: Job, graph: PlannedGraph, progress: BuildProgress) -> dict
         reader.close()
     if "done" in reports and process.exitcode == 0:
         return reports["done"]
-    error = reports["error"]["text"] if "error" in reports else None
-    raise BackendError(_failure(job, graph, error=error, exit_code=process.exitcode))
+    raise BackendError(_failure(job, graph, reports.get("error"), process.exitcode))
 
 
-def _failure(job: Job, graph: PlannedGraph, *, error: str | None, exit_code: int | None) -> str:
+def _failure(job: Job, graph: PlannedGraph, error: dict[str, Any] | None, exit_code: int | None) -> str:
     where = f"{job.spec.name}: expected {job.backend} to build this graph"
     if error is not None:
-        return f"{where}, got: {error}; no engine was changed"
+        return f"{where}, got: {error['text']}; no engine was changed"
     if sys.platform != "win32" and exit_code == -signal.SIGKILL:
         return (
             f"{where}, its process was killed, most likely because memory ran out (it needs about"
-            f" {graph.memory.peak_bytes / 1e9:.1f} GB); close other programs or add swap"
+            f" {graph.peak_bytes / 1e9:.1f} GB); close other programs or add swap"
         )
-    log = job.log_file.read_text(errors="replace") if job.log_file.exists() else ""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    file = job.folder / LOG_NAME
+    log = file.read_text(errors="replace").strip() if file.exists() else ""
+    last = (log or "it printed nothing").splitlines()[-1].strip()[:300]
     has_crashed = exit_code is not None and exit_code < 0
     reason = f"crashed with signal {-(exit_code or 0)}" if has_crashed else f"ended with code {exit_code}"
-    return (
-        f"{where}, its process {reason}: {(lines or ['it printed nothing'])[-1][:300]}; no engine was changed"
-    )
+    return f"{where}, its process {reason}: {last}; no engine was changed"
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
 The process reports to its parent with dictionaries over a pipe, each with a "kind".
 
-    phase, step, finish    TensorRT's progress: name, parent and number of steps; name and step; name
-    error                  text: the first error of TensorRT or of the build
-    done                   num_bytes, sha256, seconds, peak_memory_bytes
+    phase, step    TensorRT's progress: name and number of steps; name and step
+    error          text: the first error of TensorRT or of the build
+    done           num_bytes, sha256, seconds, peak_memory_bytes
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from typing import TYPE_CHECKING, Any
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.graph_io import CANDIDATE_ROWS, OUTPUT_GRADIENT
 from trio_edge.runtime.bundle.manifest import shape_at
-from trio_edge.runtime.engines.log import make_logger
-from trio_edge.runtime.engines.network import Network
-from trio_edge.runtime.engines.package import EngineBackend, TensorRT, load_tensorrt
-from trio_edge.runtime.engines.passes import join_attention, separate_products, split_lm_head
+from trio_edge.runtime.engines.files import TIMING_CACHE_NAME
+from trio_edge.runtime.engines.package import EngineBackend, TensorRT, load_tensorrt, make_logger
+from trio_edge.runtime.engines.passes import Network, join_attention, separate_products, split_lm_head
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
     from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
 
+LOG_NAME = "build.log"
 _STEP_SECONDS = 0.1  # between reports of steps, of which TensorRT takes thousands
 _PIECE_BYTES = 16 << 20  # hashed and written at a time
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG
@@ -46,9 +46,8 @@ class Job:
     backend: EngineBackend
     spec: GraphSpec
     graph_file: Path
-    engine_file: Path
-    log_file: Path
-    timing_cache: Path
+    folder: Path
+    """Gets the engine, the log and the timing cache."""
     compute_capabilities: tuple[int, ...]
     """GPUs to build for ahead of time; empty for this machine's GPU."""
     detailed_layers: bool
@@ -56,14 +55,19 @@ class Job:
     """The bundle's dtype."""
     split_lm_head: int
     """Number of blocks of the lm_head; 1 leaves it whole."""
-    vocab_size: int
-    hidden_size: int
+    lm_head_shape: tuple[int, int]
+    """[vocabulary size, hidden size]."""
+
+    @property
+    def engine_file(self) -> Path:
+        """File of the engine."""
+        return self.folder / f"{self.spec.name}.engine"
 
 
 def run_job(job: Job, reports: Connection) -> None:
     """Build the engine of ``job`` and report the result; the entry point of the process."""
     _follow_parent()
-    with job.log_file.open("wb") as log:  # TensorRT also writes to both streams directly
+    with (job.folder / LOG_NAME).open("wb") as log:  # TensorRT also writes to both streams directly
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     reporter = Reporter(reports)
@@ -111,19 +115,19 @@ def build_engine(job: Job, reporter: Reporter) -> None:
     trt = tensorrt.module
     logger = make_logger(trt, reporter.error)
     builder = _not_none(trt.Builder(logger), "a builder")
-    definition = builder.create_network(_network_flags(trt))
+    # The flag of a strongly typed network; newer releases have no other networks and need no flag.
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    definition = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(definition, logger)
     if not parser.parse_from_file(str(job.graph_file)):
-        errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-        raise BackendError(
-            f"its parser does not take {job.graph_file.name}: {(errors or ['no reason given'])[0]}"
-        )
+        reason = parser.get_error(0).desc() if parser.num_errors else "no reason given"
+        raise BackendError(f"its parser does not take {job.graph_file.name}: {reason}")
     network = Network(tensorrt, definition)  # keeps the passes' constants alive while the engine is built
     _run_passes(job, network)
     config = _config(job, tensorrt, builder, reporter)
     num_bytes, digest = write_engine(tensorrt, builder, definition, config, job.engine_file)
     if tensorrt.has_timing_cache:
-        write_timing_cache(config, job.timing_cache)
+        write_timing_cache(config, job.folder / TIMING_CACHE_NAME)
     reporter.send(
         kind="done",
         num_bytes=num_bytes,
@@ -135,10 +139,8 @@ def build_engine(job: Job, reporter: Reporter) -> None:
 
 def holds_head(spec: GraphSpec) -> bool:
     """Return whether a graph has products with the lm_head."""
-    reads_weight = CANDIDATE_ROWS not in spec.input_names
-    return spec.role == "head" or (
-        reads_weight and any(tensor.name == OUTPUT_GRADIENT for tensor in spec.outputs)
-    )
+    has_gradient = any(tensor.name == OUTPUT_GRADIENT for tensor in spec.outputs)
+    return spec.role == "head" or (has_gradient and CANDIDATE_ROWS not in spec.input_names)
 
 
 def _run_passes(job: Job, network: Network) -> None:
@@ -147,15 +149,8 @@ def _run_passes(job: Job, network: Network) -> None:
     if 1 in rows and len(rows) > 1:
         separate_products(network)
     if job.split_lm_head > 1 and holds_head(job.spec):
-        split_lm_head(
-            network, vocab_size=job.vocab_size, hidden_size=job.hidden_size, num_blocks=job.split_lm_head
-        )
-
-
-def _network_flags(trt: Any) -> int:
-    """Return the flags of a strongly typed network; newer releases have no other networks and need no flag."""
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    return 0 if flag is None else 1 << int(flag)
+        vocab_size, hidden_size = job.lm_head_shape
+        split_lm_head(network, vocab_size=vocab_size, hidden_size=hidden_size, num_blocks=job.split_lm_head)
 
 
 def _config(job: Job, tensorrt: TensorRT, builder: Any, reporter: Reporter) -> Any:
@@ -171,7 +166,7 @@ def _config(job: Job, tensorrt: TensorRT, builder: Any, reporter: Reporter) -> A
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = _progress_monitor(trt, reporter)
     if tensorrt.has_timing_cache:
-        read_timing_cache(config, job.timing_cache)
+        read_timing_cache(config, job.folder / TIMING_CACHE_NAME)
     return config
 
 
@@ -250,8 +245,8 @@ def _progress_monitor(trt: Any, reporter: Reporter) -> Any:
             trt.IProgressMonitor.__init__(self)
             self._reported = 0.0
 
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            reporter.send(kind="phase", name=phase_name, parent=parent_phase, num_steps=num_steps)
+        def phase_start(self, phase_name: str, _parent_phase: str | None, num_steps: int) -> None:
+            reporter.send(kind="phase", name=phase_name, num_steps=num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             now = time.monotonic()
@@ -260,8 +255,8 @@ def _progress_monitor(trt: Any, reporter: Reporter) -> Any:
                 reporter.send(kind="step", name=phase_name, step=step)
             return True
 
-        def phase_finish(self, phase_name: str) -> None:
-            reporter.send(kind="finish", name=phase_name)
+        def phase_finish(self, _phase_name: str) -> None:
+            pass  # the next phase says as much
 
     return Monitor()
 

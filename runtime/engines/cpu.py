@@ -12,7 +12,7 @@ import hashlib
 import platform
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 import onnxruntime as ort
@@ -88,12 +88,13 @@ def set_cpu_options(
     """Set the options that trade memory, speed and accuracy of a graph on the CPU."""
     # An arena keeps the session's largest activations forever, and a memory pattern allocates all of a run's at once.
     options.enable_cpu_mem_arena = False
+    can_share, is_packed = _share_arena(), _has_packed_weights(bundle, spec)
     is_in_prefill = spec.role in _PREFILL_ROLES or is_probe(spec)
     if is_in_prefill:
         options.enable_mem_pattern = False
     # These graphs run once a prompt and write large buffers, such as float32 copies of weights. Allocating each time takes up to
     # twice the time: they share memory. ONNX Runtime's plan for reuse would keep a buffer of each size for later nodes.
-    if _shares_memory(spec) and _share_arena():
+    if can_share and (spec.role in ("vision", "select") or is_probe(spec)):
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.enable_mem_reuse = False
     if accuracy == "auto":
@@ -110,7 +111,7 @@ def set_cpu_options(
     options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")
     # Prepacking copies weights. It saves time in decode only, and little in large graphs. The kernel for INT4 and INT8 weights
     # always needs it.
-    if (is_in_prefill or _is_large(spec)) and not _has_packed_weights(bundle, spec):
+    if (is_in_prefill or _is_large(spec)) and not is_packed:
         options.add_session_config_entry("session.disable_prepacking", "1")
 
 
@@ -118,24 +119,17 @@ def _is_large(spec: GraphSpec) -> bool:
     return spec.weight_bytes >= LARGE_GRAPH_BYTES
 
 
-def _shares_memory(spec: GraphSpec) -> bool:
-    """Return whether a graph takes its buffers from the memory that such graphs share."""
-    return spec.role in ("vision", "select") or is_probe(spec)
-
-
 def unwanted_optimizers(bundle: Bundle, spec: GraphSpec) -> list[str]:
     """Return the optimizers to leave out: most make graphs that onnxruntime cannot load or run; remove one when a release can."""
-    format_, quantization = bundle.manifest.format_of(spec), bundle.manifest.quantization
-    part = PART_FROM_ROLE.get(spec.role)
-    found = []
+    quantization, found = bundle.manifest.quantization, []
     if not _is_worth_preparing(bundle, spec):
         # It makes float32 copies of all float16 weights when a graph is loaded. These graphs need each weight once a prompt.
         found.append("FuseFp16InitializerToFp32NodeTransformer")
     if any(tensor.dtype == "int8" for tensor in spec.inputs):
         # 1.31 moves DequantizeLinear after Transpose by a node that opset 21 does not allow (microsoft/onnxruntime issue 25526).
         found.append("QDQPropagationTransformer")
-    has_int8_inputs = quantization is not None and part in quantization.inputs
-    if format_ == "fp8" or (has_int8_inputs and onnxruntime_version() < (1, 24)):
+    has_int8_inputs = quantization is not None and PART_FROM_ROLE.get(spec.role) in quantization.inputs
+    if bundle.manifest.format_of(spec) == "fp8" or (has_int8_inputs and onnxruntime_version() < (1, 24)):
         # It makes integer products of FP8 inputs and weights; 1.23 makes QGemm without the zero points that QGemm needs.
         found.append("QDQSelectorActionTransformer")
     return found
@@ -169,16 +163,12 @@ def prepare_graphs(
         for spec in specs:
             started(spec)
             _prepare(bundle, spec, folder, accuracy=accuracy)
-            files = (folder / name for name in _file_names(spec.name)[0])
-            graphs[spec.name] = tuple(_described(file) for file in files if file.exists())
-        found = PreparedGraphs(
-            schema_version=_SCHEMA_VERSION,
-            onnxruntime_version=ort.__version__,
-            processor=processor_key(),
-            cpu_accuracy=accuracy,
-            manifest_sha256=sha256_of(bundle.folder / MANIFEST_NAME),
-            graphs=graphs,
-        )
+            files = [folder / name for name in _file_names(spec.name)[0] if (folder / name).exists()]
+            graphs[spec.name] = tuple(
+                PreparedFile(file=file.name, num_bytes=file.stat().st_size, sha256=sha256_of(file))
+                for file in files
+            )
+        found = PreparedGraphs(cpu_accuracy=accuracy, graphs=graphs, **_made_here(bundle))
         (folder / _FILE_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
     return target
 
@@ -193,24 +183,21 @@ def open_prepared(bundle: Bundle, *, accuracy: CpuAccuracy) -> Prepared:
     if not (folder / _FILE_NAME).is_file():
         return Prepared({}, ())
     again = f"run trio-build {bundle.folder} --backend onnxruntime --force"
+
+    def unused(reason: str, advice: str = again) -> Prepared:
+        return Prepared({}, (f"prepared graphs are not used: {reason}; {advice}",))
+
     try:
         content = read_regular(folder / _FILE_NAME, max_bytes=MAX_JSON_BYTES)
         found = typed(msgspec.json.decode(content), PreparedGraphs)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        return Prepared({}, (f"prepared graphs are not used: {folder / _FILE_NAME}: {error}; {again}",))
-    here = {
-        "schema_version": _SCHEMA_VERSION,
-        "onnxruntime_version": ort.__version__,
-        "processor": processor_key(),
-        "manifest_sha256": sha256_of(bundle.folder / MANIFEST_NAME),
-    }
+        return unused(f"{folder / _FILE_NAME}: {error}")
     if found.cpu_accuracy != accuracy:
         reason = f"expected cpu_accuracy {accuracy}, they have {found.cpu_accuracy}"
-        return Prepared({}, (f"prepared graphs are not used: {reason}; ask for that, or go on without",))
-    for name, value in here.items():
+        return unused(reason, "ask for that, or go on without")
+    for name, value in _made_here(bundle).items():
         if getattr(found, name) != value:
-            reason = f"expected {name} {value}, they have {getattr(found, name)}"
-            return Prepared({}, (f"prepared graphs are not used: {reason}; {again}",))
+            return unused(f"expected {name} {value}, they have {getattr(found, name)}")
     files = {}
     for name in (spec.name for spec in _sessions(bundle) if spec.name in found.graphs):
         entries = found.graphs[name]
@@ -224,6 +211,16 @@ def open_prepared(bundle: Bundle, *, accuracy: CpuAccuracy) -> Prepared:
                 raise BackendError(f"{problem}; {again}")
         files[name] = folder / entries[0].file
     return Prepared(files, ())
+
+
+def _made_here(bundle: Bundle) -> dict[str, Any]:
+    """Return what prepared graphs depend on."""
+    return {
+        "schema_version": _SCHEMA_VERSION,
+        "onnxruntime_version": ort.__version__,
+        "processor": processor_key(),
+        "manifest_sha256": sha256_of(bundle.folder / MANIFEST_NAME),
+    }
 
 
 def sessions_of(bundle: Bundle, spec: GraphSpec, *, on_gpu: bool = False) -> tuple[GraphSpec, ...]:
@@ -290,10 +287,6 @@ def _prepare(bundle: Bundle, spec: GraphSpec, folder: Path, *, accuracy: CpuAccu
         ) from None
 
 
-def _described(file: Path) -> PreparedFile:
-    return PreparedFile(file=file.name, num_bytes=file.stat().st_size, sha256=sha256_of(file))
-
-
 def first_line(error: Exception) -> str:
     """Return the first line of an ONNX Runtime error, at most 300 characters."""
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
@@ -306,8 +299,7 @@ def _share_arena() -> bool:
     same_as_requested = ort.OrtArenaCfg({"arena_extend_strategy": 1})
     try:
         ort.create_and_register_allocator(memory, same_as_requested)
-    except (
-        Exception
-    ):  # onnxruntime's exceptions have no common public base; the program already has such an arena
+    # onnxruntime's exceptions have no common public base; the program already has such an arena.
+    except Exception:
         return False
     return True

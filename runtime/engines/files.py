@@ -155,12 +155,10 @@ def write_engine_set(folder: Path, engine_set: EngineSet) -> None:
     (folder / ENGINES_NAME).write_bytes(text + b"\n")
 
 
-def open_engines(
-    bundle: Bundle, *, backend: EngineBackend, version: str, host: Host, hash_all: bool = False
-) -> Engines:
+def open_engines(bundle: Bundle, *, backend: EngineBackend, version: str, host: Host) -> Engines:
     """Return the engines of ``bundle`` that run on ``host``, after checking everything that they depend on.
 
-    ``version`` is that of the installed ``backend``. ``hash_all`` also hashes files above ``LARGEST_HASHED_BYTES``.
+    ``version`` is that of the installed ``backend``.
 
     Raises:
         BackendError: If there are no engines, or none fit; the message is about the target with the fewest differences.
@@ -178,7 +176,7 @@ def open_engines(
             continue
         problems = _differences(engine_set, bundle=bundle, backend=backend, version=version, host=host)
         if not problems:
-            check_files(folder, engine_set, bundle=bundle, hash_all=hash_all)
+            check_files(folder, engine_set, bundle=bundle)
             return Engines(folder=folder, engine_set=engine_set, notes=_notes(engine_set, host))
         unfit.append((-len(problems), f"{folder}: {problems[0]}"))
     raise BackendError(max(unfit, key=lambda pair: pair[0])[1])
@@ -189,37 +187,31 @@ def _differences(
 ) -> list[str]:
     """Return one message for each reason why ``engines`` do not run here."""
     build = f"run trio-build {bundle.folder} --backend {backend}"
-    capability = None if host.gpu is None else host.gpu.compute_capability
-    wanted = ", ".join(f"{number // 10}.{number % 10}" for number in engines.compute_capabilities)
+    wanted = ", ".join(f"{number / 10:.1f}" for number in engines.compute_capabilities)
     problems = []
     if engines.backend != backend:
         problems.append(f"expected engines of {backend}, got {engines.backend}; {build}")
     elif engines.tensorrt_version != version:
-        problems.append(
-            f"expected engines of {backend} {version}, which is installed, got {engines.tensorrt_version}; {build} --force"
-        )
+        here = f"{backend} {version}, which is installed"
+        problems.append(f"expected engines of {here}, got {engines.tensorrt_version}; {build} --force")
     if engines.platform != host.platform:
-        problems.append(
-            f"expected engines for {host.platform}, got {engines.platform}; {build} on this machine"
-        )
-    if capability is None:
-        problems.append(
-            "expected an NVIDIA GPU and its driver on this machine, got none; use --backend onnxruntime"
-        )
-    elif capability not in engines.compute_capabilities:
-        problems.append(
-            f"expected engines for compute capability {capability // 10}.{capability % 10} ({host.gpu and host.gpu.name}),"
-            f" got {wanted}; {build}"
-        )
+        text = f"expected engines for {host.platform}, got {engines.platform}; {build} on this machine"
+        problems.append(text)
+    if (gpu := host.gpu) is None:
+        text = "expected an NVIDIA GPU and its driver on this machine, got none; use --backend onnxruntime"
+        problems.append(text)
+    elif gpu.compute_capability not in engines.compute_capabilities:
+        here = f"compute capability {gpu.compute_capability / 10:.1f} ({gpu.name})"
+        problems.append(f"expected engines for {here}, got {wanted}; {build}")
     if engines.manifest_sha256 != sha256_of(bundle.folder / MANIFEST_NAME):
         problems.append(f"expected engines of this bundle, got those of another export; {build} --force")
     return problems
 
 
-def check_files(folder: Path, engine_set: EngineSet, *, bundle: Bundle, hash_all: bool) -> None:
+def check_files(folder: Path, engine_set: EngineSet, *, bundle: Bundle) -> None:
     """Raise BackendError unless ``folder`` has an unchanged engine with the right profiles for every graph of ``bundle``.
 
-    ``engine_set`` is the content of ``engines.json``. ``hash_all`` also hashes files above ``LARGEST_HASHED_BYTES``.
+    ``engine_set`` is the content of ``engines.json``. Files above ``LARGEST_HASHED_BYTES`` are not hashed.
     """
     root = folder.resolve()
     for spec in bundle.manifest.graphs:
@@ -233,7 +225,7 @@ def check_files(folder: Path, engine_set: EngineSet, *, bundle: Bundle, hash_all
             raise BackendError(
                 f"{folder / entry.file}: expected the bundle's profiles, got others; {_again(folder)}"
             )
-        problem = file_problem(folder / entry.file, entry, root=root, hash_all=hash_all)
+        problem = file_problem(folder / entry.file, entry, root=root, hash_all=False)
         if problem is not None:
             raise BackendError(f"{problem}; {_again(folder)}")
 

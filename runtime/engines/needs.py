@@ -10,14 +10,12 @@ import math
 import platform
 import shlex
 import shutil
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.buffers.estimate import estimate
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.devices.machine import Host, available_memory_bytes, find_host, l4t_release
-from trio_edge.runtime.engines.build import BuildOptions, BuildPlan, PlannedGraph, plan_build, planned_graphs
-from trio_edge.runtime.engines.estimate import BuildMemory, estimate_seconds
+from trio_edge.runtime.engines.build import BuildOptions, BuildPlan, plan_build, planned_graphs
 from trio_edge.runtime.engines.files import check_engines_place
 from trio_edge.runtime.engines.package import ENGINE_BACKENDS, load_tensorrt
 
@@ -27,112 +25,21 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.reader import Bundle
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildNeeds:
-    """The report, with sizes in bytes; None means not known."""
+def build_needs(bundle: Bundle, options: BuildOptions, *, host: Host | None = None) -> dict[str, Any]:
+    """Return the needs of a build with ``options`` on ``host``, by default this machine, as JSON types.
 
-    bundle: Bundle
-    options: BuildOptions
-    host: Host
-    tensorrt: dict[str, str | None]
-    """Version of each backend's package; None if it is not installed."""
-    plan: BuildPlan | None
-    """None if nothing can be built here."""
-    graphs: tuple[PlannedGraph, ...]
-    problems: tuple[str, ...]
-    """Problems that keep the build from starting, each in one line that says what to do."""
-    warnings: tuple[str, ...]
-    """Possible problems, one line each."""
-    available_bytes: int | None
-    free_disk_bytes: int
-
-    @property
-    def disk_bytes(self) -> int:
-        """Estimated size of the files to write."""
-        return sum(graph.memory.engine_bytes for graph in self.graphs)
-
-    @property
-    def peak(self) -> BuildMemory:
-        """Memory of the largest build; builds run one after the other."""
-        return max((graph.memory for graph in self.graphs), key=lambda memory: memory.peak_bytes)
-
-    @property
-    def seconds(self) -> float:
-        """Estimated seconds of all builds."""
-        return sum(estimate_seconds(graph.spec) for graph in self.graphs)
-
-    @property
-    def run_bytes(self) -> dict[str, int]:
-        """Device memory for running the whole bundle, in bytes by purpose."""
-        return _run_bytes(self.bundle)
-
-    @property
-    def command(self) -> str:
-        """Command line that starts the build."""
-        options = self.options
-        words = ["trio-build", str(self.bundle.folder)]
-        if options.backend != "auto":
-            words += ["--backend", options.backend]
-        if options.compute_capabilities:
-            words += ["--compute-capability", ",".join(map(str, options.compute_capabilities))]
-        if options.graphs:
-            words += ["--graphs", ",".join(options.graphs)]
-        if options.split_lm_head != BuildOptions().split_lm_head:
-            words += ["--split-lm-head", str(options.split_lm_head)]
-        if options.detailed_layers:
-            words.append("--verbose-layers")
-        if options.force:
-            words.append("--force")
-        return shlex.join(words)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON types."""
-        gpu, plan = self.host.gpu, self.plan
-        return {
-            "ready": not self.problems,
-            "problems": list(self.problems),
-            "warnings": list(self.warnings),
-            "command": self.command,
-            "tensorrt": dict(self.tensorrt),
-            "backend": None if plan is None else plan.tensorrt.backend,
-            "compute_capabilities": [] if plan is None else list(plan.compute_capabilities),
-            "folder": None if plan is None else str(plan.folder),
-            "kept": [] if plan is None else [entry.graph for entry in plan.kept],
-            "platform": self.host.platform,
-            "python": platform.python_version(),
-            "l4t": l4t_release(),
-            "gpu": None if gpu is None else dataclasses.asdict(gpu),
-            "seconds": round(self.seconds),
-            "disk_bytes": self.disk_bytes,
-            "free_disk_bytes": self.free_disk_bytes,
-            "peak_bytes": self.peak.peak_bytes,
-            "mapped_bytes": self.peak.mapped_bytes,
-            "available_bytes": self.available_bytes,
-            "run_bytes": self.run_bytes,
-            "graphs": [
-                {
-                    "name": graph.spec.name,
-                    "profiles": {profile.name: profile.sizes for profile in graph.spec.profiles},
-                    "weight_bytes": graph.spec.weight_bytes,
-                    "engine_bytes": graph.memory.engine_bytes,
-                    "peak_bytes": graph.memory.peak_bytes,
-                    "seconds": round(estimate_seconds(graph.spec)),
-                }
-                for graph in self.graphs
-            ],
-        }
-
-
-def build_needs(bundle: Bundle, options: BuildOptions, *, host: Host | None = None) -> BuildNeeds:
-    """Return the needs of a build with ``options`` on ``host``, by default this machine.
+    Sizes are in bytes, times in seconds; None means not known. ``problems`` keep the build from starting, each in one line that
+    says what to do; ``warnings`` are possible problems. ``tensorrt`` has the version of each backend's package, None if it is
+    not installed. ``backend`` and ``folder`` are None if nothing can be built here. ``peak_bytes`` and ``mapped_bytes`` are
+    those of the largest build, because builds run one after the other. ``run_bytes`` is the device memory for running the
+    whole bundle, by purpose. ``command`` starts the build.
 
     Raises:
         BackendError: If ``options`` name a graph that the bundle does not have.
     """
     host = find_host() if host is None else host
-    graphs = planned_graphs(
-        bundle, options.graphs, num_architectures=max(1, len(options.compute_capabilities))
-    )
+    num_architectures = max(1, len(options.compute_capabilities))
+    graphs = planned_graphs(bundle, options.graphs, num_architectures=num_architectures)
     plan, problems, warnings = None, [], []
     try:
         plan = plan_build(bundle, options, host=host)
@@ -141,26 +48,62 @@ def build_needs(bundle: Bundle, options: BuildOptions, *, host: Host | None = No
         problems.append(str(error))
     if plan is not None:
         graphs, warnings = plan.graphs, list(plan.warnings)
-    free = shutil.disk_usage(bundle.folder).free
-    needed = sum(graph.memory.engine_bytes for graph in graphs) if plan is None else plan.disk_bytes
+    free, disk_bytes = shutil.disk_usage(bundle.folder).free, sum(graph.engine_bytes for graph in graphs)
+    needed = disk_bytes if plan is None else plan.disk_bytes
     if needed > free:
+        missing = math.ceil((needed - free) / 1e7) / 100  # rounded up, so that freeing as much suffices
         problems.append(
             f"{bundle.folder}: expected {needed / 1e9:.2f} GB of free space, got {free / 1e9:.2f} GB;"
-            f" free {_gb_up(needed - free)} GB, or move the bundle to another disk"
+            f" free {missing:.2f} GB, or move the bundle to another disk"
         )
-    warnings += _cannot_run(bundle, host, plan)
-    return BuildNeeds(
-        bundle=bundle,
-        options=options,
-        host=host,
-        tensorrt=_installed(plan),
-        plan=plan,
-        graphs=graphs,
-        problems=tuple(problems),
-        warnings=tuple(warnings),
-        available_bytes=available_memory_bytes(),
-        free_disk_bytes=free,
-    )
+    specs, largest = bundle.manifest.graphs, max(graphs, key=lambda graph: graph.peak_bytes)
+    run_bytes = estimate(bundle.manifest, specs, weight_bytes=sum(spec.weight_bytes for spec in specs))
+    return {
+        "ready": not problems,
+        "problems": problems,
+        "warnings": warnings + _cannot_run(run_bytes, host, plan),
+        "command": _command(bundle, options),
+        "tensorrt": _installed(plan),
+        "backend": None if plan is None else plan.tensorrt.backend,
+        "compute_capabilities": [] if plan is None else list(plan.compute_capabilities),
+        "folder": None if plan is None else str(plan.folder),
+        "kept": [] if plan is None else [entry.graph for entry in plan.kept],
+        "platform": host.platform,
+        "python": platform.python_version(),
+        "l4t": l4t_release(),
+        "gpu": None if host.gpu is None else dataclasses.asdict(host.gpu),
+        "seconds": round(sum(graph.seconds for graph in graphs)),
+        "disk_bytes": disk_bytes,
+        "free_disk_bytes": free,
+        "peak_bytes": largest.peak_bytes,
+        "mapped_bytes": largest.mapped_bytes,
+        "available_bytes": available_memory_bytes(),
+        "run_bytes": run_bytes,
+        "graphs": [
+            {
+                "name": graph.spec.name,
+                "profiles": {profile.name: profile.sizes for profile in graph.spec.profiles},
+                "weight_bytes": graph.spec.weight_bytes,
+                "engine_bytes": graph.engine_bytes,
+                "peak_bytes": graph.peak_bytes,
+                "seconds": round(graph.seconds),
+            }
+            for graph in graphs
+        ],
+    }
+
+
+def _command(bundle: Bundle, options: BuildOptions) -> str:
+    """Return the command line that starts the build."""
+    values = {
+        "--backend": "" if options.backend == "auto" else options.backend,
+        "--compute-capability": ",".join(map(str, options.compute_capabilities)),
+        "--graphs": ",".join(options.graphs),
+        "--split-lm-head": "" if options.split_lm_head == 1 else str(options.split_lm_head),
+    }
+    words = [word for name, value in values.items() if value for word in (name, value)]
+    words += ["--verbose-layers"] * options.detailed_layers + ["--force"] * options.force
+    return shlex.join(["trio-build", str(bundle.folder), *words])
 
 
 def _installed(plan: BuildPlan | None) -> dict[str, str | None]:
@@ -174,30 +117,18 @@ def _installed(plan: BuildPlan | None) -> dict[str, str | None]:
     return versions
 
 
-def _cannot_run(bundle: Bundle, host: Host, plan: BuildPlan | None) -> list[str]:
+def _cannot_run(run_bytes: dict[str, int], host: Host, plan: BuildPlan | None) -> list[str]:
     """Return a warning if the engines are for this machine's GPU and it has too little memory to run them."""
-    gpu = host.gpu
+    gpu, needed = host.gpu, sum(run_bytes.values())
     if gpu is None or plan is None or gpu.compute_capability not in plan.compute_capabilities:
         return []
-    parts = _run_bytes(bundle)
-    needed = sum(parts.values())
-    if needed <= gpu.memory_bytes:
-        return []
-    has = f"{gpu.name} has {gpu.memory_bytes / 1e9:.1f} GB"
-    text = f"running needs about {needed / 1e9:.1f} GB on the GPU ({in_words(parts)}), {has};"
-    return [f"{text} export with fewer stages, less text or smaller weights"]
+    text = (
+        f"running needs about {needed / 1e9:.1f} GB on the GPU ({in_words(run_bytes)}), {gpu.name} has"
+        f" {gpu.memory_bytes / 1e9:.1f} GB; export with fewer stages, less text or smaller weights"
+    )
+    return [text] if needed > gpu.memory_bytes else []
 
 
 def in_words(parts: Mapping[str, int]) -> str:
     """Return gigabytes by purpose, such as "weights 1.20, buffers 0.10"."""
     return ", ".join(f"{name} {count / 1e9:.2f}" for name, count in parts.items())
-
-
-def _run_bytes(bundle: Bundle) -> dict[str, int]:
-    graphs = bundle.manifest.graphs
-    return estimate(bundle.manifest, graphs, weight_bytes=sum(spec.weight_bytes for spec in graphs))
-
-
-def _gb_up(num_bytes: int) -> str:
-    """Return gigabytes with two decimals, rounded up so that freeing as much suffices."""
-    return f"{math.ceil(num_bytes / 1e7) / 100:.2f}"

@@ -1,25 +1,27 @@
-"""Finds TensorRT: ``tensorrt`` (JetPack's, or a pip package) or ``tensorrt-rtx``. No other file imports them.
+"""Finds TensorRT, ``tensorrt`` (JetPack's, or a pip package) or ``tensorrt-rtx``: its module, its log and its profiler.
 
-Neither is a dependency: they are imported when an engine is built or run. The abilities of a release are read from its
-module, not from its version.
+No other file imports them. Neither is a dependency: they are imported when an engine is built or run. The abilities of a
+release are read from its module, not from its version.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from importlib.machinery import PathFinder
-from importlib.util import find_spec, module_from_spec
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, final
 
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.devices.machine import is_jetson
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from importlib.machinery import ModuleSpec
 
     from trio_edge.runtime.devices.machine import Host
@@ -86,16 +88,12 @@ def choose_backend(name: str, *, host: Host, ahead_of_time: bool) -> EngineBacke
         raise BackendError(
             f"--backend: expected one of auto, {', '.join(ENGINE_BACKENDS)}, got {name!r}; choose one of them"
         )
-    for backend in ENGINE_BACKENDS:
-        if name == backend:
-            return backend
     # tensorrt times its tactics on this machine's GPU; tensorrt-rtx also builds for other GPUs.
-    if host.gpu is not None and not ahead_of_time and _spec("tensorrt", system_folders()) is not None:
-        return "tensorrt"
-    if _spec("tensorrt_rtx", ()) is not None:
-        return "tensorrt-rtx"
-    if _spec("tensorrt", system_folders()) is not None:
-        return "tensorrt"
+    builds_here = host.gpu is not None and not ahead_of_time
+    order = ENGINE_BACKENDS if builds_here else ENGINE_BACKENDS[::-1]
+    for backend in order:
+        if name == backend or (name == "auto" and is_installed(backend)):
+            return backend
     raise _missing("tensorrt" if is_jetson() else "tensorrt-rtx")
 
 
@@ -117,14 +115,15 @@ def load_tensorrt(backend: EngineBackend, *, folders: Sequence[Path] | None = No
     Raises:
         BackendError: If it is not installed or cannot be imported.
     """
-    name = _MODULES[backend]
-    spec = _spec(name, system_folders() if folders is None else folders)
-    if spec is None:
+    name, path = _MODULES[backend], sys.path.copy()
+    folders = system_folders() if folders is None else folders
+    if _spec(name, folders) is None:
         raise _missing(backend)
+    sys.path += map(str, folders)  # the environment's packages come first
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the bindings warn about their own deprecated names
-            module = _import(name, spec)
+            module = importlib.import_module(name)
         version = module.__version__
     except (ImportError, OSError, AttributeError) as error:
         line = " ".join(str(error).split())
@@ -132,6 +131,8 @@ def load_tensorrt(backend: EngineBackend, *, folders: Sequence[Path] | None = No
             f"{backend}: expected a package that python {sys.version_info.major}.{sys.version_info.minor} imports,"
             f" got: {line}; install the release for this python"
         ) from None
+    finally:
+        sys.path[:] = path
     return TensorRT(backend=backend, module=module, version=version)
 
 
@@ -141,24 +142,87 @@ def _spec(name: str, folders: Sequence[Path]) -> ModuleSpec | None:
     return PathFinder.find_spec(name, [str(folder) for folder in folders])
 
 
-def _import(name: str, spec: ModuleSpec) -> Any:
-    if name in sys.modules or find_spec(name) is not None:
-        return importlib.import_module(name)
-    if spec.loader is None:
-        raise ImportError(f"no loader for {name}")
-    module = module_from_spec(spec)
-    sys.modules[name] = module  # before it runs, because it imports itself
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
 def _missing(backend: EngineBackend) -> BackendError:
-    remedy = {
-        "tensorrt": "on a Jetson it comes with JetPack (sudo apt install python3-libnvinfer), elsewhere pip install tensorrt",
-        "tensorrt-rtx": 'run pip install "trio-edge[rtx]"',
-    }[backend]
+    remedy = 'run pip install "trio-edge[rtx]"'
+    if backend == "tensorrt":
+        jetson = "on a Jetson it comes with JetPack (sudo apt install python3-libnvinfer)"
+        remedy = f"{jetson}, elsewhere pip install tensorrt"
     return BackendError(f"backend: expected {backend} to be installed, it is not; {remedy}")
+
+
+def make_logger(module: Any, on_error: Callable[[str], None]) -> Any:
+    """Return a logger for ``module``, ``tensorrt`` or ``tensorrt_rtx``, that passes every error to ``on_error``."""
+
+    class Logger(module.ILogger):  # type: ignore[misc]  # the base class is known only at run time
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= module.ILogger.ERROR:
+                on_error(message)
+
+    return Logger()
+
+
+@final
+class EngineErrors:
+    """TensorRT's errors while engines are loaded and run."""
+
+    def __init__(self, module: Any) -> None:
+        self._texts: list[str] = []
+        self.logger = make_logger(module, lambda text: self._texts.append(" ".join(text.split())[:300]))
+        """For ``Runtime``."""
+
+    def reason(self) -> str:
+        """Return the first error since the last call in brackets, because later ones follow from it; "" if there was none."""
+        first = f" ({self._texts[0]})" if self._texts else ""
+        self._texts.clear()
+        return first
+
+
+@cache
+def engine_errors(module: Any) -> EngineErrors:
+    """Return the one error log of ``tensorrt`` or ``tensorrt_rtx`` in this process.
+
+    TensorRT writes to the first logger that it gets as long as any of its objects lives, and ignores all later ones.
+    """
+    return EngineErrors(module)
+
+
+@final
+class EngineLayerTimes:
+    """The layers of one engine in all runs: times from TensorRT's profiler, names and kinds from its inspector.
+
+    While times are recorded, every run waits for the device.
+    """
+
+    def __init__(self, module: Any, engine: Any, file: Path) -> None:
+        """Make a profiler for ``engine`` of ``module``, ``tensorrt`` or ``tensorrt_rtx``; ``write`` writes to ``file``."""
+        self._file = file
+        self._runs: list[list[tuple[str, float]]] = []
+        self._run: list[tuple[str, float]] = []
+        run = self._run
+
+        class Profiler(module.IProfiler):  # type: ignore[misc]
+            def __init__(self) -> None:
+                module.IProfiler.__init__(self)  # TensorRT's bindings require this instead of super()
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                run.append((layer_name, ms))
+
+        self._profiler = Profiler()
+        inspector = engine.create_engine_inspector()
+        self._layers = json.loads(inspector.get_engine_information(module.LayerInformationFormat.JSON))
+
+    def attach(self, context: Any) -> None:
+        """Let ``context`` report the layers of each run."""
+        context.profiler = self._profiler
+
+    def end_run(self) -> None:
+        """Take the reported times as one run."""
+        self._runs.append(self._run.copy())
+        self._run.clear()
+
+    def write(self) -> None:
+        """Write all runs and the inspector's list of layers."""
+        self._file.write_text(json.dumps({"runs": self._runs, "layers": self._layers.get("Layers", [])}))

@@ -1,12 +1,17 @@
-"""Passes over a parsed network.
+"""Passes over a parsed TensorRT network.
 
 ``join_attention`` lets TensorRT fuse attention into one kernel, ``separate_products`` avoids duplicate weights, and
-``split_lm_head`` splits the lm_head into blocks.
+``split_lm_head`` splits the lm_head into blocks. ``Network`` has the lookups that they need: the layer that makes a tensor,
+the layers that use it, products with weights.
+
+Layers cannot be removed from a TensorRT network. A pass adds layers and connects users to them; TensorRT drops layers
+without users when it builds the engine.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
@@ -15,7 +20,114 @@ from trio_edge.runtime.bundle.errors import BackendError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.runtime.engines.network import Network, WeightProduct
+    from numpy.typing import NDArray
+
+    from trio_edge.runtime.engines.package import TensorRT
+
+
+@dataclass(frozen=True, slots=True)
+class WeightProduct:
+    """A matrix product whose second operand is a weight."""
+
+    layer: Any
+    """Its IMatrixMultiplyLayer."""
+    weight: Any
+    """The IConstantLayer of the weight, of rank 2."""
+    transposed: bool
+    """Whether the stored weight is transposed: [outputs, inputs], as in checkpoints."""
+
+
+@final
+class Network:
+    """A parsed network with the lookups that passes need."""
+
+    def __init__(self, tensorrt: TensorRT, definition: Any) -> None:
+        self.trt = tensorrt.module
+        self.definition = definition
+        self._arrays: list[NDArray[Any]] = []
+        # By name, because each get_layer or get_input returns a new Python object.
+        self._makers: dict[str, Any] = {}
+        self._users: dict[str, list[tuple[Any, int]]] = {}
+        for layer in self.layers():
+            for index in range(layer.num_outputs):
+                self._makers[layer.get_output(index).name] = layer
+            for index in range(layer.num_inputs):
+                if (tensor := layer.get_input(index)) is not None:
+                    self._users.setdefault(tensor.name, []).append((layer, index))
+
+    def layers(self) -> list[Any]:
+        """Return all layers in order."""
+        return [self.definition.get_layer(index) for index in range(self.definition.num_layers)]
+
+    def maker(self, tensor: Any) -> Any | None:
+        """Return the layer that makes ``tensor``, as the class of its type; None for an input of the network."""
+        layer = self._makers.get(tensor.name)
+        return None if layer is None else self._typed(layer)
+
+    def users(self, tensor: Any) -> list[Any]:
+        """Return the layers that used ``tensor`` when the network was parsed."""
+        return [layer for layer, _ in self._users.get(tensor.name, [])]
+
+    def connect(self, old: Any, new: Any) -> None:
+        """Replace ``old`` by ``new`` in every layer of the parsed network that uses it, and as an output."""
+        for layer, index in self._users.get(old.name, []):
+            layer.set_input(index, new)
+        if old.is_network_output:
+            name = old.name
+            self.definition.unmark_output(old)
+            old.name = f"{name} (whole)"  # names are unique in a network
+            new.name = name
+            self.definition.mark_output(new)
+
+    def constant(self, array: NDArray[Any]) -> Any:
+        """Return the tensor of a new constant. ``array`` is kept, not copied, and may be a view."""
+        self._arrays.append(array)  # TensorRT reads it only when it builds the engine
+        return self.definition.add_constant(array.shape, self.trt.Weights(array)).get_output(0)
+
+    def weight_products(self) -> list[WeightProduct]:
+        """Return all matrix products with a constant second operand, in order."""
+        found = []
+        for layer in self.layers():
+            if layer.type != self.trt.LayerType.MATRIX_MULTIPLY:
+                continue
+            layer.__class__ = self.trt.IMatrixMultiplyLayer
+            weight, transposed = self._source_constant(layer.get_input(1))
+            if weight is not None:
+                flag = layer.op1 == self.trt.MatrixOperation.TRANSPOSE
+                found.append(WeightProduct(layer, weight, transposed != flag))
+        return found
+
+    def values(self, constant: Any) -> NDArray[Any]:
+        """Return a view of a constant layer's values in its shape."""
+        return np.asarray(constant.weights).reshape(tuple(constant.shape))
+
+    def _source_constant(self, tensor: Any) -> tuple[Any | None, bool]:
+        """Return the rank-2 constant that ``tensor`` reshapes to leading axes of 1 or transposes, and whether it transposes."""
+        transposed = False
+        while (layer := self.maker(tensor)) is not None and layer.type == self.trt.LayerType.SHUFFLE:
+            source = layer.get_input(0)
+            if len(source.shape) != 2 or layer.num_inputs > 1:
+                return None, False
+            orders = (layer.first_transpose, layer.second_transpose)
+            first, second = (tuple(order)[:2] == (1, 0) for order in orders)
+            swapped = first ^ (second and len(tensor.shape) == 2)
+            if tuple(tensor.shape)[-2:] != tuple(source.shape)[:: -1 if swapped else 1]:
+                return None, False  # a reshape
+            transposed ^= swapped
+            tensor = source
+        is_weight = layer is not None and layer.type == self.trt.LayerType.CONSTANT and len(tensor.shape) == 2
+        return (layer, transposed) if is_weight else (None, False)
+
+    def _typed(self, layer: Any) -> Any:
+        """Return ``layer`` as the class of its type: get_layer gives the base class, which lacks most attributes."""
+        classes = {
+            self.trt.LayerType.CONSTANT: self.trt.IConstantLayer,
+            self.trt.LayerType.SHUFFLE: self.trt.IShuffleLayer,
+            self.trt.LayerType.ELEMENTWISE: self.trt.IElementWiseLayer,
+        }
+        if (wanted := classes.get(layer.type)) is not None:
+            layer.__class__ = wanted
+        return layer
 
 
 def join_attention(network: Network) -> int:
@@ -26,42 +138,24 @@ def join_attention(network: Network) -> int:
     kernels of the two halves, one of which copies the past keys. With joined keys and values it makes one kernel in prefill
     and in decode, which reads both parts in place (tensorrt-rtx 1.7; docs/kernels.md). The sums are the same.
     """
-    joined = 0
-    for layer in network.layers():
-        if layer.type == network.trt.LayerType.SOFTMAX and (parts := _attention_parts(network, layer)):
-            _join(network, parts)
-            joined += 1
-    return joined
+    softmax = network.trt.LayerType.SOFTMAX
+    return sum(_join_around(network, layer) for layer in network.layers() if layer.type == softmax)
 
 
-class _AttentionParts(NamedTuple):
-    """Layers and tensors of one attention in the form of ``export/graphs/attention.py``."""
-
-    past_scores: Any
-    new_scores: Any
-    scores: Any
-    """The concatenation of both."""
-    weights: Any
-    """Tensor of both parts' weights, with the type and rank of the values."""
-    past_output: Any
-    new_output: Any
-    output: Any
-    """The sum of both."""
-
-
-def _attention_parts(network: Network, softmax: Any) -> _AttentionParts | None:
-    """Return the parts of the attention around a softmax; None if the softmax is not part of one."""
-    types = network.trt.LayerType
+def _join_around(network: Network, softmax: Any) -> bool:
+    """Join keys and values around a softmax; return False if it is no part of an attention as in ``export/graphs/attention.py``."""
+    definition, types, plain = network.definition, network.trt.LayerType, network.trt.MatrixOperation.NONE
     masked = network.maker(softmax.get_input(0))
     if masked is None or masked.type != types.ELEMENTWISE:
-        return None
+        return False
     scores = _source(network, masked.get_input(0), types.CONCATENATION, through=(types.CAST,))
     if scores is None or scores.num_inputs != 2:
-        return None
-    through = (types.SHUFFLE,)
+        return False
     past, new = (
-        _source(network, scores.get_input(index), types.MATRIX_MULTIPLY, through=through) for index in (0, 1)
+        _source(network, scores.get_input(index), types.MATRIX_MULTIPLY, through=(types.SHUFFLE,))
+        for index in (0, 1)
     )
+    # The tensor of both parts' weights, with the type and rank of the values.
     weights = softmax.get_output(0)
     while len(users := network.users(weights)) == 1 and users[0].type in (types.CAST, types.SHUFFLE):
         weights = users[0].get_output(0)
@@ -69,10 +163,20 @@ def _attention_parts(network: Network, softmax: Any) -> _AttentionParts | None:
     outputs = [user for part in slices for user in network.users(part.get_output(0))]
     sums = [user for part in outputs for user in network.users(part.get_output(0))]
     if not past or not new or len(outputs) != 2 or len(sums) != 2 or sums[0].name != sums[1].name:
-        return None
+        return False
+    keys = definition.add_concatenation([past.get_input(1), new.get_input(1)])
+    keys.axis = 3  # [1, G, E, C + S], transposed in the graph
+    product = definition.add_matrix_multiply(past.get_input(0), plain, keys.get_output(0), plain)
+    joined = definition.add_shuffle(product.get_output(0))
+    joined.set_input(1, definition.add_shape(scores.get_output(0)).get_output(0))
+    network.connect(scores.get_output(0), joined.get_output(0))
     # The graph adds the output for the new rows to that for the past rows.
-    past_output, new_output = (network.maker(sums[0].get_input(index)) for index in (0, 1))
-    return _AttentionParts(past, new, scores, weights, past_output, new_output, sums[0])
+    halves: list[Any] = [network.maker(sums[0].get_input(index)) for index in (0, 1)]
+    values = definition.add_concatenation([half.get_input(1) for half in halves])
+    values.axis = 2  # [1, G, C + S, E]
+    output = definition.add_matrix_multiply(weights, plain, values.get_output(0), plain)
+    network.connect(sums[0].get_output(0), output.get_output(0))
+    return True
 
 
 def _source(network: Network, tensor: Any, wanted: Any, *, through: tuple[Any, ...]) -> Any | None:
@@ -81,21 +185,6 @@ def _source(network: Network, tensor: Any, wanted: Any, *, through: tuple[Any, .
     while layer is not None and layer.type in through:
         layer = network.maker(layer.get_input(0))
     return layer if layer is not None and layer.type == wanted else None
-
-
-def _join(network: Network, parts: _AttentionParts) -> None:
-    definition, plain = network.definition, network.trt.MatrixOperation.NONE
-    keys = definition.add_concatenation([parts.past_scores.get_input(1), parts.new_scores.get_input(1)])
-    keys.axis = 3  # [1, G, E, C + S], transposed in the graph
-    query = parts.past_scores.get_input(0)
-    product = definition.add_matrix_multiply(query, plain, keys.get_output(0), plain).get_output(0)
-    scores = definition.add_shuffle(product)
-    scores.set_input(1, definition.add_shape(parts.scores.get_output(0)).get_output(0))
-    network.connect(parts.scores.get_output(0), scores.get_output(0))
-    values = definition.add_concatenation([parts.past_output.get_input(1), parts.new_output.get_input(1)])
-    values.axis = 2  # [1, G, C + S, E]
-    output = definition.add_matrix_multiply(parts.weights, plain, values.get_output(0), plain)
-    network.connect(parts.output.get_output(0), output.get_output(0))
 
 
 def separate_products(network: Network) -> int:
@@ -245,8 +334,6 @@ def equal_tensor(network: Network, tensor: Any) -> Any | None:
         if constant is not None and constant.type == trt.LayerType.CONSTANT:
             # The constant is copied, because with the same one TensorRT would recognize that both tensors are equal.
             copy = network.values(constant).astype(trt.nptype(operand.dtype)).reshape(tuple(operand.shape))
-            product = network.definition.add_elementwise(
-                network.constant(copy), other, trt.ElementWiseOperation.PROD
-            )
-            return product.get_output(0)
+            factor, kind = network.constant(copy), trt.ElementWiseOperation.PROD
+            return network.definition.add_elementwise(factor, other, kind).get_output(0)
     return None

@@ -10,13 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trio_edge.runtime.bundle.errors import ManifestError
-from trio_edge.runtime.images.internvl import KIND as GRID_TILES
-from trio_edge.runtime.images.internvl import InternVlImages
 from trio_edge.runtime.images.llava import LlavaImages
-from trio_edge.runtime.images.qwen import KIND as PATCHES
-from trio_edge.runtime.images.qwen import TABLE_KIND, Qwen3Images, QwenImages
-from trio_edge.runtime.images.smolvlm import KIND as NAMED_TILES
-from trio_edge.runtime.images.smolvlm import SmolVlmImages
+from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages
+from trio_edge.runtime.images.tiles import InternVlImages, SmolVlmImages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    from trio_edge.runtime.images.layout import ImageLayout
+    from trio_edge.runtime.images.processing import ImageLayout
 
 
 class ImageProcessing(Protocol):
@@ -71,18 +67,11 @@ def image_processing(values: Mapping[str, Any], *, encoder_keep: int | None) -> 
     Raises:
         ManifestError: If it is of an unknown kind, or a value is out of range.
     """
-    if values.get("kind") == PATCHES:
-        return QwenImages.from_dict(values, encoder_keep=encoder_keep)
-    for kind, images in (
-        (GRID_TILES, InternVlImages),
-        (NAMED_TILES, SmolVlmImages),
-        (TABLE_KIND, Qwen3Images),
-    ):
-        if values.get("kind") != kind:
-            continue
-        if encoder_keep is not None:
-            raise ManifestError(
-                f"encoder_keep: expected none with kind {kind!r}, got {encoder_keep}; export the bundle again"
-            )
-        return images.from_dict(values)
-    return LlavaImages.from_dict(values, encoder_keep=encoder_keep)
+    others = (QwenImages, Qwen3Images, InternVlImages, SmolVlmImages)
+    kind = values.get("kind")
+    family = next((family for family in others if family.__struct_config__.tag == kind), LlavaImages)
+    if encoder_keep is not None and family not in (QwenImages, LlavaImages):
+        raise ManifestError(
+            f"encoder_keep: expected none with kind {kind!r}, got {encoder_keep}; export the bundle again"
+        )
+    return family.from_dict(values, encoder_keep=encoder_keep)

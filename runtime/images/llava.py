@@ -19,30 +19,22 @@ import numpy as np
 from PIL import Image
 
 from trio_edge.runtime.bundle.errors import CheckpointError, ManifestError
-from trio_edge.runtime.images.constants import (
-    CLIP_MEAN,
-    CLIP_STD,
-    Colour,
-    Factor,
+from trio_edge.runtime.images.processing import (
     ImageConstants,
-    Size,
-    Spread,
-    normalized,
-    only_checkpoint_errors,
-    pixel_fields,
-    processor_values,
-    square_side,
-)
-from trio_edge.runtime.images.layout import (
     ImageLayout,
+    Size,
     boxes_between,
     check_not_empty,
-    check_rgb,
     few_counts,
+    only_checkpoint_errors,
     padded_index,
+    padded_tiles,
+    pixel_fields,
+    processor_values,
     room_for,
+    square_side,
 )
-from trio_edge.runtime.images.resizing import Resample, resize
+from trio_edge.runtime.images.resizing import resize
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -74,7 +66,6 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
     """Side to resize to before cropping to ``tile_size``; Hugging Face's ``size``."""
     resize_mode: ResizeMode = "shortest_edge"
     """"shortest_edge" keeps the aspect ratio, "stretch" makes a square."""
-    resample: Resample = "bicubic"
     grid_pinpoints: tuple[tuple[Size, Size], ...] = ()
     """(height, width) of every grid of "anyres", in multiples of ``tile_size``; empty for "single"."""
     max_grid_tiles: Size | None = None
@@ -84,13 +75,8 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
     """Use only the base tile and a newline, as LLaVA-OneVision does for several images in a prompt."""
     do_resize: bool = True
     do_center_crop: bool = True
-    do_rescale: bool = True
-    do_normalize: bool = True
     do_pad: bool = False
     """Pad to a square with the mean colour before resizing (LlavaImageProcessor); "single" only."""
-    rescale_factor: Factor = 1 / 255
-    image_mean: Colour = CLIP_MEAN
-    image_std: Spread = CLIP_STD
 
     def __post_init__(self) -> None:
         tile = self.tile_size
@@ -129,11 +115,17 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         Raises:
             CheckpointError: If the processor is of another class, or a value is not supported.
         """
-        name, values = processor_values(config, processors=_PROCESSORS, always=("do_convert_rgb",))
+        name, values = processor_values(config, *_PROCESSORS, always=("do_convert_rgb",))
         is_anyres = name in ("LlavaNextImageProcessor", _ONEVISION)
         with only_checkpoint_errors():
+            # This class has other defaults; without a crop, tiles have the size ``size``.
             if name == _ONEVISION:
-                values = _with_onevision_defaults(values)
+                size = values.setdefault("size", {"height": 384, "width": 384})
+                values = {
+                    "crop_size": size,
+                    "do_center_crop": False,
+                    "image_grid_pinpoints": ONEVISION_PINPOINTS,
+                } | values
             resize_size, resize_mode = _side(values.get("size", {"shortest_edge": 224}), name="size")
             tile_size, _ = _side(values.get("crop_size", {"height": 224, "width": 224}), name="crop_size")
             fields = {
@@ -215,25 +207,19 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         With "anyres" the base tile is first. With ``max_grid_tiles``, ``token_index`` is [N, 4], and there are
         ``token_weights`` float32 [N, 4]. Arguments and errors are those of ``ImageProcessing.prepare``.
         """
-        check_rgb(image)
         own = self.sizes(*image.size)
         room = room_for(own, sizes, image=image)
         tiles = [_single_tile(image, self)] if self.kind == "single" else _anyres_tiles(image, self)
-        pixels = np.zeros((room["B"], 3, self.tile_size, self.tile_size), np.float32)
-        pixels[: own["B"]] = normalized(np.stack(tiles), self).transpose(0, 3, 1, 2)
+        inputs: dict[str, NDArray[Any]] = {}
         if self.max_grid_tiles is not None:
             used, weights = self.weighted_index(*image.size, num_tiles=room["B"])
-            padding = np.zeros((room["N"] - own["N"], 4), np.float32)
-            return {
-                "pixel_values": pixels,
-                "token_index": padded_index(used, room["N"]),
-                "token_weights": np.concatenate([weights, padding]),
-            }
-        if self.encoder_keep is None:
+            inputs["token_weights"] = np.pad(weights, ((0, room["N"] - own["N"]), (0, 0)))
+        elif self.encoder_keep is None:
             used = self.token_index(*image.size, num_tiles=room["B"])
         else:  # the graph's rows are only kept patches, without newlines
             used = np.arange(own["N"], dtype=np.int32)
-        return {"pixel_values": pixels, "token_index": padded_index(used, room["N"])}
+        pixels = padded_tiles(np.stack(tiles), room["B"], self)
+        return {"pixel_values": pixels, "token_index": padded_index(used, room["N"]), **inputs}
 
     def token_index(self, width: int, height: int, *, num_tiles: int | None = None) -> NDArray[np.int32]:
         """Return the row of each visual token of an image in the vision graph's flat features, int32 [N].
@@ -319,17 +305,8 @@ def _grid(width: int, height: int, images: LlavaImages) -> _Grid:
     else:
         left = (columns - int(round(width * (rows / height), 7))) // 2
     kept_rows, kept_columns = range(top, rows - top), range(left, columns - left)
-    lines, line_tokens = _limited(len(kept_rows), len(kept_columns), images)
-    return _Grid(
-        *pinpoint,
-        *fitted,
-        num_columns=tile_columns,
-        num_tiles=tile_rows * tile_columns,
-        rows=kept_rows,
-        columns=kept_columns,
-        lines=lines,
-        line_tokens=line_tokens,
-    )
+    num_tiles, limited = tile_rows * tile_columns, _limited(len(kept_rows), len(kept_columns), images)
+    return _Grid(*pinpoint, *fitted, tile_columns, num_tiles, kept_rows, kept_columns, *limited)
 
 
 def _limited(rows: int, columns: int, images: LlavaImages) -> tuple[int, int]:
@@ -381,15 +358,13 @@ def _best_pinpoint(width: int, height: int, images: LlavaImages) -> tuple[int, i
 
     Source: select_best_resolution. An image so thin that no grid shows a pixel of it gets the first grid.
     """
-    # Of equal grids the first one in the file wins.
-    best, best_effective, best_wasted = images.grid_pinpoints[0], -1, 0
-    for pinpoint in images.grid_pinpoints:
+
+    def shown_and_wasted(pinpoint: tuple[int, int]) -> tuple[int, int]:
         scale = min(pinpoint[1] / width, pinpoint[0] / height)
         effective = min(int(width * scale) * int(height * scale), width * height)
-        wasted = pinpoint[0] * pinpoint[1] - effective
-        if effective > best_effective or (effective == best_effective and wasted < best_wasted):
-            best, best_effective, best_wasted = pinpoint, effective, wasted
-    return best
+        return effective, effective - pinpoint[0] * pinpoint[1]
+
+    return max(images.grid_pinpoints, key=shown_and_wasted)  # of equal grids the first one in the file
 
 
 def _fitted_size(width: int, height: int, pinpoint: tuple[int, int]) -> tuple[int, int]:
@@ -405,15 +380,13 @@ def _fitted_size(width: int, height: int, pinpoint: tuple[int, int]) -> tuple[in
 
 def _resized(image: Image.Image, size: tuple[int, int], images: LlavaImages) -> Image.Image:
     """Return the image at (height, width)."""
-    if size == (image.height, image.width):
-        return image
     return Image.fromarray(resize(image, size, resample=images.resample))
 
 
 def _single_tile(image: Image.Image, images: LlavaImages) -> NDArray[np.uint8]:
     if images.do_pad and image.width != image.height:
         side = max(image.size)
-        square = Image.new("RGB", (side, side), _background(images))
+        square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in images.image_mean))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = square
     if not images.do_resize:
@@ -459,11 +432,6 @@ def _crop_offset(size: int, tile: int) -> int:
     return (size - tile) // 2 if size >= tile else -((tile - size) // 2)
 
 
-def _background(images: LlavaImages) -> tuple[int, int, int]:
-    red, green, blue = (int(value * 255) for value in images.image_mean)
-    return red, green, blue
-
-
 def _single_resized_size(width: int, height: int, images: LlavaImages) -> tuple[int, int]:
     """Return the (height, width) to resize to. Source: get_resize_output_image_size."""
     size = images.resize_size
@@ -485,7 +453,7 @@ def _token_boxes(width: int, height: int, images: LlavaImages) -> NDArray[np.flo
     if images.kind == "single":
         return _clipped(boxes_between(*_single_edges(edges, width, height, images)), width, height)
     # For the base tile, and for each tile of the grid if tiles are resized again.
-    unit = _cropped_fraction(edges, images)
+    unit = (edges + _crop_offset(images.resize_size, images.tile_size)) / images.resize_size
     base = boxes_between(unit * width, unit * height).reshape(-1, 4)
     if images.is_one_of_several:
         return _clipped(np.concatenate([base, np.full((1, 4), np.nan)]), width, height)
@@ -514,11 +482,6 @@ def _single_edges(
     return x - (padded_width - width) // 2, y - (padded_height - height) // 2
 
 
-def _cropped_fraction(edges: NDArray[Any], images: LlavaImages) -> NDArray[Any]:
-    """Return tile pixels as fractions of the image that was resized to ``resize_size`` and then cropped."""
-    return (edges + _crop_offset(images.resize_size, images.tile_size)) / images.resize_size
-
-
 def _grid_edges(unit: NDArray[Any], patches: range, images: LlavaImages) -> NDArray[Any]:
     """Return [len(patches), 2]: start and end of each patch along one axis, in the grid's pixels."""
     if not images.do_resize:  # only the base tile is resized, not the grid's tiles
@@ -544,13 +507,6 @@ def _clipped(boxes: NDArray[Any], width: int, height: int) -> NDArray[np.float32
 
 
 # Preprocessor files
-
-
-def _with_onevision_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a LlavaOnevisionImageProcessor with its defaults; without a crop, tiles have the size ``size``."""
-    size = values.get("size", {"height": 384, "width": 384})
-    defaults = {"crop_size": size, "do_center_crop": False, "image_grid_pinpoints": ONEVISION_PINPOINTS}
-    return {**defaults, **values, "size": size}
 
 
 def _side(size: Any, *, name: str) -> tuple[int, ResizeMode]:

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.images.layout import ImageLayout
-
-    Box = tuple[int, int, int, int]
+    from trio_edge.runtime.images.processing import ImageLayout
 
 _PANEL_SIDE = 640  # three panels fit on a screen
 _MARGIN = 16
@@ -93,13 +91,12 @@ def draw_kept(
         if lowest < 0 or highest >= len(boxes):
             raise ShapeError(f"kept: expected indices in 0..{len(boxes) - 1}, got {lowest}..{highest}")
     stages = list(kept) or [np.arange(len(boxes))]
-    titles = list(captions) or (
-        [f"stage {i + 1}" for i in range(len(kept))] if len(kept) else ["no selection"]
-    )
-    panels = [
-        _panel(image, boxes, indices, outlined=overview, title=title)
-        for indices, title in zip(stages, titles)
-    ]
+    titles = list(captions) or [f"stage {i + 1}" for i in range(len(kept))] or ["no selection"]
+    legend = "orange outlines: overview tile" if len(overview) else ""
+    panels = []
+    for indices, title in zip(stages, titles):
+        drawn = _drawn(image, boxes, indices, outlined=np.isin(indices, overview))
+        panels.append(_captioned(drawn, title, f"{len(indices)} of {len(boxes)} visual tokens kept", legend))
     width = sum(panel.width for panel in panels) + _MARGIN * (len(panels) + 1)
     sheet = Image.new("RGB", (width, panels[0].height + 2 * _MARGIN), _PAPER)
     x = _MARGIN
@@ -109,59 +106,51 @@ def draw_kept(
     return sheet
 
 
-def _panel(
+def _drawn(
     image: Image.Image,
     boxes: NDArray[np.float32],
     indices: NDArray[np.integer],
     *,
-    outlined: Sequence[int],
-    title: str,
+    outlined: NDArray[np.bool_],
 ) -> Image.Image:
+    """Return the image with the patches at ``indices`` bright, or as outlines where ``outlined``."""
     scale = _PANEL_SIDE / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     bright = image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
-    is_outlined = np.isin(indices, outlined)
-    patches = _pixel_boxes(boxes, indices[~is_outlined], scale=scale)
-    outlines = _pixel_boxes(boxes, indices[is_outlined], scale=scale)
     # One mask for all patches, because compositing once is faster than pasting hundreds of boxes.
     mask = Image.new("L", size, 0)
     mask_draw = ImageDraw.Draw(mask)
-    for box in patches:
+    for box in _pixel_boxes(boxes[indices[~outlined]], scale):
         mask_draw.rectangle(box, fill=255)
-    drawn = Image.composite(bright, _darkened(bright), mask)
+    dark = ImageEnhance.Brightness(ImageEnhance.Color(bright).enhance(0.2)).enhance(0.36)
+    drawn = Image.composite(bright, dark, mask)
     draw = ImageDraw.Draw(drawn)
-    for x0, y0, x1, y1 in outlines:  # inset, so that neighbours stay apart
+    for x0, y0, x1, y1 in _pixel_boxes(
+        boxes[indices[outlined]], scale
+    ):  # inset, so that neighbours stay apart
         draw.rectangle((x0 + 1, y0 + 1, max(x0 + 1, x1 - 1), max(y0 + 1, y1 - 1)), outline=_BASE_COLOUR)
-    return _captioned(
-        drawn, title=title, num_kept=len(indices), num_tokens=len(boxes), has_outlines=len(outlined) > 0
-    )
+    return drawn
 
 
-def _darkened(image: Image.Image) -> Image.Image:
-    return ImageEnhance.Brightness(ImageEnhance.Color(image).enhance(0.2)).enhance(0.36)
-
-
-def _pixel_boxes(boxes: NDArray[np.float32], indices: NDArray[np.integer], *, scale: float) -> list[Box]:
+def _pixel_boxes(boxes: NDArray[np.float32], scale: float) -> list[tuple[int, int, int, int]]:
     """Return inclusive pixel corners, except for newlines and padding, which have no area."""
-    chosen = boxes[indices]
-    with_area = (chosen[:, 2] > chosen[:, 0]) & (chosen[:, 3] > chosen[:, 1])  # false for NaN
-    corners = np.rint(chosen[with_area] * scale).astype(int)
+    with_area = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])  # false for NaN
+    corners = np.rint(boxes[with_area] * scale).astype(int)
     return [(x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)) for x0, y0, x1, y1 in corners.tolist()]
 
 
-def _captioned(
-    drawn: Image.Image, *, title: str, num_kept: int, num_tokens: int, has_outlines: bool
-) -> Image.Image:
-    lines = [(title, _INK, 20), (f"{num_kept} of {num_tokens} visual tokens kept", _FAINT_INK, 15)]
-    fonts = [ImageFont.load_default(size) for _, _, size in lines]
-    legend = "orange outlines: overview tile" if has_outlines else ""
-    width = max(drawn.width, *(int(font.getlength(text)) + 8 for font, (text, _, _) in zip(fonts, lines)))
+def _captioned(drawn: Image.Image, title: str, count: str, legend: str) -> Image.Image:
+    lines = (
+        (0, title, _INK, ImageFont.load_default(20)),
+        (27, count, _FAINT_INK, ImageFont.load_default(15)),
+    )
+    width = max(drawn.width, *(int(font.getlength(text)) + 8 for _, text, _, font in lines))
     panel = Image.new("RGB", (width, drawn.height + _CAPTION_HEIGHT), _PAPER)
     panel.paste(drawn, ((width - drawn.width) // 2, _CAPTION_HEIGHT))
     draw = ImageDraw.Draw(panel)
-    for y, font, (text, ink, _) in zip((0, 27), fonts, lines):
+    for y, text, ink, font in lines:
         draw.text((0, y), text, fill=ink, font=font)
-    legend_width = int(fonts[1].getlength(legend))
-    if legend and fonts[1].getlength(lines[1][0]) + legend_width + 24 <= width:
-        draw.text((width - legend_width, 27), legend, fill=_BASE_INK, font=fonts[1])
+    legend_width = int(font.getlength(legend))
+    if legend and font.getlength(count) + legend_width + 24 <= width:
+        draw.text((width - legend_width, 27), legend, fill=_BASE_INK, font=font)
     return panel

@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import re
 import threading
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -34,7 +33,7 @@ from trio_edge.runtime.bundle.errors import ImageError
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Set
+    from collections.abc import Iterator
     from typing import TypeAlias
 
     ImageSource: TypeAlias = str | Path | bytes | Image.Image
@@ -62,18 +61,14 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Im
     if isinstance(source, Image.Image):
         return _decode(source, name="image", drop_alpha=False, max_pixels=max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        data = bytes(source)
-        return _decode_file(io.BytesIO(data), len(data), name="image", max_pixels=max_pixels)
-    if isinstance(source, (str, Path)):
-        return _decode_path(source, max_pixels=max_pixels)
-    raise ImageError(f"image: expected a path, bytes or a PIL image, got {type(source).__name__}; give one")
-
-
-def _decode_path(source: str | Path, *, max_pixels: int) -> Image.Image:
+        return _decode_file(io.BytesIO(source), name="image", max_pixels=max_pixels)
+    if not isinstance(source, (str, Path)):
+        text = f"image: expected a path, bytes or a PIL image, got {type(source).__name__}; give one"
+        raise ImageError(text)
     path, name = file_of(source, kind="image"), f"image {short_name(source)}"
     try:
         with path.open("rb") as file:
-            return _decode_file(file, os.fstat(file.fileno()).st_size, name=name, max_pixels=max_pixels)
+            return _decode_file(file, name=name, max_pixels=max_pixels)
     except OSError as error:  # no permission
         raise ImageError(f"{name}: expected a readable file, got {one_line(error)}") from error
 
@@ -110,18 +105,18 @@ def image_header(
     Raises:
         ImageError: If ``data`` is no image, or has more than ``max_pixels``; the message begins with ``name``.
     """
-    with _opened(io.BytesIO(data), len(data), name=name, max_pixels=max_pixels) as image:
+    with _opened(io.BytesIO(data), name=name, max_pixels=max_pixels) as image:
         return image.size, image.format
 
 
-def _decode_file(file: IO[bytes], num_bytes: int, *, name: str, max_pixels: int) -> Image.Image:
-    with _opened(file, num_bytes, name=name, max_pixels=max_pixels) as opened:
+def _decode_file(file: IO[bytes], *, name: str, max_pixels: int) -> Image.Image:
+    with _opened(file, name=name, max_pixels=max_pixels) as opened:
         return _decode(opened, name=name, drop_alpha=True, max_pixels=max_pixels)
 
 
-def _opened(file: IO[bytes], num_bytes: int, *, name: str, max_pixels: int) -> Image.Image:
+def _opened(file: IO[bytes], *, name: str, max_pixels: int) -> Image.Image:
     """Return the image in an open file; of a refused image, little more than the header is read."""
-    if num_bytes == 0:
+    if (num_bytes := file.seek(0, io.SEEK_END)) == 0:
         raise ImageError(f"{name}: expected an image, got an empty file; choose another file")
     if num_bytes > (most := _HEADER_BYTES + _BYTES_PER_PIXEL * max_pixels):
         raise ImageError(
@@ -165,19 +160,15 @@ def load_common_formats() -> None:
 
 def _open(file: IO[bytes]) -> Image.Image:
     """Return the image before its pixels are decoded; raises Pillow's errors."""
-    load_common_formats()
-    try:
-        return _open_as(set(Image.OPEN), file)
-    except UnidentifiedImageError:
-        common = set(Image.OPEN)
-        Image.init()
-        return _open_as(set(Image.OPEN) - common, file)
-
-
-def _open_as(formats: Set[str], file: IO[bytes]) -> Image.Image:
-    wanted = [name for name in Image.OPEN if name in formats and name not in _FORMATS_NOT_READ]
-    file.seek(0)
-    return Image.open(file, formats=wanted)
+    tried = _FORMATS_NOT_READ
+    for load_formats in (load_common_formats, Image.init):
+        load_formats()
+        formats = [name for name in Image.OPEN if name not in tried]
+        tried |= set(formats)
+        file.seek(0)
+        with suppress(UnidentifiedImageError):
+            return Image.open(file, formats=formats)
+    raise UnidentifiedImageError
 
 
 def _decode(image: Image.Image, *, name: str, drop_alpha: bool, max_pixels: int) -> Image.Image:
@@ -193,9 +184,8 @@ def _decode(image: Image.Image, *, name: str, drop_alpha: bool, max_pixels: int)
     except Image.DecompressionBombError as error:
         raise ImageError(_too_many(name, max_pixels)) from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged data
-        raise ImageError(
-            f"{name}: expected a whole image, got {one_line(error)}; the file is damaged"
-        ) from error
+        told = one_line(error)
+        raise ImageError(f"{name}: expected a whole image, got {told}; the file is damaged") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -216,18 +206,14 @@ def _rgb(image: Image.Image, *, name: str, drop_alpha: bool) -> Image.Image:
         over = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, (255, 255, 255, 255)), over).convert("RGB")
     if image.mode.startswith("I") or image.mode == "F":
-        return _rgb_from_wide(image, name=name)
+        # Clipped without Pillow, whose releases differ in the modes they convert, and clip or shift.
+        values = np.asarray(image)
+        if values.max() > _MAX_LEVEL:
+            text = "%s: %s values above 255 become white, as in Hugging Face; convert it to 8 bits first"
+            _logger.warning(text, name, image.mode)
+        return Image.fromarray(np.nan_to_num(values).clip(0, _MAX_LEVEL).astype(np.uint8)).convert("RGB")
     # A copy, so that the caller's image is never shared.
     return image.copy() if image.mode == "RGB" else image.convert("RGB")
-
-
-def _rgb_from_wide(image: Image.Image, *, name: str) -> Image.Image:
-    """Clip to 0..255 without Pillow, whose releases differ in the modes they convert, and clip or shift."""
-    values = np.asarray(image)
-    if values.max() > _MAX_LEVEL:
-        text = "%s: %s values above 255 become white, as in Hugging Face; convert it to 8 bits first"
-        _logger.warning(text, name, image.mode)
-    return Image.fromarray(np.nan_to_num(values).clip(0, _MAX_LEVEL).astype(np.uint8)).convert("RGB")
 
 
 def short_name(source: object) -> str:

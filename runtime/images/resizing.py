@@ -10,7 +10,7 @@ Source: aten/src/ATen/native/cpu/UpSampleKernel.cpp of torch 2.13, written anew 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -69,7 +69,7 @@ def resize(
 def _resized_by_pillow(
     image: Image.Image, size: tuple[int, int], *, rows: range, columns: range, resample: Resample
 ) -> NDArray[np.uint8]:
-    method = _PILLOWS[resample]
+    method = Image.Resampling[resample.upper()]
     x_scale, y_scale = image.width / size[1], image.height / size[0]
     x_box = (columns.start * x_scale, 0, columns.stop * x_scale, image.height)
     narrow = image.resize((len(columns), image.height), method, box=x_box)
@@ -96,14 +96,13 @@ def _resized_axis(
 
 def _weighted_sums(
     values: NDArray[np.uint8], starts: list[int], weights: list[NDArray[np.float64]], num_bits: int
-) -> NDArray[np.float64]:
+) -> Any:
     # float64 holds these integer sums exactly, and numpy computes them with BLAS.
     lines = np.ascontiguousarray(values).astype(np.float64)
     sums = np.empty((len(starts), lines.shape[1]))
     for line, (start, weight) in enumerate(zip(starts, weights)):
         np.dot(weight, lines[start : start + len(weight)], out=sums[line])
-    levels: NDArray[np.float64] = np.floor((sums + 2 ** (num_bits - 1)) / 2**num_bits).clip(0, 255)
-    return levels
+    return np.floor((sums + 2 ** (num_bits - 1)) / 2**num_bits).clip(0, 255)
 
 
 def _integer_weights(
@@ -133,32 +132,16 @@ def _integer_weights(
     return starts.tolist(), [line[:end] for line, end in zip(rounded, ends)], num_bits
 
 
-def _cubic(distance: NDArray[np.float64]) -> NDArray[np.float64]:
+def _cubic(distance: NDArray[np.float64]) -> Any:
     """Keys' cubic filter with a = -0.5."""
     near = (1.5 * distance - 2.5) * distance * distance + 1
     far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    result: NDArray[np.float64] = np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
-    return result
+    return np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
 
 
-def _triangle(distance: NDArray[np.float64]) -> NDArray[np.float64]:
-    result: NDArray[np.float64] = np.maximum(1 - distance, 0.0)
-    return result
-
-
-def _lanczos(distance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Lanczos' windowed sinc with three lobes."""
-    result: NDArray[np.float64] = np.where(distance < 3, np.sinc(distance) * np.sinc(distance / 3), 0.0)
-    return result
-
-
-_FILTERS: dict[Resample, tuple[Callable[[NDArray[np.float64]], NDArray[np.float64]], float]] = {
-    "bilinear": (_triangle, 1.0),
+# Each filter, the last one Lanczos' windowed sinc with three lobes, and the distance from which it is 0.
+_FILTERS: dict[Resample, tuple[Callable[[NDArray[np.float64]], Any], float]] = {
+    "bilinear": (lambda distance: np.maximum(1 - distance, 0.0), 1.0),
     "bicubic": (_cubic, 2.0),
-    "lanczos": (_lanczos, 3.0),
-}
-_PILLOWS: dict[Resample, Image.Resampling] = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
+    "lanczos": (lambda far: np.where(far < 3, np.sinc(far) * np.sinc(far / 3), 0.0), 3.0),
 }

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.bundle.schedule import Schedule
     from trio_edge.runtime.devices.interface import DeviceTensor
-    from trio_edge.runtime.prompts.positions import PromptPositions
+    from trio_edge.runtime.prompts.tokenizer import PromptPositions
 
 
 class VisualTokens(NamedTuple):

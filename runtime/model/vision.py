@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import Profile
     from trio_edge.runtime.devices.interface import DeviceTensor
     from trio_edge.runtime.images.interface import ImageProcessing
-    from trio_edge.runtime.images.layout import ImageLayout
+    from trio_edge.runtime.images.processing import ImageLayout
     from trio_edge.runtime.model.programs import BoundLaunch, Programs
     from trio_edge.runtime.prompts.clip_text import ClipTexts
-    from trio_edge.runtime.videos.interface import VideoProcessing
+    from trio_edge.runtime.videos.qwen import VideoProcessing
     from trio_edge.runtime.videos.reading import Video
 
 

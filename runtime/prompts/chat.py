@@ -1,4 +1,4 @@
-"""Renders messages as prompt text, with the checkpoint's Jinja chat template in a sandbox.
+"""Turns messages into token ids: checks them, renders the checkpoint's Jinja chat template and tokenizes the result.
 
 Environment and template variables are those of Hugging Face's ``apply_chat_template``, so the prompt is the same character
 for character. Templates come from downloaded files: they run in a sandbox (``sandbox.py``), which bounds their time and
@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from trio_edge.runtime.bundle.errors import BundleError, ShapeError
+from trio_edge.runtime.bundle.errors import BundleError, PromptTooLongError, ShapeError
+from trio_edge.runtime.bundle.limits import MOST_TOKENS
 from trio_edge.runtime.prompts.sandbox import (
     MAX_PROMPT_CHARACTERS,
     Sandbox,
@@ -21,13 +22,22 @@ from trio_edge.runtime.prompts.sandbox import (
     TooMuchError,
     budget,
 )
+from trio_edge.runtime.prompts.tokenizer import Inset
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     import jinja2
 
+    from trio_edge.runtime.bundle.manifest import TextSpec
+    from trio_edge.runtime.prompts.tokenizer import PromptIds, Tokenizer
+
 Message: TypeAlias = dict[str, Any]
+
+_VISUAL = ("image", "video")
+# A token of ordinary text has about four characters; the longest tokens of vocabularies are 128 blanks.
+_CHARACTERS_PER_TOKEN = 32
+_FEW_CHARACTERS = 16_384
 
 _TEXTS = "message['content'] | selectattr('type', 'equalto', 'text')"
 _IMAGES = (
@@ -52,48 +62,36 @@ VICUNA_TEMPLATE = (
 """``USER: <image>\\n… ASSISTANT:`` of LLaVA-1.5 and LLaVA-NeXT (Vicuna), for checkpoints without a template."""
 
 
-def _chatml(image: str, *, video: str = "", first: str = "") -> str:
-    """Return a ChatML template with ``image`` and ``video`` as placeholders, and ``first`` before all messages."""
-    return (
-        "{% for message in messages %}"
-        + first
-        + "{% if message['role'] not in ('system', 'user', 'assistant') %}"
-        + _REFUSE_ROLE
-        + "{% endif %}"
-        "{{ '<|im_start|>' + message['role'] + '\n' }}"
-        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-        "{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}{{ '"
-        + image
-        + "' }}"
-        + (video and "{% elif part['type'] == 'video' %}{{ '" + video + "' }}")
-        + "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-        "{% endfor %}{% endif %}"
-        "{{ '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-
-
-_VISION_MARKS = "<|vision_start|>{}<|vision_end|>"
-
-QWEN2_5_VL_TEMPLATE = _chatml(
-    _VISION_MARKS.format("<|image_pad|>"),
-    video=_VISION_MARKS.format("<|video_pad|>"),
-    first="{% if loop.first and message['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}",
+LLAVA_ONEVISION_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ('system', 'user', 'assistant') %}" + _REFUSE_ROLE + "{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""ChatML with vision marks of Qwen2.5-VL, for checkpoints without a template."""
+"""ChatML of LLaVA-OneVision, for checkpoints without a template."""
 
-QWEN3_VL_TEMPLATE = _chatml(
-    _VISION_MARKS.format("<|image_pad|>"), video=_VISION_MARKS.format("<|video_pad|>")
+INTERNVL_TEMPLATE = LLAVA_ONEVISION_TEMPLATE.replace("<image>", "<IMG_CONTEXT>")
+"""ChatML of InternVL3, for checkpoints without a template; the exporter adds the marks around the image."""
+
+QWEN3_VL_TEMPLATE = LLAVA_ONEVISION_TEMPLATE.replace(
+    "{{ '<image>\n' }}",
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% elif part['type'] == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}",
 )
 """ChatML of Qwen3-VL, which has no default system message."""
 
-INTERNVL_TEMPLATE = _chatml("<IMG_CONTEXT>\n")
-"""ChatML of InternVL3, for checkpoints without a template; the exporter adds the marks around the image."""
-
-LLAVA_ONEVISION_TEMPLATE = _chatml("<image>\n")
-"""ChatML of LLaVA-OneVision, for checkpoints without a template."""
+QWEN2_5_VL_TEMPLATE = QWEN3_VL_TEMPLATE.replace(
+    "{% for message in messages %}",
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}",
+)
+"""ChatML with vision marks of Qwen2.5-VL, for checkpoints without a template."""
 
 SMOLVLM_TEMPLATE = (
     "{{ '<|im_start|>' }}{% for message in messages %}"
@@ -136,19 +134,132 @@ def build_messages(
     Images and videos come before the text of the first question. Each video has a "video" and its own settings.
     """
     messages = [] if system is None else [_message("system", system)]
-    questions = [*(question for question, _ in history), prompt]
-    answers = [answer for _, answer in history]
-    for turn, question in enumerate(questions):
-        shown = [{"type": "image", "image": image} for image in images]
-        shown += [{"type": "video", **video} for video in videos]
-        messages.append(_message("user", question, shown=shown if turn == 0 else ()))
-        if turn < len(answers):
-            messages.append(_message("assistant", answers[turn]))
-    return messages
+    shown = [{"type": "image", "image": image} for image in images]
+    shown += [{"type": "video", **video} for video in videos]
+    for question, answer in history:
+        messages += [_message("user", question, shown), _message("assistant", answer)]
+        shown = []
+    return [*messages, _message("user", prompt, shown)]
 
 
-def _message(role: str, text: str, *, shown: Sequence[dict[str, Any]] = ()) -> Message:
+def _message(role: str, text: str, shown: Sequence[dict[str, Any]] = ()) -> Message:
     return {"role": role, "content": [*shown, {"type": "text", "text": text}]}
+
+
+def check_messages(messages: object) -> None:
+    """Raise ShapeError unless ``messages`` are a conversation whose last turn is the user's."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        kind = type(messages).__name__
+        raise ShapeError(f"messages: expected a list of turns, got {kind}; write a question")
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ShapeError(f"{where}: expected a dict with 'role' and 'content', got {_described(message)}")
+        content = message.get("content")
+        if not isinstance(content, (str, list, tuple)):
+            got = _described(content)
+            raise ShapeError(f"{where}: expected text or a list of parts as content, got {got}")
+        for part in () if isinstance(content, str) else content:
+            _check_part(part, where=where)
+    if messages[-1]["role"] != "user":
+        got = messages[-1]["role"]
+        raise ShapeError(f"messages: expected the last turn to be the user's, got {got!r}; add a question")
+
+
+def _check_part(part: object, *, where: str) -> None:
+    if not isinstance(part, dict) or part.get("type") not in ("text", *_VISUAL):
+        raise ShapeError(
+            f"{where}: expected parts of the type 'text', 'image' or 'video', got {_described(part)}; see docs/images-and-video.md"
+        )
+    kind = part["type"]
+    if kind == "text" and not isinstance(part.get("text"), str):
+        got = _described(part.get("text"))
+        raise ShapeError(f"{where}: expected text in a part of the type 'text', got {got}")
+    if kind in _VISUAL and part.get(kind) is None:
+        raise ShapeError(f"{where}: expected {kind!r} in a part of the type {kind!r}, got none; add it")
+
+
+def _described(value: object) -> str:
+    return f"{value.get('type')!r}" if isinstance(value, dict) and "type" in value else type(value).__name__
+
+
+def visual_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return the images and videos of a conversation in order."""
+    return [part for part in _parts(messages) if part["type"] in _VISUAL]
+
+
+def last_question(messages: Sequence[Message]) -> str:
+    """Return the text of the last message."""
+    return "\n".join(part["text"] for part in _parts(messages[-1:]) if part["type"] == "text")
+
+
+def _parts(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            yield {"type": "text", "text": content}
+        else:
+            yield from content
+
+
+def _places(content: Any) -> Any:
+    """Return the content with placeholders for images and videos."""
+    if isinstance(content, str):
+        return content
+    return [{"type": part["type"]} if part["type"] in _VISUAL else part for part in content]
+
+
+def prompt_ids(
+    messages: Sequence[Message],
+    *,
+    tokenizer: Tokenizer,
+    template: str,
+    text: TextSpec,
+    insets: Sequence[Inset] | None = None,
+    max_tokens: int = MOST_TOKENS,
+) -> PromptIds:
+    """Return the ids of a conversation's text; ``messages`` have the form of ``build_messages``.
+
+    ``insets`` are the texts that replace images and videos, in order; None means one run without text for each. A text
+    that is far longer than ``max_tokens`` is refused before it is tokenized, which would take long.
+
+    Raises:
+        PromptTooLongError: If the text has more than ``max_tokens`` tokens.
+        ShapeError: If a text holds a special token, or the template refuses the messages.
+        BundleError: If the template is broken.
+    """
+    most = max(_FEW_CHARACTERS, _CHARACTERS_PER_TOKEN * max_tokens)
+    texts = [part["text"] for part in _parts(messages) if part["type"] == "text"]
+    characters = f"characters for {max_tokens} text tokens"
+    _check_length(sum(map(len, texts)), most, characters)
+    rendered = render_chat(
+        [{**message, "content": _places(message["content"])} for message in messages],
+        template=template,
+        special_tokens={"bos_token": text.bos_token, "eos_token": text.eos_token},
+    )
+    _check_length(len(rendered), most, characters)
+    for written in texts:
+        tokenizer.check_user_text(written)
+    if insets is None:
+        insets = [Inset(is_video=part["type"] == "video") for part in visual_parts(messages)]
+    ids = tokenizer.encode_prompt(
+        rendered,
+        image_token=text.image_token,
+        image_token_id=text.image_token_id,
+        video=None if text.video_token is None else (text.video_token, text.video_token_id or 0),
+        insets=insets,
+        bos_token=text.bos_token,
+    )
+    _check_length(len(ids.text), max_tokens, "text tokens")
+    return ids
+
+
+def _check_length(count: int, most: int, noun: str) -> None:
+    if count > most:
+        raise PromptTooLongError(
+            f"prompt: expected at most {most} {noun} (the largest bucket), got {count};"
+            " shorten it or export with a larger --max-text"
+        )
 
 
 def render_chat(
@@ -172,13 +283,8 @@ def render_chat(
         ShapeError: If the template refuses the messages.
     """
     compiled = compile_template(template)
-    values = {
-        **(special_tokens or {}),
-        "messages": messages,
-        "tools": None,
-        "documents": None,
-        "add_generation_prompt": add_generation_prompt,
-    }
+    values = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+    values = {**(special_tokens or {}), **values, "tools": None, "documents": None}
     try:
         with budget():
             return "".join(_bounded(compiled.generate(_plain(values))))

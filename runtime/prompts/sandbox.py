@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import operator
 import re
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -45,15 +44,6 @@ _GROWING = frozenset({
     "tojson", "batch", "slice",
 })  # fmt: skip
 """Methods of strings, and filters, whose result can be larger than their arguments."""
-_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": operator.truediv,
-    "//": operator.floordiv,
-    "%": operator.mod,
-    "**": operator.pow,
-}
 
 
 class TemplateRefusal(jinja2.TemplateError):
@@ -75,11 +65,6 @@ class _Budget:
         self._left -= count
         if self._left < 0:
             raise TooMuchError
-
-    def weighed(self, value: Any) -> Any:
-        """Return ``value`` after paying for its size."""
-        self.pay(_weight(value).price)
-        return value
 
     def pay_for_call(self, args: Iterable[Any], *, can_grow: bool) -> None:
         """Pay for the arguments. A result that can grow has at most the size of the product of the two largest arguments."""
@@ -140,10 +125,9 @@ def _weight(value: Any) -> _Weight:
         elif isinstance(item, _Namespace) and item is not value:
             # Its values can change later, and so would the size of the value that holds it.
             raise TypeError("expected a namespace by itself, got one inside another value")
-        too_dear = (
-            _CHARACTER * characters + _ELEMENT * elements > _BUDGET
-        )  # said before the whole value is read
-        if characters + elements > MAX_PROMPT_CHARACTERS or too_dear:
+        weight = _Weight(characters, elements)
+        # Said before the whole value is read.
+        if sum(weight) > MAX_PROMPT_CHARACTERS or weight.price > _BUDGET:
             raise TooMuchError
     return _Weight(characters, elements)
 
@@ -152,7 +136,7 @@ def _weight(value: Any) -> _Weight:
 class Sandbox(ImmutableSandboxedEnvironment):
     """The environment of ``apply_chat_template`` with a budget."""
 
-    intercepted_binops = frozenset(_OPERATORS)
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
@@ -178,16 +162,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: jinja2.runtime.Context, operator_name: str, left: Any, right: Any) -> Any:
         """Compute an operator; results of ``*``, ``**`` and ``%`` can be larger than the operands."""
-        spent = _budget.get()
         is_power = operator_name == "**" and isinstance(left, int) and isinstance(right, int)
         if is_power and left.bit_length() * right > _MOST_BITS:
             raise TooMuchError
         if operator_name == "%":
             _check_widths(left)
-        spent.pay_for_call(
-            (left, right), can_grow=operator_name in ("*", "%") and not _are_numbers(left, right)
-        )
-        return spent.weighed(_OPERATORS[operator_name](left, right))
+        are_numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
+        can_grow = operator_name in ("*", "%") and not are_numbers
+        _budget.get().pay_for_call((left, right), can_grow=can_grow)
+        return _read(super().call_binop(context, operator_name, left, right))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """Look something up; hashing a tuple takes as long as reading it."""
@@ -203,9 +186,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if is_text and method.__name__ in ("format", "format_map"):
             _check_widths(receiver)
         given = ([receiver] if is_text else []) + [*args, *kwargs.values()]
-        can_grow = is_text and method.__name__ in _GROWING
-        _budget.get().pay_for_call(given, can_grow=can_grow)
-        return _budget.get().weighed(super().call(__context, __obj, *args, **kwargs))
+        _budget.get().pay_for_call(given, can_grow=is_text and method.__name__ in _GROWING)
+        return _read(super().call(__context, __obj, *args, **kwargs))
 
     def _generate(self, source: jinja2.nodes.Template, *args: Any, **kwargs: Any) -> str:
         return super()._generate(_Payments().visit(source), *args, **kwargs)
@@ -227,8 +209,8 @@ class _Payments(NodeTransformer):
 
     def visit_Compare(self, node: jinja2.nodes.Compare) -> jinja2.nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        node.expr = _filtered(node.expr, "read ")
-        for operand in node.ops:
+        compared: tuple[Any, ...] = (node, *node.ops)
+        for operand in compared:
             operand.expr = _filtered(operand.expr, "read ")
         return node
 
@@ -237,17 +219,11 @@ class _Payments(NodeTransformer):
         is_slice = isinstance(node.arg, jinja2.nodes.Slice) and node.ctx == "load"
         return _filtered(node, "read ") if is_slice else node
 
-    def visit_List(self, node: jinja2.nodes.List) -> jinja2.nodes.Node:  # noqa: N802
+    def visit_List(self, node: jinja2.nodes.Expr) -> jinja2.nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return _filtered(node, "read ")
+        return _filtered(node, "read ") if getattr(node, "ctx", "load") == "load" else node
 
-    def visit_Dict(self, node: jinja2.nodes.Dict) -> jinja2.nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return _filtered(node, "read ")
-
-    def visit_Tuple(self, node: jinja2.nodes.Tuple) -> jinja2.nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return _filtered(node, "read ") if node.ctx == "load" else node
+    visit_Dict = visit_Tuple = visit_List  # noqa: N815
 
 
 def _filtered(node: Any, name: str) -> jinja2.nodes.Filter:
@@ -275,7 +251,9 @@ def _joined(values: list[Any]) -> str:
 
 
 def _read(value: Any) -> Any:
-    return _budget.get().weighed(value)
+    """Return ``value`` after paying for its size."""
+    _budget.get().pay(_weight(value).price)
+    return value
 
 
 def _paid(function: Callable[..., Any], *, name: str) -> Callable[..., Any]:
@@ -302,10 +280,6 @@ def _check_widths(template: Any) -> None:
     """Raise TooMuchError if a format has a width of five or more digits, or takes a width from its arguments."""
     if isinstance(template, str) and _LONG_WIDTH.search(template):
         raise TooMuchError
-
-
-def _are_numbers(*values: Any) -> bool:
-    return all(isinstance(value, (int, float)) for value in values)
 
 
 class _GenerationTag(Extension):

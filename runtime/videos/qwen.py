@@ -1,4 +1,23 @@
-"""Frames, sizes and times of videos with Qwen2.5-VL and Qwen3-VL, the same as in their Hugging Face classes.
+"""From a video to the vision graph's inputs for Qwen2.5-VL and Qwen3-VL: one run of the graph for each pair of frames.
+
+The vision encoders attend only within a pair of frames, so a video of T frames has T / 2 *units* (the last frame of an odd
+number is repeated). Each unit is one run of the images' graph, whose patches hold both frames:
+
+    videos = video_processing(manifest.video_processing, images=images)
+    video = open_video("clip.mp4", videos.sampling, fps=2)
+    for unit, layout in enumerate(videos.layouts(video)):     # what the prompt says, positions, sizes
+        inputs = videos.prepare(video, unit, profile.sizes)   # padded to a profile
+
+The layouts in order replace ONE video placeholder (``<|video_pad|>``) in the prompt. With both families, the chat template's
+marks around it (``<|vision_start|>``, ``<|vision_end|>``) stay.
+
+- ``layout.text``: the text before and after the unit's visual tokens.
+- ``layout.positions``: with Qwen2.5-VL, from the start of the video; all units have ``position_span`` 0 except the last,
+  which has the larger side of the grid, whatever the time. With Qwen3-VL, from the start of the unit.
+- The answer's first token has the largest position of the whole prompt plus 1. With Qwen2.5-VL, this can be the time of a
+  long video, which exceeds the positions of the text after it.
+
+Frames, sizes and times are the same as in the Hugging Face classes:
 
 |                               | Qwen2.5-VL            | Qwen3-VL                 |
 |-------------------------------|-----------------------|--------------------------|
@@ -8,51 +27,54 @@
 
 Source: Qwen2VLVideoProcessor, Qwen3VLVideoProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor and Qwen2_5_VLModel.get_rope_index
 of transformers 5.23.
+Letters: N visual tokens of a unit.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, final
 
 import msgspec
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
-from trio_edge.runtime.bundle.typed_json import typed
-from trio_edge.runtime.images.constants import (
-    CLIP_MEAN,
-    CLIP_STD,
+from trio_edge.runtime.images.processing import (
     Colour,
     Factor,
+    Processing,
     Size,
     Spread,
     only_checkpoint_errors,
     pixel_fields,
 )
-from trio_edge.runtime.images.patches import check_aspect_ratio, scaled_grid
-from trio_edge.runtime.images.resizing import Resample  # noqa: TC001 -- msgspec reads it
+from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages, areas, check_aspect_ratio, scaled_grid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.images.patches import PatchImages
+    from trio_edge.runtime.images.interface import ImageProcessing
+    from trio_edge.runtime.images.processing import ImageLayout
+    from trio_edge.runtime.images.qwen import PatchImages
+    from trio_edge.runtime.videos.reading import Video
 
-KIND, TIMESTAMPS_KIND = "frames_at_positions", "frames_after_timestamps"
 UNKNOWN_FPS = 24.0
 """Frames per second of a video with unknown rate."""
 
 _FILE = "video_preprocessor_config"
 _VALUES = ("min_frames", "max_frames", "do_sample_frames", "cap_pixels_per_frame", "max_video_tokens")
 _REQUESTS = ("fps", "num_frames")
+_HALF = (0.5, 0.5, 0.5)
 _Videos = TypeVar("_Videos", bound="QwenVideos")
 
 
-class QwenVideos(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class QwenVideos(Processing, frozen=True, kw_only=True):
     """Constants of both families: the manifest's ``video_processing``. Sizes are in pixels of scaled frames."""
 
+    manifest_key = "video_processing"
     processor: ClassVar[str]
     """Hugging Face's class."""
     old_sizes: ClassVar[bool]
@@ -73,12 +95,6 @@ class QwenVideos(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Whether frames are sampled by default, by ``num_frames`` or ``fps``."""
     fps: Factor | None = None
     num_frames: Size | None = None
-    resample: Resample = "bicubic"
-    do_rescale: bool = True
-    do_normalize: bool = True
-    rescale_factor: Factor = 1 / 255
-    image_mean: Colour = CLIP_MEAN
-    image_std: Spread = CLIP_STD
 
     def __post_init__(self) -> None:
         for least, most in (("min_pixels", "max_pixels"), ("min_frames", "max_frames")):
@@ -86,23 +102,6 @@ class QwenVideos(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 raise ManifestError(
                     f"video_processing {least}: expected <= {most} {getattr(self, most)}, got {getattr(self, least)}"
                 )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the constants as JSON types, with "kind"."""
-        values: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
-        return values
-
-    @classmethod
-    def from_dict(cls: type[_Videos], values: Mapping[str, Any]) -> _Videos:
-        """Return what ``to_dict`` wrote.
-
-        Raises:
-            ManifestError: If it is of another kind, a key is unknown or missing, or a value is out of range.
-        """
-        try:
-            return typed(dict(values), cls)
-        except msgspec.ValidationError as error:
-            raise ManifestError(f"video_processing: {error}") from None
 
     @classmethod
     def from_preprocessor_config(
@@ -129,7 +128,8 @@ class QwenVideos(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                     f"{_FILE} {key}: expected {getattr(images, key)} (the image processor's), got {values[key]}"
                 )
         with only_checkpoint_errors(_FILE):
-            fields = pixel_fields(values, *_VALUES) | _areas(values, old=cls.old_sizes) | tower
+            fields = pixel_fields(values, *_VALUES) | tower
+            fields |= areas(values, file=_FILE, old_keys=cls.old_sizes)
             # null is different from the default: it switches off sampling by this number.
             fields |= {key: config[key] for key in _REQUESTS if key in config}
             return msgspec.convert({"kind": cls.__struct_config__.tag, **fields}, cls, strict=True)
@@ -142,7 +142,7 @@ class QwenVideos(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 @final
-class Qwen25Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=KIND):
+class Qwen25Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag="frames_at_positions"):
     """Videos of Qwen2.5-VL: the time of a pair of frames is in its tokens' positions."""
 
     processor = "Qwen2VLVideoProcessor"
@@ -170,11 +170,10 @@ class Qwen25Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=
         else:
             return list(range(total))
         if not 0 < count <= total:
-            advice = (
-                "2 or more with num_frames" if count < 1 < total else "fewer, or ask about it as an image"
-            )
+            too_few, wanted = count < 1 < total, max(count, 2)
+            advice = "2 or more with num_frames" if too_few else "fewer, or ask about it as an image"
             raise ImageError(
-                f"video: expected {max(count, 2)} frames to take, got a video of {total}; take {advice}"
+                f"video: expected {wanted} frames to take, got a video of {total}; take {advice}"
             )
         # float32, like torch.arange: in float64 a product just below a whole number would be rounded down
         places = (np.arange(count) * (total / count)).astype(np.float32)
@@ -216,7 +215,7 @@ class Qwen25Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=
 
 
 @final
-class Qwen3Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=TIMESTAMPS_KIND):
+class Qwen3Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag="frames_after_timestamps"):
     """Videos of Qwen3-VL: the prompt has the time as text before each pair of frames."""
 
     processor = "Qwen3VLVideoProcessor"
@@ -230,8 +229,8 @@ class Qwen3Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=T
     """Visual tokens per frame that ``cap_pixels_per_frame`` allows."""
     do_sample_frames: bool = True
     fps: Factor | None = 2.0
-    image_mean: Colour = (0.5, 0.5, 0.5)
-    image_std: Spread = (0.5, 0.5, 0.5)
+    image_mean: Colour = _HALF
+    image_std: Spread = _HALF
 
     def indices(
         self, total: int, video_fps: float | None, *, fps: float | None, num_frames: int | None
@@ -263,7 +262,7 @@ class Qwen3Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=T
         if self.cap_pixels_per_frame:
             shared = min(self.max_video_tokens * size**2, self.max_pixels // num_frames)
             most = max(shared, int(self.min_pixels * 1.05)) * num_frames
-        return _grid_in_time(width, height, num_frames, size=size, least=self.min_pixels, most=most)
+        return scaled_grid(width, height, size=size, least=self.min_pixels, most=most, num_frames=num_frames)
 
     def times(self, indices: Sequence[int], total: int, video_fps: float | None) -> NDArray[np.int32]:
         """Return the time position of each pair of frames, [units]: 0, because text precedes each pair."""
@@ -277,31 +276,92 @@ class Qwen3Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=T
         return [(f"<{middle:.1f} seconds><|vision_start|>", "<|vision_end|>") for middle in middles]
 
 
-def _grid_in_time(
-    width: int, height: int, num_frames: int, *, size: int, least: int, most: int
-) -> tuple[int, int]:
-    """Return the rows and columns of visual tokens if the limits hold for all frames. Source: Qwen3-VL's smart_resize."""
-    rows, columns = round(height / size), round(width / size)
-    pixels = round(num_frames / 2) * 2 * rows * columns * size**2
-    if pixels > most:
-        shrink = math.sqrt(num_frames * height * width / most)
-        return max(1, math.floor(height / shrink / size)), max(1, math.floor(width / shrink / size))
-    if pixels < least:
-        enlarge = math.sqrt(least / (num_frames * height * width))
-        return math.ceil(height * enlarge / size), math.ceil(width * enlarge / size)
-    return rows, columns
+@final
+class VideoProcessing:
+    """A bundle's video processing."""
 
-
-def _areas(values: Mapping[str, Any], *, old: bool) -> dict[str, Any]:
-    """Return the smallest and largest area of a file; a file without ``size`` leaves the defaults of the class."""
-    areas = {}
-    if "size" in values:
-        size = dict(values["size"])
-        areas = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
-    if old:
-        areas |= {key: values[key] for key in ("min_pixels", "max_pixels") if key in values}
-    if not all(type(area) is int for area in areas.values()):
-        raise CheckpointError(
-            f"{_FILE} size: expected areas 'shortest_edge' and 'longest_edge' in pixels, got {values['size']}"
+    def __init__(self, sampling: Qwen25Videos | Qwen3Videos, images: QwenImages | Qwen3Images) -> None:
+        """Combine the videos' constants with the encoder's constants in ``images``."""
+        self.sampling: Qwen25Videos | Qwen3Videos = sampling
+        self._frames = msgspec.structs.replace(
+            images, **{key: getattr(sampling, key) for key in Processing.__struct_fields__}
         )
-    return areas
+
+    def grid(self, video: Video) -> tuple[int, int]:
+        """Return the rows and columns of visual tokens of each unit.
+
+        They are Hugging Face's, unless the vision graph is too small (``max_pixels`` of images). Then frames are reduced like
+        images.
+
+        Raises:
+            ImageError: If the frames are too thin, or too few.
+        """
+        return self._grid(len(video.indices), *video.size)
+
+    def sizes(self, num_frames: int, width: int, height: int) -> dict[str, int]:
+        """Return the sizes of the vision graph's axes for each unit of a video, including N.
+
+        Raises:
+            ImageError: If the frames are too thin, or too few.
+        """
+        grid = self._grid(num_frames, width, height)
+        return dict(self._frames.grid_layout(width, height, grid).sizes)
+
+    def _grid(self, num_frames: int, width: int, height: int) -> tuple[int, int]:
+        frames = self._frames
+        rows, columns = self.sampling.grid(num_frames, width, height, size=frames.token_size)
+        if rows * columns * frames.token_size**2 <= frames.max_pixels:
+            return rows, columns
+        return scaled_grid(width, height, size=frames.token_size, least=1, most=frames.max_pixels)
+
+    def layouts(self, video: Video) -> tuple[ImageLayout, ...]:
+        """Return the layout of each unit.
+
+        Raises:
+            ImageError: If the frames are too thin, or too few.
+        """
+        sampling, grid = self.sampling, self.grid(video)
+        times = sampling.times(video.indices, video.total, video.fps)
+        texts = sampling.texts(video.indices, video.fps)
+        whole = self._frames.grid_layout(*video.size, grid)
+        is_one = isinstance(sampling, Qwen25Videos)  # one run of positions; Qwen3-VL has one per unit
+        layouts = []
+        for unit, (time, text) in enumerate(zip(times, texts)):
+            assert whole.positions is not None
+            positions = whole.positions.copy()
+            positions[0] = time
+            span = whole.position_span if not is_one or unit == len(texts) - 1 else 0
+            layouts.append(replace(whole, positions=positions, position_span=span, text=text))
+        return tuple(layouts)
+
+    def prepare(
+        self, video: Video, unit: int, sizes: Mapping[str, int] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Return the vision graph's inputs for unit ``unit``, from 0, by name.
+
+        They are padded to ``sizes``, the sizes of the graph's axes; missing axes get the unit's own size.
+
+        Raises:
+            ImageError: If the frames exceed ``sizes``, or are too thin or too few.
+        """
+        return self._frames.prepare_frames(video.frames[2 * unit : 2 * unit + 2], self.grid(video), sizes)
+
+
+def video_processing(values: Mapping[str, Any], *, images: ImageProcessing) -> VideoProcessing:
+    """Return the processing for ``values``, which ``Qwen25Videos.to_dict`` or ``Qwen3Videos.to_dict`` wrote.
+
+    Raises:
+        ManifestError: If it is of an unknown kind or does not fit ``images``, or a value is out of range.
+    """
+    kind, frames = values.get("kind"), getattr(images, "temporal_patch_size", 2)
+    if frames != 2:
+        raise ManifestError(f"video_processing: expected patches of 2 frames, got {frames}")
+    tags = []
+    for sampling, family in ((Qwen25Videos, QwenImages), (Qwen3Videos, Qwen3Images)):
+        if kind == sampling.__struct_config__.tag and isinstance(images, family):
+            return VideoProcessing(sampling.from_dict(values), images)
+        tags.append(repr(sampling.__struct_config__.tag))
+    raise ManifestError(
+        f"video_processing kind: expected {' or '.join(tags)} with the images of the same family, got {kind!r}"
+        f" with {type(images).__name__}; export the bundle again"
+    )

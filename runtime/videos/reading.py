@@ -120,9 +120,8 @@ def open_video(
 
     if not isinstance(source, (str, Path)):
         if not isinstance(source, (list, tuple)):
-            raise ImageError(
-                f"video: expected a path or a list of images, got {type(source).__name__}; give one"
-            )
+            kind = type(source).__name__
+            raise ImageError(f"video: expected a path or a list of images, got {kind}; give one")
         return _from_images(source, chosen, source_fps, name="video", max_pixels=max_pixels)
     if _is_folder(source):
         name = f"video {short_name(source)}"
@@ -201,9 +200,8 @@ def _from_file(
                 f"{name}: expected frames of at most {max_pixels} pixels, got {stream.width}x{stream.height}; scale it"
                 " down or raise --max-pixels"
             )
-        stream.codec_context.options = {
-            "max_pixels": str(max_pixels)
-        }  # the size can change within a damaged stream
+        # The size can change within a damaged stream.
+        stream.codec_context.options = {"max_pixels": str(max_pixels)}
         _check_size(size, size, num_frames=len(indices), name=name)
         stream.thread_type = "AUTO"
         frames = _decoded(container.decode(stream), indices, name=name)
@@ -235,16 +233,14 @@ def _only_image_errors(name: str) -> Iterator[None]:
     except ImageError:
         raise
     except Exception as error:  # PyAV raises IndexError, AttributeError and others on damaged data
-        raise ImageError(
-            f"{name}: expected a readable video, got {one_line(error)}; the file is damaged"
-        ) from error
+        told = one_line(error)
+        raise ImageError(f"{name}: expected a readable video, got {told}; the file is damaged") from error
 
 
 def _opened(av: ModuleType, path: Path, *, name: str) -> Any:
     """Return the container. Other files or addresses that the file names are never opened."""
-    container = av.open(
-        f"file:{path.resolve()}", options={"protocol_whitelist": "file"}, metadata_errors="replace"
-    )
+    url, allowed = f"file:{path.resolve()}", {"protocol_whitelist": "file"}
+    container = av.open(url, options=allowed, metadata_errors="replace")
     if _NO_VIDEO.search(container.format.name):
         container.close()
         raise ImageError(
@@ -268,9 +264,8 @@ def _count(container: Any, index: int, *, name: str) -> int:
         if packet.size and packet.pts is not None and packet.time_base is not None:
             end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         count += bool(packet.size) and packet.stream_index == index
-    seconds = (
-        container.duration / 1e6 if container.duration and _HAS_LENGTH.search(container.format.name) else 0.0
-    )
+    has_length = _HAS_LENGTH.search(container.format.name)
+    seconds = container.duration / 1e6 if container.duration and has_length else 0.0
     if not count or end + _MISSING_AT_END < seconds:
         raise ImageError(
             f"{name}: expected {seconds:.1f} seconds (its header), got {end:.1f} with {count} frames; the file is"

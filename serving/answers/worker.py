@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.answer import Generation, Statistics
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.bundle.schedule import Stage
-    from trio_edge.runtime.images.layout import ImageLayout
+    from trio_edge.runtime.images.processing import ImageLayout
     from trio_edge.runtime.pipeline import Pipeline
     from trio_edge.serving.metrics import Metrics
     from trio_edge.serving.requests.protocol import ChatRequest

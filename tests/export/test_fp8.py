@@ -280,7 +280,7 @@ def test_engines_for_a_gpu_without_fp8_are_refused_before_anything_is_built(
 
 def test_a_machine_whose_gpu_has_no_fp8_is_told_by_a_dry_run_too(bundle: Bundle) -> None:
     orin = dataclasses.replace(HOST, gpu=dataclasses.replace(GPU, name="Orin", compute_capability=87))
-    (problem,) = build_needs(bundle, BuildOptions(), host=orin).problems
+    (problem,) = build_needs(bundle, BuildOptions(), host=orin)["problems"]
     assert problem.startswith("Orin: expected compute capability 8.9")
     assert "in FP8, got 8.7" in problem
     with pytest.raises(BackendError, match=r"as head is in FP8, got 8\.7"):

@@ -27,7 +27,7 @@ from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.devices.host import HostDevice
 from trio_edge.runtime.devices.interface import LoadedGraphs
-from trio_edge.runtime.engines.log import EngineLayerTimes
+from trio_edge.runtime.engines.package import EngineLayerTimes
 from trio_edge.runtime.pipeline import Pipeline
 
 RUNS, NEW_TOKENS, QUICK_ROUNDS = 6, 4, 2

@@ -18,7 +18,7 @@ from trio_edge.runtime.devices import machine as engine_host
 from trio_edge.runtime.devices.machine import find_gpu, l4t_release
 from trio_edge.runtime.engines import needs as module
 from trio_edge.runtime.engines.build import BuildOptions
-from trio_edge.runtime.engines.needs import BuildNeeds, build_needs
+from trio_edge.runtime.engines.needs import build_needs
 
 trt: Any = pytest.importorskip(
     "tensorrt_rtx", reason="needs tensorrt-rtx, which has wheels for x86-64 Linux only; runs in CI"
@@ -26,7 +26,7 @@ trt: Any = pytest.importorskip(
 without_gpu = pytest.mark.skipif(find_gpu() is not None, reason="for a machine without a GPU")
 
 
-def needs_of(bundle: Path, *, host: Any = HOST, **options: Any) -> BuildNeeds:
+def needs_of(bundle: Path, *, host: Any = HOST, **options: Any) -> dict[str, Any]:
     return build_needs(open_bundle(bundle), BuildOptions(**options), host=host)
 
 
@@ -38,26 +38,26 @@ def dry_run(arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> tuple[i
 
 def test_a_machine_with_all_that_is_needed_is_ready(reduced_bundle: Path) -> None:
     needs = needs_of(reduced_bundle)
-    assert needs.problems == needs.warnings == ()
-    assert needs.tensorrt == {"tensorrt-rtx": trt.__version__}
-    assert needs.plan is not None
-    assert needs.plan.compute_capabilities == (GPU.compute_capability,)
+    assert needs["problems"] == needs["warnings"] == []
+    assert needs["tensorrt"] == {"tensorrt-rtx": trt.__version__}
+    assert needs["backend"] == "tensorrt-rtx"
+    assert needs["compute_capabilities"] == [GPU.compute_capability]
 
 
 def test_sizes_are_those_of_all_graphs_and_the_peak_that_of_the_largest(reduced_bundle: Path) -> None:
     needs, manifest = needs_of(reduced_bundle), open_bundle(reduced_bundle).manifest
     weights = sum(spec.weight_bytes for spec in manifest.graphs)
-    assert needs.run_bytes["weights"] == weights < needs.disk_bytes
-    assert needs.run_bytes["KV caches"] == manifest.kv_bytes
-    assert needs.run_bytes["buffers"] > 0
-    assert needs.peak.mapped_bytes == max(spec.weight_bytes for spec in manifest.graphs)
-    assert needs.peak.peak_bytes > 2 * needs.peak.mapped_bytes
+    assert needs["run_bytes"]["weights"] == weights < needs["disk_bytes"]
+    assert needs["run_bytes"]["KV caches"] == manifest.kv_bytes
+    assert needs["run_bytes"]["buffers"] > 0
+    assert needs["mapped_bytes"] == max(spec.weight_bytes for spec in manifest.graphs)
+    assert needs["peak_bytes"] > 2 * needs["mapped_bytes"]
 
 
 def test_the_command_repeats_the_options_and_quotes_the_folder(reduced_bundle: Path, tmp_path: Path) -> None:
     bundle = copy_bundle(reduced_bundle, tmp_path / "my bundle")
     options: dict[str, Any] = {"graphs": ("head", "prefix"), "compute_capabilities": (86, 89), "force": True}
-    command = needs_of(bundle, split_lm_head=4, detailed_layers=True, **options).command
+    command = needs_of(bundle, split_lm_head=4, detailed_layers=True, **options)["command"]
     assert command == (
         f"trio-build '{bundle}' --compute-capability 86,89 --graphs head,prefix --split-lm-head 4 --verbose-layers --force"
     )
@@ -68,7 +68,7 @@ def test_too_little_disk_is_a_problem_that_says_how_much_to_free(
 ) -> None:
     usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(0, 0, 1_000_000))
-    (problem,) = needs_of(reduced_bundle).problems
+    (problem,) = needs_of(reduced_bundle)["problems"]
     assert "got 0.00 GB; free 0." in problem
     assert shutil.disk_usage(reduced_bundle).free == 1_000_000
 
@@ -76,24 +76,24 @@ def test_too_little_disk_is_a_problem_that_says_how_much_to_free(
 def test_a_place_that_cannot_be_written_is_a_problem(reduced_bundle: Path, tmp_path: Path) -> None:
     bundle = copy_bundle(reduced_bundle, tmp_path / "bundle")
     (bundle / "engines").write_text("a file")
-    (problem,) = needs_of(bundle).problems
+    (problem,) = needs_of(bundle)["problems"]
     assert "to be a writable folder, got none; make the bundle's folder writable" in problem
 
 
 def test_what_cannot_run_on_the_gpu_is_a_warning(reduced_bundle: Path) -> None:
     small = dataclasses.replace(HOST, gpu=dataclasses.replace(GPU, memory_bytes=1000))
     needs = needs_of(reduced_bundle, host=small)
-    assert needs.problems == ()
-    assert "a GPU has 0.0 GB; export with" in needs.warnings[0]
-    assert needs_of(reduced_bundle, host=small, compute_capabilities=(89,)).warnings == ()
+    assert needs["problems"] == []
+    assert "a GPU has 0.0 GB; export with" in needs["warnings"][0]
+    assert needs_of(reduced_bundle, host=small, compute_capabilities=(89,))["warnings"] == []
 
 
 def test_without_a_gpu_the_problem_says_what_to_build_for(reduced_bundle: Path) -> None:
     needs = needs_of(reduced_bundle, host=dataclasses.replace(HOST, gpu=None))
-    assert needs.plan is None
-    assert "choose among" in needs.problems[0]
-    assert needs.tensorrt["tensorrt-rtx"] == trt.__version__
-    assert needs.peak.peak_bytes > 0
+    assert needs["backend"] is None
+    assert "choose among" in needs["problems"][0]
+    assert needs["tensorrt"]["tensorrt-rtx"] == trt.__version__
+    assert needs["peak_bytes"] > 0
 
 
 @without_gpu

@@ -41,9 +41,8 @@ from trio_edge.runtime.engines.child import (
     write_timing_cache,
 )
 from trio_edge.runtime.engines.files import read_engine_set
-from trio_edge.runtime.engines.network import Network
 from trio_edge.runtime.engines.package import TensorRT, choose_backend, load_tensorrt
-from trio_edge.runtime.engines.passes import block_sizes, separate_products, split_lm_head
+from trio_edge.runtime.engines.passes import Network, block_sizes, separate_products, split_lm_head
 
 trt: Any = pytest.importorskip(
     "tensorrt_rtx", reason="needs tensorrt-rtx, which has wheels for x86-64 Linux only; runs in CI"

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from trio_edge.export.graphs.attention import causal_mask, two_part_attention
-from trio_edge.runtime.engines.network import Network
 from trio_edge.runtime.engines.package import TensorRT
-from trio_edge.runtime.engines.passes import join_attention
+from trio_edge.runtime.engines.passes import Network, join_attention
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trio_edge.runtime.prompts.tokenizer_file import check_pattern
+from trio_edge.runtime.prompts.tokenizer import check_pattern
 
 RELEASED = {
     "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",

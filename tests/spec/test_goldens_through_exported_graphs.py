@@ -14,7 +14,7 @@ from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.model.decoder import Decoder, PrefillResult
 from trio_edge.runtime.model.decoder_prompt import DecoderPrompt
 from trio_edge.runtime.model.programs import Programs
-from trio_edge.runtime.prompts.positions import plain_positions
+from trio_edge.runtime.prompts.tokenizer import plain_positions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

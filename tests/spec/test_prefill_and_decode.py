@@ -17,7 +17,7 @@ from trio_edge.runtime.model.decoder import PrefillResult
 from trio_edge.runtime.model.decoder_prompt import DecoderPrompt
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.prompts.chat import build_messages
-from trio_edge.runtime.prompts.positions import plain_positions
+from trio_edge.runtime.prompts.tokenizer import plain_positions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,8 +13,7 @@ from tests.pictures import random_picture
 from tests.qwen_checkpoints import CAMERA, PIXELS
 from tests.spec.test_qwen_vl import KEEP_ALL, SAVE, load
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.videos.interface import VideoProcessing
-from trio_edge.runtime.videos.qwen import Qwen3Videos, Qwen25Videos
+from trio_edge.runtime.videos.qwen import Qwen3Videos, Qwen25Videos, VideoProcessing
 from trio_edge.runtime.videos.reading import Video, open_video
 from trio_edge.trio.selectors.interface import TokenInputs
 from trio_edge.trio.selectors.tokens.evs import Evs

@@ -19,7 +19,7 @@ from tests.pictures import noise_picture, random_picture
 from tests.torchvision_reference import PROCESSORS, TorchvisionReference, load_processor
 from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
 from trio_edge.runtime.images.interface import image_processing
-from trio_edge.runtime.images.internvl import InternVlImages
+from trio_edge.runtime.images.tiles import InternVlImages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

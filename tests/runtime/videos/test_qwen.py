@@ -18,8 +18,7 @@ from tests.torchvision_reference import TorchvisionReference
 from tests.video_reference import CONFIGS, PROMPT, VIDEO_CASES, VideoCase
 from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
 from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages
-from trio_edge.runtime.videos.interface import VideoProcessing, video_processing
-from trio_edge.runtime.videos.qwen import Qwen3Videos, Qwen25Videos
+from trio_edge.runtime.videos.qwen import Qwen3Videos, Qwen25Videos, VideoProcessing, video_processing
 from trio_edge.runtime.videos.reading import Video, open_video
 
 EXACT = {"rtol": 0, "atol": 3e-7}
