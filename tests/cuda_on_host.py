@@ -24,8 +24,9 @@ import pytest
 
 from tests.reference.plain_decoder import plain_session
 from trio_edge.runtime.backends import tensorrt as backend_tensorrt
+from trio_edge.runtime.bundle.checks import manifest_from_json
 from trio_edge.runtime.bundle.errors import BackendError
-from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, manifest_from_json, shape_at
+from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, shape_at
 from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.runtime.devices import cuda as device_cuda
 from trio_edge.runtime.devices.interface import array_at

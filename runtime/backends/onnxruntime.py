@@ -12,8 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from trio_edge.runtime.backends.chunked_prefill import ChunkedLaunch, has_long_prefill
-from trio_edge.runtime.backends.interface import check_tensors, selected_graphs
-from trio_edge.runtime.buffers.estimate import check_memory, estimate
+from trio_edge.runtime.backends.interface import check_memory, estimate, selected_graphs
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.manifest import shape_at
 from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
@@ -253,7 +252,6 @@ class OnnxRuntimeEngine:
     ) -> OnnxRuntimeLaunch | ChunkedLaunch:
         """Bind a profile to addresses."""
         session = self._open_session()
-        check_tensors(self._spec, profile, tensors)
         # Layer times are those of one pass.
         may_split = self._device_type == "cpu" and self._layer_times is None
         if may_split and has_long_prefill(self._spec, profile, num_heads=self._num_heads):
@@ -308,7 +306,6 @@ class PiecedEngine:
         self, profile: Profile, tensors: Mapping[str, DeviceTensor]
     ) -> OnnxRuntimeLaunch | ChunkedLaunch:
         """Bind a profile of a piece to addresses; the other pieces' tensors have no elements."""
-        check_tensors(self._spec, profile, tensors)
         piece = next(piece for piece in self._pieces if profile in piece.spec.profiles)
         return piece.prepare(profile, {tensor.name: tensors[tensor.name] for tensor in piece.spec.tensors})
 

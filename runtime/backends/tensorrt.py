@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
-from trio_edge.runtime.backends.interface import check_tensors, selected_graphs
-from trio_edge.runtime.buffers.estimate import check_memory, estimate
+from trio_edge.runtime.backends.interface import check_memory, estimate, selected_graphs
 from trio_edge.runtime.bundle.errors import BackendError, DataError
 from trio_edge.runtime.bundle.files import write_output
 from trio_edge.runtime.bundle.graph_io import CANDIDATES
@@ -186,7 +185,6 @@ class TensorRTEngine:
 
     def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> TensorRTLaunch:
         """Bind a profile to addresses."""
-        check_tensors(self._spec, profile, tensors)
         index = self._spec.profiles.index(profile)
         # A CUDA graph holds its context's state, so decode shares its context with no other profile. Pieces take turns in
         # every prefill, and switching profiles takes time.

@@ -155,9 +155,7 @@ class Engine(Protocol):
     def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> PreparedLaunch:
         """Return a launch of ``profile`` whose inputs and outputs lie at ``tensors``.
 
-        Raises:
-            ShapeError: If a tensor is missing, unknown, or of another dtype or shape.
-            BackendError: If the engine has no such profile.
+        ``tensors`` have the names, dtypes and shapes of the graph at the profile, as ``Memory.at`` returns them.
         """
 
     def close(self) -> None:
@@ -173,7 +171,7 @@ class LoadedGraphs:
     engines: dict[str, Engine]
     """By graph name."""
     memory: dict[str, int]
-    """Bytes of device memory by purpose, see ``buffers.estimate``."""
+    """Bytes of device memory by purpose, see ``backends.interface.estimate``."""
     notes: list[str] = field(default_factory=list)
     """Harmless problems, one line each."""
 

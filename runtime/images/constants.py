@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import CheckpointError, ManifestError
-from trio_edge.runtime.bundle.typed_json import typed
+from trio_edge.runtime.bundle.limits import typed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -207,6 +207,23 @@ class TokenChooser:
         return token
 
 
+def sampler_of(
+    settings: GenerationSettings,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+) -> Sampler:
+    """Return a sampler of the checkpoint's ``settings``; arguments that are not None replace them, see ``make_sampler``."""
+    own = (settings.temperature, settings.top_p, settings.top_k) if settings.do_sample else (0.0, 1.0, 0)
+    return make_sampler(
+        own[0] if temperature is None else temperature,
+        own[1] if top_p is None else top_p,
+        own[2] if top_k is None else top_k,
+        seed,
+    )
+
+
 def with_overrides(settings: GenerationSettings, overrides: Mapping[str, object]) -> GenerationSettings:
     """Return ``settings`` with the values of ``overrides`` that are not None.
 

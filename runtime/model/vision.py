@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
-from trio_edge.runtime.buffers.blocks import copy_tensor
-from trio_edge.runtime.buffers.recent import Recent
 from trio_edge.runtime.bundle.errors import ManifestError, PromptTooLongError, ShapeError
 from trio_edge.runtime.bundle.graph_io import (
     CLIP_IDS,
@@ -29,7 +27,8 @@ from trio_edge.runtime.bundle.graph_io import (
     TEXT_MARKS,
     VISUAL_TOKENS,
 )
-from trio_edge.runtime.devices.timeline import Timeline
+from trio_edge.runtime.devices.memory import Recent, copy_tensor
+from trio_edge.runtime.model.programs import Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -111,7 +110,9 @@ class Vision:
         self._manifest, self._images, self._clip_texts = programs.manifest, images, clip_texts
         self._programs, self._device, self._memory = programs, programs.device, programs.memory
         self._spec = self._manifest.graph("vision")
-        self._reduce_inputs = set(programs.launches("reduce")[-1].inputs) if "reduce" in programs else set()
+        self._reduce_inputs = {
+            name for launch in programs.launches.get("reduce", ())[-1:] for name in launch.inputs
+        }
         self._timeline = Timeline(programs.device)
         self._kept: dict[str, NDArray[np.int32]] = {}
         """Indices that each graph kept of the last image, by role; valid once the host has waited for the device."""
@@ -122,7 +123,7 @@ class Vision:
         """Outputs of the vision graph for recent images, by their pixels."""
 
     def _slot(self) -> dict[str, DeviceTensor]:
-        (launch,) = self._programs.launches("vision")
+        (launch,) = self._programs.launches["vision"]
         places = {name: self._memory.tensor(place) for name, place in launch.outputs.items()}
         return {
             name: whole._replace(address=self._device.allocate(whole.num_bytes, purpose="kept images"))
@@ -210,7 +211,7 @@ class Vision:
             BackendError: If a graph fails.
         """
         self._layouts = []
-        self._timeline.clear()
+        self._timeline.recorded.clear()
         rows = self._rows_of(images)
         if not images:
             tokens = np.empty((0, self._manifest.dimensions.hidden_size), self._manifest.dtype)
@@ -281,7 +282,7 @@ class Vision:
         """Enqueue a copy of the last frames' tokens to the input of a reduce graph that compares frames."""
         if PREVIOUS_TOKENS in self._reduce_inputs:
             tokens, *_ = self._vision_tokens(prepared.profile)
-            place = self._programs.launches("reduce")[-1].inputs[PREVIOUS_TOKENS]
+            place = self._programs.launches["reduce"][-1].inputs[PREVIOUS_TOKENS]
             copy_tensor(self._device, self._memory.tensor(place, tokens.shape), tokens)
 
     def _collected(self, outputs: Sequence[DeviceTensor], *, first: int) -> list[DeviceTensor]:
@@ -405,8 +406,7 @@ class Vision:
 
         ``inputs`` are those that no other graph provides. ``sizes`` are N, and T or M if it reads the question.
         """
-        wanted = {name: sizes[name] for name in self._programs.sizes("reduce")[0]}
-        launches = self._programs.at("reduce", wanted)
+        launches = self._programs.at("reduce", sizes)
         self._run(launches, inputs)
         return self._with_planes(launches[-1], REDUCED_TOKENS, REDUCED_DEEPSTACK)
 

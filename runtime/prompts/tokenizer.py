@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import BundleError, ShapeError
-from trio_edge.runtime.bundle.files import read_regular
+from trio_edge.runtime.bundle.reader import read_regular
 from trio_edge.runtime.prompts.sandbox import MAX_PROMPT_CHARACTERS
 from trio_edge.runtime.prompts.tokenizer_file import (
     MAX_CHARACTERS,

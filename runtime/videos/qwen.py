@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
-from trio_edge.runtime.bundle.typed_json import typed
+from trio_edge.runtime.bundle.limits import typed
 from trio_edge.runtime.images.constants import (
     CLIP_MEAN,
     CLIP_STD,
