@@ -21,7 +21,6 @@ import numpy as np
 from trio_edge.runtime.answer import Generation
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import BackendError, BundleError, PromptTooLongError, ShapeError
-from trio_edge.runtime.bundle.graph_io import bucket_of
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS, is_whole
 from trio_edge.runtime.bundle.reader import Bundle, TokenTable, open_bundle
 from trio_edge.runtime.images.interface import image_processing
@@ -32,6 +31,7 @@ from trio_edge.runtime.model.programs import Programs
 from trio_edge.runtime.model.sampling import (
     AnswerRules,
     TokenChooser,
+    has_rules,
     make_sampler,
     sampler_of,
     with_overrides,
@@ -297,7 +297,7 @@ class Pipeline:
         ids = self._encode(messages, [part.inset for part in shown])
         prepared = [image for part in shown for image in part.prepared]
         self._vision.check_room(prepared)
-        if settings.are_rules or constraint is not None:
+        if has_rules(settings) or constraint is not None:
             run_lengths = [length for image in prepared for length in image.layout.run_lengths]
             prompt, stops = ids.all_ids(run_lengths).tolist(), self.manifest.text.stop_token_ids
             rules = AnswerRules(
@@ -420,7 +420,6 @@ class Pipeline:
         while True:
             generation.token_ids.append(token)
             statistics.new_tokens += 1
-            statistics.kv_bytes = self._decoder.kv_bytes
             if token in self.manifest.text.stop_token_ids:
                 break
             if piece := stream.push(token):
@@ -436,6 +435,7 @@ class Pipeline:
                         "answer: expected one answer at a time, another was started; finish streaming first"
                     )
                 top = self._decoder.decode(np.asarray(self._embedding[token]))
+                statistics.kv_bytes = self._decoder.kv_bytes
                 token = request.chooser.choose(top, self._decoder.logits)
             statistics.token_ms.append(1e3 * (time.perf_counter() - start))
             statistics.decode_ms += statistics.token_ms[-1]
@@ -448,8 +448,9 @@ class Pipeline:
         self._running, statistics = generation, generation.statistics
         start = time.perf_counter()
         manifest, vision, ids, prepared = self.manifest, self._vision, request.ids, request.prepared
-        bucket = bucket_of(ids.num_tokens, manifest.text_buckets)
-        visual = vision.encode_images(prepared, after=self._embedding[ids.after], text_bucket=bucket)
+        bucket = next(size for size in manifest.text_buckets if size >= ids.num_tokens)
+        after = self._embedding[ids.after] if vision.reads_embeddings else None
+        visual = vision.encode_images(prepared, after=after, text_bucket=bucket)
         prefill_start = time.perf_counter()
         prompt = write_prompt(
             ids,
@@ -460,6 +461,7 @@ class Pipeline:
             kept_images=() if vision.reads_question else prepared,
         )
         result = self._decoder.prefill(prompt, override=request.override)
+        statistics.kv_bytes = self._decoder.kv_bytes
         token = request.chooser.choose(result.top, self._decoder.logits)
         now = time.perf_counter()
         # Choosing the token has waited for the device, so the kept indices are valid.

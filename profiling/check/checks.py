@@ -21,7 +21,7 @@ from trio_edge.profiling.check.answers import (
 )
 from trio_edge.profiling.check.worker import WorkerJob, WorkerStep
 from trio_edge.runtime.backends.registry import BACKENDS
-from trio_edge.runtime.devices.cuda import cuda_problem
+from trio_edge.runtime.devices.machine import cuda_problem
 from trio_edge.runtime.engines.package import ENGINE_BACKENDS, is_installed
 
 if TYPE_CHECKING:

@@ -84,7 +84,7 @@ def _check_sizes(manifest: Manifest) -> None:
     for name, sizes in (("text_buckets", manifest.text_buckets), ("visual_sizes", manifest.visual_sizes)):
         if not sizes or list(sizes) != sorted(set(sizes)):
             raise ManifestError(f"{name}: expected ascending sizes, got {sizes}")
-    most = manifest.max_visual
+    most = manifest.visual_sizes[-1]
     manifest.schedule.check_fits(num_layers=dims.num_layers, max_visual=most)
     flops = sum(manifest.cost.reduced_flops.values())
     if min(dims.num_layers, manifest.model_bytes, manifest.cost.reduced_kv_bytes, flops) < 1:
@@ -167,7 +167,7 @@ def _check_graphs(manifest: Manifest) -> None:
         raise ManifestError(f"graphs: expected roles {[*expected, 'head']}, got {roles}")
     # KV rows are appended range by range, so a gap or an overlap would silently give wrong answers.
     next_layer = 0
-    for spec in manifest.ranges:
+    for spec in (spec for spec in manifest.graphs if spec.role in ("prefix", "segment", "suffix")):
         if spec.first_layer != next_layer or spec.num_layers < 1:
             raise ManifestError(
                 f"graph {spec.name!r}: expected to start at layer {next_layer}, got {spec.first_layer}"
@@ -272,6 +272,9 @@ def sent_by_host(manifest: Manifest, program: str, sizes: Mapping[str, int]) -> 
 def read_by_host(manifest: Manifest, program: str, sizes: Mapping[str, int]) -> dict[str, Array]:
     """Return what the host reads after ``program`` has run at ``sizes``, or writes in place of a select graph."""
     stages, rows = manifest.schedule.stages, (manifest.dtype, manifest.dimensions.hidden_size)
+    best = graph_io.num_candidates(manifest.dimensions)
+    head = next(spec for spec in manifest.graphs if spec.role == "head")
+    top = (1, best) if graph_io.is_shared(head) else (best,)
     if program in ("vision", "reduce"):
         tokens, planes, count = graph_io.VISUAL_TOKENS, graph_io.DEEPSTACK_TOKENS, sizes["N"]
         if program == "reduce":
@@ -282,13 +285,11 @@ def read_by_host(manifest: Manifest, program: str, sizes: Mapping[str, int]) -> 
         return found if program == "vision" else found | {"kept.reduce": ("int32", (count,))}
     if program not in ("prefill", "decode"):
         return {}
-    count = graph_io.num_candidates(manifest.dimensions)
-    top = (1, count) if graph_io.is_shared(manifest.graphs[-1]) else (count,)
-    logits, best = ("results", "results") if program == "prefill" else ("logits", "top")
+    space, top_space = ("results", "results") if program == "prefill" else ("logits", "top")
     found = {
-        f"{logits}.logits": ("float32", (1, manifest.dimensions.vocab_size)),
-        f"{best}.top_logits": ("float32", top),
-        f"{best}.top_ids": ("int32", top),
+        f"{space}.logits": ("float32", (1, manifest.dimensions.vocab_size)),
+        f"{top_space}.top_logits": ("float32", top),
+        f"{top_space}.top_ids": ("int32", top),
     }
     if program == "decode":
         return found
@@ -318,8 +319,9 @@ def _check_programs(manifest: Manifest) -> None:
     if unused := [spec.name for spec in manifest.graphs if spec.name not in run]:
         raise ManifestError(f"graph {unused[0]!r}: expected a program that runs it, got none")
     earlier: dict[str, set[Array]] = defaultdict(set)
+    kv = manifest.kv_dtype, manifest.kv_capacities
     for program in manifest.programs:
-        runs = [_Run(manifest, program, index, earlier) for index in range(len(program.sizes))]
+        runs = [_Run(manifest, kv, program, index, earlier) for index in range(len(program.sizes))]
         if not program.launches:
             runs[0].refuse("launches", "none")
         if (sizes := _sizes_of(manifest, program)) != program.sizes:
@@ -349,6 +351,8 @@ class _Run:
     """Follows a program at one of its sizes and remembers what it has written."""
 
     manifest: Manifest
+    kv: tuple[str, tuple[int, ...]]
+    """Element type of the KV caches, and the rows of each layer range's."""
     program: Program
     index: int
     """Of the sizes."""
@@ -411,7 +415,7 @@ class _Run:
         if place.startswith(ZEROS) or is_image:
             return
         if place.startswith(CACHE):  # none or all rows of a KV cache
-            wanted = [self._kv_rows(rows) for rows in (0, *self.manifest.kv_capacities[stage : stage + 1])]
+            wanted = [self._kv_rows(rows) for rows in (0, *self.kv[1][stage : stage + 1])]
             if array not in wanted:
                 self.refuse(f"{name} {_text(wanted[-1])} from a KV cache", _text(array))
             return
@@ -422,7 +426,7 @@ class _Run:
     def _kv_rows(self, rows: int) -> Array:
         """Return dtype and shape of the keys, or values, of ``rows`` rows of a layer."""
         dims = self.manifest.dimensions
-        return self.manifest.kv_dtype, (1, dims.num_kv_heads, rows, dims.head_size)
+        return self.kv[0], (1, dims.num_kv_heads, rows, dims.head_size)
 
     def _check_stacks(self, spec: GraphSpec, launch: Launch, shapes: Mapping[str, Array]) -> None:
         """Raise unless each stack holds equal tensors, in the graph's order and without gaps, and new rows fit their cache."""
@@ -463,15 +467,19 @@ class _Run:
             self.refuse(f"a graph with profiles, or one of {', '.join(get_args(HostFunction))}", launch.runs)
         if launch.runs == "exact_nms":  # it writes the places of its stage's select graph, which it replaces
             (prefill,) = (program for program in self.manifest.programs if program.name == "prefill")
-            runs = f"select_{launch.stage + 1}"
-            if not any(other.runs == runs and other.places == launch.places for other in prefill.launches):
+            runs, replaced = f"select_{launch.stage + 1}", (launch.inputs, launch.outputs)
+            if not any(
+                other.runs == runs and (other.inputs, other.outputs) == replaced for other in prefill.launches
+            ):
                 self.refuse(f"the places of stage {launch.stage} in the prefill", "others")
             return
         if launch.runs == "likeliest_rows" and self.manifest.head_rows is None:
             self.refuse("head_rows in the manifest", "none")
         inputs, outputs = _TENSORS_ON_HOST[launch.runs]
         if launch.inputs.keys() != inputs or launch.outputs.keys() != outputs:
-            self.refuse(", ".join(sorted(inputs | outputs)), ", ".join(sorted(launch.places)))
+            self.refuse(
+                ", ".join(sorted(inputs | outputs)), ", ".join(sorted(launch.inputs | launch.outputs))
+            )
         if unwritten := sorted(set(launch.inputs.values()) - self.written.keys()):
             self.refuse("a place that an earlier launch writes", unwritten[0])
         if unsent := sorted(set(launch.outputs.values()) - self.sent.keys()):

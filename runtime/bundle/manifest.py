@@ -355,11 +355,6 @@ class Launch(_Spec, frozen=True, kw_only=True, omit_defaults=True):
     cache: Name | None = None
     """KV cache that the launch's new rows, its outputs in a stack, are appended to."""
 
-    @property
-    def places(self) -> dict[str, str]:
-        """Places of inputs and outputs by tensor."""
-        return self.inputs | self.outputs
-
 
 class Program(_Spec, frozen=True):
     """Launches in order."""

@@ -1,4 +1,11 @@
-"""The memory of a bundle's programs except the weights: planned from the manifest, allocated once, at fixed addresses."""
+"""The memory of a bundle's programs: planned from the manifest, compared with what is free, allocated once.
+
+weights      of all loaded graphs; with TensorRT, the sizes of the engine files
+KV caches    at full capacity
+buffers      inputs, results and tensors between the graphs: the sum of ``memory_plan``
+workspace    the largest activations of a layer range: 3 S D b + max(S (H + 2 G) E b, 3 S I b), with b bytes per element
+             and fused attention. TensorRT reports the real number once its engines are loaded
+"""
 
 from __future__ import annotations
 
@@ -8,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, final
 
 import numpy as np
 
-from trio_edge.runtime.bundle.errors import ShapeError
+from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 from trio_edge.runtime.bundle.manifest import CACHE, JOINT, SINGLE, shape_at, stack_of, stacks_of
 from trio_edge.runtime.devices.interface import ALIGNMENT, DeviceTensor, PitchedRows, aligned
+from trio_edge.runtime.devices.machine import whole_memory_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -115,7 +123,7 @@ def memory_plan(manifest: Manifest) -> MemoryPlan:
     for launch in (launch for program in manifest.programs for launch in program.launches):
         for index in range(len(launch.profiles)):
             _, found, found_stacks = _launch_at(graphs, launch, index)
-            for name, place in launch.places.items():
+            for name, place in (launch.inputs | launch.outputs).items():
                 is_larger = place not in tensors or found[name].num_bytes > tensors[place].num_bytes
                 if is_larger and stack_of(place) is None:
                     tensors[place] = found[name]
@@ -137,13 +145,51 @@ def _launch_at(
     }
     stacks = {
         name: Stack(0, count=len(names), shape=tensors[names[0]].shape, dtype=tensors[names[0]].dtype)
-        for name, names in stacks_of(launch.places).items()
+        for name, names in stacks_of(launch.inputs | launch.outputs).items()
     }
     return profile, tensors, stacks
 
 
 def _image_tokens(manifest: Manifest) -> DeviceTensor:
     return DeviceTensor(0, (manifest.max_visual, manifest.dimensions.hidden_size), manifest.dtype)
+
+
+def check_memory(
+    device: Device, manifest: Manifest, specs: Sequence[GraphSpec], *, weight_bytes: int
+) -> dict[str, int]:
+    """Return ``estimate`` if it fits the free memory of ``device``, or on the CPU the machine's whole memory.
+
+    Raises:
+        BackendError: If it does not fit.
+    """
+    needed = memory = estimate(manifest, specs, weight_bytes=weight_bytes)
+    # Otherwise the system may kill the process, as on a Jetson, whose GPU shares the host's memory.
+    free, what = device.free_bytes(), "free"
+    if free is None:  # the CPU: weights are mapped files, whose pages the system can take back
+        needed = {name: count for name, count in memory.items() if name != "weights"}
+        free, what = whole_memory_bytes(), "in all"
+    total = sum(needed.values())
+    if free is not None and total > free:
+        parts = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in needed.items())
+        raise BackendError(
+            f"{device.name} memory: expected {total / 1e9:.2f} GB {what} ({parts}), got {free / 1e9:.2f} GB; close other"
+            " programs, or export with fewer --image-size, --max-text or --max-new-tokens"
+        )
+    return memory
+
+
+def estimate(manifest: Manifest, specs: Sequence[GraphSpec], *, weight_bytes: int) -> dict[str, int]:
+    """Return the bytes by purpose for loading ``specs``; buffers and KV caches only if these are all graphs."""
+    dims, size = manifest.dimensions, np.dtype(manifest.dtype).itemsize
+    rows = max((profile.sizes.get("S", 0) for spec in specs for profile in spec.profiles), default=0)
+    attention = (dims.num_heads + 2 * dims.num_kv_heads) * dims.head_size
+    activations = rows * size * (3 * dims.hidden_size + max(attention, 3 * dims.intermediate_size))
+    memory = {"weights": weight_bytes, "workspace": activations}
+    # Single graphs are loaded for comparisons and bring their own buffers.
+    if len(specs) == len(manifest.graphs):
+        buffers = memory_plan(manifest).num_bytes - manifest.kv_bytes
+        memory |= {"KV caches": manifest.kv_bytes, "buffers": buffers}
+    return memory
 
 
 @final
@@ -196,7 +242,7 @@ class Memory:
         profile, tensors, found = _launch_at(self._graphs, launch, index)
         stacks = {name: stack.moved(self._stacks[name].address) for name, stack in found.items()}
         for name, tensor in tensors.items():
-            place = launch.places.get(name)
+            place = launch.inputs.get(name) or launch.outputs.get(name)
             stacked = None if place is None else stack_of(place)
             if stacked is not None:
                 tensors[name] = stacks[stacked[0]].tensor(stacked[1])

@@ -13,9 +13,9 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trio_edge.runtime.backends.interface import estimate
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.devices.machine import Host, available_memory_bytes, find_host, l4t_release
+from trio_edge.runtime.devices.memory import estimate
 from trio_edge.runtime.engines.build import BuildOptions, BuildPlan, PlannedGraph, plan_build, planned_graphs
 from trio_edge.runtime.engines.estimate import BuildMemory, estimate_seconds
 from trio_edge.runtime.engines.files import check_engines_place

@@ -153,8 +153,7 @@ class Decoder:
         self._done.record()
         # The device copies the new rows while the host samples. Their place changes with every token, so the copy cannot be
         # captured.
-        for launch in self._step:
-            launch.append(device, num_rows=1)
+        self._append(self._step, num_rows=1)
         self._next_position += 1
         self._logits = None
         self._done.wait()
@@ -201,9 +200,9 @@ class Decoder:
             if count := run.start - row:
                 device.upload(embeds.rows(row, count), text[sent : sent + count])
             row, sent = run.stop, sent + count
+        self._place(prompt.visual, embeds, rows.runs)
         # Padding rows still hold an earlier prompt. Masked rows must be finite, and answers must not depend on history.
         device.clear(embeds.rows(rows.length, rows.padded - rows.length))
-        self._place(prompt.visual, embeds, rows.runs)
         for layer in range(self._manifest.num_deepstack):
             plane = memory.tensor(f"rows.deepstack.{layer}")
             device.clear(plane.rows(0, rows.padded))
@@ -256,7 +255,12 @@ class Decoder:
         self.timeline.enqueue(launch.spec.label, launch.launch)
         if launch.cache is not None:
             launch.cache.length = 0
-        launch.append(self._device, num_rows=num_rows)
+        self._append([launch], num_rows=num_rows)
+
+    def _append(self, launches: Iterable[BoundLaunch], *, num_rows: int) -> None:
+        for launch in launches:
+            if launch.cache is not None and launch.new_rows is not None:
+                launch.cache.append(self._device, launch.new_rows, num_rows=num_rows)
 
     def _run_overridden(
         self,

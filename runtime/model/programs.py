@@ -33,11 +33,6 @@ class BoundLaunch(NamedTuple):
     """Takes the rows of ``new_rows``."""
     new_rows: Stack | None = None
 
-    def append(self, device: Device, *, num_rows: int) -> None:
-        """Enqueue a copy of the first ``num_rows`` new rows to the cache; nothing without one."""
-        if self.cache is not None and self.new_rows is not None:
-            self.cache.append(device, self.new_rows, num_rows=num_rows)
-
 
 @final
 class Programs:

@@ -93,7 +93,8 @@ class QuestionRows:
     def finish(self, launch: BoundLaunch, rows: PromptRows) -> None:
         """Enqueue copies of the results to their place after the first rows."""
         first, count = rows.num_before, rows.length - rows.num_before
-        launch.append(self._device, num_rows=count)
+        assert launch.new_rows is not None, "a layer range has them"
+        self._cache.append(self._device, launch.new_rows, num_rows=count)
         for whole, own in self._pairs:
             copy_tensor(self._device, whole.rows(first, count), own.rows(0, count))
             self._device.clear(whole.rows(rows.length, rows.padded - rows.length))

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
+from trio_edge.runtime.bundle.generation import SAMPLING_SETTINGS
 from trio_edge.runtime.bundle.limits import is_number, is_whole
 
 if TYPE_CHECKING:
@@ -205,6 +206,13 @@ class TokenChooser:
             token = sampler(rules.apply(all_logits()))
         rules.add(token)
         return token
+
+
+def has_rules(settings: GenerationSettings) -> bool:
+    """Return whether any setting changes logits before a token is chosen."""
+    neutral = type(settings)()
+    rules = set(settings.__struct_fields__) - {"do_sample", *SAMPLING_SETTINGS}
+    return any(getattr(settings, name) != getattr(neutral, name) for name in rules)
 
 
 def sampler_of(
