@@ -315,8 +315,8 @@ def _check_programs(manifest: Manifest) -> None:
         wanted.append("exact")
     if [name for name in names if name != "question"] != wanted or names.count("question") > 1:
         raise ManifestError(f"programs: expected {wanted}, got {names}")
-    run = {launch.runs for program in manifest.programs for launch in program.launches}
-    if unused := [spec.name for spec in manifest.graphs if spec.name not in run]:
+    used = {launch.runs for program in manifest.programs for launch in program.launches}
+    if unused := [spec.name for spec in manifest.graphs if spec.name not in used]:
         raise ManifestError(f"graph {unused[0]!r}: expected a program that runs it, got none")
     earlier: dict[str, set[Array]] = defaultdict(set)
     kv = manifest.kv_dtype, manifest.kv_capacities

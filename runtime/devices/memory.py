@@ -111,8 +111,8 @@ class MemoryPlan(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Bytes of everything on the device."""
-        places = (*self.tensors.values(), *self.stacks.values(), *self.images)
-        return sum(aligned(place.num_bytes) for place in places)
+        tensors = sum(aligned(tensor.num_bytes) for tensor in (*self.tensors.values(), *self.images))
+        return tensors + sum(stack.num_bytes for stack in self.stacks.values())
 
 
 def memory_plan(manifest: Manifest) -> MemoryPlan:

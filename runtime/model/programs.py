@@ -48,15 +48,19 @@ class Programs:
         """
         self.manifest, self.device, self.notes = manifest, graphs.device, graphs.notes
         self.memory = Memory(manifest, graphs.device)
-        self.launches = {program.name: program.launches for program in manifest.programs}
+        self.launches: dict[str, tuple[Launch, ...]] = {
+            program.name: program.launches for program in manifest.programs
+        }
         """Launches of each program as the manifest describes them."""
         self._engines, self._head_rows = graphs.engines, head_rows
-        self._sizes = {program.name: program.sizes for program in manifest.programs}
+        self._sizes: dict[str, list[Mapping[str, int]]] = {
+            program.name: [*program.sizes] for program in manifest.programs
+        }
         self._bound: dict[tuple[str, int], tuple[BoundLaunch, ...]] = {}
 
     def at(self, name: str, sizes: Mapping[str, int]) -> tuple[BoundLaunch, ...]:
         """Return the launches of a program at ``sizes``; symbols that the program does not have are left out."""
-        known: list[Mapping[str, int]] = [*self._sizes[name]]
+        known = self._sizes[name]
         key = name, known.index({symbol: sizes[symbol] for symbol in known[0]})
         if key not in self._bound:
             self._bound[key] = tuple(self._bind(spec, key[1]) for spec in self.launches[key[0]])
