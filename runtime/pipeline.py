@@ -9,12 +9,11 @@ print(answer.statistics.visual_tokens, answer.statistics.kept_tokens)
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import time
 from contextlib import suppress
-from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 
 import numpy as np
@@ -22,20 +21,19 @@ import numpy as np
 from trio_edge.runtime.answer import Generation
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import BackendError, BundleError, ShapeError
-from trio_edge.runtime.bundle.graph_io import bucket_of
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS, is_whole
-from trio_edge.runtime.bundle.reader import Bundle, open_bundle
-from trio_edge.runtime.bundle.token_table import TokenTable
+from trio_edge.runtime.bundle.reader import Bundle, TokenTable, open_bundle
 from trio_edge.runtime.images.interface import image_processing
 from trio_edge.runtime.images.reading import load_common_formats, open_image
 from trio_edge.runtime.model.decoder import Decoder
-from trio_edge.runtime.model.decoder_prompt import DecoderPrompt
+from trio_edge.runtime.model.decoder_prompt import write_prompt
 from trio_edge.runtime.model.programs import Programs
 from trio_edge.runtime.model.sampling import (
     AnswerRules,
-    Sampler,
     TokenChooser,
+    has_rules,
     make_sampler,
+    sampler_of,
     with_overrides,
 )
 from trio_edge.runtime.model.vision import Vision
@@ -48,16 +46,7 @@ from trio_edge.runtime.prompts.chat import (
     visual_parts,
 )
 from trio_edge.runtime.prompts.clip_text import ClipTexts
-from trio_edge.runtime.prompts.tokenizer import (
-    DetokenizeStream,
-    Inset,
-    PromptIds,
-    PromptPositions,
-    RunPositions,
-    Tokenizer,
-    mrope_positions,
-    plain_positions,
-)
+from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, Inset, Tokenizer
 from trio_edge.runtime.videos.qwen import video_processing
 from trio_edge.runtime.videos.reading import open_video
 
@@ -68,14 +57,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trio_edge.runtime.backends.interface import Backend
-    from trio_edge.runtime.bundle.generation import GenerationSettings
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.images.reading import ImageSource
     from trio_edge.runtime.model.host_selection import SelectorOverride
     from trio_edge.runtime.model.sampling import TokenConstraint
-    from trio_edge.runtime.model.vision import PreparedImage, VisualInput
+    from trio_edge.runtime.model.vision import PreparedImage
     from trio_edge.runtime.prompts.chat import Message
+    from trio_edge.runtime.prompts.tokenizer import PromptIds
 
 MOST_KEPT_IMAGES = 64
 
@@ -98,6 +87,18 @@ class _Shown(NamedTuple):
             text[-1] += start
             text += others
         return Inset(text, self.is_video)
+
+
+class _Request(NamedTuple):
+    """Everything that an answer needs, read and checked before its first graph runs."""
+
+    images: tuple[Image.Image, ...]
+    prepared: list[PreparedImage]
+    ids: PromptIds
+    limit: int
+    chooser: TokenChooser
+    override: SelectorOverride | None
+    prepare_ms: float
 
 
 @final
@@ -295,24 +296,28 @@ class Pipeline:
             )
         overrides = {"repetition_penalty": repetition_penalty, "no_repeat_ngram_size": no_repeat_ngram_size}
         overrides["min_new_tokens"] = min_new_tokens
-        rules = with_overrides(self.manifest.generation, overrides)
-        sampler = self._sampler(temperature, top_p, top_k, seed)
+        settings = with_overrides(self.manifest.generation, overrides)
+        sampler, rules = sampler_of(settings, temperature, top_p, top_k, seed), None
         shown = self._open(messages)
         ids = self._encode(messages, [part.inset for part in shown])
         prepared = [image for part in shown for image in part.prepared]
         self._vision.check_room(prepared)
-        images = tuple(image for part in shown for image in part.images)
-        has_rules = rules.are_rules or constraint is not None
-        chooser = TokenChooser(
-            sampler, self._rules(rules, ids, prepared, limit, constraint) if has_rules else None
+        if has_rules(settings) or constraint is not None:
+            run_lengths = [length for image in prepared for length in image.layout.run_lengths]
+            prompt, stops = ids.all_ids(run_lengths).tolist(), self.manifest.text.stop_token_ids
+            rules = AnswerRules(
+                settings, prompt_ids=prompt, stop_ids=stops, limit=limit, constraint=constraint
+            )
+        request = _Request(
+            images=tuple(image for part in shown for image in part.images),
+            prepared=prepared,
+            ids=ids,
+            limit=limit,
+            chooser=TokenChooser(sampler, rules),
+            override=override,
+            prepare_ms=1e3 * (time.perf_counter() - start),
         )
-        prepare_ms = 1e3 * (time.perf_counter() - start)
-
-        def steps(generation: Generation) -> Iterator[str]:
-            generation.images, generation.statistics.ttft_ms = images, prepare_ms
-            return self._steps(generation, ids, prepared, limit=limit, chooser=chooser, override=override)
-
-        return Generation(steps)
+        return Generation(partial(self._steps, request))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -402,150 +407,68 @@ class Pipeline:
         prepared = self._vision.prepare_video(video, question, videos=self._videos)
         return _Shown(video.frames[::2], prepared, is_video=True)
 
-    def _sampler(
-        self, temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None
-    ) -> Sampler:
-        """Return the sampler; None means the checkpoint's setting."""
-        own = self.manifest.generation
-        defaults = (own.temperature, own.top_p, own.top_k) if own.do_sample else (0.0, 1.0, 0)
-        return make_sampler(
-            defaults[0] if temperature is None else temperature,
-            defaults[1] if top_p is None else top_p,
-            defaults[2] if top_k is None else top_k,
-            seed,
-        )
-
-    def _rules(
-        self,
-        settings: GenerationSettings,
-        ids: PromptIds,
-        prepared: Sequence[PreparedImage],
-        limit: int,
-        constraint: TokenConstraint | None,
-    ) -> AnswerRules:
-        text = self.manifest.text
-        run_lengths = [length for image in prepared for length in image.layout.run_lengths]
-        prompt = ids.all_ids(run_lengths).tolist()
-        return AnswerRules(
-            settings, prompt_ids=prompt, stop_ids=text.stop_token_ids, limit=limit, constraint=constraint
-        )
-
-    def _bucket(self, ids: PromptIds) -> int:
-        return bucket_of(ids.num_tokens, self.manifest.text_buckets)
-
-    def _encode_images(self, prepared: Sequence[PreparedImage], ids: PromptIds) -> VisualInput:
-        after = self._embedding[ids.after]
-        return self._vision.encode_images(prepared, after=after, text_bucket=self._bucket(ids))
-
-    def _prompt(self, ids: PromptIds, visual: VisualInput, *, bucket: int) -> DecoderPrompt:
-        return DecoderPrompt(
-            text=self._embedding[ids.text],
-            visual=visual.tokens,
-            visual_rows=ids.visual_rows(visual.run_lengths),
-            max_visual=visual.rows,
-            text_bucket=bucket,
-            positions=self._positions(ids, visual, num_rows=visual.rows + bucket),
-            planes=visual.planes,
-            images=np.repeat(np.arange(len(visual.image_lengths), dtype=np.int32), visual.image_lengths),
-        )
-
-    def _positions(self, ids: PromptIds, visual: VisualInput, *, num_rows: int) -> PromptPositions:
-        if self.manifest.position_axes == 1:
-            return plain_positions(num_rows=num_rows, length=visual.tokens.shape[0] + ids.num_tokens)
-        runs = [
-            RunPositions(positions, span, text_before)
-            for (positions, span), text_before in zip(visual.positions, ids.text_before)
-        ]
-        return mrope_positions(runs, num_text=ids.num_tokens, num_rows=num_rows)
-
-    def _steps(
-        self,
-        generation: Generation,
-        ids: PromptIds,
-        prepared: Sequence[PreparedImage],
-        *,
-        limit: int,
-        chooser: TokenChooser,
-        override: SelectorOverride | None,
-    ) -> Iterator[str]:
+    def _steps(self, request: _Request, generation: Generation) -> Iterator[str]:
         """Yield the pieces of an answer."""
+        generation.images, generation.statistics.ttft_ms = request.images, request.prepare_ms
         with self._lock:
-            token = self._first_token(generation, ids, prepared, chooser=chooser, override=override)
-        yield from self._decode(generation, token, limit=limit, chooser=chooser)
-
-    def _first_token(
-        self,
-        generation: Generation,
-        ids: PromptIds,
-        prepared: Sequence[PreparedImage],
-        *,
-        chooser: TokenChooser,
-        override: SelectorOverride | None,
-    ) -> int:
-        """Run the graphs up to an answer's first token and return it."""
-        self._check_open()
-        self._running, statistics = generation, generation.statistics
-        start = time.perf_counter()
-        visual = self._encode_images(prepared, ids)
-        prefill_start = time.perf_counter()
-        prompt = self._prompt(ids, visual, bucket=self._bucket(ids))
-        if prepared and all(image.key for image in prepared) and not self._vision.reads_question:
-            prompt = replace(prompt, key=_prefix_key(ids, prompt, prepared))
-        result = self._decoder.prefill(prompt, override=override)
-        token = chooser.choose(result.top, self._decoder.logits)
-        now = time.perf_counter()
-        # Choosing the token has waited for the device, so the kept indices are valid.
-        generation.layouts, statistics.graph_ms = self._vision.layouts, self._vision.graph_ms
-        generation.first_logits, generation.kept = result.logits, result.kept
-        statistics.visual_tokens, statistics.text_tokens = visual.num_visual, ids.num_tokens
-        statistics.kept_tokens = tuple(len(kept) for kept in result.kept)
-        statistics.average_keep = self.manifest.average_keep_of(visual.num_visual, num_images=len(prepared))
-        statistics.ttft_ms += 1e3 * (now - start)
-        statistics.prefill_ms = 1e3 * (now - prefill_start)
-        statistics.graph_ms |= self._decoder.graph_ms
-        statistics.repaired_stages, statistics.image_was_kept = result.num_repaired, visual.was_kept
-        statistics.prefix_was_kept = self._decoder.prefix_was_kept
-        return token
-
-    def _decode(
-        self, generation: Generation, token: int, *, limit: int, chooser: TokenChooser
-    ) -> Iterator[str]:
-        """Yield the pieces of the answer that starts with ``token``."""
+            token = self._first_token(request, generation)
         statistics, stream = generation.statistics, DetokenizeStream(self.tokenizer)
         while True:
             generation.token_ids.append(token)
             statistics.new_tokens += 1
-            statistics.kv_bytes = self._decoder.kv_bytes
             if token in self.manifest.text.stop_token_ids:
                 break
             if piece := stream.push(token):
                 yield piece
-            if statistics.new_tokens >= limit or generation.is_cancelled:
+            if statistics.new_tokens >= request.limit or generation.is_cancelled:
                 break
             start = time.perf_counter()
-            token = self._next_token(generation, token, chooser=chooser)
+            with self._lock:
+                # The caller may have closed the pipeline or asked another question in the meantime.
+                self._check_open()
+                if self._running is not generation:
+                    raise ShapeError(
+                        "answer: expected one answer at a time, another was started; finish streaming first"
+                    )
+                top = self._decoder.decode(np.asarray(self._embedding[token]))
+                statistics.kv_bytes = self._decoder.kv_bytes
+                token = request.chooser.choose(top, self._decoder.logits)
             statistics.token_ms.append(1e3 * (time.perf_counter() - start))
             statistics.decode_ms += statistics.token_ms[-1]
         if rest := stream.finish():
             yield rest
 
-    def _next_token(self, generation: Generation, token: int, *, chooser: TokenChooser) -> int:
-        with self._lock:
-            # The caller may have closed the pipeline or asked another question in the meantime.
-            self._check_open()
-            if self._running is not generation:
-                raise ShapeError(
-                    "answer: expected one answer at a time, another was started; finish streaming first"
-                )
-            top = self._decoder.decode(np.asarray(self._embedding[token]))
-            return chooser.choose(top, self._decoder.logits)
-
-
-def _prefix_key(ids: PromptIds, prompt: DecoderPrompt, images: Sequence[PreparedImage]) -> bytes:
-    """Return a digest of the prompt's shapes and of its content up to the last visual token."""
-    before = ids.text[: ids.text_before[-1]]
-    shapes = prompt.max_visual, prompt.text_bucket, ids.text_before, prompt.visual_rows.tolist()
-    digest = hashlib.blake2b(repr(shapes).encode(), digest_size=32)
-    for part in (before.tobytes(), *(image.key for image in images)):
-        digest.update(part)
-    return digest.digest()
+    def _first_token(self, request: _Request, generation: Generation) -> int:
+        """See the images, write the prompt, prefill, and return the first token."""
+        self._check_open()
+        self._running, statistics = generation, generation.statistics
+        start = time.perf_counter()
+        manifest, vision, ids, prepared = self.manifest, self._vision, request.ids, request.prepared
+        bucket = next(size for size in manifest.text_buckets if size >= ids.num_tokens)
+        after = self._embedding[ids.after] if vision.reads_embeddings else None
+        visual = vision.encode_images(prepared, after=after, text_bucket=bucket)
+        prefill_start = time.perf_counter()
+        prompt = write_prompt(
+            ids,
+            visual,
+            manifest=manifest,
+            embedding=self._embedding,
+            text_bucket=bucket,
+            kept_images=() if vision.reads_question else prepared,
+        )
+        result = self._decoder.prefill(prompt, override=request.override)
+        statistics.kv_bytes = self._decoder.kv_bytes
+        token = request.chooser.choose(result.top, self._decoder.logits)
+        now = time.perf_counter()
+        # Choosing the token has waited for the device, so the kept indices are valid.
+        generation.layouts, statistics.graph_ms = vision.layouts, vision.graph_ms
+        generation.first_logits, generation.kept = result.logits, result.kept
+        statistics.visual_tokens, statistics.text_tokens = visual.num_visual, ids.num_tokens
+        statistics.kept_tokens = tuple(len(kept) for kept in result.kept)
+        statistics.average_keep = manifest.average_keep_of(visual.num_visual, num_images=len(prepared))
+        statistics.ttft_ms += 1e3 * (now - start)
+        statistics.prefill_ms = 1e3 * (now - prefill_start)
+        statistics.graph_ms |= self._decoder.timeline.milliseconds()
+        statistics.repaired_stages, statistics.image_was_kept = result.num_repaired, visual.was_kept
+        statistics.prefix_was_kept = self._decoder.prefix_was_kept
+        return token

@@ -24,11 +24,12 @@ import pytest
 
 from tests.reference.plain_decoder import plain_session
 from trio_edge.runtime.backends import tensorrt as backend_tensorrt
+from trio_edge.runtime.bundle.checks import manifest_from_json
 from trio_edge.runtime.bundle.errors import BackendError
-from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, manifest_from_json, shape_at
+from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, shape_at
 from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.runtime.devices import cuda as device_cuda
-from trio_edge.runtime.devices.interface import array_at
+from trio_edge.runtime.devices.host import array_at
 from trio_edge.runtime.engines.cpu import onnxruntime_version
 from trio_edge.runtime.engines.files import ENGINES_SCHEMA_VERSION, EngineEntry, EngineSet
 from trio_edge.runtime.engines.package import TensorRT
@@ -510,3 +511,4 @@ def pretend_gpu(
     patch.setattr(backend_tensorrt, "load_tensorrt", load_tensorrt)
     patch.setattr(backend_tensorrt, "find_host", lambda: host)
     patch.setattr(device_cuda, "cuda_problem", lambda: None)
+    patch.setattr(machine, "cuda_problem", lambda: None)

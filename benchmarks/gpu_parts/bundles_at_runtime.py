@@ -104,9 +104,10 @@ def measure_bundle(
             kv_bytes = decoder.kv_bytes
             if index >= warm_ups:
                 ttft.append(end.milliseconds_since(start))
-                parts.append(loaded.vision.graph_ms | decoder.graph_ms)
+                parts.append(loaded.vision.graph_ms | decoder.timeline.milliseconds())
+        room = min(cache.capacity - cache.length for cache in decoder.caches)
         tokens = []
-        for index in range(min(warm_ups + num_tokens, decoder.max_new_tokens)):
+        for index in range(min(warm_ups + num_tokens, room)):
             start.record()
             decoder.decode(loaded.before[0])
             end.record()

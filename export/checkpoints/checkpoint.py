@@ -18,8 +18,8 @@ from trio_edge.export.checkpoints.hub import SAFETENSORS_WAY_OUT, download_descr
 from trio_edge.export.checkpoints.packed import PACKING, PackedWeight, packed_format, with_packed
 from trio_edge.export.checkpoints.weights import SourceTensor, read_safetensors_header
 from trio_edge.runtime.bundle.errors import CheckpointError
-from trio_edge.runtime.bundle.files import read_regular
 from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
+from trio_edge.runtime.bundle.reader import read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

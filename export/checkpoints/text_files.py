@@ -12,10 +12,9 @@ import msgspec
 from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, read_json
 from trio_edge.export.checkpoints.hub import first_line
 from trio_edge.runtime.bundle.errors import BundleError, CheckpointError
-from trio_edge.runtime.bundle.files import read_regular
 from trio_edge.runtime.bundle.generation import SAMPLING_SETTINGS, GenerationSettings
 from trio_edge.runtime.bundle.manifest import TextSpec
-from trio_edge.runtime.bundle.reader import MAX_TEXT_BYTES
+from trio_edge.runtime.bundle.reader import MAX_TEXT_BYTES, read_regular
 from trio_edge.runtime.prompts.tokenizer import MAX_TOKENIZER_BYTES, only_bundle_errors, tokenizer_from
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, final
 import msgspec
 
 from trio_edge.runtime.bundle import graph_io
-from trio_edge.runtime.bundle.manifest import find_profile, shape_at
-from trio_edge.runtime.bundle.programs.program import Launch, Program
+from trio_edge.runtime.bundle.manifest import Launch, Program, find_profile, shape_at
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -31,8 +31,8 @@ from trio_edge.profiling.measure.measuring import PROMPT, measured_sizes, reside
 from trio_edge.runtime.backends.registry import BACKENDS, make_backend
 from trio_edge.runtime.bundle.errors import BackendError, TrioEdgeError
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
-from trio_edge.runtime.devices.cuda import CudaDevice, cuda_problem, load_cuda
-from trio_edge.runtime.devices.machine import find_host
+from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
+from trio_edge.runtime.devices.machine import cuda_problem, find_host
 from trio_edge.runtime.engines.build import BuildOptions, BuildPlan, build_engines, plan_build
 from trio_edge.runtime.engines.files import open_engines
 from trio_edge.runtime.engines.package import ENGINE_BACKENDS, EngineBackend, is_installed, load_tensorrt

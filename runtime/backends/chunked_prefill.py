@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 import numpy as np
 
 from trio_edge.runtime.bundle import graph_io
-from trio_edge.runtime.devices.interface import array_at
+from trio_edge.runtime.devices.host import array_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -5,6 +5,8 @@ Every tensor is bound to a device address, so hidden states and KV caches stay w
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -12,13 +14,13 @@ import numpy as np
 import onnxruntime as ort
 
 from trio_edge.runtime.backends.chunked_prefill import ChunkedLaunch, has_long_prefill
-from trio_edge.runtime.backends.interface import check_tensors, selected_graphs
-from trio_edge.runtime.buffers.estimate import check_memory, estimate
+from trio_edge.runtime.backends.interface import selected_graphs
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.manifest import shape_at
 from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
-from trio_edge.runtime.devices.host import HostDevice, release_free_memory
+from trio_edge.runtime.devices.host import HostDevice
 from trio_edge.runtime.devices.interface import LoadedGraphs
+from trio_edge.runtime.devices.memory import check_memory
 from trio_edge.runtime.engines.cpu import (
     ACCURACY_KEY,
     ACCURACY_LEVELS,
@@ -84,32 +86,30 @@ class OnnxRuntimeBackend:
                 f"backend: expected onnxruntime {ort.__version__} with {_PROVIDERS[name]}, got one with"
                 f" {', '.join(ort.get_available_providers())}; run pip install onnxruntime-gpu in place of onnxruntime"
             )
-        self._name: OnnxRuntimeName = name
+        self.name: OnnxRuntimeName = name
+        """Name for messages and statistics."""
         self._threads = threads
         self._cpu_accuracy = cpu_accuracy
         self._layer_times = layer_times
         self._notes = notes
 
-    @property
-    def name(self) -> str:
-        """Name for messages and statistics."""
-        return self._name
-
     def load(self, bundle: Bundle, names: Sequence[str] | None = None) -> LoadedGraphs:
         """Load graphs into ONNX Runtime."""
         specs = selected_graphs(bundle, names)
-        memory = estimate(bundle.manifest, specs, weight_bytes=sum(spec.weight_bytes for spec in specs))
-        device, stream = self._open_device()
-        loaded = LoadedGraphs(device=device, engines={}, memory=memory, notes=list(self._notes))
+        device: Device = HostDevice() if self.name == "onnxruntime" else CudaDevice(load_cuda())
+        stream = device.stream if isinstance(device, CudaDevice) else None
+        loaded = LoadedGraphs(device=device, engines={}, notes=list(self._notes))
         try:
-            check_memory(device, memory)
+            weight_bytes = sum(spec.weight_bytes for spec in specs)
+            loaded.memory.update(check_memory(device, bundle.manifest, specs, weight_bytes=weight_bytes))
             prepared = Prepared({}, ()) if stream else open_prepared(bundle, accuracy=self._cpu_accuracy)
             loaded.notes.extend(prepared.notes)
+            last = [[spec for spec in specs if spec.role == role][-1:] for role in ("vision", "select")]
             # A session needs twice its memory while it is loaded: the largest first, so that it does not come on top of the others.
             for spec in sorted(specs, key=lambda spec: -spec.weight_bytes):
                 parts = sessions_of(bundle, spec, on_gpu=stream is not None)
                 engines = [self._engine(bundle, part, prepared, stream) for part in parts]
-                is_last = spec.role == "vision" or spec in bundle.manifest.selects[-1:]
+                is_last = [spec] in last
                 if stream is None and is_last:
                     engines[0].shrink_after_runs()
                 loaded.engines[spec.name] = engines[0] if parts == (spec,) else PiecedEngine(spec, engines)
@@ -124,7 +124,8 @@ class OnnxRuntimeBackend:
         session = self._session(bundle, spec, prepared.files.get(spec.name), stream)
         _check_interface(spec.inputs, session.get_inputs(), where=f"{spec.file} inputs")
         _check_interface(spec.outputs, session.get_outputs(), where=f"{spec.file} outputs")
-        release_free_memory()  # loading takes twice the memory, and the C library would keep half of it
+        if stream is None:
+            _release_free_memory()  # loading takes twice the memory, and the C library would keep half of it
         return OnnxRuntimeEngine(
             session,
             spec,
@@ -132,13 +133,6 @@ class OnnxRuntimeBackend:
             layer_times=self._layer_times,
             num_heads=bundle.manifest.dimensions.num_heads,
         )
-
-    def _open_device(self) -> tuple[Device, int | None]:
-        """Return the device and, for a GPU, its stream."""
-        if self._name == "onnxruntime":
-            return HostDevice(), None
-        device = CudaDevice(load_cuda())
-        return device, device.stream
 
     def _session(
         self, bundle: Bundle, spec: GraphSpec, prepared: Path | None, stream: int | None
@@ -156,16 +150,17 @@ class OnnxRuntimeBackend:
             options.add_session_config_entry(ACCURACY_KEY, ACCURACY_LEVELS["float32"])
         else:
             set_cpu_options(options, bundle, spec, accuracy=self._cpu_accuracy)
+        unwanted = unwanted_optimizers(bundle, spec)
         if self._layer_times is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(self._layer_times / f".{spec.name}")
-        wanted = _PROVIDERS[self._name]
+        wanted = _PROVIDERS[self.name]
         try:
             session = ort.InferenceSession(
                 file,
                 options,
                 providers=self._providers(stream, bundle.folder, spec),
-                disabled_optimizers=unwanted_optimizers(bundle, spec),
+                disabled_optimizers=unwanted,
             )
         except Exception as error:  # onnxruntime's exceptions have no common public base
             raise BackendError(
@@ -181,7 +176,7 @@ class OnnxRuntimeBackend:
 
     def _providers(self, stream: int | None, folder: Path, spec: GraphSpec) -> list[Any]:
         if stream is None:
-            return [_PROVIDERS[self._name]]
+            return [_PROVIDERS[self.name]]
         cuda = {
             "device_id": "0",
             "user_compute_stream": str(stream),
@@ -189,8 +184,8 @@ class OnnxRuntimeBackend:
             "use_tf32": "0",  # otherwise a float32 bundle would keep other tokens than on other backends
         }
         found: list[Any] = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
-        if self._name == "onnxruntime-tensorrt":
-            found.insert(0, (_PROVIDERS[self._name], _tensorrt_options(stream, folder, spec)))
+        if self.name == "onnxruntime-tensorrt":
+            found.insert(0, (_PROVIDERS[self.name], _tensorrt_options(stream, folder, spec)))
         return found
 
 
@@ -210,6 +205,12 @@ def _tensorrt_options(stream: int, folder: Path, spec: GraphSpec) -> dict[str, s
     except OSError:  # a read-only bundle: engines are built at every start
         return options
     return options | {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
+
+
+def _release_free_memory() -> None:
+    """Return memory that the C library keeps for later to the system; glibc only."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _check_interface(expected: tuple[TensorSpec, ...], got: list[Any], *, where: str) -> None:
@@ -253,7 +254,6 @@ class OnnxRuntimeEngine:
     ) -> OnnxRuntimeLaunch | ChunkedLaunch:
         """Bind a profile to addresses."""
         session = self._open_session()
-        check_tensors(self._spec, profile, tensors)
         # Layer times are those of one pass.
         may_split = self._device_type == "cpu" and self._layer_times is None
         if may_split and has_long_prefill(self._spec, profile, num_heads=self._num_heads):
@@ -308,7 +308,6 @@ class PiecedEngine:
         self, profile: Profile, tensors: Mapping[str, DeviceTensor]
     ) -> OnnxRuntimeLaunch | ChunkedLaunch:
         """Bind a profile of a piece to addresses; the other pieces' tensors have no elements."""
-        check_tensors(self._spec, profile, tensors)
         piece = next(piece for piece in self._pieces if profile in piece.spec.profiles)
         return piece.prepare(profile, {tensor.name: tensors[tensor.name] for tensor in piece.spec.tensors})
 

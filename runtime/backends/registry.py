@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.limits import is_whole
+from trio_edge.runtime.devices import machine
 from trio_edge.runtime.engines.package import ENGINE_BACKENDS, installed_backend
 
 if TYPE_CHECKING:
@@ -95,11 +96,9 @@ def with_accuracy(backend: str, cpu_accuracy: CpuAccuracy) -> str:
 
 def _fastest(bundle: Bundle | None) -> tuple[str, tuple[str, ...]]:
     """Return a backend's name and, if there is a GPU but the bundle's engines are not used, a note that says why."""
-    from trio_edge.runtime.devices.cuda import cuda_problem
-
     notes: tuple[str, ...] = ()
     # Engines first: somebody took the time to build them.
-    if cuda_problem() is None:
+    if machine.cuda_problem() is None:
         if bundle is not None:
             from trio_edge.runtime.backends.tensorrt import engines_that_run
 

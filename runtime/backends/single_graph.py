@@ -12,9 +12,9 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, final
 
-from trio_edge.runtime.buffers.blocks import Block
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 from trio_edge.runtime.bundle.manifest import shape_at
+from trio_edge.runtime.devices.interface import DeviceTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -45,17 +45,16 @@ class SingleGraph:
         self.profile = found
         self.spec = whole.part_at(found)
         """The graph, or the piece of it that runs at the profile."""
-        self._shapes = {tensor.name: shape_at(tensor.shape, found) for tensor in whole.tensors}
-        self._blocks = {
-            tensor.name: Block(
-                self._device,
-                {tensor.name: (tensor.dtype, self._shapes[tensor.name])},
-                purpose=f"{tensor.name} of {name}",
-            )
-            for tensor in whole.tensors
-        }
-        tensors = {key: block.tensor(key, self._shapes[key]) for key, block in self._blocks.items()}
-        self._launch = self._engine.prepare(found, tensors)
+        self._tensors: dict[str, DeviceTensor] = {}
+        self._arrays: dict[str, NDArray[Any]] = {}
+        for tensor in whole.tensors:
+            placed = DeviceTensor(0, shape_at(tensor.shape, found), tensor.dtype)
+            purpose = f"{tensor.name} of {name}"
+            address = self._device.allocate(placed.num_bytes, purpose=purpose)
+            self._tensors[tensor.name] = placed._replace(address=address)
+            pinned = self._device.allocate_pinned(placed.num_bytes, purpose=purpose)
+            self._arrays[tensor.name] = pinned.view(placed.dtype).reshape(placed.shape)
+        self._launch = self._engine.prepare(found, self._tensors)
         self._enqueue: Callable[[], None] = self._launch.enqueue
         self._start, self._end = self._device.event(), self._device.event()
 
@@ -68,24 +67,23 @@ class SingleGraph:
         """
         self.send(inputs)
         self._launch.enqueue()
-        outputs = {}
-        for tensor in self.spec.outputs:
-            self._blocks[tensor.name].download(self._device)
-            outputs[tensor.name] = self._blocks[tensor.name].host(tensor.name, self._shapes[tensor.name])
+        names = [tensor.name for tensor in self.spec.outputs]
+        for name in names:
+            self._device.download(self._arrays[name], self._tensors[name])
         self._device.synchronize()
-        return {name: array.copy() for name, array in outputs.items()}
+        return {name: self._arrays[name].copy() for name in names}
 
     def send(self, inputs: Mapping[str, NDArray[Any]]) -> None:
         """Enqueue the copies of all inputs to the device; see ``run``."""
         for tensor in self.spec.inputs:
-            array, shape = inputs.get(tensor.name), self._shapes[tensor.name]
+            array, shape = inputs.get(tensor.name), self._tensors[tensor.name].shape
             if array is None or array.shape != shape or array.dtype != tensor.dtype:
                 got = "none" if array is None else f"{array.dtype} {list(array.shape)}"
                 raise ShapeError(
                     f"{self.spec.name} input {tensor.name!r}: expected {tensor.dtype} {list(shape)}, got {got}"
                 )
-            self._blocks[tensor.name].host(tensor.name, shape)[...] = array
-            self._blocks[tensor.name].upload(self._device)
+            self._arrays[tensor.name][...] = array
+            self._device.upload(self._tensors[tensor.name], self._arrays[tensor.name])
         if unknown := sorted(inputs.keys() - set(self.spec.input_names)):
             raise ShapeError(
                 f"{self.spec.name}: expected inputs {', '.join(self.spec.input_names[:5])}…, got {unknown[0]!r}; remove it"

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
-from trio_edge.runtime.backends.interface import check_tensors, selected_graphs
-from trio_edge.runtime.buffers.estimate import check_memory, estimate
+from trio_edge.runtime.backends.interface import selected_graphs
 from trio_edge.runtime.bundle.errors import BackendError, DataError
 from trio_edge.runtime.bundle.files import write_output
 from trio_edge.runtime.bundle.graph_io import CANDIDATES
@@ -21,6 +20,7 @@ from trio_edge.runtime.bundle.manifest import shape_at
 from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
 from trio_edge.runtime.devices.interface import LoadedGraphs
 from trio_edge.runtime.devices.machine import find_host
+from trio_edge.runtime.devices.memory import check_memory
 from trio_edge.runtime.engines.files import engine_sets, open_engines
 from trio_edge.runtime.engines.package import (
     ENGINE_BACKENDS,
@@ -87,11 +87,10 @@ class TensorRTBackend:
         tensorrt = self._tensorrt
         engines = open_engines(bundle, backend=tensorrt.backend, version=tensorrt.version, host=find_host())
         sizes = [engines.path(spec.name).stat().st_size for spec in specs]
-        memory = estimate(bundle.manifest, specs, weight_bytes=sum(sizes))
         device = CudaDevice(load_cuda())
-        loaded = LoadedGraphs(device=device, engines={}, memory=memory, notes=list(engines.notes))
+        loaded = LoadedGraphs(device=device, engines={}, notes=list(engines.notes))
         try:
-            check_memory(device, memory)
+            loaded.memory.update(check_memory(device, bundle.manifest, specs, weight_bytes=sum(sizes)))
             # Contexts have no memory of their own. The workspace is allocated once all engines have said how much they need.
             workspace, errors = Workspace(device), engine_errors(tensorrt.module)
             runtime = _new_runtime(tensorrt, errors)
@@ -102,7 +101,7 @@ class TensorRTBackend:
                 loaded.engines[spec.name] = TensorRTEngine(
                     engine, spec, tensorrt, device, workspace, errors, kernels, layers, self._cuda_graph
                 )
-            memory["workspace"] = workspace.allocate()
+            loaded.memory["workspace"] = workspace.allocate()
         except BaseException:
             loaded.close()
             raise
@@ -191,7 +190,6 @@ class TensorRTEngine:
 
     def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> TensorRTLaunch:
         """Bind a profile to addresses."""
-        check_tensors(self._spec, profile, tensors)
         index = self._spec.profiles.index(profile)
         # A CUDA graph holds its context's state, so decode shares its context with no other profile. Pieces take turns in
         # every prefill, and switching profiles takes time.

@@ -11,7 +11,6 @@ import errno
 import os
 import re
 import shutil
-import stat
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -193,22 +192,6 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 # Single files
-
-
-def read_regular(path: Path, *, max_bytes: int) -> bytes:
-    """Return the content of a regular file. Pipes and devices, which may be endless, are refused.
-
-    Raises:
-        OSError: If the file cannot be read, is not regular, or is larger than ``max_bytes``.
-    """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with open(descriptor, "rb") as file:  # noqa: PTH123  # a descriptor has no Path
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        if status.st_size > max_bytes:
-            raise OSError(errno.EFBIG, f"larger than {max_bytes >> 20} MiB")
-        return file.read(max_bytes)
 
 
 def check_outputs(paths: Mapping[str, Path]) -> None:

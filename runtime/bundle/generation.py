@@ -38,10 +38,3 @@ class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     """Tokens that are never chosen first."""
     forced_eos_token_id: tuple[_Count, ...] = ()
     """Last token of an answer that reaches its limit."""
-
-    @property
-    def are_rules(self) -> bool:
-        """Whether any setting changes logits before a token is chosen."""
-        neutral = GenerationSettings()
-        rules = set(self.__struct_fields__) - {"do_sample", *SAMPLING_SETTINGS}
-        return any(getattr(self, name) != getattr(neutral, name) for name in rules)

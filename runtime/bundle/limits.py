@@ -1,4 +1,4 @@
-"""Bounds of numbers and texts in a bundle's JSON files and in the user's input.
+"""Typed reading of a bundle's JSON files, and bounds of the numbers and texts in them and in the user's input.
 
 A manifest may come from anybody. A value outside its bound is refused with the name of its key before anything is
 allocated. The bounds lie far above any model's numbers, and far below what would fill a machine.
@@ -6,8 +6,9 @@ allocated. The bounds lie far above any model's numbers, and far below what woul
 
 from __future__ import annotations
 
+import threading
 from numbers import Integral, Real
-from typing import Annotated, TypeAlias
+from typing import Annotated, TypeAlias, TypeVar
 
 import msgspec
 
@@ -56,3 +57,18 @@ def is_number(value: object) -> bool:
 def is_whole(value: object) -> bool:
     """Return whether ``value`` is a whole number; True and 2.0 are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+_T = TypeVar("_T")
+_LOCK = threading.Lock()
+
+
+def typed(value: object, kind: type[_T]) -> _T:
+    """Return ``value``, decoded JSON, as an instance of ``kind``, a ``msgspec.Struct``; any thread may call this.
+
+    Raises:
+        msgspec.ValidationError: If a key is unknown or missing, or a value does not fit.
+    """
+    # msgspec 0.22 crashes if two threads use a class for the first time at once, as when two pipelines are loaded.
+    with _LOCK:
+        return msgspec.convert(value, kind, strict=True)

@@ -1,5 +1,19 @@
 """The manifest (``trio.json``), the only description of a bundle. Export writes it once, everything else reads it.
 
+It describes graphs, and programs that run them one after the other. Each tensor of a launch has a place: device memory with a
+name. So the place of an input says where the tensor comes from: from an earlier launch, or from the host. The runtime checks
+the programs, allocates their places and obeys. It need not know what a tensor means, so it runs selectors that are newer than
+itself.
+
+``prefix.hidden_states_out``  a tensor; by convention the graph's name and the output's
+``new_rows[3]``               one of several equal tensors in a row, a stack
+``cache.prefix[3]``           keys or values of a layer in a KV cache: a stack that launches read and rows are appended to
+``zeros.plane``               never written, always zero
+``prompt.length.0``           sent by the host before the program runs, see ``checks.sent_by_host``
+``results.scores.0``          read by the host afterwards, see ``checks.read_by_host``
+
+Two launches may write the same place; the later one replaces what the earlier one wrote.
+
 Symbols in shapes: N visual tokens (padded), S sequence rows of a graph (padded), C rows of its KV cache, R rows of the
 sequence after a selection (padded). Vision graphs also have B image tiles, or P patches and W windows; CLIP's text tower
 has M texts. A probe has its own symbols: PS rows, PR probe rows and PN visual tokens in its forward half, GS, GR and GN in
@@ -9,13 +23,11 @@ its backward half. L is the number of rows of a head that a probe shares. All ot
 from __future__ import annotations
 
 import math
-import re
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
-from trio_edge.runtime.bundle.errors import BackendError, ManifestError, ScheduleError
+from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.generation import GenerationSettings
 from trio_edge.runtime.bundle.limits import (
     Axis,
@@ -29,16 +41,13 @@ from trio_edge.runtime.bundle.limits import (
     Tokens,
     Work,
 )
-from trio_edge.runtime.bundle.programs.program import Program
 from trio_edge.runtime.bundle.schedule import Schedule
-from trio_edge.runtime.bundle.typed_json import typed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 SCHEMA_VERSION = 5
 MANIFEST_NAME = "trio.json"
-_NUMBER = re.compile(r"[0-9]{1,4}")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8, "int8": 1, "float8_e4m3fn": 1}
 """Bytes per element."""
 
@@ -60,6 +69,24 @@ PART_FROM_ROLE: dict[Role, Part] = {
     "head": "head",
 }
 """Part of the graphs that can be quantized."""
+
+
+Place: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_.]{1,200}(\[[0-9]{1,5}\])?\Z")]
+HostFunction = Literal["enter_head", "likeliest_rows", "exact_nms"]
+"""What the host does between two graphs: send probe rows to the head, look up the rows of the lm_head for the likeliest
+tokens, or select in place of a select graph. See ``runtime/model``."""
+ProgramName = Literal["vision", "reduce", "prefill", "question", "decode", "exact"]
+"""Images to visual tokens; their selection before the decoder; the prompt; a question after kept rows of the first layer
+range (--follow-ups); one new token; and the selection of each stage on the host, after which a prefill goes on."""
+
+ZEROS = "zeros."
+CACHE = "cache."
+JOINT = ("prompt", "question", "step", "results", "top", "logits", "entering", "found", "likeliest")
+"""Namespaces whose places one copy moves between host and device."""
+SINGLE = ("image", "kept")
+"""Namespaces whose places are copied one by one."""
+SENT = ("prompt", "rows", "question", "step", "entering", "likeliest", "image", "zeros", "cache")
+"""Namespaces that no launch writes; rows of KV caches are appended between launches."""
 
 
 class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -311,6 +338,52 @@ class Cost(_Spec, frozen=True):
     """Visual tokens of the same images without encoder reduction; None if equal to ``num_visual``."""
 
 
+class Launch(_Spec, frozen=True, kw_only=True, omit_defaults=True):
+    """One run of a graph, or of a function on the host."""
+
+    runs: Name
+    """A graph, or a ``HostFunction`` if there are no profiles."""
+    label: Name
+    """Name of the device's time; consecutive launches with the same label are timed together."""
+    profiles: tuple[Name, ...] = ()
+    """Profile of the graph at each of the program's sizes."""
+    inputs: dict[Name, Place]
+    """By tensor. Tensors that are missing, here and below, have no elements at the profiles."""
+    outputs: dict[Name, Place]
+    stage: Layer = 0
+    """Selections that are done before."""
+    cache: Name | None = None
+    """KV cache that the launch's new rows, its outputs in a stack, are appended to."""
+
+
+class Program(_Spec, frozen=True):
+    """Launches in order."""
+
+    name: ProgramName
+    sizes: tuple[dict[Symbol, Extent], ...]
+    """The sizes that it runs at: N visual tokens and T text tokens of a prefill, or those of the vision or reduce graph."""
+    launches: tuple[Launch, ...]
+
+    def at(self, sizes: Mapping[str, int]) -> int:
+        """Return the index of ``sizes``."""
+        return self.sizes.index(dict(sizes))
+
+
+def stack_of(place: str) -> tuple[str, int] | None:
+    """Return the name and the index of a place in a stack; None for other places."""
+    name, bracket, index = place.partition("[")
+    return (name, int(index[:-1])) if bracket else None
+
+
+def stacks_of(places: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the tensors of each stack in ``places``, in their order in the stack."""
+    found: dict[str, dict[int, str]] = {}
+    for tensor, place in places.items():
+        if (stack := stack_of(place)) is not None:
+            found.setdefault(stack[0], {})[stack[1]] = tensor
+    return {name: [tensors[index] for index in sorted(tensors)] for name, tensors in found.items()}
+
+
 class Manifest(_Spec, frozen=True):
     """Everything that the runtime must know about a bundle."""
 
@@ -374,125 +447,6 @@ class Manifest(_Spec, frozen=True):
     """None if the bundle takes no videos."""
     num_deepstack: Layer = 0
     """Number of first decoder layers to whose outputs DeepStack adds features of inner vision layers."""
-
-    def __post_init__(self) -> None:
-        for name, sizes in (("text_buckets", self.text_buckets), ("visual_sizes", self.visual_sizes)):
-            if not sizes or list(sizes) != sorted(set(sizes)):
-                raise ManifestError(f"{name}: expected ascending sizes, got {sizes}; export again")
-        self._check_files()
-        for name, rows, scales in self._tables():
-            self._check_table(name, rows, scales)
-        self._check_sizes()
-        self._check_graphs()
-
-    def _tables(self) -> Iterator[tuple[str, StoredTensor, StoredTensor | None]]:
-        """Yield name, rows and scales of the tables that the host reads."""
-        yield "token_embedding", self.token_embedding, self.token_embedding_scales
-        if self.head_rows is not None:
-            yield "head_rows", self.head_rows, self.head_row_scales
-
-    def _check_table(self, name: str, rows: StoredTensor, scales: StoredTensor | None) -> None:
-        if rows.dtype not in ("float32", "float16", "int8") or (rows.dtype == "int8") != (scales is not None):
-            raise ManifestError(
-                f"{name}: expected float32 or float16 rows, or int8 rows with scales, got {rows.dtype}"
-                f" {'without' if scales is None else 'with'} scales; export the bundle again"
-            )
-        shape = self.dimensions.vocab_size, self.dimensions.hidden_size
-        self._check_stored(name, rows, shape)
-        if scales is not None:
-            self._check_stored(f"scales of {name}", scales, shape[:1])
-            if scales.dtype not in ("float32", "float16"):
-                raise ManifestError(
-                    f"scales of {name}: expected float32 or float16, got {scales.dtype}; export the bundle again"
-                )
-
-    def _check_stored(self, name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
-        sizes = {entry.path: entry.num_bytes for entry in self.files}
-        end = tensor.offset + tensor.num_bytes
-        if tensor.shape != shape or end > sizes.get(tensor.file, end):
-            raise ManifestError(
-                f"{name}: expected {list(shape)} inside {tensor.file}, got {list(tensor.shape)} up to byte {end};"
-                " export the bundle again"
-            )
-
-    def _check_sizes(self) -> None:
-        """Raise ManifestError for impossible sizes that no other check covers."""
-        dims = self.dimensions
-        try:
-            self.schedule.check_fits(num_layers=dims.num_layers, max_visual=self.max_visual)
-        except ScheduleError as error:
-            raise ManifestError(f"schedule: {error}; export the bundle again") from None
-        flops = sum(self.cost.reduced_flops.values())
-        if min(dims.num_layers, self.model_bytes, self.cost.reduced_kv_bytes, flops) < 1:
-            raise ManifestError(
-                "dimensions, model_bytes, cost: expected numbers above 0, got 0; export the bundle again"
-            )
-        if (self.token_method is None) != (self.token_keep is None):
-            raise ManifestError(
-                f"token_keep: expected a number if there is a token_method, and none otherwise, got {self.token_keep} with"
-                f" {self.token_method!r}; export the bundle again"
-            )
-        if self.max_images > self.max_visual or dims.num_heads % dims.num_kv_heads:
-            raise ManifestError(
-                f"max_images, num_kv_heads: expected at most {self.max_visual} (visual tokens) and a divisor of"
-                f" {dims.num_heads}, got {self.max_images} and {dims.num_kv_heads}; export the bundle again"
-            )
-
-    def _check_files(self) -> None:
-        known = {entry.path for entry in self.files}
-        used = graph_files(self) | {self.text.tokenizer, self.text.chat_template}
-        used |= {tensor.file for _, *table in self._tables() for tensor in table if tensor is not None}
-        if self.clip_text is not None:
-            used.add(self.clip_text.tokenizer)
-        for path in sorted(known | used):
-            _check_relative(path)
-        if len(known) != len(self.files):
-            raise ManifestError("files: expected each file once, got one twice; export the bundle again")
-        if missing := sorted(used - known):
-            raise ManifestError(
-                f"files: expected an entry for {missing[0]!r}, got none; export the bundle again"
-            )
-
-    def _check_graphs(self) -> None:
-        roles = [graph.role for graph in self.graphs if graph.role != "probe"]
-        num_stages = len(self.schedule.stages)
-        before = [] if self.clip_text is None else ["clip_text"]
-        before += [] if self.token_method is None else ["reduce"]
-        expected = ["vision", *before, "prefix"]
-        for stage in range(num_stages):
-            expected += ["select", "suffix" if stage == num_stages - 1 else "segment"]
-        expected.append("head")
-        if roles != expected:
-            raise ManifestError(f"graphs: expected roles {expected}, got {roles}; export the bundle again")
-        self._check_graph_names()
-        # The decoder appends KV rows range by range, so a gap or an overlap would silently give wrong answers.
-        next_layer = 0
-        for graph in self.ranges:
-            if graph.first_layer != next_layer or graph.num_layers < 1:
-                raise ManifestError(
-                    f"graph {graph.name!r}: expected to start at layer {next_layer}, got {graph.first_layer};"
-                    " export the bundle again"
-                )
-            next_layer += graph.num_layers
-        if next_layer != self.dimensions.num_layers:
-            raise ManifestError(
-                f"graphs: expected {self.dimensions.num_layers} decoder layers, got {next_layer}; export the bundle again"
-            )
-
-    def _check_graph_names(self) -> None:
-        """Raise ManifestError for a name that does not belong to the graph's role: files are named after graphs."""
-        found: set[str] = set()
-        for graph in self.graphs:
-            name, role = graph.name, graph.role
-            is_numbered = role in ("probe", "select", "segment") and _NUMBER.fullmatch(
-                name.removeprefix(f"{role}_")
-            )
-            is_known = name == role or is_numbered or (role, name) == ("probe", "gradient")
-            if not is_known or name in found:
-                raise ManifestError(
-                    f"graphs: expected a unique name that follows from the role {role}, got {name!r}; export the bundle again"
-                )
-            found.add(name)
 
     def graph(self, name: str) -> GraphSpec:
         """Return the graph called ``name``."""
@@ -578,47 +532,6 @@ class Manifest(_Spec, frozen=True):
         return share * entering / num_visual
 
 
-def graph_files(manifest: Manifest) -> set[str]:
-    """Return the ONNX files of all graphs and pieces."""
-    return {
-        file for graph in manifest.graphs for file in (graph.file, *(piece.file for piece in graph.pieces))
-    }
-
-
-def _check_relative(path: str) -> None:
-    # A downloaded bundle must not name files outside of its folder.
-    pure = PurePosixPath(path)
-    is_odd = re.search(r"[\\:\x00-\x1f\x7f]", path) is not None or pure.as_posix() != path
-    if pure.is_absolute() or ".." in pure.parts or is_odd or path in (".", MANIFEST_NAME):
-        raise ManifestError(
-            f"files: expected a path inside the bundle, got {path!r}; export the bundle again"
-        )
-
-
-def manifest_from_json(text: bytes, *, where: str) -> Manifest:
-    """Return the manifest in ``text``, the bytes of ``trio.json``; error messages begin with ``where``.
-
-    Raises:
-        ManifestError: If it is not JSON, has unknown or missing keys, wrong types or another schema version.
-    """
-    try:
-        head = msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ManifestError(
-            f"{where}: expected JSON, got something else ({error}); export the bundle again"
-        ) from None
-    version = head.get("schema_version") if isinstance(head, dict) else None
-    if version != SCHEMA_VERSION:
-        raise ManifestError(
-            f"{where}: manifest has schema_version {version!r}, this release reads {SCHEMA_VERSION};"
-            " export the bundle again"
-        )
-    try:
-        return typed(head, Manifest)
-    except msgspec.ValidationError as error:
-        raise ManifestError(f"{where}: {error}; export the bundle again") from None
-
-
 def json_from_manifest(manifest: Manifest) -> bytes:
-    """Return ``manifest`` as indented JSON; ``manifest_from_json`` reads it back to an equal value."""
+    """Return ``manifest`` as indented JSON; ``checks.manifest_from_json`` reads it back to an equal value."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"

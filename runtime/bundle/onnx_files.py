@@ -10,7 +10,6 @@ import math
 from typing import TYPE_CHECKING, TypeAlias
 
 from trio_edge.runtime.bundle.errors import BundleError
-from trio_edge.runtime.bundle.files import read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -18,7 +17,8 @@ if TYPE_CHECKING:
 
     _Value: TypeAlias = "int | bytes"
 
-_MOST_BYTES = (1 << 31) - 1  # of a protobuf message
+MOST_BYTES = (1 << 31) - 1
+"""Size of the largest protobuf message."""
 # Field numbers of onnx.proto.
 _MODEL_GRAPH, _GRAPH_INITIALIZER = 7, 5
 _DIMS, _DATA_TYPE, _NAME, _EXTERNAL_DATA, _DATA_LOCATION = 1, 2, 8, 13, 14
@@ -30,18 +30,18 @@ _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12
 _BITS |= dict.fromkeys((17, 18, 19, 20), 8) | {21: 4, 22: 4, 23: 4}
 
 
-def check_weight_places(path: Path, sizes: Mapping[str, int]) -> None:
-    """Raise BundleError unless all weights of the graph at ``path`` lie inside the bundle and have the bytes of their shape.
+def check_weight_places(model: bytes, sizes: Mapping[str, int], *, where: Path) -> None:
+    """Raise BundleError unless all weights of a graph, the bytes of ``where``, lie inside the bundle with their shape's size.
 
     ``sizes`` are the bytes of each file of the bundle, by its name.
     """
     try:
-        for tensor in _initializers(read_regular(path, max_bytes=_MOST_BYTES)):
-            _check(tensor, sizes, where=path)
-    except (ValueError, IndexError, OSError, UnicodeDecodeError) as error:
+        for tensor in _initializers(model):
+            _check(tensor, sizes, where=where)
+    except (ValueError, IndexError) as error:
         if isinstance(error, BundleError):
             raise
-        raise BundleError(f"{path}: expected an ONNX graph, got {error}; export the bundle again") from None
+        raise BundleError(f"{where}: expected an ONNX graph, got {error}; export the bundle again") from None
 
 
 def _initializers(model: bytes) -> Iterator[bytes]:

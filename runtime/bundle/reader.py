@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, final
 
 import numpy as np
 
+from trio_edge.runtime.bundle.checks import graph_files, manifest_from_json
 from trio_edge.runtime.bundle.errors import BundleError
-from trio_edge.runtime.bundle.files import read_regular
 from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
-from trio_edge.runtime.bundle.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    StoredTensor,
-    graph_files,
-    manifest_from_json,
-)
-from trio_edge.runtime.bundle.onnx_files import check_weight_places
-from trio_edge.runtime.bundle.programs.checks import check_programs
+from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, Manifest, StoredTensor
+from trio_edge.runtime.bundle.onnx_files import MOST_BYTES, check_weight_places
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,6 +64,35 @@ class Bundle:
             raise BundleError(f"{path}: cannot be read ({error.strerror}); export the bundle again") from None
 
 
+@final
+class TokenTable:
+    """Rows by token id, read from the mapped file on access: the embeddings, or the head's rows."""
+
+    def __init__(self, bundle: Bundle, rows: StoredTensor, scales: StoredTensor | None) -> None:
+        """Map ``rows`` [V, D] and the ``scales`` [V] of INT8 rows; all are gathered on the host."""
+        self._dtype = bundle.manifest.dtype
+        self._rows = bundle.map_tensor(rows)
+        self._scales = None if scales is None else bundle.map_tensor(scales)
+
+    def __getitem__(self, token_ids: NDArray[Any] | int) -> NDArray[Any]:
+        """Return the rows of ``token_ids``, [..., D], in the graphs' dtype.
+
+        Raises:
+            BundleError: If there is no such row, because the tokenizer belongs to another model.
+        """
+        largest = int(np.max(token_ids, initial=0))
+        if largest >= len(self._rows) or np.min(token_ids, initial=0) < 0:
+            raise BundleError(
+                f"tokenizer: expected token ids below {len(self._rows)} (rows of the table), got {largest};"
+                " export the bundle again"
+            )
+        rows: NDArray[Any] = self._rows[token_ids]
+        if self._scales is None:
+            return rows
+        scaled: NDArray[Any] = rows.astype(self._dtype) * self._scales[token_ids][..., None]
+        return scaled
+
+
 def open_bundle(folder: str | Path, *, hash_all: bool = False) -> Bundle:
     """Return the bundle in ``folder`` after checking its files.
 
@@ -94,20 +117,39 @@ def open_bundle(folder: str | Path, *, hash_all: bool = False) -> Bundle:
     root = folder.resolve()
     if (problem := _place_problem(path, root=root)) is not None:
         raise BundleError(f"{problem}; export the bundle again")
-    try:
-        text = read_regular(path, max_bytes=MAX_JSON_BYTES)
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read ({error.strerror}); export the bundle again") from None
-    manifest = manifest_from_json(text, where=str(path))
-    check_programs(manifest, where=str(path))
+    manifest = manifest_from_json(_content(path, max_bytes=MAX_JSON_BYTES), where=str(path))
     for entry in manifest.files:
         problem = file_problem(folder / entry.path, entry, root=root, hash_all=hash_all)
         if problem is not None:
             raise BundleError(f"{problem}; export the bundle again")
     sizes = {entry.path: entry.num_bytes for entry in manifest.files}
-    for name in sorted(graph_files(manifest)):
-        check_weight_places(folder / name, sizes)
+    for graph in sorted(graph_files(manifest)):
+        file = folder / graph
+        check_weight_places(_content(file, max_bytes=MOST_BYTES), sizes, where=file)
     return Bundle(folder=folder, manifest=manifest)
+
+
+def _content(path: Path, *, max_bytes: int) -> bytes:
+    try:
+        return read_regular(path, max_bytes=max_bytes)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror}); export the bundle again") from None
+
+
+def read_regular(path: Path, *, max_bytes: int) -> bytes:
+    """Return the content of a regular file. Pipes and devices, which may be endless, are refused.
+
+    Raises:
+        OSError: If the file cannot be read, is not regular, or is larger than ``max_bytes``.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, "rb") as file:  # noqa: PTH123  # a descriptor has no Path
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        if status.st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"larger than {max_bytes >> 20} MiB")
+        return file.read(max_bytes)
 
 
 class WrittenFile(Protocol):

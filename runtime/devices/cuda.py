@@ -6,12 +6,11 @@ It needs only the GPU's driver and the package ``cuda-python``, which brings the
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, final
 
 from trio_edge.runtime.bundle.errors import BackendError
-from trio_edge.runtime.devices.interface import DeviceTensor, Event, PitchedRows, array_at
-from trio_edge.runtime.devices.machine import available_memory_bytes, find_gpu, is_jetson
+from trio_edge.runtime.devices.host import array_at
+from trio_edge.runtime.devices.machine import available_memory_bytes, cuda_problem, find_gpu, is_jetson
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,16 +18,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from trio_edge.runtime.devices.interface import DeviceTensor, Event, PitchedRows
+
 _LOWER_MEMORY = "close other programs, or export with fewer --image-size, --max-text or --max-new-tokens"
-
-
-def cuda_problem() -> str | None:
-    """Return why this process cannot use a GPU, or None if it can."""
-    if find_gpu() is None:
-        return "expected an NVIDIA GPU and its driver on this machine, got none; use --backend onnxruntime"
-    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
-        return 'expected cuda-python to be installed, it is not; run pip install "trio-edge[gpu]"'
-    return None
 
 
 def load_cuda() -> Any:

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import BackendError
-from trio_edge.runtime.devices.interface import ALIGNMENT, DeviceTensor, Event, PitchedRows, array_at
+from trio_edge.runtime.devices.interface import ALIGNMENT, DeviceTensor, Event, PitchedRows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
-
-
-def release_free_memory() -> None:
-    """Return memory that the C library keeps for later to the system; glibc only."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @final
@@ -111,3 +103,18 @@ def _bytes_at(address: int, num_bytes: int) -> NDArray[np.uint8]:
 
 def _rows_at(rows: PitchedRows, row_bytes: int, num_rows: int) -> NDArray[np.uint8]:
     return array_at(rows.address, shape=(num_rows, row_bytes), strides=(rows.pitch_bytes, 1))
+
+
+def array_at(
+    address: int, *, shape: tuple[int, ...], strides: tuple[int, ...] | None = None
+) -> NDArray[np.uint8]:
+    """Return the host's bytes at ``address`` as an array; their owner must outlive it."""
+    return np.asarray(_Memory(address, shape=shape, strides=strides))
+
+
+class _Memory:
+    """Bytes at an address, as numpy's array interface describes them."""
+
+    def __init__(self, address: int, *, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> None:
+        memory = {"version": 3, "data": (address, False), "typestr": "|u1"}
+        self.__array_interface__ = {**memory, "shape": shape, "strides": strides}

@@ -155,9 +155,7 @@ class Engine(Protocol):
     def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> PreparedLaunch:
         """Return a launch of ``profile`` whose inputs and outputs lie at ``tensors``.
 
-        Raises:
-            ShapeError: If a tensor is missing, unknown, or of another dtype or shape.
-            BackendError: If the engine has no such profile.
+        ``tensors`` have the names, dtypes and shapes of the graph at the profile, as ``Memory.at`` returns them.
         """
 
     def close(self) -> None:
@@ -172,8 +170,8 @@ class LoadedGraphs:
     device: Device
     engines: dict[str, Engine]
     """By graph name."""
-    memory: dict[str, int]
-    """Bytes of device memory by purpose, see ``buffers.estimate``."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes of device memory by purpose, see ``devices.memory.estimate``."""
     notes: list[str] = field(default_factory=list)
     """Harmless problems, one line each."""
 
@@ -191,18 +189,3 @@ class LoadedGraphs:
 def aligned(num_bytes: int) -> int:
     """Return the next multiple of ``ALIGNMENT``."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
-
-
-def array_at(
-    address: int, *, shape: tuple[int, ...], strides: tuple[int, ...] | None = None
-) -> NDArray[np.uint8]:
-    """Return the host's bytes at ``address`` as an array; their owner must outlive it."""
-    return np.asarray(_Memory(address, shape=shape, strides=strides))
-
-
-class _Memory:
-    """Bytes at an address, as numpy's array interface describes them."""
-
-    def __init__(self, address: int, *, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> None:
-        memory = {"version": 3, "data": (address, False), "typestr": "|u1"}
-        self.__array_interface__ = {**memory, "shape": shape, "strides": strides}

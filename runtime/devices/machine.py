@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,15 @@ def _meminfo() -> dict[str, int]:
     except OSError:
         return {}
     return {name: 1024 * int(count) for name, count in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
+
+
+def cuda_problem() -> str | None:
+    """Return why this process cannot use a GPU, or None if it can."""
+    if find_gpu() is None:
+        return "expected an NVIDIA GPU and its driver on this machine, got none; use --backend onnxruntime"
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        return 'expected cuda-python to be installed, it is not; run pip install "trio-edge[gpu]"'
+    return None
 
 
 def find_gpu(library: str = _CUDA_LIBRARY) -> Gpu | None:

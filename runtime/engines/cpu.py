@@ -18,12 +18,10 @@ import msgspec
 import onnxruntime as ort
 
 from trio_edge.runtime.bundle.errors import BackendError
-from trio_edge.runtime.bundle.files import read_regular
 from trio_edge.runtime.bundle.graph_io import PROBE_OUTPUT, is_probe
-from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
+from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES, typed
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, PART_FROM_ROLE
-from trio_edge.runtime.bundle.reader import file_problem, sha256_of
-from trio_edge.runtime.bundle.typed_json import typed
+from trio_edge.runtime.bundle.reader import file_problem, read_regular, sha256_of
 from trio_edge.runtime.engines.files import ENGINES_FOLDER, atomic_engines
 
 if TYPE_CHECKING:

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from trio_edge.runtime.bundle.errors import BackendError
-from trio_edge.runtime.bundle.files import atomic_folder, check_place, read_regular
-from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
+from trio_edge.runtime.bundle.files import atomic_folder, check_place
+from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES, typed
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, Profile
-from trio_edge.runtime.bundle.reader import Bundle, file_problem, sha256_of
-from trio_edge.runtime.bundle.typed_json import typed
+from trio_edge.runtime.bundle.reader import Bundle, file_problem, read_regular, sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,9 +12,9 @@ import shlex
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from trio_edge.runtime.buffers.estimate import estimate
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.devices.machine import Host, available_memory_bytes, find_host, l4t_release
+from trio_edge.runtime.devices.memory import estimate
 from trio_edge.runtime.engines.build import BuildOptions, BuildPlan, plan_build, planned_graphs
 from trio_edge.runtime.engines.files import check_engines_place
 from trio_edge.runtime.engines.package import ENGINE_BACKENDS, load_tensorrt

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
-from trio_edge.runtime.bundle.typed_json import typed
+from trio_edge.runtime.bundle.limits import typed
 from trio_edge.runtime.images.resizing import Resample  # noqa: TC001 -- msgspec reads it
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
-from trio_edge.runtime.buffers.blocks import copy_tensor
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 from trio_edge.runtime.bundle.graph_io import KEPT_INDICES, SCORES, TOP_IDS, TOP_LOGITS, UNSETTLED
 from trio_edge.runtime.devices.interface import DeviceTensor
-from trio_edge.runtime.devices.timeline import Timeline
+from trio_edge.runtime.devices.memory import copy_tensor
 from trio_edge.runtime.model.host_selection import HostSelection
+from trio_edge.runtime.model.programs import Timeline
 from trio_edge.runtime.model.question_rows import QuestionRows
 from trio_edge.runtime.model.sampling import TopTokens
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.buffers.memory import Memory
-    from trio_edge.runtime.model.decoder_prompt import DecoderPrompt, Span
+    from trio_edge.runtime.devices.memory import KVCache
+    from trio_edge.runtime.model.decoder_prompt import DecoderPrompt, PromptRows, Span
     from trio_edge.runtime.model.host_selection import SelectorOverride
     from trio_edge.runtime.model.programs import BoundLaunch, Programs
 
@@ -69,18 +69,28 @@ class Decoder:
         manifest = programs.manifest
         self._programs, self._device, self._memory = programs, programs.device, programs.memory
         self._manifest, self._schedule = manifest, manifest.schedule
-        self.caches = self._memory.caches
-        self._selections = programs.launches("exact")
+        self.caches: list[KVCache] = [*self._memory.caches.values()]
+        """Of the layer ranges, in order."""
+        self._selections = programs.launches.get("exact", ())
         """The selection of each stage, with the places of its select graph."""
-        self._host = HostSelection(programs)
-        self._question = QuestionRows(programs, count=keep_images) if "question" in programs else None
-        self._text = _pinned_text(programs)
-        self._timeline = Timeline(self._device)
-        self._step = programs.at("decode", {})
-        self._sent = _StepInputs(self._memory, num_ranges=len(self.caches))
-        self._step_top = _top_tokens(self._memory, "top")
+        has_follow_ups = "question" in programs.launches
+        self._question = QuestionRows(programs, count=keep_images) if has_follow_ups else None
+        shape = (manifest.text_buckets[-1], manifest.dimensions.hidden_size)
+        num_bytes = shape[0] * shape[1] * np.dtype(manifest.dtype).itemsize
+        text = self._device.allocate_pinned(num_bytes, purpose="text embeddings")
+        self._text: NDArray[Any] = text.view(manifest.dtype).reshape(shape)
+        """Pinned rows for all text of a prompt in order."""
+        self.timeline = Timeline(self._device)
+        """The device's time in each graph of the last prefill."""
         self.prefix_was_kept = False
         """Whether the first range ran only the question's rows in the last prefill."""
+        self._step = programs.at("decode", {})
+        # Views of the step's inputs and results on the host, made once to save time in each step.
+        host, ranges = self._memory.host, range(len(self.caches))
+        self._embedding: NDArray[Any] = host("step.embedding").reshape(-1)
+        self._positions = [host(f"step.position_ids.{index}")[:, 0] for index in ranges]
+        self._past_lengths = [host(f"step.past_length.{index}") for index in ranges]
+        self._step_top = host(f"top.{TOP_IDS}").reshape(-1), host(f"top.{TOP_LOGITS}").reshape(-1)
         self._captured: Callable[[], None] | None = None
         self._num_steps = 0
         self._done = self._device.event()
@@ -90,17 +100,7 @@ class Decoder:
     @property
     def kv_bytes(self) -> int:
         """Bytes of the KV rows in use."""
-        return sum(cache.used_bytes for cache in self.caches)
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Tokens that can still be decoded after the last prefill."""
-        return min(cache.capacity - cache.length for cache in self.caches)
-
-    @property
-    def graph_ms(self) -> dict[str, float]:
-        """The device's milliseconds in each graph of the last prefill."""
-        return self._timeline.milliseconds()
+        return sum(cache.stack.bytes_per_row * cache.length for cache in self.caches)
 
     def prefill(self, prompt: DecoderPrompt, *, override: SelectorOverride | None = None) -> PrefillResult:
         """Run the prompt through all stages and fill the KV caches.
@@ -111,20 +111,22 @@ class Decoder:
             ShapeError: If the prompt does not fit its bucket.
             BackendError: If a graph fails.
         """
-        prompt.check(self._manifest)
+        rows = prompt.rows(self._manifest)
         launches = self._programs.at("prefill", {"N": prompt.max_visual, "T": prompt.text_bucket})
-        spans = prompt.spans(self._schedule)
-        self._timeline.clear()
+        self.timeline.recorded.clear()
         self.prefix_was_kept = False
         self._next_position = prompt.positions.next
-        self._send(prompt)
+        self._send(prompt, rows)
         if override is not None:
-            kept_of = self._run_overridden(launches, spans, prompt, override)
-            return self._result(spans, kept_of, has_scores=False)
-        self._run(launches, spans, prompt)
-        self._fetch()
-        kept_of = self._repair(launches, spans, prompt)
-        return self._result(spans, kept_of, has_scores=True)
+            kept_of = self._run_overridden(launches, prompt, rows, override)
+        else:
+            self._run(launches, prompt, rows)
+        self._memory.fetch(self._device, "results")
+        self._done.record()
+        self._done.wait()
+        if override is None:
+            kept_of = self._repair(launches, prompt, rows)
+        return self._result(rows.spans, kept_of, has_scores=override is None)
 
     def decode(self, embedding: NDArray[Any]) -> TopTokens:
         """Run one new token through all layers and return the most likely next tokens.
@@ -135,15 +137,14 @@ class Decoder:
             ShapeError: If the KV caches are full.
             BackendError: If a graph fails.
         """
-        if self.max_new_tokens < 1:
+        if any(cache.length == cache.capacity for cache in self.caches):
             raise ShapeError(
                 f"decode: expected at most {self._manifest.max_new_tokens} new tokens, the KV caches are full;"
                 " export with a larger --max-new-tokens"
             )
-        device, sent = self._device, self._sent
-        sent.embedding[:] = embedding.reshape(-1)
-        is_compact = self._schedule.positions == "compact"
-        for cache, positions, past_length in zip(self.caches, sent.positions, sent.past_lengths):
+        device, is_compact = self._device, self._schedule.positions == "compact"
+        self._embedding[:] = embedding.reshape(-1)
+        for cache, positions, past_length in zip(self.caches, self._positions, self._past_lengths):
             positions[:] = cache.length if is_compact else self._next_position
             past_length[0] = cache.length
         self._memory.send(device, "step")
@@ -156,7 +157,8 @@ class Decoder:
         self._next_position += 1
         self._logits = None
         self._done.wait()
-        return _copied(self._step_top)
+        ids, logits = self._step_top
+        return TopTokens(ids.copy(), logits.copy())
 
     def skip(self, count: int) -> None:
         """Go on as if ``count`` more tokens had been decoded, or fewer if it is negative, to time later tokens.
@@ -164,9 +166,10 @@ class Decoder:
         Raises:
             ShapeError: If the KV caches have no room for as many.
         """
-        if count > self.max_new_tokens:
+        most = min(cache.capacity - cache.length for cache in self.caches)
+        if count > most:
             raise ShapeError(
-                f"decode: expected to skip at most {self.max_new_tokens} rows, the rest of the KV caches, got {count};"
+                f"decode: expected to skip at most {most} rows, the rest of the KV caches, got {count};"
                 " export with a larger --max-new-tokens"
             )
         for cache in self.caches:
@@ -183,32 +186,28 @@ class Decoder:
 
     # Prefill
 
-    def _send(self, prompt: DecoderPrompt) -> None:
+    def _send(self, prompt: DecoderPrompt, rows: PromptRows) -> None:
         """Enqueue copies of all inputs: positions and lengths, and the rows of text and visual tokens."""
         device, memory = self._device, self._memory
-        memory.write(prompt.values(self._schedule))
-        memory.send(device, "prompt")
-        embeds = memory.tensor("rows.embeds")
-        self._send_text(prompt, embeds)
-        self._place(prompt.visual, embeds, prompt.visual_runs)
-        num_rows = prompt.max_visual + prompt.text_bucket
+        memory.send(device, "prompt", rows.values)
+        embeds, text = memory.tensor("rows.embeds"), self._text
+        text[: len(prompt.text)] = prompt.text
+        row, sent = 0, 0
+        for run in (
+            *rows.runs,
+            range(rows.length, rows.length),
+        ):  # text lies before, between and after the runs
+            if count := run.start - row:
+                device.upload(embeds.rows(row, count), text[sent : sent + count])
+            row, sent = run.stop, sent + count
+        self._place(prompt.visual, embeds, rows.runs)
         # Padding rows still hold an earlier prompt. Masked rows must be finite, and answers must not depend on history.
-        device.clear(embeds.rows(prompt.length, num_rows - prompt.length))
+        device.clear(embeds.rows(rows.length, rows.padded - rows.length))
         for layer in range(self._manifest.num_deepstack):
             plane = memory.tensor(f"rows.deepstack.{layer}")
-            device.clear(plane.rows(0, num_rows))
+            device.clear(plane.rows(0, rows.padded))
             if prompt.planes:
-                self._place(prompt.planes[layer], plane, prompt.visual_runs)
-
-    def _send_text(self, prompt: DecoderPrompt, embeds: DeviceTensor) -> None:
-        """Enqueue copies of the text's rows, which lie before, between and after the runs of visual tokens."""
-        text, row, sent = self._text, 0, 0
-        text[: prompt.num_text] = prompt.text
-        for run in (*prompt.visual_runs, range(prompt.length, prompt.length)):
-            count = run.start - row
-            if count:
-                self._device.upload(embeds.rows(row, count), text[sent : sent + count])
-            row, sent = run.stop, sent + count
+                self._place(prompt.planes[layer], plane, rows.runs)
 
     def _place(
         self, visual: DeviceTensor | NDArray[Any], target: DeviceTensor, runs: Sequence[range]
@@ -224,39 +223,38 @@ class Decoder:
                 self._device.synchronize()  # the array is not pinned, and belongs to the caller
             first += count
 
-    def _run(self, launches: Iterable[BoundLaunch], spans: Sequence[Span], prompt: DecoderPrompt) -> None:
+    def _run(self, launches: Iterable[BoundLaunch], prompt: DecoderPrompt, rows: PromptRows) -> None:
         """Enqueue launches in order; those with a KV cache fill it."""
         for label, group in groupby(launches, key=lambda launch: launch.spec.label):
             together = list(group)
             if together[0].cache is None:
-                self._timeline.enqueue(label, *(launch.launch for launch in together))
+                self.timeline.enqueue(label, *(launch.launch for launch in together))
                 continue
             for launch in together:
-                stage = launch.spec.stage
-                if stage == 0:
-                    self._run_first_range(launch, prompt)
+                stage, first = launch.spec.stage, rows.num_before
+                if stage == 0 and self._question is not None and 0 < first < rows.length:
+                    self._run_in_two_parts(launch, self._question, prompt, rows)
                 else:
-                    self._run_range(launch, num_rows=spans[stage].length)
+                    self._run_range(launch, num_rows=rows.spans[stage].length)
 
-    def _run_first_range(self, launch: BoundLaunch, prompt: DecoderPrompt) -> None:
-        """Enqueue the first range: as a whole, or with follow-ups the first rows, which may be kept, then the question's."""
-        first, question = prompt.num_before, self._question
-        if question is None or not 0 < first < prompt.length:
-            self._run_range(launch, num_rows=prompt.length)
-            return
+    def _run_in_two_parts(
+        self, launch: BoundLaunch, question: QuestionRows, prompt: DecoderPrompt, rows: PromptRows
+    ) -> None:
+        """Enqueue the first range for the rows before the question, which may be kept, then for the question's."""
+        first = rows.num_before
         self.prefix_was_kept = question.bring_back(prompt.key, num_rows=first)
         if not self.prefix_was_kept:
             self._run_range(launch, num_rows=first)
             question.keep(prompt.key, num_rows=first)
-        rest = question.send(prompt, first=first)
-        self._timeline.enqueue(rest.spec.label, rest.launch)
-        question.finish(rest, prompt, first=first)
+        rest = question.send(prompt, rows)
+        self.timeline.enqueue(rest.spec.label, rest.launch)
+        question.finish(rest, rows)
 
     def _run_range(self, launch: BoundLaunch, *, num_rows: int) -> None:
         """Enqueue a layer range and a copy of its first ``num_rows`` KV rows to the cache."""
-        self._timeline.enqueue(launch.spec.label, launch.launch)
+        self.timeline.enqueue(launch.spec.label, launch.launch)
         if launch.cache is not None:
-            launch.cache.clear()
+            launch.cache.length = 0
         self._append([launch], num_rows=num_rows)
 
     def _append(self, launches: Iterable[BoundLaunch], *, num_rows: int) -> None:
@@ -264,49 +262,49 @@ class Decoder:
             if launch.cache is not None and launch.new_rows is not None:
                 launch.cache.append(self._device, launch.new_rows, num_rows=num_rows)
 
-    def _fetch(self) -> None:
-        self._memory.fetch(self._device, "results")
-        self._done.record()
-        self._done.wait()
-
     def _run_overridden(
         self,
         launches: Sequence[BoundLaunch],
-        spans: Sequence[Span],
         prompt: DecoderPrompt,
+        rows: PromptRows,
         override: SelectorOverride,
     ) -> dict[int, NDArray[np.int32]]:
         """Run the launches with all selections on the host and return the kept indices of each stage."""
         kept_of: dict[int, NDArray[np.int32]] = {}
-        original, tokens = np.arange(prompt.num_visual, dtype=np.int32), prompt.visual_tokens
+        host, spans, tokens = HostSelection(self._programs), rows.spans, rows.tokens
+        original = np.arange(spans[0].num_visual, dtype=np.int32)
         for stage, selection in enumerate(self._selections):
-            ranges = [
-                launch for launch in launches if launch.spec.stage == stage and launch.cache is not None
-            ]
-            self._run(ranges, spans, prompt)
+            is_range = [one for one in launches if one.spec.stage == stage and one.cache is not None]
+            self._run(is_range, prompt, rows)
             kept = kept_of[stage] = override(stage, original, spans[stage + 1].num_visual)
             original = original[kept]
-            self._host.replace(selection, kept, tokens, spans[stage], num_text=prompt.text_bucket)
+            host.replace(selection, kept, tokens, spans[stage], num_text=prompt.text_bucket)
             tokens = tokens.kept(kept)
-        self._run(_after(launches, len(self._selections) - 1), spans, prompt)
-        self._fetch()
+        self._run(_after(launches, len(self._selections) - 1), prompt, rows)
         return kept_of
 
     def _repair(
-        self, launches: Sequence[BoundLaunch], spans: Sequence[Span], prompt: DecoderPrompt
+        self, launches: Sequence[BoundLaunch], prompt: DecoderPrompt, rows: PromptRows
     ) -> dict[int, NDArray[np.int32]]:
         """Redo each stage whose parallel NMS had not settled exactly on the host; return the kept indices of these stages."""
         kept_of: dict[int, NDArray[np.int32]] = {}
-        tokens = prompt.visual_tokens
+        memory, spans, tokens = self._memory, rows.spans, rows.tokens
+        unsettled = [memory.host(selection.outputs[UNSETTLED]) for selection in self._selections]
         for stage, selection in enumerate(self._selections):
-            if self._memory.host(selection.outputs[UNSETTLED])[0] == 0:
+            if not any(count[0] for count in unsettled[stage:]):
+                break
+            if unsettled[stage][0] == 0:
                 shape = (spans[stage + 1].num_visual,)
-                tokens = tokens.kept(self._memory.host(selection.outputs[KEPT_INDICES], shape))
+                tokens = tokens.kept(memory.host(selection.outputs[KEPT_INDICES], shape))
                 continue
-            kept = kept_of[stage] = self._host.exact(selection, tokens, spans[stage])
-            self._host.replace(selection, kept, tokens, spans[stage], num_text=prompt.text_bucket)
-            self._run(_after(launches, stage), spans, prompt)
-            self._fetch()  # later stages saw other tokens, so their counters have changed
+            host = HostSelection(self._programs)
+            kept = kept_of[stage] = host.exact(selection, tokens, spans[stage])
+            host.replace(selection, kept, tokens, spans[stage], num_text=prompt.text_bucket)
+            self._run(_after(launches, stage), prompt, rows)
+            memory.fetch(
+                self._device, "results"
+            )  # later stages saw other tokens, so their counters have changed
+            self._device.synchronize()
             tokens = tokens.kept(kept)
         return kept_of
 
@@ -316,8 +314,8 @@ class Decoder:
         """Return the downloaded results; ``kept_of`` has the kept indices of stages that were selected on the host."""
         memory = self._memory
         self._logits = memory.host("results.logits")[0].copy()
-        top = _copied(_top_tokens(memory, "results"))
-        result = PrefillResult(logits=self._logits, top=top, kept=[])
+        ids, logits = (memory.host(f"results.{name}").reshape(-1).copy() for name in (TOP_IDS, TOP_LOGITS))
+        result = PrefillResult(logits=self._logits, top=TopTokens(ids, logits), kept=[])
         result.num_repaired = len(kept_of) if has_scores else 0
         original = np.arange(spans[0].num_visual, dtype=np.int32)
         for stage, selection in enumerate(self._selections):
@@ -337,17 +335,17 @@ class Decoder:
         """Enqueue the decode program: launch by launch the first time, later as one captured sequence."""
         # The first run warms up the engines, because lazy work such as compiling kernels cannot be captured.
         self._num_steps += 1
-        if self._num_steps == 1:
-            self._launch_step()
-        elif self._captured is not None:
-            self._captured()
-        elif all(launch.launch.capturable for launch in self._step):
+        if self._num_steps > 1 and self._captured is None:
             self._captured = self._capture_step()
+        if self._captured is not None:
             self._captured()
         else:
             self._launch_step()
 
     def _capture_step(self) -> Callable[[], None]:
+        """Return a function that enqueues the step, as one captured sequence where the device and all engines can."""
+        if not all(launch.launch.capturable for launch in self._step):
+            return self._launch_step
         try:
             return self._device.capture(self._launch_step)
         except BackendError as error:  # TensorRT does not say beforehand whether it can be captured
@@ -359,39 +357,6 @@ class Decoder:
             launch.launch.enqueue()
 
 
-@final
-class _StepInputs:
-    """Views of the host's inputs of a decode step, made once to save time in each step."""
-
-    def __init__(self, memory: Memory, *, num_ranges: int) -> None:
-        self.embedding: NDArray[Any] = memory.host("step.embedding").reshape(-1)
-        """[D]."""
-        self.positions = [memory.host(f"step.position_ids.{index}")[:, 0] for index in range(num_ranges)]
-        """[A] of each layer range."""
-        self.past_lengths = [memory.host(f"step.past_length.{index}") for index in range(num_ranges)]
-        """[1] of each layer range."""
-
-
 def _after(launches: Iterable[BoundLaunch], stage: int) -> list[BoundLaunch]:
     """Return the launches after the selection of ``stage``."""
     return [launch for launch in launches if launch.spec.stage > stage]
-
-
-def _top_tokens(memory: Memory, space: str) -> TopTokens:
-    """Return views of the most likely tokens in a namespace, the results of a prefill or a decode step."""
-    ids, logits = (memory.host(f"{space}.{name}").reshape(-1) for name in (TOP_IDS, TOP_LOGITS))
-    return TopTokens(ids=ids, logits=logits)
-
-
-def _copied(top: TopTokens) -> TopTokens:
-    """Return a copy that the next step does not overwrite."""
-    return TopTokens(ids=top.ids.copy(), logits=top.logits.copy())
-
-
-def _pinned_text(programs: Programs) -> NDArray[Any]:
-    """Return pinned rows [largest bucket, D] for all text of a prompt in order."""
-    manifest = programs.manifest
-    shape = (manifest.text_buckets[-1], manifest.dimensions.hidden_size)
-    num_bytes = shape[0] * shape[1] * np.dtype(manifest.dtype).itemsize
-    text = programs.device.allocate_pinned(num_bytes, purpose="text embeddings")
-    return text.view(manifest.dtype).reshape(shape)

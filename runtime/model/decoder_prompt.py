@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,6 +10,12 @@ import numpy as np
 
 from trio_edge.runtime.bundle.errors import ShapeError
 from trio_edge.runtime.bundle.graph_io import gradient_graph
+from trio_edge.runtime.prompts.tokenizer import (
+    PromptPositions,
+    RunPositions,
+    mrope_positions,
+    plain_positions,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,9 +23,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.runtime.bundle.reader import TokenTable
     from trio_edge.runtime.bundle.schedule import Schedule
     from trio_edge.runtime.devices.interface import DeviceTensor
-    from trio_edge.runtime.prompts.tokenizer import PromptPositions
+    from trio_edge.runtime.model.vision import PreparedImage, VisualInput
+    from trio_edge.runtime.prompts.tokenizer import PromptIds
 
 
 class VisualTokens(NamedTuple):
@@ -46,6 +55,25 @@ class Span(NamedTuple):
     """Rows of the sequence without padding."""
 
 
+class PromptRows(NamedTuple):
+    """Everything that follows from a prompt's rows. It needs no answer from the device."""
+
+    length: int
+    """Rows without padding."""
+    padded: int
+    """Rows with padding."""
+    num_before: int
+    """Rows up to the last visual token."""
+    runs: list[range]
+    """The runs of consecutive rows of visual tokens."""
+    spans: list[Span]
+    """The rows that enter each layer range."""
+    tokens: VisualTokens
+    """The visual tokens that enter the first stage."""
+    values: dict[str, NDArray[np.int32]]
+    """What the host sends, by place: ``prompt`` in ``trio_edge.runtime.bundle.checks.sent_by_host``."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderPrompt:
     """The rows of a prefill: text and visual tokens in the prompt's order, and padding up to ``max_visual + text_bucket``."""
@@ -69,103 +97,79 @@ class DecoderPrompt:
     key: bytes = b""
     """Digest of the prompt up to its last visual token; empty if no rows are kept."""
 
-    @property
-    def num_visual(self) -> int:
-        """M."""
-        return self.visual.shape[0]
+    def rows(self, manifest: Manifest) -> PromptRows:
+        """Return what follows from the rows.
 
-    @property
-    def num_text(self) -> int:
-        """T."""
-        return len(self.text)
-
-    @property
-    def length(self) -> int:
-        """Rows without padding."""
-        return self.num_text + self.num_visual
-
-    @property
-    def num_after(self) -> int:
-        """Text tokens after the last visual token; all of them without an image."""
-        return self.length - 1 - int(self.visual_rows[-1]) if self.num_visual else self.length
-
-    @property
-    def visual_runs(self) -> list[range]:
-        """The runs of consecutive rows of visual tokens."""
-        starts = np.flatnonzero(np.diff(self.visual_rows, prepend=-2) > 1)
-        counts = np.diff(starts, append=self.num_visual)
-        return [range(int(row), int(row + count)) for row, count in zip(self.visual_rows[starts], counts)]
-
-    @property
-    def visual_tokens(self) -> VisualTokens:
-        """The visual tokens that enter the first stage."""
-        images = np.zeros(self.num_visual, np.int32) if self.images is None else self.images
-        return VisualTokens(self.visual_rows, images)
-
-    @property
-    def num_before(self) -> int:
-        """Rows up to the last visual token."""
-        return self.length - self.num_after if self.num_visual else 0
-
-    def spans(self, schedule: Schedule) -> list[Span]:
-        """Return the rows that enter each layer range. They follow from the K's, without asking the device."""
-        spans = [Span(self.num_visual, self.max_visual, self.length)]
-        for stage in schedule.stages:
+        Raises:
+            ShapeError: If the rows do not fit each other or the bundle.
+        """
+        num_visual, length = self.visual.shape[0], len(self.text) + self.visual.shape[0]
+        # Text tokens after the last visual token; all of them without an image.
+        num_after = length - 1 - int(self.visual_rows[-1]) if len(self.visual_rows) else length
+        self._check(manifest, num_visual=num_visual, length=length, num_after=num_after)
+        spans = [Span(num_visual, self.max_visual, length)]
+        for stage in manifest.schedule.stages:
             last = spans[-1]
             kept = min(stage.keep, last.num_visual)
             spans.append(Span(kept, stage.keep, last.length - last.num_visual + kept))
-        return spans
+        starts = np.flatnonzero(np.diff(self.visual_rows, prepend=-2) > 1)
+        firsts, counts = self.visual_rows[starts], np.diff(starts, append=num_visual)
+        images = np.zeros(num_visual, np.int32) if self.images is None else self.images
+        return PromptRows(
+            length=length,
+            padded=self.max_visual + self.text_bucket,
+            num_before=length - num_after,
+            runs=[range(int(row), int(row + count)) for row, count in zip(firsts, counts)],
+            spans=spans,
+            tokens=VisualTokens(self.visual_rows, images),
+            values=self._values(manifest.schedule, spans, images, num_after=num_after),
+        )
 
-    def values(self, schedule: Schedule) -> dict[str, NDArray[np.int32]]:
-        """Return what the host sends, by place: ``prompt`` in ``trio_edge.runtime.bundle.programs.sent_by_host``."""
-        *entering, last = self.spans(schedule)
-        rows = self.num_text + np.arange(self.max_visual, dtype=np.int32)  # rows of padding tokens
-        rows[: self.num_visual] = self.visual_rows
-        images = np.zeros(self.max_visual, np.int32)
-        images[: self.num_visual] = 0 if self.images is None else self.images
-        is_visual = np.zeros(self.max_visual + self.text_bucket, np.int32)
-        is_visual[self.visual_rows] = 1
+    def _values(
+        self, schedule: Schedule, spans: Sequence[Span], images: NDArray[np.int32], *, num_after: int
+    ) -> dict[str, NDArray[np.int32]]:
+        """Return ``PromptRows.values``.
+
+        Probe rows carry a probe's loss. Rows up to the last image's end are replaced by the first row after it: the graphs
+        would not count a visual token's direct contribution to the loss at its own row.
+        """
+        num_visual, padded = len(self.visual_rows), self.max_visual + self.text_bucket
+        rows = len(self.text) + np.arange(self.max_visual, dtype=np.int32)  # rows of padding tokens
+        rows[:num_visual] = self.visual_rows
         found = {
             "prompt.position_ids": self.positions.ids,
             "prompt.visual_rows": rows,
-            "prompt.visual_images": images,
-            "prompt.is_visual": is_visual,
-            "prompt.length": _one(self.length),
-            "prompt.last_row": _one(last.length - 1),
+            "prompt.visual_images": np.pad(images, (0, self.max_visual - num_visual)),
+            "prompt.is_visual": np.isin(np.arange(padded), self.visual_rows).astype(np.int32),
+            "prompt.length": np.array([spans[0].length], np.int32),
+            "prompt.last_row": np.array([spans[-1].length - 1], np.int32),
         }
-        for stage, span in enumerate(entering):
-            found[f"prompt.length.{stage}"] = _one(span.length)
-            found[f"prompt.num_visual.{stage}"] = _one(span.num_visual)
-            found[f"prompt.probe_rows.{stage}"] = self._probe_rows(span.length, schedule)
+        for stage, span in enumerate(spans[:-1]):
+            last = span.length - schedule.last_probe_offset
+            probes = np.arange(last - schedule.num_probe_rows + 1, last + 1, dtype=np.int32)
+            found[f"prompt.length.{stage}"] = np.array([span.length], np.int32)
+            found[f"prompt.num_visual.{stage}"] = np.array([span.num_visual], np.int32)
+            found[f"prompt.probe_rows.{stage}"] = np.maximum(probes, span.length - num_after)
         return found
 
-    def _probe_rows(self, length: int, schedule: Schedule) -> NDArray[np.int32]:
-        """Return the rows that carry a probe's loss. Rows up to the last image's end are replaced by the first row after it.
-
-        The graphs would not count a visual token's direct contribution to the loss at its own row.
-        """
-        last = length - schedule.last_probe_offset
-        rows = np.arange(last - schedule.num_probe_rows + 1, last + 1, dtype=np.int32)
-        return np.maximum(rows, length - self.num_after)
-
-    def check(self, manifest: Manifest) -> None:
+    def _check(self, manifest: Manifest, *, num_visual: int, length: int, num_after: int) -> None:
         """Raise ShapeError if the rows do not fit each other or the bundle."""
-        if not 1 <= self.num_text <= self.text_bucket:
+        num_text = len(self.text)
+        if not 1 <= num_text <= self.text_bucket:
             raise ShapeError(
-                f"prompt: expected 1..{self.text_bucket} text tokens (the bucket), got {self.num_text}; use a larger one"
+                f"prompt: expected 1..{self.text_bucket} text tokens (the bucket), got {num_text}; use a larger one"
             )
-        if self.num_visual > self.max_visual:
+        if num_visual > self.max_visual:
             raise ShapeError(
-                f"prompt: expected at most {self.max_visual} visual tokens, got {self.num_visual}; use more rows"
+                f"prompt: expected at most {self.max_visual} visual tokens, got {num_visual}; use more rows"
             )
-        rows = self.visual_rows
-        steps = np.diff(rows, prepend=-1, append=self.length)
-        if len(rows) != self.num_visual or (steps <= 0).any():
+        steps = np.diff(self.visual_rows, prepend=-1, append=length)
+        if len(self.visual_rows) != num_visual or (steps <= 0).any():
             raise ShapeError(
-                f"prompt: expected {self.num_visual} ascending rows below {self.length} for the visual tokens, got"
-                f" {len(rows)} others"
+                f"prompt: expected {num_visual} ascending rows below {length} for the visual tokens, got"
+                f" {len(self.visual_rows)} others"
             )
-        if self.num_after == 0 and gradient_graph(manifest) is not None:
+        if num_after == 0 and gradient_graph(manifest) is not None:
             raise ShapeError(
                 "prompt: expected text after the image, as the probes need it, got none; use a chat template that ends with"
                 " the start of an answer"
@@ -176,9 +180,9 @@ class DecoderPrompt:
                 f"prompt: expected position ids {list(shape)}, got {list(self.positions.ids.shape)}; count all rows"
             )
         width, dtype = manifest.dimensions.hidden_size, np.dtype(manifest.dtype)
-        if any(plane.shape[0] != self.num_visual for plane in self.planes):
+        if any(plane.shape[0] != num_visual for plane in self.planes):
             raise ShapeError(
-                f"prompt: expected {self.num_visual} rows in each plane of DeepStack, as many as visual tokens, got"
+                f"prompt: expected {num_visual} rows in each plane of DeepStack, as many as visual tokens, got"
                 f" {[plane.shape[0] for plane in self.planes]}"
             )
         for values in (self.text, self.visual, *self.planes):
@@ -188,5 +192,49 @@ class DecoderPrompt:
                 )
 
 
-def _one(value: int) -> NDArray[np.int32]:
-    return np.array([value], np.int32)
+def write_prompt(
+    ids: PromptIds,
+    visual: VisualInput,
+    *,
+    manifest: Manifest,
+    embedding: TokenTable,
+    text_bucket: int,
+    kept_images: Sequence[PreparedImage] = (),
+) -> DecoderPrompt:
+    """Return the rows of a prompt.
+
+    Args:
+        ids: The text, and the places of the visual tokens.
+        visual: From ``Vision.encode_images``.
+        manifest: The bundle's.
+        embedding: Rows of the text's tokens.
+        text_bucket: Rows reserved for the text.
+        kept_images: Images of a prompt whose rows up to the last visual token may be kept; none otherwise.
+    """
+    num_rows, visual_rows = visual.rows + text_bucket, ids.visual_rows(visual.run_lengths)
+    if manifest.position_axes == 1:
+        positions = plain_positions(num_rows=num_rows, length=visual.tokens.shape[0] + ids.num_tokens)
+    else:
+        runs = [RunPositions(*where, before) for where, before in zip(visual.positions, ids.text_before)]
+        positions = mrope_positions(runs, num_text=ids.num_tokens, num_rows=num_rows)
+    key = b""
+    if kept_images and all(
+        image.key for image in kept_images
+    ):  # shapes and content up to the last visual token
+        shapes = visual.rows, text_bucket, ids.text_before, visual_rows.tolist()
+        digest = hashlib.blake2b(repr(shapes).encode(), digest_size=32)
+        digest.update(ids.text[: ids.text_before[-1]].tobytes())
+        for image in kept_images:
+            digest.update(image.key)
+        key = digest.digest()
+    return DecoderPrompt(
+        text=embedding[ids.text],
+        visual=visual.tokens,
+        visual_rows=visual_rows,
+        max_visual=visual.rows,
+        text_bucket=text_bucket,
+        positions=positions,
+        planes=visual.planes,
+        images=np.repeat(np.arange(len(visual.image_lengths), dtype=np.int32), visual.image_lengths),
+        key=key,
+    )

@@ -25,10 +25,10 @@ from trio_edge.runtime.bundle.graph_io import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.buffers.memory import Memory
-    from trio_edge.runtime.bundle.programs.program import Launch
-    from trio_edge.runtime.bundle.token_table import TokenTable
+    from trio_edge.runtime.bundle.manifest import Launch
+    from trio_edge.runtime.bundle.reader import TokenTable
     from trio_edge.runtime.devices.interface import Device
+    from trio_edge.runtime.devices.memory import Memory
 
 
 @final

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.bundle.programs.program import Launch
+    from trio_edge.runtime.bundle.manifest import Launch
     from trio_edge.runtime.devices.interface import DeviceTensor
     from trio_edge.runtime.model.decoder_prompt import Span, VisualTokens
     from trio_edge.runtime.model.programs import Programs

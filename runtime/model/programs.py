@@ -1,20 +1,25 @@
-"""A bundle's programs, bound to one memory."""
+"""A bundle's programs, bound to one memory, and the device's time in them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, final
 
-from trio_edge.runtime.buffers.memory import Memory
+from trio_edge.runtime.devices.memory import Memory
 from trio_edge.runtime.model.head_candidates import EnterHead, LikeliestRows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from trio_edge.runtime.buffers.kv_cache import KVCache, Stack
-    from trio_edge.runtime.bundle.manifest import Manifest, Profile
-    from trio_edge.runtime.bundle.programs.program import Launch, Program
-    from trio_edge.runtime.bundle.token_table import TokenTable
-    from trio_edge.runtime.devices.interface import DeviceTensor, LoadedGraphs, PreparedLaunch
+    from trio_edge.runtime.bundle.manifest import Launch, Manifest
+    from trio_edge.runtime.bundle.reader import TokenTable
+    from trio_edge.runtime.devices.interface import (
+        Device,
+        DeviceTensor,
+        Event,
+        LoadedGraphs,
+        PreparedLaunch,
+    )
+    from trio_edge.runtime.devices.memory import KVCache, Stack
 
 
 class BoundLaunch(NamedTuple):
@@ -43,45 +48,63 @@ class Programs:
         """
         self.manifest, self.device, self.notes = manifest, graphs.device, graphs.notes
         self.memory = Memory(manifest, graphs.device)
+        self.launches: dict[str, tuple[Launch, ...]] = {
+            program.name: program.launches for program in manifest.programs
+        }
+        """Launches of each program as the manifest describes them."""
         self._engines, self._head_rows = graphs.engines, head_rows
-        self._programs: dict[str, Program] = {program.name: program for program in manifest.programs}
+        self._sizes: dict[str, list[Mapping[str, int]]] = {
+            program.name: [*program.sizes] for program in manifest.programs
+        }
         self._bound: dict[tuple[str, int], tuple[BoundLaunch, ...]] = {}
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._programs
-
-    def launches(self, name: str) -> tuple[Launch, ...]:
-        """Return the launches of a program as the manifest describes them; none without the program."""
-        return self._programs[name].launches if name in self else ()
-
-    def sizes(self, name: str) -> tuple[Mapping[str, int], ...]:
-        """Return the sizes that a program runs at."""
-        return self._programs[name].sizes
-
     def at(self, name: str, sizes: Mapping[str, int]) -> tuple[BoundLaunch, ...]:
-        """Return the launches of a program at ``sizes``."""
-        key = name, self._programs[name].at(sizes)
+        """Return the launches of a program at ``sizes``; symbols that the program does not have are left out."""
+        known = self._sizes[name]
+        key = name, known.index({symbol: sizes[symbol] for symbol in known[0]})
         if key not in self._bound:
-            self._bound[key] = tuple(self._bind(spec, key[1]) for spec in self.launches(name))
+            self._bound[key] = tuple(self._bind(spec, key[1]) for spec in self.launches[key[0]])
         return self._bound[key]
 
     def _bind(self, spec: Launch, index: int) -> BoundLaunch:
-        if not spec.profiles:
-            return BoundLaunch(spec, self._on_host(spec), {})
-        profile, tensors = self.memory.bound(spec, index)
-        launch = self._engine_launch(spec, profile, tensors)
-        if spec.cache is None:
-            return BoundLaunch(spec, launch, tensors)
-        (new,) = (stack for name, stack in self.memory.stacks(spec, index).items() if name != spec.cache)
-        return BoundLaunch(spec, launch, tensors, self.memory.cache(spec.cache), new)
-
-    def _engine_launch(
-        self, spec: Launch, profile: Profile, tensors: Mapping[str, DeviceTensor]
-    ) -> PreparedLaunch:
-        return self._engines[spec.runs].prepare(profile, tensors)
-
-    def _on_host(self, spec: Launch) -> PreparedLaunch:
         if spec.runs == "enter_head":
-            return EnterHead(self.device, self.memory, spec)
-        assert self._head_rows is not None, "the manifest has them"
-        return LikeliestRows(self.device, self.memory, spec, rows=self._head_rows)
+            return BoundLaunch(spec, EnterHead(self.device, self.memory, spec), {})
+        if spec.runs == "likeliest_rows":
+            assert self._head_rows is not None, "the manifest has them"
+            return BoundLaunch(spec, LikeliestRows(self.device, self.memory, spec, rows=self._head_rows), {})
+        profile, tensors, stacks = self.memory.at(spec, index)
+        launch = self._engines[spec.runs].prepare(profile, tensors)
+        cache = None if spec.cache is None else self.memory.caches[spec.cache]
+        new_rows = next((stack for name, stack in stacks.items() if name != spec.cache), None)
+        return BoundLaunch(spec, launch, tensors, cache, new_rows)
+
+
+@final
+class Timeline:
+    """One pair of events around launches for each name; recording does not wait for the device."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._events: dict[str, tuple[Event, Event]] = {}
+        self.recorded: list[str] = []
+        """Names since it was last cleared."""
+
+    def enqueue(self, name: str, *launches: PreparedLaunch) -> None:
+        """Enqueue ``launches`` between two events; a later call with the same name replaces the time."""
+        if name not in self._events:
+            self._events[name] = self._device.event(), self._device.event()
+        start, end = self._events[name]
+        start.record()
+        for launch in launches:
+            launch.enqueue()
+        end.record()
+        if name not in self.recorded:
+            self.recorded.append(name)
+
+    def milliseconds(self) -> dict[str, float]:
+        """Return the device's times by name in order; the device must have reached their end."""
+        return {
+            name: end.milliseconds_since(start)
+            for name, (start, end) in self._events.items()
+            if name in self.recorded
+        }

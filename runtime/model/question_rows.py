@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple, final
 
 import numpy as np
 
-from trio_edge.runtime.buffers.blocks import copy_tensor
-from trio_edge.runtime.buffers.recent import Recent
-from trio_edge.runtime.bundle.programs.program import stack_of
+from trio_edge.runtime.bundle.manifest import stack_of
+from trio_edge.runtime.devices.memory import Recent, copy_tensor
 
 if TYPE_CHECKING:
-    from trio_edge.runtime.buffers.kv_cache import KVCache, Stack
     from trio_edge.runtime.devices.interface import DeviceTensor
-    from trio_edge.runtime.model.decoder_prompt import DecoderPrompt
+    from trio_edge.runtime.devices.memory import KVCache, Stack
+    from trio_edge.runtime.model.decoder_prompt import DecoderPrompt, PromptRows
     from trio_edge.runtime.model.programs import BoundLaunch, Programs
 
 
@@ -36,7 +35,7 @@ class QuestionRows:
     def __init__(self, programs: Programs, *, count: int) -> None:
         """Allocate memory to keep ``count`` prompts."""
         self._programs, self._device, self._memory = programs, programs.device, programs.memory
-        first, question = programs.launches("prefill")[0], programs.launches("question")[0]
+        first, question = programs.launches["prefill"][0], programs.launches["question"][0]
         self._pairs = [
             (self._memory.tensor(place), self._memory.tensor(question.outputs[name]))
             for name, place in first.outputs.items()
@@ -44,7 +43,7 @@ class QuestionRows:
         ]
         """The range's outputs for all rows of a prompt, and for the question's rows."""
         assert first.cache is not None, "a layer range has one"
-        self._cache: KVCache = self._memory.cache(first.cache)
+        self._cache: KVCache = self._memory.caches[first.cache]
         self._recent = Recent([self._slot() for _ in range(count)])
 
     def _slot(self) -> _Slot:
@@ -61,7 +60,8 @@ class QuestionRows:
         """Enqueue copies of a kept prompt's first rows to the range's outputs; return False if they are not kept."""
         if (slot := self._recent.find(key)) is None:
             return False
-        self._cache.restore(self._device, slot.cache, num_rows=num_rows)
+        slot.cache.copy_to(self._device, self._cache.stack, first_row=0, num_rows=num_rows)
+        self._cache.length = num_rows
         for (whole, _), kept in zip(self._pairs, slot.outputs):
             copy_tensor(self._device, whole.rows(0, num_rows), kept.rows(0, num_rows))
         return True
@@ -74,16 +74,15 @@ class QuestionRows:
         for (whole, _), kept in zip(self._pairs, slot.outputs):
             copy_tensor(self._device, kept.rows(0, num_rows), whole.rows(0, num_rows))
 
-    def send(self, prompt: DecoderPrompt, *, first: int) -> BoundLaunch:
-        """Enqueue the inputs of the rows from ``first`` on, and return their launch."""
-        bucket, count = prompt.text_bucket, prompt.length - first
+    def send(self, prompt: DecoderPrompt, rows: PromptRows) -> BoundLaunch:
+        """Enqueue the inputs of the rows after the last visual token, and return their launch."""
+        first, bucket = rows.num_before, prompt.text_bucket
+        count = rows.length - first
         ids = np.zeros((len(prompt.positions.ids), bucket), np.int32)
-        ids[:, :count] = prompt.positions.ids[:, first : prompt.length]
-        self._memory.write(
-            {"question.position_ids": ids, "question.past_length": np.array([first], np.int32)}
-        )
+        ids[:, :count] = prompt.positions.ids[:, first : rows.length]
+        values = {"question.position_ids": ids, "question.past_length": np.array([first], np.int32)}
         (launch,) = self._programs.at("question", {"T": bucket})
-        self._memory.send(self._device, "question")
+        self._memory.send(self._device, "question", values)
         embeds = self._memory.tensor("question.embeds")
         copy_tensor(
             self._device, embeds.rows(0, count), self._memory.tensor("rows.embeds").rows(first, count)
@@ -91,11 +90,11 @@ class QuestionRows:
         self._device.clear(embeds.rows(count, bucket - count))
         return launch
 
-    def finish(self, launch: BoundLaunch, prompt: DecoderPrompt, *, first: int) -> None:
+    def finish(self, launch: BoundLaunch, rows: PromptRows) -> None:
         """Enqueue copies of the results to their place after the first rows."""
+        first, count = rows.num_before, rows.length - rows.num_before
         assert launch.new_rows is not None, "a layer range has them"
-        count, num_rows = prompt.length - first, prompt.max_visual + prompt.text_bucket
         self._cache.append(self._device, launch.new_rows, num_rows=count)
         for whole, own in self._pairs:
             copy_tensor(self._device, whole.rows(first, count), own.rows(0, count))
-            self._device.clear(whole.rows(prompt.length, num_rows - prompt.length))
+            self._device.clear(whole.rows(rows.length, rows.padded - rows.length))

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
+from trio_edge.runtime.bundle.generation import SAMPLING_SETTINGS
 from trio_edge.runtime.bundle.limits import is_number, is_whole
 
 if TYPE_CHECKING:
@@ -205,6 +206,30 @@ class TokenChooser:
             token = sampler(rules.apply(all_logits()))
         rules.add(token)
         return token
+
+
+def has_rules(settings: GenerationSettings) -> bool:
+    """Return whether any setting changes logits before a token is chosen."""
+    neutral = type(settings)()
+    rules = set(settings.__struct_fields__) - {"do_sample", *SAMPLING_SETTINGS}
+    return any(getattr(settings, name) != getattr(neutral, name) for name in rules)
+
+
+def sampler_of(
+    settings: GenerationSettings,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+) -> Sampler:
+    """Return a sampler of the checkpoint's ``settings``; arguments that are not None replace them, see ``make_sampler``."""
+    own = (settings.temperature, settings.top_p, settings.top_k) if settings.do_sample else (0.0, 1.0, 0)
+    return make_sampler(
+        own[0] if temperature is None else temperature,
+        own[1] if top_p is None else top_p,
+        own[2] if top_k is None else top_k,
+        seed,
+    )
 
 
 def with_overrides(settings: GenerationSettings, overrides: Mapping[str, object]) -> GenerationSettings:

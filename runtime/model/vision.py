@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
-from trio_edge.runtime.buffers.blocks import copy_tensor
-from trio_edge.runtime.buffers.recent import Recent
 from trio_edge.runtime.bundle.errors import ManifestError, PromptTooLongError, ShapeError
 from trio_edge.runtime.bundle.graph_io import (
     CLIP_IDS,
@@ -29,7 +27,8 @@ from trio_edge.runtime.bundle.graph_io import (
     TEXT_MARKS,
     VISUAL_TOKENS,
 )
-from trio_edge.runtime.devices.timeline import Timeline
+from trio_edge.runtime.devices.memory import Recent, copy_tensor
+from trio_edge.runtime.model.programs import Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -110,19 +109,22 @@ class Vision:
         """
         self._manifest, self._images, self._clip_texts = programs.manifest, images, clip_texts
         self._programs, self._device, self._memory = programs, programs.device, programs.memory
-        self._spec = self._manifest.graph("vision")
-        self._reduce_inputs = set(programs.launches("reduce")[-1].inputs) if "reduce" in programs else set()
+        (self._spec,) = (spec for spec in self._manifest.graphs if spec.role == "vision")
+        self._reduce_inputs = {
+            name for launch in programs.launches.get("reduce", ())[-1:] for name in launch.inputs
+        }
+        self.reads_embeddings = TEXT_EMBEDS in self._reduce_inputs
+        """Whether the reduce graph reads embeddings of the text after the last image."""
         self._timeline = Timeline(programs.device)
         self._kept: dict[str, NDArray[np.int32]] = {}
         """Indices that each graph kept of the last image, by role; valid once the host has waited for the device."""
         self._layouts: list[tuple[ImageLayout, dict[str, NDArray[np.int32]]]] = []
         """Layout before any selection and ``_kept``, for each image of the last prompt."""
-        self._keeps_images = keep_images > 0
-        self._recent = Recent([self._slot() for _ in range(keep_images)])
+        self._recent = Recent([self._slot() for _ in range(keep_images)]) if keep_images else None
         """Outputs of the vision graph for recent images, by their pixels."""
 
     def _slot(self) -> dict[str, DeviceTensor]:
-        (launch,) = self._programs.launches("vision")
+        (launch,) = self._programs.launches["vision"]
         places = {name: self._memory.tensor(place) for name, place in launch.outputs.items()}
         return {
             name: whole._replace(address=self._device.allocate(whole.num_bytes, purpose="kept images"))
@@ -132,7 +134,7 @@ class Vision:
     @property
     def reads_question(self) -> bool:
         """Whether the reduce graph reads the question, so that its tokens depend on the question."""
-        return self._clip_texts is not None or TEXT_EMBEDS in self._reduce_inputs
+        return self._clip_texts is not None or self.reads_embeddings
 
     @property
     def graph_ms(self) -> dict[str, float]:
@@ -160,13 +162,13 @@ class Vision:
             layout,
             self._profile_of(layout),
             partial(images.prepare, image),
-            clip_texts=self._texts(question),
-            key=_key_of(image, images) if self._keeps_images else b"",
+            clip_texts=None if self._clip_texts is None else self._clip_texts.arrays(question),
+            key=b"" if self._recent is None else _key_of(image, images),
         )
 
     def prepare_video(self, video: Video, question: str, *, videos: VideoProcessing) -> list[PreparedImage]:
         """Return each pair of frames of a video of ``open_video``, prepared as by ``prepare``, with the same errors."""
-        texts = self._texts(question)
+        texts = None if self._clip_texts is None else self._clip_texts.arrays(question)
         return [
             PreparedImage(
                 layout,
@@ -177,9 +179,6 @@ class Vision:
             )
             for unit, layout in enumerate(videos.layouts(video))
         ]
-
-    def _texts(self, question: str) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
-        return None if self._clip_texts is None else self._clip_texts.arrays(question)
 
     def _profile_of(self, layout: ImageLayout) -> Profile:
         """Return the first profile of the vision graph with room for an image."""
@@ -193,7 +192,7 @@ class Vision:
         )
 
     def encode_images(
-        self, images: Sequence[PreparedImage], *, after: NDArray[Any], text_bucket: int
+        self, images: Sequence[PreparedImage], *, after: NDArray[Any] | None, text_bucket: int
     ) -> VisualInput:
         """Enqueue the vision graph for each image and, if there is one, the reduce graph.
 
@@ -202,7 +201,7 @@ class Vision:
 
         Args:
             images: From ``prepare``, in the prompt's order; none for text only.
-            after: [T2, D], embeddings of the text after the last image, for a reduce graph that reads them.
+            after: [T2, D], embeddings of the text after the last image; None unless ``reads_embeddings``.
             text_bucket: Rows that the prompt's text is padded to.
 
         Raises:
@@ -210,7 +209,7 @@ class Vision:
             BackendError: If a graph fails.
         """
         self._layouts = []
-        self._timeline.clear()
+        self._timeline.recorded.clear()
         rows = self._rows_of(images)
         if not images:
             tokens = np.empty((0, self._manifest.dimensions.hidden_size), self._manifest.dtype)
@@ -229,7 +228,16 @@ class Vision:
             tokens=whole,
             num_visual=sum(prepared.layout.num_visual for prepared in images),
             rows=rows,
-            run_lengths=self._run_lengths(images, encoded),
+            # Only an image with several runs needs the kept indices.
+            run_lengths=tuple(
+                length
+                for index, (prepared, outputs) in enumerate(zip(images, encoded))
+                for length in (
+                    (outputs[0].shape[0],)
+                    if len(prepared.layout.runs) < 2
+                    else self.entering(index).run_lengths
+                )
+            ),
             image_lengths=tuple(outputs[0].shape[0] for outputs in encoded),
             positions=self._positions() if self._manifest.position_axes == 3 else (),
             planes=tuple(planes),
@@ -254,7 +262,7 @@ class Vision:
         )
 
     def _encode(
-        self, prepared: PreparedImage, *, after: NDArray[Any], text_bucket: int
+        self, prepared: PreparedImage, *, after: NDArray[Any] | None, text_bucket: int
     ) -> tuple[list[DeviceTensor], bool]:
         """Enqueue the graphs for one image; return its tokens and planes, and whether the vision graph was skipped."""
         manifest, num_visual = self._manifest, prepared.layout.num_visual
@@ -262,8 +270,11 @@ class Vision:
         must_know = has_mrope or len(prepared.layout.runs) > 1
         if prepared.has_previous:
             self._keep_previous(prepared)
-        was_kept = self._bring_back(prepared)
-        if not was_kept:
+        slot = None if self._recent is None else self._recent.find(prepared.key)
+        was_kept = slot is not None
+        if slot is not None:
+            self._bring_back(prepared, slot)
+        else:
             self.run_vision(prepared.inputs, prepared.profile)
             self._keep(prepared)
         outputs = [tensor.rows(0, num_visual) for tensor in self._vision_tokens(prepared.profile)]
@@ -281,7 +292,7 @@ class Vision:
         """Enqueue a copy of the last frames' tokens to the input of a reduce graph that compares frames."""
         if PREVIOUS_TOKENS in self._reduce_inputs:
             tokens, *_ = self._vision_tokens(prepared.profile)
-            place = self._programs.launches("reduce")[-1].inputs[PREVIOUS_TOKENS]
+            place = self._programs.launches["reduce"][-1].inputs[PREVIOUS_TOKENS]
             copy_tensor(self._device, self._memory.tensor(place, tokens.shape), tokens)
 
     def _collected(self, outputs: Sequence[DeviceTensor], *, first: int) -> list[DeviceTensor]:
@@ -296,30 +307,17 @@ class Vision:
         self._layouts[-1] = layout, {role: indices.copy() for role, indices in kept.items()}
         return places
 
-    def _run_lengths(
-        self, images: Sequence[PreparedImage], encoded: Sequence[Sequence[DeviceTensor]]
-    ) -> tuple[int, ...]:
-        """Return the tokens of each run of all images; only an image with several runs needs the kept indices."""
-        lengths: list[int] = []
-        for index, (prepared, outputs) in enumerate(zip(images, encoded)):
-            is_one = len(prepared.layout.runs) < 2
-            lengths += [outputs[0].shape[0]] if is_one else self.entering(index).run_lengths
-        return tuple(lengths)
-
-    def _bring_back(self, prepared: PreparedImage) -> bool:
-        """Enqueue copies of the vision graph's outputs for a kept image; return False if the graph must run."""
-        if (slot := self._recent.find(prepared.key)) is None:
-            return False
+    def _bring_back(self, prepared: PreparedImage, slot: Mapping[str, DeviceTensor]) -> None:
+        """Enqueue copies of the vision graph's outputs for a kept image."""
         launch = self._vision_launch(prepared.profile)
         for name in launch.spec.outputs:
             copy_tensor(self._device, launch.tensors[name], slot[name])
         self._kept = {}
         self._fetch_kept(launch, role="vision")
-        return True
 
     def _keep(self, prepared: PreparedImage) -> None:
         """Enqueue copies of the vision graph's outputs; an image without a key is not kept."""
-        if (slot := self._recent.take(prepared.key)) is not None:
+        if self._recent is not None and (slot := self._recent.take(prepared.key)) is not None:
             launch = self._vision_launch(prepared.profile)
             for name in launch.spec.outputs:
                 copy_tensor(self._device, slot[name], launch.tensors[name])
@@ -357,7 +355,7 @@ class Vision:
         return tuple(result)
 
     def _inputs_of_reduce(
-        self, prepared: PreparedImage, after: NDArray[Any], text_bucket: int
+        self, prepared: PreparedImage, after: NDArray[Any] | None, text_bucket: int
     ) -> tuple[dict[str, NDArray[Any]], dict[str, int]]:
         """Return the inputs of the reduce program that no other graph provides, and its sizes."""
         num_visual, rows = prepared.layout.num_visual, prepared.profile.sizes["N"]
@@ -369,7 +367,7 @@ class Vision:
             IS_NEWLINE: is_newline,
         }
         sizes = {"N": rows, "T": text_bucket}
-        if TEXT_EMBEDS in self._reduce_inputs:
+        if self.reads_embeddings and after is not None:
             text = np.zeros((text_bucket, self._manifest.dimensions.hidden_size), self._manifest.dtype)
             text[: len(after)] = after
             inputs |= {TEXT_EMBEDS: text, NUM_TEXT: np.array([len(after)], np.int32)}
@@ -405,8 +403,7 @@ class Vision:
 
         ``inputs`` are those that no other graph provides. ``sizes`` are N, and T or M if it reads the question.
         """
-        wanted = {name: sizes[name] for name in self._programs.sizes("reduce")[0]}
-        launches = self._programs.at("reduce", wanted)
+        launches = self._programs.at("reduce", sizes)
         self._run(launches, inputs)
         return self._with_planes(launches[-1], REDUCED_TOKENS, REDUCED_DEEPSTACK)
 

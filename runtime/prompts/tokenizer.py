@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 
 from trio_edge.runtime.bundle.errors import BundleError, ShapeError
-from trio_edge.runtime.bundle.files import read_regular
+from trio_edge.runtime.bundle.reader import read_regular
 from trio_edge.runtime.prompts.sandbox import MAX_PROMPT_CHARACTERS
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.concurrency import run_in_threadpool
 
+from trio_edge.runtime.bundle.checks import manifest_from_json
 from trio_edge.runtime.bundle.errors import BackendError
-from trio_edge.runtime.bundle.manifest import Manifest, manifest_from_json
+from trio_edge.runtime.bundle.manifest import Manifest
 from trio_edge.serving.answers.interface import cut_short, queue_full, smoothed, still_loading, stopping
 from trio_edge.serving.answers.job import AnswerJob, Event, Failed, Finished
 from trio_edge.serving.fleet.replica import STARTED

@@ -33,8 +33,9 @@ from trio_edge.profiling import cli as cli_profile
 from trio_edge.profiling.predict.answer import predict
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.bundle.checks import manifest_from_json
 from trio_edge.runtime.bundle.errors import BackendError, ManifestError
-from trio_edge.runtime.bundle.manifest import json_from_manifest, manifest_from_json
+from trio_edge.runtime.bundle.manifest import json_from_manifest
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.cli import build as cli_build

@@ -10,11 +10,10 @@ from tests.fuzz import images, prompts, templates, tokenizers_
 from tests.fuzz.commands import run_command
 from tests.fuzz.subject import Outcome, Subject, judged
 from tests.fuzz.values import damaged, mutated
-from trio_edge.runtime.buffers.estimate import check_memory, estimate
-from trio_edge.runtime.bundle.manifest import manifest_from_json
-from trio_edge.runtime.bundle.programs.checks import check_programs
+from trio_edge.runtime.bundle.checks import manifest_from_json
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.devices.host import HostDevice
+from trio_edge.runtime.devices.memory import check_memory
 from trio_edge.runtime.images.interface import image_processing
 
 if TYPE_CHECKING:
@@ -28,9 +27,8 @@ def manifest(rng: random.Random, subject: Subject) -> Outcome:
 
     def read() -> str:
         found = manifest_from_json(text, where="trio.json")
-        check_programs(found, where="trio.json")
         image_processing(found.image_processing, encoder_keep=found.encoder_keep)
-        check_memory(HostDevice(), estimate(found, found.graphs, weight_bytes=0))
+        check_memory(HostDevice(), found, found.graphs, weight_bytes=0)
         return "ok"
 
     return judged(read)

@@ -34,7 +34,7 @@ from trio_edge.runtime.bundle.reader import open_bundle, sha256_of
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.cli.run import main
 from trio_edge.runtime.devices import cuda as device_cuda
-from trio_edge.runtime.devices.interface import array_at
+from trio_edge.runtime.devices.host import array_at
 from trio_edge.runtime.devices.machine import Host
 from trio_edge.runtime.model.decoder import Decoder
 from trio_edge.runtime.model.programs import Programs

@@ -25,8 +25,10 @@ from tests.reference.plain_decoder import PlainDecoder
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.graph_io import bucket_of
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
+from trio_edge.runtime.model.decoder_prompt import write_prompt
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.prompts.chat import build_messages
 
@@ -55,24 +57,23 @@ def plain_answer(pipeline: Pipeline, plain: PlainDecoder, picture: Any, prompt: 
     images = [] if picture is None else [picture]
     ids = pipeline._encode(build_messages(prompt, images=images))
     prepared_images = [pipeline._vision.prepare(image, prompt) for image in images]
-    seen = pipeline._encode_images(prepared_images, ids)
+    bucket = bucket_of(ids.num_tokens, manifest.text_buckets)
+    after = embedding[ids.after]
+    seen = pipeline._vision.encode_images(prepared_images, after=after, text_bucket=bucket)
     visual: Any = seen.tokens
     for prepared in prepared_images:
         pipeline._graphs.device.synchronize()
         outputs = plain.run("vision", prepared.inputs)
         visual = outputs["visual_tokens"]
         if manifest.token_keep is not None:
-            more, _ = pipeline._vision._inputs_of_reduce(
-                prepared, embedding[ids.after], pipeline._bucket(ids)
-            )
+            more, _ = pipeline._vision._inputs_of_reduce(prepared, after, bucket)
             known = {name: outputs[name] for name in manifest.graph("reduce").input_names if name in outputs}
             visual = plain.run("reduce", more | known)["reduced_tokens"]
         visual = visual[: seen.tokens.shape[0]]
-    bucket = pipeline._bucket(ids)
     prompt_rows = np.concatenate([embedding[ids.before], visual, embedding[ids.after]])
     embeds = np.zeros((1, seen.rows + bucket, prompt_rows.shape[1]), manifest.dtype)
     embeds[0, : len(prompt_rows)] = prompt_rows
-    positions = pipeline._positions(ids, seen, num_rows=embeds.shape[1])
+    positions = write_prompt(ids, seen, manifest=manifest, embedding=embedding, text_bucket=bucket).positions
     logits = [
         plain.prefill(
             embeds,

@@ -15,11 +15,10 @@ from tests.pictures import random_picture
 from trio_edge.export.checkpoints.checkpoint import TINY_FOLDER
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle import graph_io
+from trio_edge.runtime.bundle.checks import manifest_from_json
 from trio_edge.runtime.bundle.errors import ManifestError
-from trio_edge.runtime.bundle.programs.checks import check_programs
-from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.bundle.reader import TokenTable, open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.runtime.bundle.token_table import TokenTable
 from trio_edge.runtime.model.head_candidates import ordered
 from trio_edge.runtime.pipeline import Pipeline
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.runtime.bundle.manifest import Manifest, json_from_manifest
 
 EPSILON = 1e-5
 """Epsilon of the packaged model's final norm."""
@@ -127,4 +126,4 @@ def test_a_head_that_int4_cannot_store_keeps_its_exact_gradient() -> None:
 def test_a_manifest_without_the_rows_is_refused(fields: dict[str, Any], tiny: Path) -> None:
     manifest: Manifest = msgspec.structs.replace(open_bundle(tiny).manifest, **fields)
     with pytest.raises(ManifestError, match=r"expected head_rows .* got none; export the bundle again"):
-        check_programs(manifest, where="trio.json")
+        manifest_from_json(json_from_manifest(manifest), where="trio.json")

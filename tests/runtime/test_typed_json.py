@@ -9,7 +9,7 @@ import sys
 ROUNDS = """
 import sys, threading
 import msgspec
-from trio_edge.runtime.bundle.typed_json import typed
+from trio_edge.runtime.bundle.limits import typed
 
 sys.setswitchinterval(1e-6)
 

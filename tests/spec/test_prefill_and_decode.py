@@ -14,7 +14,7 @@ from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
 from trio_edge.runtime.bundle.errors import ShapeError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.model.decoder import PrefillResult
-from trio_edge.runtime.model.decoder_prompt import DecoderPrompt
+from trio_edge.runtime.model.decoder_prompt import DecoderPrompt, write_prompt
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.prompts.chat import build_messages
 from trio_edge.runtime.prompts.tokenizer import plain_positions
@@ -82,7 +82,7 @@ def test_rows_that_do_not_fit_the_visual_tokens_are_refused(rows: list[int], kee
         positions=plain_positions(num_rows=most + 32, length=8),
     )
     with pytest.raises(ShapeError, match="expected 2 ascending rows below 8"):
-        prompt.check(keep_all.manifest)
+        prompt.rows(keep_all.manifest)
 
 
 @pytest.mark.parametrize("kind", ["keep_all", "reduced"])
@@ -92,11 +92,15 @@ def test_every_bucket_gives_the_same_answer(kind: str, request: pytest.FixtureRe
     small, large = pipeline.manifest.text_buckets[0], pipeline.manifest.text_buckets[-1]
     ids = pipeline._encode(build_messages(PROMPT, images=[picture]))
     assert ids.num_tokens <= small < large
-    seen = pipeline._encode_images([pipeline._vision.prepare(picture, PROMPT)], ids)
+    prepared = pipeline._vision.prepare(picture, PROMPT)
+    seen = pipeline._vision.encode_images([prepared], after=None, text_bucket=small)
     hidden = pipeline.manifest.dimensions.hidden_size
     results = []
     for bucket in (small, large):
-        logits = [pipeline._decoder.prefill(pipeline._prompt(ids, seen, bucket=bucket)).logits]
+        prompt = write_prompt(
+            ids, seen, manifest=pipeline.manifest, embedding=pipeline._embedding, text_bucket=bucket
+        )
+        logits = [pipeline._decoder.prefill(prompt).logits]
         for _ in range(3):
             pipeline._decoder.decode(np.full(hidden, 0.1, np.float32))
             logits.append(pipeline._decoder.logits())

@@ -26,7 +26,6 @@ from trio_edge.runtime.bundle.errors import ScheduleError, ShapeError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.prompts.tokenizer import PromptIds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 KEEP_ALL = Schedule(positions="preserved")
 SIZES = [CAMERA, (28, 28), (300, 40), (40, 300), (61, 59), (200, 200), (90, 33)]
 PROMPTS = ["w1 w2 w3", "w9", "w5 w4 w3 w2 w1 w0 w7 w7"]
-NO_TEXT = PromptIds(text=np.zeros(2, np.int32), text_before=(1,))
 
 
 SAVE = {"qwen2_5_vl": save_qwen_checkpoint, "qwen3_vl": save_qwen3_vl_checkpoint}
@@ -218,7 +216,7 @@ def test_encoder_reduction_keeps_positions_and_boxes_of_what_it_keeps(tmp_path: 
     bundle = export(folder, schedule=schedule, image_sizes=(CAMERA,), encoder_keep=0.4)
     with Pipeline.from_bundle(bundle) as pipeline:
         prepared = pipeline._vision.prepare(random_picture(*CAMERA, seed=2), PROMPTS[0])
-        seen = pipeline._encode_images([prepared], NO_TEXT)
+        seen = pipeline._vision.encode_images([prepared], after=None, text_bucket=64)
         pipeline._graphs.device.synchronize()
         boxes = pipeline._vision.entering(0).boxes
         ((positions, span),) = seen.positions
@@ -231,8 +229,8 @@ def test_encoder_reduction_keeps_positions_and_boxes_of_what_it_keeps(tmp_path: 
         assert answer.statistics.visual_tokens == 8
         assert answer.statistics.kept_tokens == (4,)
         assert (
-            pipeline._encode_images(
-                [pipeline._vision.prepare(random_picture(56, 56), PROMPTS[0])], NO_TEXT
+            pipeline._vision.encode_images(
+                [pipeline._vision.prepare(random_picture(56, 56), PROMPTS[0])], after=None, text_bucket=64
             ).tokens.shape[0]
             == 4
         )
