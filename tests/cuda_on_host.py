@@ -29,6 +29,7 @@ from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, shape_at
 from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.runtime.devices import cuda as device_cuda
+from trio_edge.runtime.devices import machine
 from trio_edge.runtime.devices.host import array_at
 from trio_edge.runtime.engines.cpu import onnxruntime_version
 from trio_edge.runtime.engines.files import ENGINES_SCHEMA_VERSION, EngineEntry, EngineSet
