@@ -15,7 +15,8 @@ from ray import serve
 from trio_edge.runtime.bundle.errors import TrioEdgeError
 from trio_edge.serving.app import app_of
 from trio_edge.serving.cli import command, named_bundles, settings_from_options
-from trio_edge.serving.fleet.cluster import FleetSettings, deployment_name, fleet_worker, replicas
+from trio_edge.serving.fleet.cluster import FleetSettings, deployment_name, replicas
+from trio_edge.serving.fleet.worker import FleetWorker
 from trio_edge.serving.metrics import Metrics
 from trio_edge.serving.server import MAX_CONNECTIONS
 
@@ -85,7 +86,7 @@ def _front(names: list[str], settings: ServerSettings) -> Starlette:
     app, metrics = serve.get_replica_context().app_name, Metrics()
     handles = {name: serve.get_deployment_handle(deployment_name(name), app) for name in names}
     workers = {
-        name: fleet_worker(name, handle, app, settings=settings, metrics=metrics)
+        name: FleetWorker(name, handle, settings=settings, metrics=metrics)
         for name, handle in handles.items()
     }
     return app_of(workers, settings, metrics=metrics)

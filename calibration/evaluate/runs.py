@@ -110,11 +110,10 @@ def plan_runs(
             _check_selection(bundle, selection)
             label = name if selection == OWN_SELECTION else f"{name} ({selection})"
             runs.append(_run(bundle, label, selection))
-    seen = set()
-    for run in runs:
-        if (key := (run.info.bundle_sha256, run.info.selection)) in seen:
+    keys = [(run.info.bundle_sha256, run.info.selection) for run in runs]
+    for index, run in enumerate(runs):
+        if keys[index] in keys[:index]:
             raise DataError(f"{run.bundle.folder}: expected each bundle once, got it twice; leave one out")
-        seen.add(key)
     return runs
 
 

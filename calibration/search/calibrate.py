@@ -324,11 +324,10 @@ def fidelity(results: Sequence[MeasuredSchedule], questions: Sequence[Question])
     """Return mean divergence and agreement with their intervals, by bootstrap over images."""
     images = [question.image_id for question in questions]
     kls = [result.kl for result in results]
-    agreements = [float(result.agrees) for result in results]
     return Fidelity(
         samples=len(results),
         kl=Measure(value=_mean(kls), interval_95=bootstrap_interval(kls, images)),
-        agreement=_measure(agreements, images),
+        agreement=_measure([float(result.agrees) for result in results], images),
     )
 
 

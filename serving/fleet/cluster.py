@@ -11,7 +11,6 @@ import os
 import re
 import socket
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ray.serve import Application
-    from ray.serve.handle import DeploymentHandle
     from starlette.applications import Starlette
 
     from trio_edge.serving.fleet.worker import FleetWorker
@@ -182,6 +180,11 @@ def replicas(
     from trio_edge.serving.fleet.replica import Replica
 
     initial_s, max_s = _BACKOFF_S
+    least, most = fleet.min_replicas, fleet.max_replicas
+    scaling: dict[str, Any] = {"num_replicas": least}
+    if least < most:
+        limits = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": _TARGET_LOAD}
+        scaling = {"autoscaling_config": limits}
     deployment = serve.deployment(
         name=deployment_name(name),
         max_ongoing_requests=1,
@@ -192,7 +195,7 @@ def replicas(
         ray_actor_options={"num_cpus": loading["threads"] or 1, "num_gpus": fleet.gpus},
         request_router_config=RequestRouterConfig(initial_backoff_s=initial_s, max_backoff_s=max_s),
         logging_config={"log_level": "WARNING", "enable_access_log": False},
-        **_scaling(fleet),
+        **scaling,
     )
     return deployment(Replica).bind(name, str(bundle.resolve()), loading=loading, settings=settings)
 
@@ -202,20 +205,14 @@ def deployment_name(model: str) -> str:
     return re.sub(r"[^\w.-]", "_", model)
 
 
-def _scaling(fleet: FleetSettings) -> dict[str, Any]:
-    least, most = fleet.min_replicas, fleet.max_replicas
-    if least == most:
-        return {"num_replicas": least}
-    scaling = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": _TARGET_LOAD}
-    return {"autoscaling_config": scaling}
-
-
 @contextlib.contextmanager
 def _deployed(
     applications: Mapping[str, Application], *, settings: ServerSettings, metrics: Metrics
 ) -> Iterator[dict[str, FleetWorker]]:
     """Start each model's replicas as an application of its own, and remove them when the block ends."""
     from ray import serve
+
+    from trio_edge.serving.fleet.worker import FleetWorker
 
     apps = {name: f"trio-serve-{deployment_name(name)}" for name in applications}
     taken = set(serve.status().applications)
@@ -233,25 +230,9 @@ def _deployed(
         handles = dict(zip(applications, serve.run_many(targets, wait_for_applications_running=False)))
     try:
         yield {
-            name: fleet_worker(name, handle, apps[name], settings=settings, metrics=metrics)
+            name: FleetWorker(name, handle, settings=settings, metrics=metrics)
             for name, handle in handles.items()
         }
     finally:
         for app in apps.values():
             serve.delete(app, _blocking=False)
-
-
-def fleet_worker(
-    name: str, handle: DeploymentHandle, app: str, *, settings: ServerSettings, metrics: Metrics
-) -> FleetWorker:
-    """Return the worker for the replicas of the model ``name`` in the Ray Serve application ``app``."""
-    from trio_edge.serving.fleet.worker import FleetWorker
-
-    return FleetWorker(name, handle, partial(_status, app, name), settings=settings, metrics=metrics)
-
-
-def _status(app: str, model: str) -> Any:
-    """Return Ray Serve's status of a model's replicas."""
-    from ray import serve
-
-    return serve.status().applications[app].deployments[deployment_name(model)]

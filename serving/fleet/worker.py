@@ -11,6 +11,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, final
 
+from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.concurrency import run_in_threadpool
@@ -25,8 +26,6 @@ from trio_edge.serving.fleet.wire import packed_request, unpacked_events
 from trio_edge.serving.requests.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ray.serve.handle import DeploymentHandle
     from ray.serve.schema import DeploymentStatusOverview
 
@@ -41,19 +40,13 @@ class FleetWorker:
     """Answers requests with the replicas of one model. Only ``loaded`` and ``stop`` are thread-safe."""
 
     def __init__(
-        self,
-        name: str,
-        replicas: DeploymentHandle,
-        status: Callable[[], DeploymentStatusOverview],
-        *,
-        settings: ServerSettings,
-        metrics: Metrics,
+        self, name: str, replicas: DeploymentHandle, *, settings: ServerSettings, metrics: Metrics
     ) -> None:
-        """Prepare the worker. ``status``, which is called in a thread, returns Ray Serve's status of the replicas."""
+        """Prepare the worker for the replicas of the model ``name``."""
         self.name = name
         self.loaded: Future[tuple[str, Manifest]] = Future()
         """The backend's name and the manifest, or the exception if no replica could start."""
-        self._replicas, self._status = replicas, status
+        self._replicas = replicas
         self._settings, self._metrics = settings, metrics
         self._answering: dict[AnswerJob, asyncio.Task[None]] = {}
         self._started: dict[AnswerJob, float] = {}
@@ -137,6 +130,11 @@ class FleetWorker:
         while True:
             await asyncio.sleep(_WATCH_S)
             await self._count_replicas()
+
+    def _status(self) -> DeploymentStatusOverview:
+        """Return Ray Serve's status of the replicas. Called in a thread."""
+        app = serve.status().applications[self._replicas.app_name]
+        return app.deployments[self._replicas.deployment_name]
 
     async def _first_description(self) -> tuple[str, Manifest]:
         """Return the backend's name and the manifest of the first replica."""

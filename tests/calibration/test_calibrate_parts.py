@@ -55,8 +55,7 @@ def cost_on(target: str, *situations: Situation) -> PrefillCost:
 def candidate(stages: str | None, *, kl: float) -> Candidate:
     schedule = Schedule() if stages is None else parse_schedule(stages)
     cost = cost_on("orin-nx-16", Situation(1.0, SIZES, 40)).of(schedule).milliseconds
-    results = [MeasuredSchedule(0.9 * kl, True, 3), MeasuredSchedule(1.1 * kl, True, 3)]
-    return Candidate(schedule=schedule, cost=cost, results=results, images=["a", "b"])
+    return Candidate(schedule=schedule, cost=cost, kls=[0.9 * kl, 1.1 * kl], images=["a", "b"])
 
 
 def test_samples_may_lack_answers(tmp_path: Path) -> None:

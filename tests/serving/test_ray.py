@@ -334,7 +334,7 @@ def test_replicas_that_cannot_start_say_why(reduced_bundle: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of Ray about pydantic
-def test_a_status_that_fails_once_does_not_end_the_watch() -> None:
+def test_a_status_that_fails_once_does_not_end_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.exceptions import RayError
 
     from trio_edge.serving.fleet.worker import FleetWorker
@@ -342,14 +342,16 @@ def test_a_status_that_fails_once_does_not_end_the_watch() -> None:
     running = SimpleNamespace(replica_states={"RUNNING": 2})
     looks = iter([running, RayError("away"), KeyError("small"), running])
 
-    def status() -> Any:
+    def status(_worker: FleetWorker) -> Any:
         found = next(looks)
         if isinstance(found, Exception):
             raise found
         return found
 
+    monkeypatch.setattr(FleetWorker, "_status", status)
+
     async def count() -> list[int]:
-        worker = FleetWorker("small", Any, status, settings=ServerSettings(), metrics=Metrics())
+        worker = FleetWorker("small", Any, settings=ServerSettings(), metrics=Metrics())
         counts = []
         for _ in range(4):
             await worker._count_replicas()

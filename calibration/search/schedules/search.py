@@ -35,7 +35,6 @@ from trio_edge.runtime.bundle.schedule import Schedule
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from trio_edge.calibration.model.greedy import MeasuredSchedule
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.search.bundle_shape import BundleShape
@@ -84,21 +83,20 @@ class Candidate:
     schedule: Schedule
     cost: float
     """Milliseconds or FLOPs."""
-    results: list[MeasuredSchedule]
-    """One per search sample."""
+    kls: list[float]
+    """One per search sample, nats."""
     images: list[str]
 
     @property
     def kl(self) -> float:
         """Mean over the samples, nats."""
-        return sum(result.kl for result in self.results) / len(self.results)
+        return sum(self.kls) / len(self.kls)
 
     def is_within(self, kl: float) -> bool:
         """Return whether the divergence is at most ``kl`` with 95 % confidence."""
         if self.kl > kl:
             return False
-        values = [result.kl for result in self.results]
-        return bootstrap_interval(values, self.images)[1] <= kl
+        return bootstrap_interval(self.kls, self.images)[1] <= kl
 
     @property
     def point(self) -> tuple[float, float]:
@@ -115,8 +113,6 @@ def cheapest_within(candidates: Iterable[Candidate], kl: float) -> Candidate:
 class Found:
     """Result of a search."""
 
-    settings: Schedule
-    """The chosen settings, without stages."""
     tried: list[Tried]
     single: dict[tuple[int, int], float]
     """Divergence of each single stage (layer, keep)."""
@@ -151,7 +147,7 @@ def search(setup: Setup, measurements: Measurements) -> Found:
         candidates |= _measured(setup, measurements, near)
         if _front_points(candidates) == before:  # nothing near the front improved it
             break
-    return Found(settings=settings, tried=tried, single=single, candidates=list(candidates.values()))
+    return Found(tried=tried, single=single, candidates=list(candidates.values()))
 
 
 def _front_points(candidates: dict[Schedule, Candidate]) -> list[tuple[float, float]]:
@@ -227,7 +223,10 @@ def _measured(
     images = [question.image_id for question in setup.split.search]
     return {
         schedule: Candidate(
-            schedule=schedule, cost=setup.cost.of(schedule).of(setup.kind), results=results, images=images
+            schedule=schedule,
+            cost=setup.cost.of(schedule).of(setup.kind),
+            kls=[result.kl for result in results],
+            images=images,
         )
         for schedule, results in table.items()
     }
