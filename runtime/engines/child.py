@@ -9,7 +9,6 @@ The process reports to its parent with dictionaries over a pipe, each with a "ki
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import sys
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.graph_io import CANDIDATE_ROWS, OUTPUT_GRADIENT
 from trio_edge.runtime.bundle.manifest import shape_at
+from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.runtime.engines.files import TIMING_CACHE_NAME
 from trio_edge.runtime.engines.package import EngineBackend, TensorRT, load_tensorrt, make_logger
 from trio_edge.runtime.engines.passes import Network, join_attention, separate_products, split_lm_head
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 LOG_NAME = "build.log"
 _STEP_SECONDS = 0.1  # between reports of steps, of which TensorRT takes thousands
-_PIECE_BYTES = 16 << 20  # hashed and written at a time
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 
@@ -114,7 +113,7 @@ def build_engine(job: Job, reporter: Reporter) -> None:
     tensorrt = load_tensorrt(job.backend)
     trt = tensorrt.module
     logger = make_logger(trt, reporter.error)
-    builder = _not_none(trt.Builder(logger), "a builder")
+    builder = _not_none(trt.Builder(logger), "builder")
     # The flag of a strongly typed network; newer releases have no other networks and need no flag.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     definition = builder.create_network(0 if flag is None else 1 << int(flag))
@@ -214,28 +213,22 @@ def write_engine(
     tensorrt: TensorRT, builder: Any, definition: Any, config: Any, file: Path
 ) -> tuple[int, str]:
     """Build and write the engine; return its size and SHA-256."""
-    digest = hashlib.sha256()
     with file.open("wb") as stream:
         if tensorrt.streams_engines:
-            writer = _stream_writer(tensorrt.module, stream, digest)
+            writer = _stream_writer(tensorrt.module, stream)
             built = builder.build_serialized_network_to_stream(definition, config, writer)
             if writer.failure is not None:
                 raise writer.failure
             if not built:
                 raise BackendError("TensorRT built no engine and gave no reason")
         else:
-            plan = memoryview(_not_none(builder.build_serialized_network(definition, config), "an engine"))
-            for start in range(0, plan.nbytes, _PIECE_BYTES):
-                piece = plan[start : start + _PIECE_BYTES]
-                stream.write(piece)
-                digest.update(piece)
-        size = stream.tell()
-    return size, digest.hexdigest()
+            stream.write(_not_none(builder.build_serialized_network(definition, config), "engine"))
+    return file.stat().st_size, sha256_of(file)
 
 
 def _not_none(value: Any, what: str) -> Any:
     if value is None:
-        raise BackendError(f"TensorRT made no {what.split()[-1]} and gave no reason")
+        raise BackendError(f"TensorRT made no {what} and gave no reason")
     return value
 
 
@@ -261,7 +254,7 @@ def _progress_monitor(trt: Any, reporter: Reporter) -> Any:
     return Monitor()
 
 
-def _stream_writer(trt: Any, stream: Any, digest: Any) -> Any:
+def _stream_writer(trt: Any, stream: Any) -> Any:
     class Writer(trt.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
@@ -275,7 +268,6 @@ def _stream_writer(trt: Any, stream: Any, digest: Any) -> Any:
             except OSError as error:  # exceptions cannot pass through TensorRT
                 self.failure = error
                 return 0
-            digest.update(data)
             return len(data)
 
     return Writer()

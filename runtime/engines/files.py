@@ -194,8 +194,8 @@ def _differences(
         here = f"{backend} {version}, which is installed"
         problems.append(f"expected engines of {here}, got {engines.tensorrt_version}; {build} --force")
     if engines.platform != host.platform:
-        text = f"expected engines for {host.platform}, got {engines.platform}; {build} on this machine"
-        problems.append(text)
+        here = f"{build} on this machine"
+        problems.append(f"expected engines for {host.platform}, got {engines.platform}; {here}")
     if (gpu := host.gpu) is None:
         text = "expected an NVIDIA GPU and its driver on this machine, got none; use --backend onnxruntime"
         problems.append(text)
@@ -220,11 +220,10 @@ def check_files(folder: Path, engine_set: EngineSet, *, bundle: Bundle) -> None:
                 f"{folder}: expected an engine of {spec.name}, got none;"
                 f" run trio-build {bundle.folder} --backend {engine_set.backend} --graphs {spec.name}"
             )
+        file = folder / entry.file
+        problem = file_problem(file, entry, root=root, hash_all=False)
         if entry.profiles != spec.profiles:
-            raise BackendError(
-                f"{folder / entry.file}: expected the bundle's profiles, got others; {_again(folder)}"
-            )
-        problem = file_problem(folder / entry.file, entry, root=root, hash_all=False)
+            problem = f"{file}: expected the bundle's profiles, got others"
         if problem is not None:
             raise BackendError(f"{problem}; {_again(folder)}")
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 ResizeMode = Literal["shortest_edge", "stretch"]
 _ONEVISION = "LlavaOnevisionImageProcessor"
 _PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor", _ONEVISION)
-_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+_PINPOINTS: tuple[tuple[int, int], ...] = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 _ONEVISION_SIDES = range(384, 2305, 384)
 ONEVISION_PINPOINTS = tuple((height, width) for height in _ONEVISION_SIDES for width in _ONEVISION_SIDES)
 """(height, width) of LLaVA-OneVision's grids of 1 x 1 to 6 x 6 tiles."""
@@ -116,16 +116,12 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
             CheckpointError: If the processor is of another class, or a value is not supported.
         """
         name, values = processor_values(config, *_PROCESSORS, always=("do_convert_rgb",))
-        is_anyres = name in ("LlavaNextImageProcessor", _ONEVISION)
+        is_anyres, pinpoints = name in ("LlavaNextImageProcessor", _ONEVISION), _PINPOINTS
         with only_checkpoint_errors():
             # This class has other defaults; without a crop, tiles have the size ``size``.
             if name == _ONEVISION:
-                size = values.setdefault("size", {"height": 384, "width": 384})
-                values = {
-                    "crop_size": size,
-                    "do_center_crop": False,
-                    "image_grid_pinpoints": ONEVISION_PINPOINTS,
-                } | values
+                pinpoints, size = ONEVISION_PINPOINTS, values.get("size", {"height": 384, "width": 384})
+                values = {"size": size, "crop_size": size, "do_center_crop": False} | values
             resize_size, resize_mode = _side(values.get("size", {"shortest_edge": 224}), name="size")
             tile_size, _ = _side(values.get("crop_size", {"height": 224, "width": 224}), name="crop_size")
             fields = {
@@ -134,7 +130,7 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
                 "patch_size": patch_size,
                 "resize_size": resize_size,
                 "resize_mode": resize_mode,
-                "grid_pinpoints": values.get("image_grid_pinpoints", _PINPOINTS) if is_anyres else (),
+                "grid_pinpoints": values.get("image_grid_pinpoints", pinpoints) if is_anyres else (),
                 # CLIP's class does not pad by default, and LLaVA-NeXT's do_pad concerns batches.
                 "do_pad": name == "LlavaImageProcessor" and bool(values.get("do_pad", False)),
             }
@@ -516,9 +512,7 @@ def _side(size: Any, *, name: str) -> tuple[int, ResizeMode]:
     sides = {key: value for key, value in dict(size).items() if value is not None}
     if set(sides) == {"shortest_edge"}:
         return int(sides["shortest_edge"]), "shortest_edge"
-    side = square_side(sides)
-    if side is None:
-        raise CheckpointError(
-            f"preprocessor_config {name}: expected a square or a shortest edge, got {sides}"
-        )
-    return side, "stretch"
+    if (side := square_side(sides)) is not None:
+        return side, "stretch"
+    expected = "a square or a shortest edge"
+    raise CheckpointError(f"preprocessor_config {name}: expected {expected}, got {sides}")

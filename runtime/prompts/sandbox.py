@@ -17,9 +17,9 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 
 import jinja2
-import jinja2.nodes
 import jinja2.runtime
 import jinja2.utils
+from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
@@ -189,45 +189,31 @@ class Sandbox(ImmutableSandboxedEnvironment):
         _budget.get().pay_for_call(given, can_grow=is_text and method.__name__ in _GROWING)
         return _read(super().call(__context, __obj, *args, **kwargs))
 
-    def _generate(self, source: jinja2.nodes.Template, *args: Any, **kwargs: Any) -> str:
+    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
         return super()._generate(_Payments().visit(source), *args, **kwargs)
 
 
 class _Payments(NodeTransformer):
     """Adds paying filters to a template: around iterables of loops, compared values, literals, slices and ``~``."""
 
-    def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:  # noqa: N802
-        if node.recursive:
+    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
+        """Return ``node`` with payments for what it holds and for itself."""
+        if isinstance(node, nodes.For) and node.recursive:
             raise jinja2.TemplateSyntaxError("recursive loops are not supported", node.lineno)
-        self.generic_visit(node)
-        node.iter = _filtered(node.iter, "counted ")
-        return node
-
-    def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return _filtered(jinja2.nodes.List(node.nodes, lineno=node.lineno), "joined ")
-
-    def visit_Compare(self, node: jinja2.nodes.Compare) -> jinja2.nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        compared: tuple[Any, ...] = (node, *node.ops)
-        for operand in compared:
-            operand.expr = _filtered(operand.expr, "read ")
-        return node
-
-    def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        is_slice = isinstance(node.arg, jinja2.nodes.Slice) and node.ctx == "load"
-        return _filtered(node, "read ") if is_slice else node
-
-    def visit_List(self, node: jinja2.nodes.Expr) -> jinja2.nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return _filtered(node, "read ") if getattr(node, "ctx", "load") == "load" else node
-
-    visit_Dict = visit_Tuple = visit_List  # noqa: N815
+        self.generic_visit(node, *args, **kwargs)
+        if isinstance(node, nodes.For):
+            node.iter = _filtered(node.iter, "counted ")
+        elif isinstance(node, (nodes.Compare, nodes.Operand)):
+            node.expr = _filtered(node.expr, "read ")
+        elif isinstance(node, nodes.Concat):
+            return _filtered(nodes.List(node.nodes, lineno=node.lineno), "joined ")
+        is_slice = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
+        is_read = is_slice or isinstance(node, (nodes.List, nodes.Dict, nodes.Tuple))
+        return _filtered(node, "read ") if is_read and getattr(node, "ctx", "load") == "load" else node
 
 
-def _filtered(node: Any, name: str) -> jinja2.nodes.Filter:
-    return jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+def _filtered(node: Any, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
 def _counted(values: Any) -> Any:
@@ -287,10 +273,10 @@ class _GenerationTag(Extension):
 
     tags = {"generation"}  # noqa: RUF012  # jinja2's own declaration
 
-    def parse(self, parser: Parser) -> jinja2.nodes.Node:
+    def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
 
     def _body(self, caller: Callable[[], str]) -> str:
         return caller()
