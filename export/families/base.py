@@ -97,16 +97,10 @@ class FamilyModel:
     attention_scaling: float
     """Factor on the rotary tables (1 without RoPE scaling)."""
     text_config: Any
-
-    @property
-    def position_axes(self) -> Literal[1, 3]:
-        """A: 3 with M-RoPE, else 1."""
-        return 3 if len(self.inv_freq) == 3 else 1
-
-    @property
-    def num_deepstack(self) -> int:
-        """Number of DeepStack planes."""
-        return self.vision.num_deepstack
+    position_axes: Literal[1, 3]
+    """A: 3 with M-RoPE, else 1."""
+    num_deepstack: int
+    """Number of DeepStack planes."""
 
 
 class Family(ABC):
@@ -260,6 +254,8 @@ class Family(ABC):
             inv_freq=inv_freq,
             attention_scaling=float(rotary.attention_scaling),
             text_config=decoder.config,
+            position_axes=3 if self.has_mrope else 1,
+            num_deepstack=vision.num_deepstack,
         )
 
     @abstractmethod

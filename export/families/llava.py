@@ -77,9 +77,9 @@ class Llava(Family):
     ) -> tuple[VisionGraph, VisionDimensions]:
         """Return the graph of CLIP's tower; see ``Family``."""
         text, vision, keep = config.text_config, config.vision_config, processing.encoder_keep
+        tower, projector, states = inner.vision_tower, inner.multi_modal_projector, feature_layers_of(config)
         tokens = base.visual_tokens(text.hidden_size, dtype=dtype)
         inputs = base.tile_inputs(processing.tile_size)
-        tower, projector, states = inner.vision_tower, inner.multi_modal_projector, feature_layers_of(config)
         module: ClipVision | VisionWithFeatures | ReducedVision
         more_outputs: list[TensorSpec] = []
         if keep is not None and with_features:
