@@ -23,7 +23,7 @@ from parts.tables import markdown
 
 from trio_edge.profiling.predict.answer import Setting, predict
 from trio_edge.profiling.predict.plan import plan_for
-from trio_edge.trio.budgets import schedule_for_keep
+from trio_edge.trio.budgets import ScheduleRequest
 from trio_edge.trio.cost.devices import DEVICES
 from trio_edge.trio.cost.flops import kv_row_bytes
 from trio_edge.trio.cost.memory import kv_cache_bytes
@@ -55,7 +55,9 @@ def counted(keep: float) -> dict[str, list[float]]:
     rows: dict[str, list[float]] = {}
     for size in SIZES:
         setting = plan.setting()
-        schedule = schedule_for_keep(keep, num_layers=setting.model.decoder.num_layers, num_visual=size)
+        schedule = ScheduleRequest(average=keep).schedule(
+            num_layers=setting.model.decoder.num_layers, num_visual=size
+        )
         prediction = predict(
             dataclasses.replace(setting, schedule=schedule, sizes={**setting.sizes, "N": size}),
             DEVICES[DEVICE],

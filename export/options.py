@@ -1,4 +1,4 @@
-"""The inputs of an export: the user's options, the inputs of a schedule, and callbacks for a progress display."""
+"""The inputs of an export: the user's options, and callbacks for a progress display."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from trio_edge.export.quantize.plan import QuantizePlan
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import MAX_TEXT
 from trio_edge.runtime.bundle.limits import MOST_TOKENS
+from trio_edge.trio.budgets import ScheduleRequest
 from trio_edge.trio.cost.devices import find_device
-from trio_edge.trio.methods import TOKEN_METHODS, token_method
+from trio_edge.trio.methods import TokenMethod, all_methods, token_method
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from trio_edge.runtime.bundle.schedule import Positions
-
+    from trio_edge.runtime.bundle.schedule import Schedule
 
 MOST_IMAGES = 1024
 """Upper limit of --max-images, far above any model's positions."""
@@ -55,8 +55,10 @@ class ExportOptions:
     encoder_keep: int | float | None = None
     """Patches per tile, or visual tokens per image, that the vision encoder keeps (encoder reduction); below 1 a share
     of them; None keeps all."""
+    schedule: ScheduleRequest | Schedule = ScheduleRequest()  # noqa: RUF009  # frozen
+    """The reduction inside the decoder."""
     token_method: str | None = None
-    """Selector before the decoder, a key of ``TOKEN_METHODS``; works with any schedule."""
+    """Selector before the decoder, by its name in ``trio_edge.trio.methods``; works with any schedule."""
     token_keep: int | float | None = None
     """Visual tokens of an image that it keeps; below 1 a share of them."""
     clip: str | None = None
@@ -112,27 +114,12 @@ class ExportOptions:
             raise ScheduleError(
                 f"--token-method and --token-keep: expected both or none, got one; add {missing}"
             )
-        if self.token_method is not None:
-            token_method(self.token_method)  # raises for an unknown one
-        takes_clip = [row.name for row in TOKEN_METHODS.values() if row.takes_clip]
-        if self.clip is not None and self.token_method not in takes_clip:
+        row = None if self.token_method is None else token_method(self.token_method)
+        if self.clip is not None and (row is None or not row.takes_clip):
+            able = " or ".join(other.name for other in all_methods(TokenMethod) if other.takes_clip)
             raise ScheduleError(
-                f"--clip: expected --token-method {' or '.join(takes_clip)} with it, got {self.token_method or 'none'}; leave out"
-                " --clip"
+                f"--clip: expected --token-method {able} with it, got {self.token_method or 'none'}; leave out --clip"
             )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScheduleInputs:
-    """The numbers that a schedule depends on; the checkpoint gives them."""
-
-    num_layers: int
-    num_visual: int
-    """Visual tokens of the largest exported images, after any reduction before the decoder."""
-    image_tokens: int
-    """Visual tokens of these images before any reduction; the average keep is a share of them."""
-    positions: tuple[Positions, ...]
-    """Rules for position ids that the family supports, the default first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

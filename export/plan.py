@@ -20,17 +20,17 @@ from trio_edge.export.families.base import VideoFamily
 from trio_edge.export.families.clip import build_clip, read_clip, with_patches
 from trio_edge.export.families.decoder_config import check_positions
 from trio_edge.export.graphs.vision.clip import KEEP_MULTIPLE
-from trio_edge.export.options import ScheduleInputs
 from trio_edge.export.quantize.plan import check_packed
-from trio_edge.export.token_selectors import check_image_shares, full_grid, token_selector
 from trio_edge.export.tracing.layout import Layout, vision_profiles
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import text_buckets
 from trio_edge.runtime.bundle.manifest import Dimensions
-from trio_edge.trio.budgets import MAX_TOPK
+from trio_edge.runtime.images.llava import LlavaImages
+from trio_edge.trio.budgets import MAX_TOPK, ScheduleRequest
+from trio_edge.trio.methods import StageMethod, all_methods, stage_method, token_method
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.checkpoints.text_files import TextFiles
@@ -182,13 +182,7 @@ def without_values(dtype: FloatType) -> Iterator[None]:
             torch.set_default_dtype(before)
 
 
-def build(
-    options: ExportOptions,
-    source: ExportSource,
-    resolved: ResolvedOptions,
-    *,
-    schedule_for: Callable[[ScheduleInputs], Schedule],
-) -> ExportPlan:
+def build(options: ExportOptions, source: ExportSource, resolved: ResolvedOptions) -> ExportPlan:
     """Return the plan with the model's modules, the schedule and all shapes; called under ``without_values``.
 
     Raises:
@@ -196,19 +190,17 @@ def build(
         ScheduleError: If the model cannot follow the schedule, or the longest sequence does not fit the model.
     """
     selector = _selector(options, resolved)
-    model, clip_graphs = _model(source, resolved, selector)
+    model, clip_graphs = _model(options, source, resolved)
     dimensions = dimensions_of(model)
-    schedule = schedule_for(
-        ScheduleInputs(
+    schedule = options.schedule
+    if isinstance(schedule, ScheduleRequest):
+        schedule = schedule.schedule(
             num_layers=dimensions.num_layers,
             num_visual=resolved.entering,
             image_tokens=resolved.images.num_images * resolved.image_tokens,
             positions=source.family.positions,
         )
-    )
-    schedule.check_fits(num_layers=dimensions.num_layers, max_visual=resolved.entering)
-    _check_position_rule(schedule, source.family)
-    check_image_shares(schedule, max_images=options.num_units)
+    _check_schedule(schedule, dimensions, source.family, resolved, max_images=options.num_units)
     layout = _layout(options, source, resolved, schedule)
     check_positions(
         model.text_config,
@@ -306,19 +298,42 @@ def _selector(options: ExportOptions, resolved: ResolvedOptions) -> TokenSelecto
         options.token_method,
         num_keep=resolved.token_keep,
         clip=options.clip is not None,
-        grid=full_grid(resolved.processing),
+        grid=_full_grid(resolved.processing),
     )
 
 
+def token_selector(
+    method: str, *, num_keep: int, clip: bool = False, grid: tuple[int, int] | None = None
+) -> TokenSelector:
+    """Return the selector ``method`` that keeps ``num_keep`` tokens of an image; raise ScheduleError if there is none.
+
+    With ``clip`` it compares text and image in CLIP's space. ``grid`` are rows and columns of the tokens, if they are one
+    full grid.
+    """
+    row = token_method(method)
+    options: dict[str, Any] = {"clip": clip} if row.takes_clip else {}
+    if row.takes_grid:
+        options["grid"] = grid
+    selector: TokenSelector = row.load()(num_keep=num_keep, **options)
+    return selector
+
+
+def _full_grid(processing: ImageProcessing) -> tuple[int, int] | None:
+    """Return rows and columns if every image is one full grid of tokens, as with LLaVA-1.5; else None."""
+    if not isinstance(processing, LlavaImages) or processing.kind != "single" or processing.encoder_keep:
+        return None
+    return processing.patches_per_side, processing.patches_per_side
+
+
 def _model(
-    source: ExportSource, resolved: ResolvedOptions, selector: TokenSelector | None
+    options: ExportOptions, source: ExportSource, resolved: ResolvedOptions
 ) -> tuple[FamilyModel, ClipGraphs | None]:
     """Return the model's modules, and those of the CLIP checkpoint, if there is one."""
     model = source.family.build(
         source.checkpoint,
         processing=resolved.processing,
         dtype=resolved.dtype,
-        with_features=selector is not None and selector.needs_features,
+        with_features=options.token_method is not None and token_method(options.token_method).reads_features,
     )
     check_tensors(source.checkpoint, model)
     if source.clip is None:
@@ -352,11 +367,24 @@ def dimensions_of(model: FamilyModel) -> Dimensions:
     )
 
 
-def _check_position_rule(schedule: Schedule, family: Family) -> None:
+def _check_schedule(
+    schedule: Schedule, dimensions: Dimensions, family: Family, resolved: ResolvedOptions, *, max_images: int
+) -> None:
+    """Raise ScheduleError if the model, the family or the method cannot follow the schedule."""
+    schedule.check_fits(num_layers=dimensions.num_layers, max_visual=resolved.entering)
     if schedule.positions not in family.positions:
         raise ScheduleError(
             f"--positions: expected {' or '.join(family.positions)} for {family.model_type}, got {schedule.positions};"
             " leave it out"
+        )
+    if schedule.budget != "image" or not schedule.stages:
+        return
+    row, keep = stage_method(schedule.method), schedule.stages[-1].keep
+    if not (row.has_image_shares and keep >= max_images):
+        able = " or ".join(other.name for other in all_methods(StageMethod) if other.has_image_shares)
+        raise ScheduleError(
+            f"--budget image: expected --method {able}, and at least {max_images} kept tokens (one for each image), got"
+            f" {row.name} and {keep} tokens; leave out --budget"
         )
 
 

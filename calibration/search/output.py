@@ -29,7 +29,6 @@ def write_calibration(
     if export:
         bundle.export_bundle(
             _export_options(calibration, folder / BUNDLE_NAME),
-            schedule_for=lambda _inputs: calibration.schedule,
             scales=calibrated.scales,
             progress=Progress(step=lambda text: progress.step(text, 0)),
         )
@@ -40,6 +39,7 @@ def _export_options(calibration: Calibration, out: Path) -> ExportOptions:
     return ExportOptions(
         model=options.model,
         out=out,
+        schedule=calibration.schedule,
         revision=options.revision,
         dtype=options.dtype,
         image_sizes=shapes.image_sizes,

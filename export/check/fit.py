@@ -27,7 +27,7 @@ import msgspec
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.trio.budgets import combined_schedule, parse_keep
+from trio_edge.trio.budgets import USUAL_KEEP, ScheduleRequest, parse_keep
 from trio_edge.trio.cost.memory import (
     Texts,
     Tiles,
@@ -38,7 +38,6 @@ from trio_edge.trio.cost.memory import (
     scratch_before,
     tiles_of,
 )
-from trio_edge.trio.methods import DEFAULT_METHOD
 from trio_edge.trio.methods import token_method as method_row
 
 if TYPE_CHECKING:
@@ -57,8 +56,6 @@ INT4_SHARE = 0.30
 """Bytes of INT4 weights as a share of float16: 4.125 / 16 with scales, and some padding."""
 SMALL_TEXT = 64
 """--max-text and --max-new-tokens of the remedy with a shorter text."""
-USUAL_KEEP = "11.1%"
-"""Average keep of the remedy with fewer visual tokens."""
 SMALL_IMAGE = (336, 336)
 _INT4 = "all=int4"
 
@@ -234,12 +231,10 @@ def _with_int4(inputs: FitInputs) -> FitInputs | None:
 
 def _with_keep(inputs: FitInputs) -> FitInputs | None:
     try:
-        wanted = combined_schedule(
-            DEFAULT_METHOD,
-            parse_keep(USUAL_KEEP),
+        wanted = ScheduleRequest.like(inputs.schedule, average=parse_keep(USUAL_KEEP)).schedule(
             num_layers=inputs.decoder.num_layers,
-            picture_tokens=max(inputs.image.num_visual, inputs.most_visual),
-            entering=inputs.entering,
+            num_visual=inputs.entering,
+            image_tokens=max(inputs.image.num_visual, inputs.most_visual),
         )
     except ScheduleError:
         return None  # the model has too few layers or tokens

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.manifest import TensorSpec
-from trio_edge.trio.methods import TOKEN_METHODS
+from trio_edge.trio.methods import TokenMethod, all_methods
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -94,7 +94,7 @@ class Family(Protocol):
             checkpoint: Holds the configuration.
             processing: Holds the number of patches or tokens that encoder reduction keeps.
             dtype: Type of the graph's floating-point outputs.
-            with_features: Whether the vision graph also returns what selectors with ``needs_features`` read.
+            with_features: Whether the vision graph also returns what selectors with ``reads_features`` read.
 
         Raises:
             CheckpointError: If the configuration is not supported.
@@ -141,7 +141,7 @@ def visual_tokens(width: int, *, dtype: FloatType) -> TensorSpec:
 def refuse_features(model_type: str, *, with_features: bool) -> None:
     """Raise ScheduleError if features are wanted of a family whose vision encoder has no class row."""
     if with_features:
-        others = ", ".join(row.name for row in TOKEN_METHODS.values() if not row.load().needs_features)
+        others = ", ".join(row.name for row in all_methods(TokenMethod) if not row.reads_features)
         raise ScheduleError(
             f"--token-method: expected one that needs no class token for {model_type} ({others}), got one that does;"
             " choose another"

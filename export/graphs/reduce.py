@@ -28,9 +28,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trio_edge.runtime.bundle.graph_io import (
+    CLIP_PATCHES,
+    CLIP_TEXTS,
+    DEEPSTACK_TOKENS,
+    HAS_PREVIOUS,
+    NUM_TEXT,
+    PREVIOUS_TOKENS,
+    TEXT_EMBEDS,
+    TEXT_MARKS,
+)
 from trio_edge.trio.selectors.interface import ClipInputs, Selection, TokenInputs
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from trio_edge.trio.selectors.interface import TokenSelector
 
 FEATURE_NAMES = ("features", "keys", "class_attention")
@@ -39,28 +51,24 @@ FEATURE_NAMES = ("features", "keys", "class_attention")
 class Reduce(nn.Module):
     """A selector, and the gather or weighted sums of the kept tokens."""
 
-    def __init__(self, selector: TokenSelector, *, num_planes: int = 0) -> None:
+    def __init__(self, selector: TokenSelector, *, names: Sequence[str] = ()) -> None:
+        """``names`` are those of the inputs after ``is_newline``."""
         super().__init__()
         self.selector: Any = selector
-        self.num_planes = num_planes
+        self.names = tuple(names)
 
     def forward(
         self, visual_tokens: Tensor, num_visual: Tensor, is_newline: Tensor, *others: Tensor
     ) -> tuple[Tensor, ...]:
         """Return the reduced tokens [K, D], their indices [K], and the reduced planes."""
-        num_others = len(others) - self.num_planes
-        rest, planes = list(others[:num_others]), others[num_others:]
-        selector = self.selector
-
-        def taken(count: int, *, is_wanted: bool) -> list[Any]:
-            return [rest.pop(0) if is_wanted else None for _ in range(count)]
-
-        features = taken(3, is_wanted=selector.needs_features)
-        text = taken(2, is_wanted=selector.needs_text)
-        clip = ClipInputs(*taken(3, is_wanted=True)) if selector.needs_clip else None
-        previous = taken(2, is_wanted=selector.needs_previous)
-        inputs = TokenInputs(visual_tokens, num_visual, is_newline > 0, *features, *text)
-        inputs = inputs._replace(clip=clip, previous_ND=previous[0], has_previous=previous[1])
+        given = dict(zip(self.names, others))
+        planes = [given[name] for name in self.names if name.startswith(DEEPSTACK_TOKENS)]
+        clip = None
+        if CLIP_PATCHES in given:
+            clip = ClipInputs(given[CLIP_PATCHES], given[CLIP_TEXTS], given[TEXT_MARKS])
+        optional = (*FEATURE_NAMES, TEXT_EMBEDS, NUM_TEXT)
+        inputs = TokenInputs(visual_tokens, num_visual, is_newline > 0, *map(given.get, optional), clip=clip)
+        inputs = inputs._replace(previous_ND=given.get(PREVIOUS_TOKENS), has_previous=given.get(HAS_PREVIOUS))
         selection: Selection = self.selector(inputs)
         reduced_KD, *reduced_planes = (
             _reduced(rows_ND, selection, num_visual) for rows_ND in (visual_tokens, *planes)

@@ -35,10 +35,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trio_edge.runtime.bundle.graph_io import (
+    DEEPSTACK,
+    PREVIOUS,
+    PROMPT_EMBEDS,
+    PROMPT_IS_VISUAL,
+    PROMPT_LENGTH,
+    SALIENCY,
+    VISUAL_IMAGES,
+)
 from trio_edge.trio.compaction import CompactedRows, compact_rows
 from trio_edge.trio.selectors.interface import PromptInputs, StageInputs, other_inputs_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from trio_edge.trio.selectors.interface import Selection, StageSelector
 
 
@@ -51,17 +62,14 @@ class Select(nn.Module):
         rotary: nn.Module,
         *,
         preserve_positions: bool,
-        takes_saliency: bool = False,
-        takes_images: bool = False,
-        num_planes: int = 0,
+        names: Sequence[str] = (),
     ) -> None:
+        """``names`` are those of the inputs after ``length``."""
         super().__init__()
         self.selector: Any = selector
         self.rotary = rotary
         self.preserve_positions = preserve_positions
-        self.takes_saliency = takes_saliency
-        self.takes_images = takes_images
-        self.num_planes = num_planes
+        self.names = tuple(names)
 
     def forward(
         self,
@@ -75,17 +83,17 @@ class Select(nn.Module):
         """Return the outputs in the order of the table above."""
         hidden_SD = hidden_states[0]
         cos, sin = self.rotary(position_ids)
-        num_others = len(others) - self.num_planes
-        rest, planes = list(others[:num_others]), others[num_others:]
-        names = list(other_inputs_of(self.selector))
-        own = {name: rest.pop() for name in reversed(names)}
-        image_N = rest.pop() if self.takes_images else None
-        saliency_N = rest.pop() if self.takes_saliency else None
-        previous_SD = rest.pop(0)[0] if self.selector.needs_previous else None
-        prompt = PromptInputs(rest[0][0], rest[1], rest[2]) if self.selector.needs_prompt else None
+        given = dict(zip(self.names, others))
+        planes = [given[name] for name in self.names if name.startswith(DEEPSTACK)]
+        image_N = given.get(VISUAL_IMAGES)
+        prompt = None
+        previous_SD = given[PREVIOUS][0] if PREVIOUS in given else None
+        if PROMPT_EMBEDS in given:
+            prompt = PromptInputs(given[PROMPT_EMBEDS][0], given[PROMPT_IS_VISUAL], given[PROMPT_LENGTH])
+        own = {name: given[name] for name in other_inputs_of(self.selector)}
         sequence = hidden_SD, cos[0], sin[0], visual_rows, num_visual, length
         selection: Selection = self.selector(
-            StageInputs(*sequence, previous_SD, prompt, saliency_N, image_N, own)
+            StageInputs(*sequence, previous_SD, prompt, given.get(SALIENCY), image_N, own)
         )
         compacted = compact_rows(
             selection.kept_K,

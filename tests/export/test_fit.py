@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.schedules import schedule_of
 from trio_edge.export.check.fit import FitImage, FitInputs, check_fit, estimate, remedies
 from trio_edge.export.cli import main
 from trio_edge.export.quantize.plan import parse_plan
@@ -15,7 +16,6 @@ from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.manifest import VisionDimensions
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.trio.budgets import preset_schedule
 from trio_edge.trio.cost.devices import DEVICES, find_device
 from trio_edge.trio.cost.memory import Texts, Tiles, TokenSelection, num_head_blocks, tiles_of
 
@@ -33,7 +33,7 @@ def llava_next_7b(**changes: Any) -> FitInputs:
         decoder=MODELS["llava-next-7b"].decoder,
         vision_params=325_000_000,
         image=FitImage(num_visual=2880, tiles=CLIP),
-        schedule=preset_schedule("llava-next-7b", "11.1%"),
+        schedule=schedule_of("1:460,10:270,15:110"),
         max_text=256,
         max_new_tokens=256,
         small_image=SMALL,

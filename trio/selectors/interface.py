@@ -61,9 +61,9 @@ class StageInputs(NamedTuple):
     length: Tensor
     """[1] int32, real rows."""
     previous_SD: Tensor | None = None
-    """[S, D], input of layer l - 1; for selectors with ``needs_previous``."""
+    """[S, D], input of layer l - 1; for methods with ``reads_previous``."""
     prompt: PromptInputs | None = None
-    """For selectors with ``needs_prompt``."""
+    """For methods with ``reads_prompt``."""
     saliency_N: Tensor | None = None
     """[N] float32, scores of a probe that has run before, -1 at padding."""
     image_N: Tensor | None = None
@@ -93,23 +93,23 @@ class TokenInputs(NamedTuple):
     is_newline_N: Tensor | None = None
     """[N] bool, whether a token shows no part of the image."""
     features_NF: Tensor | None = None
-    """[N, F], vision encoder's features before the projector; 0 at newlines. With ``needs_features``."""
+    """[N, F], vision encoder's features before the projector; 0 at newlines. With ``reads_features``."""
     keys_NE: Tensor | None = None
-    """[N, E], encoder's attention keys, mean over heads, of the layer before the last. With ``needs_features``."""
+    """[N, E], encoder's attention keys, mean over heads, of the layer before the last. With ``reads_features``."""
     attention_N: Tensor | None = None
     """[N] float32, attention of the class row (or attention received), mean over heads; 0 at newlines. With
-    ``needs_features``."""
+    ``reads_features``."""
     text_TD: Tensor | None = None
-    """[T, D], embeddings of the user's text after the image. With ``needs_text``."""
+    """[T, D], embeddings of the user's text after the image. With ``reads_text``."""
     num_text: Tensor | None = None
     """[1] int32, real text tokens."""
     clip: ClipInputs | None = None
-    """With ``needs_clip``."""
+    """With ``--clip``."""
     previous_ND: Tensor | None = None
-    """[N, D], visual tokens at the same places in the previous pair of frames. With ``needs_previous``."""
+    """[N, D], visual tokens at the same places in the previous pair of frames. With ``reads_previous``."""
     has_previous: Tensor | None = None
     """[1] int32; 0 for an image and a video's first pair of frames, where ``previous_ND`` is not read. With
-    ``needs_previous``."""
+    ``reads_previous``."""
 
 
 class Selection(NamedTuple):
@@ -148,15 +148,13 @@ class StageParts(NamedTuple):
 
 
 class StageSelector(Protocol):
-    """A selector before a decoder layer; a ``torch.nn.Module``.
+    """A selector before a decoder layer; a ``torch.nn.Module``. Its row in ``trio_edge.trio.methods`` says what it reads.
 
     It may have ``other_inputs``, a mapping of names to ``OtherInput``: see ``other_inputs_of``.
     """
 
     num_keep: int
     """K."""
-    needs_previous: bool
-    needs_prompt: bool
 
     @classmethod
     def for_stage(cls, parts: StageParts) -> StageSelector:
@@ -173,10 +171,7 @@ class TokenSelector(Protocol):
     """
 
     num_keep: int
-    needs_features: bool
-    needs_text: bool
-    needs_clip: bool
-    needs_previous: bool
+    """K."""
 
     def __call__(self, inputs: TokenInputs) -> Selection:
         """Return the selection."""

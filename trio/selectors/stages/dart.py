@@ -55,9 +55,6 @@ from trio_edge.trio.selectors.stages.row_attention import (
 class Dart(nn.Module):
     """DART's selection; a ``StageSelector``."""
 
-    needs_previous = True
-    needs_prompt = False
-
     def __init__(self, layer: Any, final_norm: Any, *, num_keep: int) -> None:
         """Hold decoder layer l - 1 and the decoder's final norm; raise ScheduleError if K is below 1."""
         super().__init__()
@@ -95,7 +92,7 @@ class Dart(nn.Module):
         return Selection(kept_K, scores_N, settled(inputs))
 
     def _key_norms(self, inputs: StageInputs) -> Float[Tensor, "S"]:
-        assert inputs.previous_SD is not None, "needs_previous"
+        assert inputs.previous_SD is not None, "reads_previous"
         normed_SD = normed_rows(self.layer, inputs.previous_SD, inputs.length)
         key_SGE = rotated_keys(self.layer, normed_SD, inputs.cos_SE, inputs.sin_SE)
         return key_SGE.abs().sum((1, 2))

@@ -24,9 +24,6 @@ from trio_edge.trio.selectors.stages.row_attention import RowAttention
 class FastV(nn.Module):
     """FastV's selection; a ``StageSelector``."""
 
-    needs_previous = True
-    needs_prompt = False
-
     def __init__(self, layer: Any, *, num_keep: int, image_share: int | None = None) -> None:
         """Hold decoder layer l - 1; raise ScheduleError if K is below 1. ``image_share`` is that of ``StageParts``."""
         super().__init__()
@@ -42,7 +39,7 @@ class FastV(nn.Module):
 
     def forward(self, inputs: StageInputs) -> Selection:
         """Return the tokens with the most attention of the last real row in layer l - 1; raise ScheduleError if N < K."""
-        assert inputs.previous_SD is not None, "needs_previous"
+        assert inputs.previous_SD is not None, "reads_previous"
         return self.attention.most_attended(
             inputs.previous_SD, inputs, num_keep=self.num_keep, image_share=self.image_share
         )

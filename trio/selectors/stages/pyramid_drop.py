@@ -24,9 +24,6 @@ from trio_edge.trio.selectors.stages.row_attention import RowAttention
 class PyramidDrop(nn.Module):
     """PyramidDrop's selection; a ``StageSelector``."""
 
-    needs_previous = False
-    needs_prompt = False
-
     def __init__(self, layer: Any, *, num_keep: int, image_share: int | None = None) -> None:
         """Hold decoder layer l; raise ScheduleError if K is below 1. ``image_share`` is that of ``StageParts``."""
         super().__init__()

@@ -70,9 +70,6 @@ _SAME_POINT = 1e-5
 class SparseVlm(nn.Module):
     """SparseVLM's selection; a ``StageSelector``."""
 
-    needs_previous = True
-    needs_prompt = True
-
     def __init__(self, layer: Any, *, num_keep: int, recycle: bool = True) -> None:
         """Hold decoder layer l - 1; raise ScheduleError if K is below 1.
 
@@ -105,7 +102,7 @@ class SparseVlm(nn.Module):
         return Selection(kept_K, scores_N, settled(inputs), weights_KN)
 
     def _scores(self, inputs: StageInputs) -> Float[Tensor, "N"]:
-        assert inputs.previous_SD is not None, "needs_previous"
+        assert inputs.previous_SD is not None, "reads_previous"
         text = text_after(inputs)
         rater_T = rater_weights(inputs)
         attention_TS = self.attention(
@@ -162,7 +159,7 @@ def _split(num_visual: Float[Tensor, "1"], num_keep: int) -> _Split:
 
 def rater_weights(inputs: StageInputs) -> Float[Tensor, "T"]:
     """Return 1 / number of raters at each rater among the text after the image, 0 elsewhere; float32."""
-    assert inputs.prompt is not None, "needs_prompt"
+    assert inputs.prompt is not None, "reads_prompt"
     embeds_FD = real_rows(inputs.prompt.embeds_FD, inputs.prompt.length)
     text = text_after(inputs)
     visual_F = (inputs.prompt.is_visual_F > 0).to(embeds_FD.dtype)

@@ -54,9 +54,6 @@ _EXPLAINED = 1e-4
 class CdPruner(nn.Module):
     """CDPruner with relevance in the decoder's embedding space or in CLIP's; no parameters."""
 
-    needs_features = False
-    needs_previous = False
-
     def __init__(self, *, num_keep: int, sign: int | None = None, clip: bool = False) -> None:
         """Fix the shape of the selection.
 
@@ -74,7 +71,7 @@ class CdPruner(nn.Module):
         if sign not in (1, -1, None):
             raise ScheduleError(f"sign: expected 1 or -1, got {sign}; -1 negates the cosine")
         self.sign = (-1 if clip else 1) if sign is None else sign
-        self.needs_clip, self.needs_text = clip, not clip
+        self.clip = clip
 
     def forward(self, inputs: TokenInputs) -> Selection:
         """Return the selection; scores give the order of choice, K for the first token."""
@@ -90,7 +87,7 @@ class CdPruner(nn.Module):
         self, inputs: TokenInputs, unit_ND: Float[Tensor, "N D"], shown_N: Bool[Tensor, "N"]
     ) -> Float[Tensor, "N"]:
         """Return each token's mean cosine with the text."""
-        if inputs.clip is None or not self.needs_clip:
+        if inputs.clip is None or not self.clip:
             text_D = mean_text(given(inputs.text_TD, "text_TD"), given(inputs.num_text, "num_text"))
             return (unit_ND * text_D.to(unit_ND.dtype)).sum(-1)
         texts = clip_texts(inputs.clip)

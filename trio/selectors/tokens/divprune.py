@@ -26,11 +26,6 @@ _FAR = 4.0  # above every distance; these are at most 2
 class DivPrune(nn.Module):
     """DivPrune; no parameters."""
 
-    needs_features = False
-    needs_text = False
-    needs_clip = False
-    needs_previous = False
-
     def __init__(self, *, num_keep: int) -> None:
         """Fix K; raise ScheduleError if it is below 1."""
         super().__init__()

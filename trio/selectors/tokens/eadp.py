@@ -59,9 +59,6 @@ _NEVER = -1e6  # softmax input of excluded tokens; finite, so that its product w
 class Eadp(nn.Module):
     """EADP with relevance in the decoder's embedding space or in CLIP's; no parameters."""
 
-    needs_features = False
-    needs_previous = False
-
     def __init__(
         self,
         *,
@@ -100,7 +97,7 @@ class Eadp(nn.Module):
         self.global_share = global_share
         self.exponent = exponent
         self.grid = grid
-        self.needs_clip, self.needs_text = clip, not clip
+        self.clip = clip
 
     def forward(self, inputs: TokenInputs) -> Selection:
         """Return the selection; scores give the order of choice, K for the first token."""
@@ -114,7 +111,7 @@ class Eadp(nn.Module):
     def _importance(
         self, inputs: TokenInputs, unit_ND: Float[Tensor, "N D"], shown_N: Bool[Tensor, "N"]
     ) -> Float[Tensor, "N"]:
-        texts = _in_clip(inputs, shown_N) if self.needs_clip else _in_embeddings(inputs, unit_ND)
+        texts = _in_clip(inputs, shown_N) if self.clip else _in_embeddings(inputs, unit_ND)
         dense_MN = self._dense(texts, shown_N)
         fused_MN = self.global_share * texts.whole_MN + (1.0 - self.global_share) * dense_MN
         used_M1 = texts.is_real_M[:, None].to(fused_MN.dtype)
@@ -162,7 +159,7 @@ def _in_embeddings(inputs: TokenInputs, unit_ND: Float[Tensor, "N D"]) -> _Cosin
 
 def _in_clip(inputs: TokenInputs, shown_N: Bool[Tensor, "N"]) -> _Cosines:
     """Return the cosines in CLIP's space, where a text's end token stands for the whole."""
-    assert inputs.clip is not None, "needs_clip"
+    assert inputs.clip is not None, "--clip"
     texts = clip_texts(inputs.clip)
     unit_NZ = unit_rows(inputs.clip.patches_NZ, shown_N)
     cosine_MLN = -(texts.unit_MLZ.to(unit_NZ.dtype) @ unit_NZ.T)

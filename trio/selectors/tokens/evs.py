@@ -27,11 +27,6 @@ from trio_edge.trio.selectors.tokens.uniform import evenly_spaced, marks
 class Evs(nn.Module):
     """EVS; no parameters."""
 
-    needs_features = False
-    needs_text = False
-    needs_clip = False
-    needs_previous = True
-
     def __init__(self, *, num_keep: int) -> None:
         """Fix K; raise ScheduleError if it is below 1."""
         super().__init__()

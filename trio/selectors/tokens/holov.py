@@ -52,11 +52,6 @@ _VARIETY = 0.09
 class HoloV(nn.Module):
     """HoloV; no parameters."""
 
-    needs_features = True
-    needs_text = False
-    needs_clip = False
-    needs_previous = False
-
     def __init__(self, *, num_keep: int, num_chunks: int = 16) -> None:
         """Fix K and P; raise ScheduleError if one is below 1."""
         super().__init__()

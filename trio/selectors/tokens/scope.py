@@ -26,11 +26,6 @@ from trio_edge.trio.selectors.tokens.greedy import cover
 class Scope(nn.Module):
     """SCOPE; no parameters."""
 
-    needs_features = True
-    needs_text = False
-    needs_clip = False
-    needs_previous = False
-
     def __init__(self, *, num_keep: int, exponent: float = 1.0) -> None:
         """Fix K and α (``exponent``; 0 ignores the attention); raise ScheduleError if one is out of range."""
         super().__init__()

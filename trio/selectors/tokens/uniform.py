@@ -17,11 +17,6 @@ from trio_edge.trio.selectors.tokens.candidates import exact_selection, real_tok
 class Uniform(nn.Module):
     """Evenly spaced tokens; no parameters."""
 
-    needs_features = False
-    needs_text = False
-    needs_clip = False
-    needs_previous = False
-
     def __init__(self, *, num_keep: int) -> None:
         """Fix K; raise ScheduleError if it is below 1."""
         super().__init__()

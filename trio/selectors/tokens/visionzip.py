@@ -48,11 +48,6 @@ from trio_edge.trio.selectors.tokens.candidates import (
 class VisionZip(nn.Module):
     """VisionZip; no parameters."""
 
-    needs_features = True
-    needs_text = False
-    needs_clip = False
-    needs_previous = False
-
     def __init__(self, *, num_keep: int, num_contextual: int | None = None, merge: str = "sum") -> None:
         """Fix the shape of the selection.
 
