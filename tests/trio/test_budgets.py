@@ -211,7 +211,7 @@ def test_probe_rows_follow_the_average_keep(keep: str, rows: str) -> None:
 
 
 def test_probe_rows_count_the_tokens_that_the_encoder_removed() -> None:
-    request = ScheduleRequest(stages=((1, 40), (2, 9)))
+    request = ScheduleRequest(stages=((1, 60), (2, 9)))
     assert request.schedule(num_layers=32, num_visual=144).probe_rows == "reference"
     assert request.schedule(num_layers=32, num_visual=144, image_tokens=576).probe_rows == "answer"
 

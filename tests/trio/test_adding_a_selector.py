@@ -1,0 +1,59 @@
+"""docs/adding-a-selector.md, followed word for word in a copy of the tree: its files, its rows and its tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "adding-a-selector.md").read_text(encoding="utf-8")
+FILES = dict(re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", PAGE, re.DOTALL))
+ROWS = re.findall(r"<!-- row -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+FOLDERS = ("trio", "export", "runtime", "profiling", "calibration", "serving")
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A tree in which ``trio`` and its tests may be changed."""
+    for name in ("trio", "trio_edge", "tests/trio"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for source in [ROOT / "pyproject.toml", *(ROOT / name for name in FOLDERS), *(ROOT / "tests").iterdir()]:
+        place = tmp_path / source.relative_to(ROOT)
+        if not place.exists():
+            place.symlink_to(source)
+    for name in FOLDERS:
+        (tmp_path / "trio_edge" / name).symlink_to(tmp_path / name)
+    return tmp_path
+
+
+def test_the_page_followed_word_for_word_gives_two_selectors_that_export(copy: Path) -> None:
+    for name, text in FILES.items():
+        if not name.startswith("examples/"):
+            assert f"ile `{name}`:" in PAGE
+            (copy / name).write_text(text, encoding="utf-8")
+    registry = (copy / "trio" / "methods.py").read_text(encoding="utf-8")
+    before, end, after = registry.partition("\n)\nSTAGE_METHODS")
+    rows = ",\n".join(row.rstrip() for row in ROWS)
+    (copy / "trio" / "methods.py").write_text(f"{before}\n{rows},{end}{after}", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/trio/test_methods.py", "-k", "norm or first",
+         *(name for name in FILES if name.startswith("tests/"))],
+        cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 passed" in done.stdout  # for each: its own test, the export and the check for its test
+
+
+def test_the_package_of_the_page_is_the_example() -> None:
+    shown = [name for name in FILES if name.startswith("examples/")]
+    assert len(shown) == 2
+    for name in shown:
+        assert (ROOT / name).read_text(encoding="utf-8") == FILES[name]
+    example = ROOT / "examples" / "selector_package" / "norm_selector" / "norm.py"
+    assert example.read_text(encoding="utf-8") == FILES["trio/selectors/stages/norm.py"]
