@@ -44,7 +44,7 @@ BROKEN = {
     ),
     "layers_descending": (GOOD.replace("((2,),)", "((4, 2),)"), "other values of layers than"),
     "layer_zero": (GOOD.replace("((2,),)", "((0,),)"), "other values of layers than"),
-    "layers_flat": (GOOD.replace("((2,),)", "(2,)"), "TypeError"),
+    "layers_flat": (GOOD.replace("((2,),)", "(2,)"), "Type"),
     "formula_is_a_number": (GOOD.replace("lambda *_: 0.0", "0.0"), "other values of flops than"),
     "cost_is_a_number": (TOKENS.replace("lambda _: None", "1"), "other values of cost than"),
 }
