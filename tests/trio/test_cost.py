@@ -16,8 +16,8 @@ from trio_edge.trio.cost.selections import (
     StageSizes,
     cheapest_form,
     nms_products,
-    probe_products,
     saliency_products,
+    trio_work,
 )
 from trio_edge.trio.cost.work import flops_of, head_work, layer_weights, range_work, vision_work
 
@@ -118,10 +118,8 @@ def test_stages_cost_at_most_a_twentieth_of_the_pruned_prefill() -> None:
 def test_closed_form_costs_a_small_fraction_of_the_reference(
     decoder: Dimensions, num_visual: int, fraction: int
 ) -> None:
-    sizes = ProbeSizes(
-        num_visual + 50, num_visual, decoder.hidden_size, decoder.num_heads, decoder.num_kv_heads, 128, 4
-    )
-    closed = flops_of(probe_products(decoder, sizes))
+    sizes = StageSizes(num_visual, 10, 50, num_visual)
+    closed = trio_work(decoder, Schedule(), sizes, pieces=("probe", "gradient", "saliency")).flops
     assert closed * fraction <= reference_probe_flops(decoder, num_rows=num_visual + 50)
 
 
@@ -150,7 +148,9 @@ def test_cheapest_form_depends_on_key_heads_and_probe_rows(
 
 def test_nms_grows_no_faster_than_the_square() -> None:
     for count in (576, 1152, 2880):
-        once, twice = (flops_of(nms_products(tokens, hidden_size=4096)) for tokens in (count, 2 * count))
+        once, twice = (
+            flops_of(nms_products(tokens, hidden_size=4096, rounds=16)) for tokens in (count, 2 * count)
+        )
         assert twice <= 4 * once
 
 
