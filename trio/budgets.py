@@ -299,14 +299,11 @@ def _spend_rest(
     # Varying two stages within the largest weight reaches every remainder; varying more only costs time.
     reach = [max(weights) if index < 2 else 0 for index in range(len(keeps) - 1)]
     heads = itertools.product(*(range(keep - far, keep + far + 1) for keep, far in zip(keeps, reach)))
-    best: tuple[tuple[int, int], tuple[int, ...]] | None = None
+    best: tuple[tuple[int, int], tuple[int, ...] | None] = (budget + 1, 0), None
     for head in heads:
         rest = budget - total(weights, head)
-        last = min(rest // weights[-1], (head[-1] - 1) if head else num_visual)
-        full = (*head, last)
-        if last < 1 or full[0] > num_visual or any(a <= b for a, b in zip(full, full[1:])):
-            continue
-        cost = (rest - last * weights[-1], sum(abs(a - b) for a, b in zip(full, keeps)))
-        if best is None or cost < best[0]:
-            best = (cost, full)
-    return None if best is None else best[1]
+        full = (*head, min(rest // weights[-1], (head[-1] - 1) if head else num_visual))
+        if full[-1] >= 1 and full[0] <= num_visual and all(a > b for a, b in zip(full, full[1:])):
+            cost = (budget - total(weights, full), sum(abs(a - b) for a, b in zip(full, keeps)))
+            best = min(best, (cost, full), key=lambda found: found[0])
+    return best[1]

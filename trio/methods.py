@@ -119,7 +119,9 @@ class _Method:
     """Distribution that the row comes from; set when an entry point is read."""
 
     def load(self) -> Any:
-        """Return the selector's class; raise ScheduleError if it cannot be imported."""
+        """Return the selector's class; raise ScheduleError if another package's cannot be imported."""
+        if self.package == OURS:
+            return pkgutil.resolve_name(self.selector)
         return _loaded(self.name, self.package, lambda: pkgutil.resolve_name(self.selector))
 
 

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
 
 from trio_edge.runtime.bundle.errors import ScheduleError
 
@@ -175,6 +176,16 @@ class TokenSelector(Protocol):
 
     def __call__(self, inputs: TokenInputs) -> Selection:
         """Return the selection."""
+
+
+class KeepingModule(nn.Module):
+    """A module that keeps exactly ``num_keep`` tokens; the base of our selectors."""
+
+    def __init__(self, *, num_keep: int) -> None:
+        """Fix K; raise ScheduleError if it is below 1."""
+        super().__init__()
+        check_num_keep(num_keep)
+        self.num_keep = num_keep
 
 
 def other_inputs_of(selector: Any) -> Mapping[str, OtherInput]:

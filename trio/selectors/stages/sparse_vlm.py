@@ -39,10 +39,11 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from trio_edge.trio.cost.selections import split_of
 from trio_edge.trio.selectors.interface import (
+    KeepingModule,
     Selection,
     StageInputs,
     StageParts,
@@ -67,7 +68,7 @@ _SAME_POINT = 1e-5
 """Squared distances below this share of the squared lengths are rounding errors of float32."""
 
 
-class SparseVlm(nn.Module):
+class SparseVlm(KeepingModule):
     """SparseVLM's selection; a ``StageSelector``."""
 
     def __init__(self, layer: Any, *, num_keep: int, recycle: bool = True) -> None:
@@ -75,10 +76,8 @@ class SparseVlm(nn.Module):
 
         K counts merged rows, too. Without ``recycle`` there are none, and the K best tokens are kept.
         """
-        super().__init__()
-        check_num_keep(num_keep)
+        super().__init__(num_keep=num_keep)
         self.attention = RowAttention(layer)
-        self.num_keep = num_keep
         self.recycle = recycle
 
     @classmethod

@@ -33,10 +33,10 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num_keep
+from trio_edge.trio.selectors.interface import KeepingModule, Selection, TokenInputs
 from trio_edge.trio.selectors.tokens.candidates import (
     given,
     real_tokens,
@@ -51,7 +51,7 @@ _FLOOR = 1e-6
 _EXPLAINED = 1e-4
 
 
-class CdPruner(nn.Module):
+class CdPruner(KeepingModule):
     """CDPruner with relevance in the decoder's embedding space or in CLIP's; no parameters."""
 
     def __init__(self, *, num_keep: int, sign: int | None = None, clip: bool = False) -> None:
@@ -65,9 +65,7 @@ class CdPruner(nn.Module):
         Raises:
             ScheduleError: If a value is out of range.
         """
-        super().__init__()
-        check_num_keep(num_keep)
-        self.num_keep = num_keep
+        super().__init__(num_keep=num_keep)
         if sign not in (1, -1, None):
             raise ScheduleError(f"sign: expected 1 or -1, got {sign}; -1 negates the cosine")
         self.sign = (-1 if clip else 1) if sign is None else sign

@@ -36,10 +36,10 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num_keep, ranks
+from trio_edge.trio.selectors.interface import KeepingModule, Selection, TokenInputs, ranks
 from trio_edge.trio.selectors.tokens.candidates import (
     given,
     masked,
@@ -56,7 +56,7 @@ _ENTROPY_SCALE = 0.01
 _NEVER = -1e6  # softmax input of excluded tokens; finite, so that its product with a probability of 0 is 0
 
 
-class Eadp(nn.Module):
+class Eadp(KeepingModule):
     """EADP with relevance in the decoder's embedding space or in CLIP's; no parameters."""
 
     def __init__(
@@ -82,9 +82,7 @@ class Eadp(nn.Module):
         Raises:
             ScheduleError: If a value is out of range.
         """
-        super().__init__()
-        check_num_keep(num_keep)
-        self.num_keep = num_keep
+        super().__init__(num_keep=num_keep)
         for name, value in (("text_share", text_share), ("global_share", global_share)):
             if not 0.0 <= value <= 1.0:
                 raise ScheduleError(f"{name}: expected 0..1, got {value}; give a fraction")
