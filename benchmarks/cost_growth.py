@@ -26,7 +26,6 @@ from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.trio.budgets import ScheduleRequest
 from trio_edge.trio.cost.devices import DEVICES
 from trio_edge.trio.cost.flops import kv_row_bytes
-from trio_edge.trio.cost.memory import kv_cache_bytes
 
 SIZES = (576, 1152, 1728, 2304, 2880)
 NUM_TEXT = 64
@@ -82,7 +81,7 @@ def counted(keep: float) -> dict[str, list[float]]:
 
 def _kv_bytes(setting: Setting) -> int:
     row_bytes = kv_row_bytes(setting.model.decoder, bytes_per_cached=setting.formats.bytes_per_cached)
-    return kv_cache_bytes(setting.ranges, other_rows=NUM_TEXT, row_bytes=row_bytes)
+    return row_bytes * sum(layers * (rows + NUM_TEXT) for layers, rows in setting.ranges)
 
 
 def measured(hidden: int) -> dict[str, list[float]]:

@@ -80,20 +80,14 @@ def _count(option: str) -> Callable[[str], int | float]:
     return parse
 
 
-def _selector(option: str, lookup: Callable[[str], StageMethod | TokenMethod]) -> Callable[[str], str]:
-    """Return the parser of ``option``, which takes the name of a selector."""
-
-    def parse(text: str) -> str:
-        try:
-            return lookup(text).name
-        except ScheduleError as error:
-            raise click.UsageError(f"{option}: {str(error).partition(': ')[2]}") from None
-
-    return parse
-
-
 class _SelectorOption(click.Option):
-    """An option whose help also names the selectors of other packages, which are read for it alone."""
+    """An option that takes a selector; its help names those of other packages, too, which are read for it alone."""
+
+    def type_cast_value(self, ctx: click.Context, value: str | None) -> str | None:
+        try:
+            return value and (stage_method if self.name == "method" else token_method)(value).name
+        except ScheduleError as error:
+            raise click.UsageError(f"{self.opts[0]}: {str(error).partition(': ')[2]}", ctx) from None
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         kind = StageMethod if self.name == "method" else TokenMethod
@@ -124,14 +118,12 @@ class _SelectorOption(click.Option):
 @click.option(
     "--method",
     cls=_SelectorOption,
-    type=_selector("--method", stage_method),
     metavar="NAME",
     help=f"Selector inside the decoder. SELECTORS. {_default('method')}",
 )
 @click.option(
     "--token-method",
     cls=_SelectorOption,
-    type=_selector("--token-method", token_method),
     metavar="NAME",
     help="Selector before the decoder, with --token-keep; works with any --method and --keep. SELECTORS. [default: none]",
 )

@@ -84,42 +84,35 @@ class ExportOptions:
                 raise ScheduleError(
                     f"--{name}: expected {low}..{high}, got {value}; choose a number in this range"
                 )
-        if self.opset not in (18, 19):
-            raise ScheduleError(f"--opset: expected 18 or 19, got {self.opset}; choose one of these")
-        if any(not 8 <= bucket <= self.max_text for bucket in self.text_buckets):
-            raise ScheduleError(
-                f"--text-buckets: expected sizes in 8..{self.max_text} (--max-text), got {list(self.text_buckets)};"
-                " remove the others"
-            )
-        if self.only_image_sizes and not self.image_sizes:
-            raise ScheduleError(
-                "--only-image-sizes: expected --image-size with it, got none; add your camera's size"
-            )
-        self._check_selection()
-        for width, height in self.image_sizes:
-            if not (1 <= width <= 65535 and 1 <= height <= 65535):
-                raise ScheduleError(
-                    f"--image-size: expected sides of 1..65535 pixels, got {width}x{height}; give the camera's size"
-                )
+        if (message := self._wrong_choice()) is not None:
+            raise ScheduleError(message)
 
     @property
     def num_units(self) -> int:
         """Most runs of the vision graph per prompt: images, or pairs of a video's frames."""
         return max(self.max_images, -(-(self.max_frames or 0) // 2))
 
-    def _check_selection(self) -> None:
-        """Raise ScheduleError unless the options of the selector before the decoder fit together."""
+    def _wrong_choice(self) -> str | None:
+        """Return the message about the first option that is wrong, or does not fit the others; None if all are right."""
+        if self.opset not in (18, 19):
+            return f"--opset: expected 18 or 19, got {self.opset}; choose one of these"
+        if any(not 8 <= bucket <= self.max_text for bucket in self.text_buckets):
+            text = f"expected sizes in 8..{self.max_text} (--max-text), got {list(self.text_buckets)}"
+            return f"--text-buckets: {text}; remove the others"
+        if self.only_image_sizes and not self.image_sizes:
+            return "--only-image-sizes: expected --image-size with it, got none; add your camera's size"
+        for width, height in self.image_sizes:
+            if not (1 <= width <= 65535 and 1 <= height <= 65535):
+                text = f"expected sides of 1..65535 pixels, got {width}x{height}"
+                return f"--image-size: {text}; give the camera's size"
         if (self.token_method is None) != (self.token_keep is None):
             missing = "--token-method" if self.token_method is None else "--token-keep"
-            raise ScheduleError(
-                f"--token-method and --token-keep: expected both or none, got one; add {missing}"
-            )
+            return f"--token-method and --token-keep: expected both or none, got one; add {missing}"
         row = None if self.token_method is None else token_method(self.token_method)
         if self.clip is not None and (row is None or not row.takes_clip):
             able = " or ".join(other.name for other in all_methods(TokenMethod) if other.takes_clip)
-            raise ScheduleError(
-                f"--clip: expected --token-method {able} with it, got {self.token_method or 'none'}; leave out --clip"
-            )
+            return f"--clip: expected --token-method {able} with it, got {self.token_method or 'none'}; leave out --clip"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

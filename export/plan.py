@@ -128,18 +128,11 @@ def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
         ScheduleError: If the family does not support an option, or its number is out of range.
     """
     checkpoint, family = source.checkpoint, source.family
-    processing = family.image_processing(checkpoint, encoder_keep=None, max_visual=options.max_visual)
-    videos = _video_processing(source, processing, options)
-    profiles = _image_profiles(processing, videos, options)
+    processing, videos, profiles = _processing(options, source, encoder_keep=None)
     image_tokens = profiles.largest["N"]
     if options.encoder_keep is not None:
-        processing = family.image_processing(
-            checkpoint,
-            encoder_keep=_encoder_keep(options.encoder_keep, profiles.largest),
-            max_visual=options.max_visual,
-        )
-        videos = _video_processing(source, processing, options)
-        profiles = _image_profiles(processing, videos, options)
+        keep = _encoder_keep(options.encoder_keep, profiles.largest)
+        processing, videos, profiles = _processing(options, source, encoder_keep=keep)
     return ResolvedOptions(
         processing=processing,
         video_processing=None if videos is None else videos.sampling.to_dict(),
@@ -156,18 +149,22 @@ def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
     )
 
 
-def _video_processing(
-    source: ExportSource, processing: ImageProcessing, options: ExportOptions
-) -> VideoProcessing | None:
-    """Return the processing of videos; None if the model takes none."""
-    if isinstance(source.family, VideoFamily):
-        return source.family.video_processing(source.checkpoint, processing)
-    if options.max_frames is not None:
+def _processing(
+    options: ExportOptions, source: ExportSource, *, encoder_keep: int | None
+) -> tuple[ImageProcessing, VideoProcessing | None, ImageProfiles]:
+    """Return the processing of images, that of videos if the model takes any, and the sizes that get shapes."""
+    family, videos = source.family, None
+    images = family.image_processing(
+        source.checkpoint, encoder_keep=encoder_keep, max_visual=options.max_visual
+    )
+    if isinstance(family, VideoFamily):
+        videos = family.video_processing(source.checkpoint, images)
+    elif options.max_frames is not None:
         raise ScheduleError(
-            f"--max-frames: expected a model that takes videos, got {source.family.model_type}; use --max-images and give"
+            f"--max-frames: expected a model that takes videos, got {family.model_type}; use --max-images and give"
             " frames as images"
         )
-    return None
+    return images, videos, _image_profiles(images, videos, options)
 
 
 @contextmanager
@@ -230,7 +227,9 @@ def _image_profiles(
     others, several = sizes, largest
     if (of_several := processing.of_several()) != processing and options.max_images > 1:
         others, several = _sizes(of_several, options)
-    units = _unit_sizes(videos, options)
+    units = []  # pairs of frames, for each image size, in a video of the most frames
+    if videos is not None and options.max_frames is not None:
+        units = [videos.sizes(options.max_frames, *size) for size in options.image_sizes]
     most_of_several = max((several, *units), key=lambda found: found["N"])
     one_has_most = largest["N"] >= options.num_units * most_of_several["N"]
     return ImageProfiles(
@@ -239,13 +238,6 @@ def _image_profiles(
         num_images=1 if one_has_most else options.num_units,
         most_of_several=most_of_several["N"],
     )
-
-
-def _unit_sizes(videos: VideoProcessing | None, options: ExportOptions) -> list[dict[str, int]]:
-    """Return the sizes of a pair of frames, for each image size, in a video of the most frames."""
-    if videos is None or options.max_frames is None:
-        return []
-    return [videos.sizes(options.max_frames, width, height) for width, height in options.image_sizes]
 
 
 def _sizes(

@@ -295,7 +295,7 @@ _ROWS: tuple[StageMethod | TokenMethod, ...] = (
 STAGE_METHODS: dict[str, StageMethod] = {row.name: row for row in _ROWS if isinstance(row, StageMethod)}
 TOKEN_METHODS: dict[str, TokenMethod] = {row.name: row for row in _ROWS if isinstance(row, TokenMethod)}
 DEFAULT_METHOD = "trio"
-_Row = TypeVar("_Row", StageMethod, TokenMethod)
+_Row = TypeVar("_Row", bound="StageMethod | TokenMethod")
 
 
 def stage_method(name: str) -> StageMethod:
@@ -310,8 +310,8 @@ def token_method(name: str) -> TokenMethod:
 
 def all_methods(kind: type[_Row]) -> list[_Row]:
     """Return the rows of one kind, ours first; those of other packages that are broken are left out."""
-    ours = [row for row in (*STAGE_METHODS.values(), *TOKEN_METHODS.values()) if isinstance(row, kind)]
-    return [*ours, *(row for row in installed_methods() if isinstance(row, kind))]
+    rows = (*STAGE_METHODS.values(), *TOKEN_METHODS.values(), *installed_methods())
+    return [row for row in rows if isinstance(row, kind)]
 
 
 def installed_methods() -> Iterator[StageMethod | TokenMethod | ScheduleError]:
@@ -359,13 +359,16 @@ def _check(name: str, row: StageMethod | TokenMethod) -> None:
         "summary": isinstance(row.summary, str) and row.summary.isprintable(),
         "selector": isinstance(row.selector, str) and ":" in row.selector,
     }
+    Schedule(
+        method=row.name, positions=getattr(row, "positions", "compact")
+    )  # raises for what no manifest can hold
     if isinstance(row, TokenMethod):
         right["compares"] = row.compares in ("visual_tokens", "features", None)
         right["cost"] = callable(row.cost)
     else:
-        Schedule(method=row.name, positions=row.positions)  # raises for values that no manifest can hold
         ascending = (list(layers) == sorted({*layers}) and layers[0] >= 1 for layers in row.layers)
-        right["layers"] = bool(row.layers) and all(ascending)
+        are_numbers = all(isinstance(layer, int) for layers in row.layers for layer in layers)
+        right["layers"] = bool(row.layers) and are_numbers and all(ascending)
         right["repeats"] = row.repeats in ("queries and keys", "keys", "nothing")
         right["flops"] = callable(row.flops) and callable(row.shape)
         right["work"] = row.work is None or callable(row.work)
@@ -388,6 +391,6 @@ def _broken(name: str, package: str, got: str) -> ScheduleError:
     )
 
 
-def described(kind: type[StageMethod] | type[TokenMethod]) -> str:
+def described(kind: type[StageMethod | TokenMethod]) -> str:
     """Return all names with their summaries, for ``--help``."""
     return "; ".join(f"{row.name}: {row.summary}" for row in all_methods(kind))

@@ -128,7 +128,7 @@ def bundle_bytes(
         head_and_vision=decoder.vocab_size * decoder.hidden_size * weights.head
         + vision_params * weights.vision,
         repeated=repeated * probed,
-        kv_caches=kv_cache_bytes(ranges, other_rows=text_rows + new_rows, row_bytes=row_bytes),
+        kv_caches=row_bytes * sum(layers * (rows + new_rows) for layers, rows in rows_of),
         activations=max(graphs),
     )
 
@@ -153,17 +153,6 @@ def layers_and_rows(schedule: Schedule, *, num_layers: int, entering: int) -> tu
     # If there are fewer tokens than a stage keeps, it keeps all of them.
     rows = [entering, *(min(stage.keep, entering) for stage in schedule.stages)]
     return tuple((stop - start, count) for start, stop, count in zip(starts, starts[1:], rows))
-
-
-def kv_cache_bytes(ranges: Sequence[tuple[int, int]], *, other_rows: int, row_bytes: int) -> int:
-    """Return the bytes of all KV caches at full capacity.
-
-    Args:
-        ranges: Number of layers and visual rows of each range.
-        other_rows: Rows of text and new tokens.
-        row_bytes: Bytes per row and layer.
-    """
-    return row_bytes * sum(layers * (rows + other_rows) for layers, rows in ranges)
 
 
 def tiles_of(tower: VisionDimensions, sizes: Mapping[str, int]) -> Tiles:

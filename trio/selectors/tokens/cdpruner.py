@@ -38,13 +38,13 @@ from torch import Tensor
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.interface import KeepingModule, Selection, TokenInputs
 from trio_edge.trio.selectors.tokens.candidates import (
+    clip_texts,
     given,
     real_tokens,
     scaled_to_one,
     shown_tokens,
     unit_rows,
 )
-from trio_edge.trio.selectors.tokens.clip_texts import clip_texts
 from trio_edge.trio.selectors.tokens.greedy import State, greedy_selection, row_at
 
 _FLOOR = 1e-6

@@ -41,6 +41,7 @@ from torch import Tensor
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.interface import KeepingModule, Selection, TokenInputs, ranks
 from trio_edge.trio.selectors.tokens.candidates import (
+    clip_texts,
     given,
     masked,
     real_tokens,
@@ -48,7 +49,6 @@ from trio_edge.trio.selectors.tokens.candidates import (
     shown_tokens,
     unit_rows,
 )
-from trio_edge.trio.selectors.tokens.clip_texts import clip_texts
 from trio_edge.trio.selectors.tokens.greedy import cover
 
 _SHARPNESS = 100.0
