@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 import msgspec
@@ -17,10 +17,16 @@ from trio_edge.export.options import ExportOptions
 from trio_edge.export.options import Progress as Callbacks
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
-from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.runtime.bundle.schedule import Budget, Positions, ProbeRows, Schedule
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
-from trio_edge.trio.budgets import USUAL_KEEP, ScheduleRequest, parse_keep, parse_stages
+from trio_edge.trio.budgets import (
+    LEAST_FOR_REFERENCE_ROWS,
+    USUAL_KEEP,
+    ScheduleRequest,
+    parse_keep,
+    parse_stages,
+)
 from trio_edge.trio.methods import (
     TOKEN_METHODS,
     StageMethod,
@@ -141,9 +147,9 @@ class _SelectorOption(click.Option):
 )
 @click.option(
     "--probe-rows",
-    type=click.Choice(["auto", "reference", "answer"]),
+    type=click.Choice(["auto", *get_args(ProbeRows)]),
     help="Rows that carry TRIO's loss, in a prompt of S rows: 'reference' is S-5..S-2, 'answer' is S-4..S-1, and 'auto' is"
-    " 'answer' if the average keep is below 10%, else 'reference'. [default: auto]",
+    f" 'answer' if the average keep is below {LEAST_FOR_REFERENCE_ROWS:.0%}, else 'reference'. [default: auto]",
 )
 @click.option("--num-probe-rows", type=int, help=f"Number of probe rows. {_default('num_probe_rows')}")
 @click.option(
@@ -159,12 +165,12 @@ class _SelectorOption(click.Option):
 )
 @click.option(
     "--positions",
-    type=click.Choice(["compact", "preserved"]),
+    type=click.Choice(get_args(Positions)),
     help="Position ids after a stage: renumbered, or as before. [default: the method's, if the model family allows it]",
 )
 @click.option(
     "--budget",
-    type=click.Choice(["prompt", "image"]),
+    type=click.Choice(get_args(Budget)),
     help="With --max-images: 'prompt' keeps the best tokens of all images together, 'image' at least an equal share of each."
     f" {_default('budget')}",
 )
