@@ -390,10 +390,10 @@ def _print_names() -> None:
     for name, repository, family in rows:
         print(f"{name:{widths[0]}}{repository:{widths[1]}}{family}")
     for found in installed_methods():
-        is_broken = isinstance(found, ScheduleError)
-        print(
-            found if is_broken else f"{found.name}: {found.summary} (selector of the package {found.package})"
-        )
+        if isinstance(found, ScheduleError):
+            print(found)
+        else:
+            print(f"{found.name}: {found.summary} (selector of the package {found.package})")
 
 
 def _summary(manifest: Manifest, out: Path) -> str:

@@ -28,16 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trio_edge.runtime.bundle.graph_io import (
-    CLIP_PATCHES,
-    CLIP_TEXTS,
-    DEEPSTACK_TOKENS,
-    HAS_PREVIOUS,
-    NUM_TEXT,
-    PREVIOUS_TOKENS,
-    TEXT_EMBEDS,
-    TEXT_MARKS,
-)
+from trio_edge.runtime.bundle import graph_io as io
 from trio_edge.trio.selectors.interface import ClipInputs, Selection, TokenInputs
 
 if TYPE_CHECKING:
@@ -51,25 +42,35 @@ FEATURE_NAMES = ("features", "keys", "class_attention")
 class Reduce(nn.Module):
     """A selector, and the gather or weighted sums of the kept tokens."""
 
-    def __init__(self, selector: TokenSelector, *, names: Sequence[str] = ()) -> None:
-        """``names`` are those of the inputs after ``is_newline``."""
+    def __init__(self, selector: TokenSelector, *, inputs: Sequence[str]) -> None:
+        """Hold the selector; ``inputs`` are the names of all inputs, from the table above."""
         super().__init__()
         self.selector: Any = selector
-        self.names = tuple(names)
+        self.inputs = tuple(inputs)
 
-    def forward(
-        self, visual_tokens: Tensor, num_visual: Tensor, is_newline: Tensor, *others: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return the reduced tokens [K, D], their indices [K], and the reduced planes."""
-        given = dict(zip(self.names, others))
-        planes = [given[name] for name in self.names if name.startswith(DEEPSTACK_TOKENS)]
+        given = dict(zip(self.inputs, inputs))
+        visual_tokens, num_visual = given[io.VISUAL_TOKENS], given[io.NUM_VISUAL]
         clip = None
-        if CLIP_PATCHES in given:
-            clip = ClipInputs(given[CLIP_PATCHES], given[CLIP_TEXTS], given[TEXT_MARKS])
-        optional = (*FEATURE_NAMES, TEXT_EMBEDS, NUM_TEXT)
-        inputs = TokenInputs(visual_tokens, num_visual, is_newline > 0, *map(given.get, optional), clip=clip)
-        inputs = inputs._replace(previous_ND=given.get(PREVIOUS_TOKENS), has_previous=given.get(HAS_PREVIOUS))
-        selection: Selection = self.selector(inputs)
+        if io.CLIP_TEXTS in given:
+            clip = ClipInputs(given[io.CLIP_PATCHES], given[io.CLIP_TEXTS], given[io.TEXT_MARKS])
+        planes = [given[name] for name in self.inputs if name.startswith(io.DEEPSTACK_TOKENS)]
+        features, keys, attention = FEATURE_NAMES
+        token_inputs = TokenInputs(
+            visual_tokens,
+            num_visual,
+            given[io.IS_NEWLINE] > 0,
+            features_NF=given.get(features),
+            keys_NE=given.get(keys),
+            attention_N=given.get(attention),
+            text_TD=given.get(io.TEXT_EMBEDS),
+            num_text=given.get(io.NUM_TEXT),
+            clip=clip,
+            previous_ND=given.get(io.PREVIOUS_TOKENS),
+            has_previous=given.get(io.HAS_PREVIOUS),
+        )
+        selection: Selection = self.selector(token_inputs)
         reduced_KD, *reduced_planes = (
             _reduced(rows_ND, selection, num_visual) for rows_ND in (visual_tokens, *planes)
         )

@@ -35,15 +35,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trio_edge.runtime.bundle.graph_io import (
-    DEEPSTACK,
-    PREVIOUS,
-    PROMPT_EMBEDS,
-    PROMPT_IS_VISUAL,
-    PROMPT_LENGTH,
-    SALIENCY,
-    VISUAL_IMAGES,
-)
+from trio_edge.runtime.bundle import graph_io as io
 from trio_edge.trio.compaction import CompactedRows, compact_rows
 from trio_edge.trio.selectors.interface import PromptInputs, StageInputs, other_inputs_of
 
@@ -62,14 +54,14 @@ class Select(nn.Module):
         rotary: nn.Module,
         *,
         preserve_positions: bool,
-        names: Sequence[str] = (),
+        others: Sequence[str] = (),
     ) -> None:
-        """``names`` are those of the inputs after ``length``."""
+        """Hold the modules; ``others`` are the names of the inputs after the first five."""
         super().__init__()
         self.selector: Any = selector
         self.rotary = rotary
         self.preserve_positions = preserve_positions
-        self.names = tuple(names)
+        self.others = tuple(others)
 
     def forward(
         self,
@@ -83,18 +75,26 @@ class Select(nn.Module):
         """Return the outputs in the order of the table above."""
         hidden_SD = hidden_states[0]
         cos, sin = self.rotary(position_ids)
-        given = dict(zip(self.names, others))
-        planes = [given[name] for name in self.names if name.startswith(DEEPSTACK)]
-        image_N = given.get(VISUAL_IMAGES)
-        prompt = None
-        previous_SD = given[PREVIOUS][0] if PREVIOUS in given else None
-        if PROMPT_EMBEDS in given:
-            prompt = PromptInputs(given[PROMPT_EMBEDS][0], given[PROMPT_IS_VISUAL], given[PROMPT_LENGTH])
-        own = {name: given[name] for name in other_inputs_of(self.selector)}
-        sequence = hidden_SD, cos[0], sin[0], visual_rows, num_visual, length
-        selection: Selection = self.selector(
-            StageInputs(*sequence, previous_SD, prompt, given.get(SALIENCY), image_N, own)
+        given = dict(zip(self.others, others))
+        image_N, prompt = given.get(io.VISUAL_IMAGES), None
+        if io.PROMPT_EMBEDS in given:
+            prompt = PromptInputs(
+                given[io.PROMPT_EMBEDS][0], given[io.PROMPT_IS_VISUAL], given[io.PROMPT_LENGTH]
+            )
+        inputs = StageInputs(
+            hidden_SD,
+            cos[0],
+            sin[0],
+            visual_rows,
+            num_visual,
+            length,
+            previous_SD=given[io.PREVIOUS][0] if io.PREVIOUS in given else None,
+            prompt=prompt,
+            saliency_N=given.get(io.SALIENCY),
+            image_N=image_N,
+            others={name: given[name] for name in other_inputs_of(self.selector)},
         )
+        selection: Selection = self.selector(inputs)
         compacted = compact_rows(
             selection.kept_K,
             visual_rows,
@@ -110,7 +110,10 @@ class Select(nn.Module):
             positions_AR = torch.arange(rows_R.shape[0]).to(torch.int32).expand(position_ids.shape[0], -1)
         kept_RD, *kept_planes = (
             _kept_rows(rows_SD, compacted, selection.weights_KN, visual_rows, num_visual)[None]
-            for rows_SD in (hidden_SD, *(plane[0] for plane in planes))
+            for rows_SD in (
+                hidden_SD,
+                *(given[name][0] for name in self.others if name.startswith(io.DEEPSTACK)),
+            )
         )
         return (
             kept_RD,

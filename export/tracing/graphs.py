@@ -324,7 +324,7 @@ def _reduce(tracer: _Tracer, plan: ExportPlan, *, before: Sequence[GraphSpec]) -
     )
     profiles = layout.reduce_profiles(with_text=reads_text)
     spec = tracer.spec("reduce", "reduce", GraphTensors(tuple(inputs), outputs), profiles)
-    return tracer.graph(Reduce(plan.selector, names=spec.input_names[3:]), spec, num_named=3)
+    return tracer.graph(Reduce(plan.selector, inputs=spec.input_names), spec, num_named=0)
 
 
 def _range(tracer: _Tracer, index: int, layers: range, *, name: str, role: Role) -> TracedGraph:
@@ -460,7 +460,7 @@ def _select(tracer: _Tracer, stage: int, selector: Any) -> TracedGraph:
     profiles = layout.select_profiles(stage, with_prompt=has_prompt_rows)
     spec = tracer.spec(f"select_{stage + 1}", "select", tensors, profiles, first_layer=layer_index)
     preserves = schedule.positions == "preserved"
-    module = Select(selector, tracer.rotary(), preserve_positions=preserves, names=spec.input_names[5:])
+    module = Select(selector, tracer.rotary(), preserve_positions=preserves, others=spec.input_names[5:])
     graph = tracer.graph(module, spec, num_named=5, constants={"rotary.inv_freq": tracer.model.inv_freq})
     return replace(graph, sources={name: other.place for name, other in own.items()})
 

@@ -106,8 +106,13 @@ class MostAttended(KeepingModule):
         last_1 = inputs.length.to(torch.int64).reshape(1) - 1
         attention_RHS = self.attention(hidden_SD, inputs.cos_SE, inputs.sin_SE, last_1, inputs.length)
         scores_N = at_visual_tokens(attention_RHS.mean(1)[0], inputs)
-        share = {"image_N": inputs.image_N, "image_share": self.image_share}
-        kept_K = best_tokens(scores_N, inputs.num_visual, num_keep=self.num_keep, **share)
+        kept_K = best_tokens(
+            scores_N,
+            inputs.num_visual,
+            num_keep=self.num_keep,
+            image_N=inputs.image_N,
+            image_share=self.image_share,
+        )
         return Selection(kept_K, scores_N, settled(inputs))
 
 
