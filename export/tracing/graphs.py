@@ -54,7 +54,7 @@ from trio_edge.runtime.bundle.graph_io import (
 from trio_edge.runtime.bundle.manifest import GraphSpec, TensorSpec
 from trio_edge.trio.methods import stage_method, token_method
 from trio_edge.trio.saliency import CandidateHead, ProbeHead, key_value_gram
-from trio_edge.trio.selectors.interface import StageParts, other_inputs_of
+from trio_edge.trio.selectors.interface import other_inputs_of, stage_selector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -64,15 +64,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from trio_edge.export.families.base import FamilyModel
     from trio_edge.export.families.clip import ClipGraphs
     from trio_edge.export.plan import ExportPlan
     from trio_edge.runtime.bundle.manifest import DType, PieceName, Profile, Role
-    from trio_edge.runtime.bundle.schedule import Schedule
     from trio_edge.trio.cost.selections import SaliencyForm
     from trio_edge.trio.methods import StageMethod
     from trio_edge.trio.saliency import ProxySaliency
-    from trio_edge.trio.selectors.interface import StageSelector
 
 _MIN_TRACE_ROWS = 37  # any number that no other axis has
 # Dynamic axes are traced at their largest size plus this, so that no two axes are equal for torch.export. P stays a multiple
@@ -406,35 +403,6 @@ def _stages(
         halves = _probe_halves(tracer, stage, selector.saliency) if tracer.method.has_probe else {}
         result.append((_select(tracer, stage, selector), halves))
     return result
-
-
-def stage_selector(
-    model: FamilyModel,
-    schedule: Schedule,
-    *,
-    stage: int,
-    max_visual: int,
-    max_images: int = 1,
-    is_quantized: bool = False,
-) -> StageSelector:
-    """Return the selector of stage number ``stage``, which holds the model's own modules.
-
-    ``max_visual`` is its largest N; ``is_quantized`` tells whether the weights of its layer are going to be quantized.
-    """
-    keep, layer = schedule.stages[stage].keep, schedule.stages[stage].layer
-    parts = StageParts(
-        previous_layer=model.layers[layer - 1],
-        layer=model.layers[layer],
-        final_norm=model.final_norm,
-        lm_head=model.lm_head,
-        num_keep=keep,
-        max_visual=max_visual,
-        settings=schedule,
-        image_share=keep // max_images if schedule.budget == "image" else None,
-        is_quantized=is_quantized,
-    )
-    selector: StageSelector = stage_method(schedule.method).load().for_stage(parts)
-    return selector
 
 
 def _select(tracer: _Tracer, stage: int, selector: Any) -> TracedGraph:

@@ -20,11 +20,16 @@ from tests.spec.reduced_reference import causal_layer
 from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.calibration.evaluate.answer_cost import prefill_flops, processed_tokens
 from trio_edge.export.plan import token_selector
-from trio_edge.export.tracing.graphs import stage_selector
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.trio.methods import token_method
-from trio_edge.trio.selectors.interface import PromptInputs, Selection, StageInputs, TokenInputs
+from trio_edge.trio.selectors.interface import (
+    PromptInputs,
+    Selection,
+    StageInputs,
+    TokenInputs,
+    stage_selector,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path

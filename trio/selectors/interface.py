@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.trio.methods import stage_method
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -186,6 +187,35 @@ class KeepingModule(nn.Module):
         super().__init__()
         check_num_keep(num_keep)
         self.num_keep = num_keep
+
+
+def stage_selector(
+    model: Any,
+    schedule: Schedule,
+    *,
+    stage: int,
+    max_visual: int,
+    max_images: int = 1,
+    is_quantized: bool = False,
+) -> StageSelector:
+    """Return the selector of stage number ``stage``, which holds the modules of ``model``: its layers, final norm and head.
+
+    ``max_visual`` is its largest N; ``is_quantized`` tells whether the weights of its layer are going to be quantized.
+    """
+    keep, layer = schedule.stages[stage].keep, schedule.stages[stage].layer
+    parts = StageParts(
+        previous_layer=model.layers[layer - 1],
+        layer=model.layers[layer],
+        final_norm=model.final_norm,
+        lm_head=model.lm_head,
+        num_keep=keep,
+        max_visual=max_visual,
+        settings=schedule,
+        image_share=keep // max_images if schedule.budget == "image" else None,
+        is_quantized=is_quantized,
+    )
+    selector: StageSelector = stage_method(schedule.method).load().for_stage(parts)
+    return selector
 
 
 def other_inputs_of(selector: Any) -> Mapping[str, OtherInput]:
