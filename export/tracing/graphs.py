@@ -392,7 +392,7 @@ def _stages(
     for stage in range(num_stages):
         step(f"tracing select_{stage + 1}")
         rows = max(tracer.layout.visual_rows(stage))
-        selector: Any = stage_selector(
+        selector = stage_selector(
             tracer.model,
             tracer.layout.schedule,
             stage=stage,

@@ -197,8 +197,8 @@ def stage_selector(
     max_visual: int,
     max_images: int = 1,
     is_quantized: bool = False,
-) -> StageSelector:
-    """Return the selector of stage number ``stage``, which holds the modules of ``model``: its layers, final norm and head.
+) -> Any:
+    """Return the ``StageSelector`` of stage number ``stage``, which holds the modules of ``model``: its layers, final norm and head.
 
     ``max_visual`` is its largest N; ``is_quantized`` tells whether the weights of its layer are going to be quantized.
     """
@@ -214,8 +214,7 @@ def stage_selector(
         image_share=keep // max_images if schedule.budget == "image" else None,
         is_quantized=is_quantized,
     )
-    selector: StageSelector = stage_method(schedule.method).load().for_stage(parts)
-    return selector
+    return stage_method(schedule.method).load().for_stage(parts)
 
 
 def other_inputs_of(selector: Any) -> Mapping[str, OtherInput]:
