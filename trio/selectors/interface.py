@@ -198,7 +198,7 @@ def stage_selector(
     max_images: int = 1,
     is_quantized: bool = False,
 ) -> Any:
-    """Return the ``StageSelector`` of stage number ``stage``, which holds the modules of ``model``: its layers, final norm and head.
+    """Return the ``StageSelector`` of stage number ``stage``, which holds layers, final norm and head of ``model``.
 
     ``max_visual`` is its largest N; ``is_quantized`` tells whether the weights of its layer are going to be quantized.
     """
