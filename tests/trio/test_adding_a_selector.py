@@ -21,12 +21,14 @@ FOLDERS = ("trio", "export", "runtime", "profiling", "calibration", "serving")
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """A tree in which ``trio`` and its tests may be changed."""
-    for name in ("trio", "trio_edge", "tests/trio"):
+    for name in ("trio", "tests/trio"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for source in [ROOT / "pyproject.toml", *(ROOT / name for name in FOLDERS), *(ROOT / "tests").iterdir()]:
         place = tmp_path / source.relative_to(ROOT)
         if not place.exists():
             place.symlink_to(source)
+    (tmp_path / "trio_edge").mkdir()
+    shutil.copy(ROOT / "trio_edge" / "__init__.py", tmp_path / "trio_edge")
     for name in FOLDERS:
         (tmp_path / "trio_edge" / name).symlink_to(tmp_path / name)
     return tmp_path
