@@ -321,7 +321,7 @@ def _reduce(tracer: _Tracer, plan: ExportPlan, *, before: Sequence[GraphSpec]) -
     )
     profiles = layout.reduce_profiles(with_text=reads_text)
     spec = tracer.spec("reduce", "reduce", GraphTensors(tuple(inputs), outputs), profiles)
-    return tracer.graph(Reduce(plan.selector, inputs=spec.input_names), spec, num_named=0)
+    return tracer.graph(Reduce(plan.selector, others=spec.input_names[3:]), spec, num_named=3)
 
 
 def _range(tracer: _Tracer, index: int, layers: range, *, name: str, role: Role) -> TracedGraph:
