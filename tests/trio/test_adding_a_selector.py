@@ -1,4 +1,4 @@
-"""docs/adding-a-selector.md, followed word for word in a copy of the tree: its files, its rows and its tests."""
+"""docs/adding-a-selector.md and the page after it, followed word for word in a copy of the tree: files, rows and tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "adding-a-selector.md").read_text(encoding="utf-8")
+PAGE = "".join(
+    (ROOT / "docs" / name).read_text(encoding="utf-8")
+    for name in ("adding-a-selector.md", "adding-a-token-selector.md")
+)
 FILES = dict(re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", PAGE, re.DOTALL))
 ROWS = re.findall(r"<!-- row -->\n```python\n(.*?)```", PAGE, re.DOTALL)
 FOLDERS = ("trio", "export", "runtime", "profiling", "calibration", "serving")
@@ -36,9 +39,8 @@ def copy(tmp_path: Path) -> Path:
 
 def test_the_page_followed_word_for_word_gives_two_selectors_that_export(copy: Path) -> None:
     for name, text in FILES.items():
-        if not name.startswith("examples/"):
-            assert f"ile `{name}`:" in PAGE
-            (copy / name).write_text(text, encoding="utf-8")
+        assert f"ile `{name}`:" in PAGE
+        (copy / name).write_text(text, encoding="utf-8")
     registry = (copy / "trio" / "methods.py").read_text(encoding="utf-8")
     before, end, after = registry.partition("\n)\nSTAGE_METHODS")
     rows = ",\n".join(row.rstrip() for row in ROWS)
@@ -53,9 +55,11 @@ def test_the_page_followed_word_for_word_gives_two_selectors_that_export(copy: P
 
 
 def test_the_package_of_the_page_is_the_example() -> None:
-    shown = [name for name in FILES if name.startswith("examples/")]
-    assert len(shown) == 2
-    for name in shown:
-        assert (ROOT / name).read_text(encoding="utf-8") == FILES[name]
-    example = ROOT / "examples" / "selector_package" / "norm_selector" / "norm.py"
-    assert example.read_text(encoding="utf-8") == FILES["trio/selectors/stages/norm.py"]
+    example = ROOT / "examples" / "selector_package"
+    assert (example / "norm_selector" / "norm.py").read_text("utf-8") == FILES[
+        "trio/selectors/stages/norm.py"
+    ]
+    (entry_point,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    assert entry_point in (example / "pyproject.toml").read_text("utf-8")
+    row = (example / "norm_selector" / "__init__.py").read_text("utf-8").partition(" = ")[2].rstrip()
+    assert row.replace("norm_selector.norm:", "trio_edge.trio.selectors.stages.norm:") == ROWS[0].rstrip()

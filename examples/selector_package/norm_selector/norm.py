@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
-
-from trio_edge.trio.selectors.interface import Selection, StageInputs, StageParts, best_tokens, check_num_keep
+from trio_edge.trio.selectors.interface import KeepingModule, Selection, StageInputs, StageParts, best_tokens
 from trio_edge.trio.selectors.stages.row_attention import at_visual_tokens, real_rows, settled
 
 
-class Norm(nn.Module):
+class Norm(KeepingModule):
     """See ``StageSelector``."""
-
-    def __init__(self, *, num_keep: int) -> None:
-        super().__init__()
-        check_num_keep(num_keep)
-        self.num_keep = num_keep
 
     @classmethod
     def for_stage(cls, parts: StageParts) -> Norm:
