@@ -27,12 +27,11 @@ from trio_edge.calibration.evaluate.comparison import RunReport, compare
 from trio_edge.calibration.evaluate.report import per_cent
 from trio_edge.calibration.evaluate.runs import RunInfo, plan_runs
 from trio_edge.export.bundle import export_bundle
-from trio_edge.export.options import ExportOptions, ScheduleInputs
+from trio_edge.export.options import ExportOptions
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.trio.budgets import schedule_for_keep
-from trio_edge.trio.keeps import integer_keeps
+from trio_edge.trio.budgets import ScheduleRequest, integer_keeps
 
 if TYPE_CHECKING:
     from trio_edge.calibration.evaluate.answering import Outcome
@@ -46,7 +45,7 @@ class Variant:
 
     name: str
     schedule: dict[str, Any] = field(default_factory=dict)
-    """Settings for ``schedule_for_keep``, or for ``shaped_schedule`` if they have a "shape"."""
+    """Fields of ``ScheduleRequest``, or of ``ShapedRequest`` if they have a "shape"."""
 
     def folder(self, budget: str) -> str:
         """Name of the bundle, the same for variants that share one."""
@@ -58,28 +57,32 @@ def _plain(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def shaped_schedule(
-    average: float,
-    *,
-    num_layers: int,
-    num_visual: int,
-    layers: tuple[int, ...],
-    shape: tuple[float, ...],
-    **settings: Any,
-) -> Schedule:
-    """Return stages at ``layers`` whose tokens are in the proportion ``shape``, as many as the average allows."""
-    weights = [end - start for start, end in zip(layers, (*layers[1:], num_layers))]
-    budget = math.floor(average * num_layers * num_visual + 1e-6) - layers[0] * num_visual
-    unit = sum(weight * share for weight, share in zip(weights, shape))
-    keeps = integer_keeps(
-        [share * budget / unit for share in shape], budget=budget, weights=weights, num_visual=num_visual
-    )
-    if keeps is None:
-        raise ScheduleError(
-            f"stages at {layers}: expected a budget for them, got {average:.1%}; choose others"
+@dataclass(frozen=True, kw_only=True)
+class ShapedRequest(ScheduleRequest):
+    """Stages at ``layers`` whose tokens are in the proportion ``shape``, as many as the average allows."""
+
+    shape: tuple[float, ...]
+
+    def schedule(self, *, num_layers: int, num_visual: int, **more: Any) -> Schedule:
+        """Return the schedule."""
+        assert self.layers is not None
+        assert self.average is not None
+        weights = [end - start for start, end in zip(self.layers, (*self.layers[1:], num_layers))]
+        budget = math.floor(self.average * num_layers * num_visual + 1e-6) - self.layers[0] * num_visual
+        unit = sum(weight * share for weight, share in zip(weights, self.shape))
+        keeps = integer_keeps(
+            [share * budget / unit for share in self.shape],
+            budget=budget,
+            weights=weights,
+            num_visual=num_visual,
         )
-    stages = tuple(Stage(layer=layer, keep=keep) for layer, keep in zip(layers, keeps))
-    return Schedule(stages=stages, **settings)
+        if keeps is None:
+            raise ScheduleError(
+                f"stages at {self.layers}: expected a budget for them, got {self.average:.1%}; choose others"
+            )
+        stages = tuple(Stage(layer=layer, keep=keep) for layer, keep in zip(self.layers, keeps))
+        usual = super().schedule(num_layers=num_layers, num_visual=num_visual, **more)
+        return msgspec.structs.replace(usual, stages=stages)
 
 
 def bundle_for(variant: Variant | None, budget: str, arguments: argparse.Namespace) -> Path:
@@ -88,15 +91,14 @@ def bundle_for(variant: Variant | None, budget: str, arguments: argparse.Namespa
     if path.exists():
         return path
 
-    def schedule(inputs: ScheduleInputs) -> Schedule:
-        if variant is None:
-            return Schedule()
-        sizes = {"num_layers": inputs.num_layers, "num_visual": inputs.num_visual}
-        make = shaped_schedule if "shape" in variant.schedule else schedule_for_keep
-        return make(BUDGETS[budget], **sizes, **variant.schedule)
-
-    options = ExportOptions(model=arguments.model, out=path, dtype="float32", max_text=32, max_new_tokens=8)
-    export_bundle(options, schedule_for=schedule)
+    request = ScheduleRequest(average=None)
+    if variant is not None:
+        make = ShapedRequest if "shape" in variant.schedule else ScheduleRequest
+        request = make(average=BUDGETS[budget], **variant.schedule)
+    options = ExportOptions(
+        model=arguments.model, out=path, schedule=request, dtype="float32", max_text=32, max_new_tokens=8
+    )
+    export_bundle(options)
     return path
 
 

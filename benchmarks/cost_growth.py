@@ -23,10 +23,9 @@ from parts.tables import markdown
 
 from trio_edge.profiling.predict.answer import Setting, predict
 from trio_edge.profiling.predict.plan import plan_for
-from trio_edge.trio.budgets import schedule_for_keep
+from trio_edge.trio.budgets import ScheduleRequest
 from trio_edge.trio.cost.devices import DEVICES
 from trio_edge.trio.cost.flops import kv_row_bytes
-from trio_edge.trio.cost.memory import kv_cache_bytes
 
 SIZES = (576, 1152, 1728, 2304, 2880)
 NUM_TEXT = 64
@@ -55,7 +54,9 @@ def counted(keep: float) -> dict[str, list[float]]:
     rows: dict[str, list[float]] = {}
     for size in SIZES:
         setting = plan.setting()
-        schedule = schedule_for_keep(keep, num_layers=setting.model.decoder.num_layers, num_visual=size)
+        schedule = ScheduleRequest(average=keep).schedule(
+            num_layers=setting.model.decoder.num_layers, num_visual=size
+        )
         prediction = predict(
             dataclasses.replace(setting, schedule=schedule, sizes={**setting.sizes, "N": size}),
             DEVICES[DEVICE],
@@ -80,7 +81,7 @@ def counted(keep: float) -> dict[str, list[float]]:
 
 def _kv_bytes(setting: Setting) -> int:
     row_bytes = kv_row_bytes(setting.model.decoder, bytes_per_cached=setting.formats.bytes_per_cached)
-    return kv_cache_bytes(setting.ranges, other_rows=NUM_TEXT, row_bytes=row_bytes)
+    return row_bytes * sum(layers * (rows + NUM_TEXT) for layers, rows in setting.ranges)
 
 
 def measured(hidden: int) -> dict[str, list[float]]:

@@ -62,11 +62,11 @@ def main() -> None:
             ExportOptions(
                 model=str(checkpoint),
                 out=bundle,
+                schedule=Schedule(positions="preserved"),
                 max_text=options.tokens + 100,
                 max_new_tokens=8,
                 image_sizes=((56, 56),),
             ),
-            schedule_for=lambda _inputs: Schedule(positions="preserved"),
         )
         for _ in range(options.rounds):
             for way in WAYS:

@@ -25,7 +25,7 @@ from trio_edge.export.bundle import export_bundle
 from trio_edge.export.options import ExportOptions
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.trio.budgets import parse_keep, schedule_for_keep
+from trio_edge.trio.budgets import ScheduleRequest, parse_keep
 
 _CANDIDATES = "trio_edge.runtime.bundle.graph_io.MAX_CANDIDATES"
 _BEFORE_MLP = "trio_edge.trio.saliency.ProxySaliency._before_mlp"
@@ -55,13 +55,9 @@ def answers(questions: list[Question], keep: str, variant: Variant) -> tuple[int
             max_text=32,
             max_new_tokens=8,
             quantize=parse_plan(variant.plan),
+            schedule=ScheduleRequest(average=parse_keep(keep)),
         )
-        export_bundle(
-            options,
-            schedule_for=lambda inputs: schedule_for_keep(
-                parse_keep(keep), num_layers=inputs.num_layers, num_visual=inputs.num_visual
-            ),
-        )
+        export_bundle(options)
         pipeline = stack.enter_context(Pipeline.from_bundle(bundle, backend="onnxruntime", threads=1))
         for question in questions:
             answer = pipeline.generate(list(question.images), question.question, max_new_tokens=4)

@@ -27,14 +27,13 @@ from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
 from trio_edge.calibration.questions import read_questions
 from trio_edge.export.bundle import export_bundle
-from trio_edge.export.options import ExportOptions, ScheduleInputs
+from trio_edge.export.options import ExportOptions
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.runtime.backends.registry import CPU_ACCURACIES
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.trio.budgets import parse_keep, schedule_for_keep
+from trio_edge.trio.budgets import ScheduleRequest, parse_keep
 
 if TYPE_CHECKING:
     from trio_edge.calibration.questions import Question
@@ -85,11 +84,8 @@ def is_wanted(variant: Variant, words: list[str] | None) -> bool:
     return words is None or variant in (BASE, WHOLE) or any(word in variant.name for word in words)
 
 
-def schedule_of(inputs: ScheduleInputs, *, keep: str) -> Schedule:
-    if keep == "all":
-        return Schedule()
-    average = parse_keep(keep)
-    return schedule_for_keep(average, num_layers=inputs.num_layers, num_visual=inputs.num_visual)
+def request_for(keep: str) -> ScheduleRequest:
+    return ScheduleRequest(average=None if keep == "all" else parse_keep(keep))
 
 
 def bundle_for(variant: Variant, *, keep: str, out: Path) -> Path:
@@ -99,13 +95,14 @@ def bundle_for(variant: Variant, *, keep: str, out: Path) -> Path:
         options = ExportOptions(
             model="tiny",
             out=path,
+            schedule=request_for(keep),
             dtype=variant.dtype,
             max_text=32,
             max_new_tokens=8,
             quantize=parse_plan(variant.plan or "none"),
         )
         scales = calibrated_scales(variant, keep=keep) if variant.is_calibrated else CalibratedScales()
-        export_bundle(options, schedule_for=lambda inputs: schedule_of(inputs, keep=keep), scales=scales)
+        export_bundle(options, scales=scales)
     return path
 
 
@@ -113,13 +110,13 @@ def calibrated_scales(variant: Variant, *, keep: str) -> CalibratedScales:
     """Return the scales from a calibration on other samples than the questions."""
     model = load_model("tiny")
     num_visual = max(sizes["N"] for sizes in model.images.any_image_sizes())
-    inputs = ScheduleInputs(
-        num_layers=model.num_layers, num_visual=num_visual, image_tokens=num_visual, positions=model.positions
+    schedule = request_for(keep).schedule(
+        num_layers=model.num_layers, num_visual=num_visual, positions=model.positions
     )
     found = calibrate_quantization(
         model,
         read_questions(drawn_questions(CALIBRATION_SAMPLES, seed=CALIBRATION_SEED)),
-        schedule_of(inputs, keep=keep),
+        schedule,
         parse_plan(variant.plan or "none"),
         dtype=variant.dtype,
         num_tokens=4,

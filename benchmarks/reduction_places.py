@@ -16,7 +16,7 @@ from parts.tables import markdown
 from trio_edge.profiling.predict.answer import Setting, predict
 from trio_edge.profiling.predict.plan import parse_size, plan_for
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.trio.budgets import method_schedule, parse_keep
+from trio_edge.trio.budgets import ScheduleRequest, parse_keep
 from trio_edge.trio.cost.devices import find_device
 from trio_edge.trio.cost.flops import kv_row_bytes
 from trio_edge.trio.cost.selections import NUM_DART_PIVOTS, TokenCost
@@ -38,7 +38,9 @@ def settings(whole: Setting, share: float) -> dict[str, Setting]:
     }
     for name, method in INSIDE.items():
         try:
-            schedule = method_schedule(method, share, num_layers=decoder.num_layers, num_visual=num_visual)
+            schedule = ScheduleRequest(method=method, average=share).schedule(
+                num_layers=decoder.num_layers, num_visual=num_visual
+            )
         except ScheduleError:
             continue
         found[name] = dataclasses.replace(whole, schedule=schedule)

@@ -22,10 +22,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from trio_edge.profiling.predict.models import MODELS
 from trio_edge.runtime.bundle.manifest import Dimensions
-from trio_edge.trio.budgets import preset_schedule
+from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.trio.budgets import ScheduleRequest
 from trio_edge.trio.cost.flops import count_prefill
-from trio_edge.trio.cost.selections import ProbeSizes, nms_products, probe_products
-from trio_edge.trio.cost.work import flops_of, head_work, layer_weights, range_work, vision_work
+from trio_edge.trio.cost.selections import StageSizes, trio_work
+from trio_edge.trio.cost.work import head_work, layer_weights, range_work, vision_work
 from trio_edge.trio.nms import FeatureNms
 from trio_edge.trio.saliency import ProxySaliency
 
@@ -110,13 +111,12 @@ def measure(shape: Dimensions, *, num_visual: int, repeats: int, device: str, dt
     probe = median_ms(stage.scores, device=torch.device(device), runs=repeats)
     nms = median_ms(lambda: stage.select(scores), device=torch.device(device), runs=repeats)
     ref_flops = reference_probe_flops(shape, num_rows=rows)
-    sizes = ProbeSizes(
-        rows, num_visual, shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_size, 4
-    )
-    flops = flops_of(probe_products(shape, sizes))
+    sizes = StageSizes(num_visual, stage.num_keep, NUM_TEXT, num_visual)
+    schedule = Schedule(nms_rounds=ROUNDS)
+    flops = trio_work(shape, schedule, sizes, pieces=("probe", "gradient", "saliency")).flops
     # The greedy host loop compares at most K kept tokens with all.
     ref_nms_flops = 2.0 * stage.num_keep * num_visual * shape.hidden_size
-    own_nms_flops = flops_of(nms_products(num_visual, hidden_size=shape.hidden_size, rounds=ROUNDS))
+    own_nms_flops = trio_work(shape, schedule, sizes, pieces=("select",)).flops
     kind = "gqa" if shape.num_kv_heads < shape.num_heads else "mha"
     return (
         f"{kind} {shape.hidden_size:>5} {num_visual:>5} {stage.saliency.form:>14} |"
@@ -172,7 +172,7 @@ def main() -> None:
 def _prefill_share() -> str:
     model = MODELS["llava-next-7b"]
     assert model.vision is not None
-    schedule = preset_schedule("llava-next-7b", "11.1%")
+    schedule = ScheduleRequest().schedule(num_layers=model.decoder.num_layers, num_visual=2880)
     cost = count_prefill(model.decoder, schedule, num_visual=2880, num_text=NUM_TEXT)
     reduced = cost.flops + vision_work(model.vision, {"B": 5, "N": 2880}).flops
     decoder = cost.flops

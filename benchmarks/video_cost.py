@@ -16,7 +16,7 @@ from reduction_places import HEADS, row
 
 from trio_edge.profiling.predict.answer import Setting
 from trio_edge.profiling.predict.plan import parse_size, plan_for
-from trio_edge.trio.budgets import method_schedule, parse_keep
+from trio_edge.trio.budgets import ScheduleRequest, parse_keep
 from trio_edge.trio.cost.selections import TokenSizes
 from trio_edge.trio.methods import token_method
 
@@ -30,7 +30,7 @@ def settings(whole: Setting, *, share: float, evs_share: float) -> dict[str, Set
     found = {"all tokens": whole, f"EVS {evs_share:.0%}": evs}
     for name, setting in (("", whole), (f"EVS {evs_share:.0%} and ", evs)):
         entering = setting.num_images * (setting.entering or num_visual)
-        schedule = method_schedule("trio", share, num_layers=decoder.num_layers, num_visual=entering)
+        schedule = ScheduleRequest(average=share).schedule(num_layers=decoder.num_layers, num_visual=entering)
         found[f"{name}TRIO {share:.1%}"] = dataclasses.replace(setting, schedule=schedule)
     return found
 

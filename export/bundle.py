@@ -57,14 +57,13 @@ from trio_edge.trio.cost.devices import find_device
 from trio_edge.trio.cost.memory import Texts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from trio_edge.export.checkpoints.weights import SourceTensor, StoredWeights
     from trio_edge.export.graphs.assembly.traced import TracedGraph
-    from trio_edge.export.options import ExportOptions, ScheduleInputs
+    from trio_edge.export.options import ExportOptions
     from trio_edge.export.plan import ExportPlan
     from trio_edge.export.quantize.assign import StoredForm
-    from trio_edge.runtime.bundle.schedule import Schedule
     from trio_edge.trio.cost.devices import DeviceSpec
 
 _LARGEST_INLINE_BYTES = 1 << 20  # ONNX files are read as a whole and have at most 2 GB
@@ -75,7 +74,6 @@ _SPARE_BYTES = 64 << 20
 def export_bundle(
     options: ExportOptions,
     *,
-    schedule_for: Callable[[ScheduleInputs], Schedule],
     scales: CalibratedScales = CalibratedScales(),  # noqa: B008
     progress: Progress = Progress(),  # noqa: B008
 ) -> Manifest:
@@ -83,7 +81,6 @@ def export_bundle(
 
     Args:
         options: The source, the target folder and all settings.
-        schedule_for: Makes the schedule, once the model's sizes are known.
         scales: Calibrated scales of quantized layers.
         progress: Callbacks for a progress display.
 
@@ -98,7 +95,7 @@ def export_bundle(
     source = read(options)
     resolved = resolve(options, source)
     with without_values(resolved.dtype):
-        plan = build(options, source, resolved, schedule_for=schedule_for)
+        plan = build(options, source, resolved)
         if (target := options.target) is not None:
             check_target(plan, find_device(target), progress)
         quantized = partial(is_quantized, plan=options.quantize, checkpoint=source.checkpoint)

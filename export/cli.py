@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from trio_edge.runtime.bundle.errors import CheckpointError
-from trio_edge.runtime.bundle.graph_io import MAX_TEXT
-from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.export.options import ExportOptions
+from trio_edge.export.options import Progress as Callbacks
+from trio_edge.export.quantize.plan import parse_plan
+from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.schedule import Budget, Positions, ProbeRows, Schedule
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
-from trio_edge.trio.methods import DEFAULT_METHOD, STAGE_METHODS, TOKEN_METHODS, described
+from trio_edge.trio.budgets import (
+    LEAST_FOR_REFERENCE_ROWS,
+    USUAL_KEEP,
+    ScheduleRequest,
+    parse_keep,
+    parse_stages,
+)
+from trio_edge.trio.methods import (
+    TOKEN_METHODS,
+    StageMethod,
+    TokenMethod,
+    described,
+    installed_methods,
+    stage_method,
+    token_method,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from trio_edge.export.options import ExportOptions, ScheduleInputs
     from trio_edge.runtime.bundle.manifest import Manifest
 
-DEFAULT_KEEP = "11.1%"
-_SCHEDULE = Schedule()  # for the defaults of its settings
-_SCHEDULE_SETTINGS = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions", "budget")
+KEEP_ALL = "all"
+_DEFAULTS = {
+    **{field.name: field.default for field in dataclasses.fields(ExportOptions)},
+    **msgspec.structs.asdict(Schedule()),
+}
+
+
+def _default(name: str) -> str:
+    return f"[default: {_DEFAULTS[name]}]"
 
 
 def _image_size(text: str) -> tuple[int, int]:
@@ -62,6 +86,21 @@ def _count(option: str) -> Callable[[str], int | float]:
     return parse
 
 
+class _SelectorOption(click.Option):
+    """An option that takes a selector; its help names those of other packages, too, which are read for it alone."""
+
+    def type_cast_value(self, ctx: click.Context, value: str | None) -> str | None:
+        try:
+            return value and (stage_method if self.name == "method" else token_method)(value).name
+        except ScheduleError as error:
+            raise click.UsageError(f"{self.opts[0]}: {str(error).partition(': ')[2]}", ctx) from None
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        kind = StageMethod if self.name == "method" else TokenMethod
+        record = super().get_help_record(ctx)
+        return record and (record[0], record[1].replace("SELECTORS", described(kind)))
+
+
 @click.command("trio-export", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", required=False)
 @click.option(
@@ -74,7 +113,7 @@ def _count(option: str) -> Callable[[str], int | float]:
     "--keep",
     metavar="PERCENT",
     help="Average share of the image's visual tokens (before any reduction) that a decoder layer processes; 'all' for no"
-    f" reduction in the decoder. [default: {DEFAULT_KEEP}]",
+    f" reduction in the decoder. [default: {USUAL_KEEP}]",
 )
 @click.option(
     "--schedule",
@@ -84,14 +123,15 @@ def _count(option: str) -> Callable[[str], int | float]:
 )
 @click.option(
     "--method",
-    type=click.Choice(tuple(STAGE_METHODS)),
-    help=f"Selector inside the decoder. {described(STAGE_METHODS)}. [default: {DEFAULT_METHOD}]",
+    cls=_SelectorOption,
+    metavar="NAME",
+    help=f"Selector inside the decoder. SELECTORS. {_default('method')}",
 )
 @click.option(
     "--token-method",
-    type=click.Choice(tuple(TOKEN_METHODS)),
-    help=f"Selector before the decoder, with --token-keep; works with any --method and --keep. {described(TOKEN_METHODS)}."
-    " [default: none]",
+    cls=_SelectorOption,
+    metavar="NAME",
+    help="Selector before the decoder, with --token-keep; works with any --method and --keep. SELECTORS. [default: none]",
 )
 @click.option(
     "--token-keep",
@@ -107,34 +147,32 @@ def _count(option: str) -> Callable[[str], int | float]:
 )
 @click.option(
     "--probe-rows",
-    type=click.Choice(["auto", "reference", "answer"]),
+    type=click.Choice(["auto", *get_args(ProbeRows)]),
     help="Rows that carry TRIO's loss, in a prompt of S rows: 'reference' is S-5..S-2, 'answer' is S-4..S-1, and 'auto' is"
-    " 'answer' if the average keep is below 10%, else 'reference'. [default: auto]",
+    f" 'answer' if the average keep is below {LEAST_FOR_REFERENCE_ROWS:.0%}, else 'reference'. [default: auto]",
 )
-@click.option(
-    "--num-probe-rows", type=int, help=f"Number of probe rows. [default: {_SCHEDULE.num_probe_rows}]"
-)
+@click.option("--num-probe-rows", type=int, help=f"Number of probe rows. {_default('num_probe_rows')}")
 @click.option(
     "--nms-threshold",
     type=float,
     help="Cosine similarity from which on TRIO's NMS suppresses the less salient token."
-    f" [default: {_SCHEDULE.nms_threshold}]",
+    f" {_default('nms_threshold')}",
 )
 @click.option(
     "--nms-rounds",
     type=int,
-    help=f"Rounds of TRIO's parallel NMS; the runtime redoes stages that need more. [default: {_SCHEDULE.nms_rounds}]",
+    help=f"Rounds of TRIO's parallel NMS; the runtime redoes stages that need more. {_default('nms_rounds')}",
 )
 @click.option(
     "--positions",
-    type=click.Choice(["compact", "preserved"]),
+    type=click.Choice(get_args(Positions)),
     help="Position ids after a stage: renumbered, or as before. [default: the method's, if the model family allows it]",
 )
 @click.option(
     "--budget",
-    type=click.Choice(["prompt", "image"]),
+    type=click.Choice(get_args(Budget)),
     help="With --max-images: 'prompt' keeps the best tokens of all images together, 'image' at least an equal share of each."
-    " [default: prompt]",
+    f" {_default('budget')}",
 )
 @click.option(
     "--encoder-keep",
@@ -163,7 +201,8 @@ def _count(option: str) -> Callable[[str], int | float]:
 @click.option(
     "--max-images",
     type=int,
-    help="Most images of the largest size in a prompt; --keep is a share of all their tokens. [default: 1]",
+    help="Most images of the largest size in a prompt; --keep is a share of all their tokens."
+    f" {_default('max_images')}",
 )
 @click.option(
     "--max-frames",
@@ -176,19 +215,19 @@ def _count(option: str) -> Callable[[str], int | float]:
     default=None,
     help="Lets the runtime keep an image for further questions, so that only their text runs; for --keep all.",
 )
-@click.option("--max-text", type=int, help=f"Largest prompt, in text tokens. [default: {MAX_TEXT}]")
+@click.option("--max-text", type=int, help=f"Largest prompt, in text tokens. {_default('max_text')}")
 @click.option(
     "--text-buckets",
     type=_text_buckets,
     metavar="N,N,…",
     help="Text lengths in tokens that prompts are padded to, besides --max-text. [default: powers of two from 32]",
 )
-@click.option("--max-new-tokens", type=int, help="Longest answer, in tokens. [default: 256]")
+@click.option("--max-new-tokens", type=int, help=f"Longest answer, in tokens. {_default('max_new_tokens')}")
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float16", "float32"]),
     help="Element type of weights and activations; 'auto' is float32 for a float32 checkpoint, else float16."
-    " [default: auto]",
+    f" {_default('dtype')}",
 )
 @click.option(
     "--quantize",
@@ -196,14 +235,19 @@ def _count(option: str) -> Callable[[str], int | float]:
     help="Weight format int4, int8 or fp8 of the decoder, or of each part: suffix=int4,head=int8,vision=none"
     " (docs/quantization.md). [default: none]",
 )
-@click.option("--opset", type=int, help="ONNX opset, 18 or 19. [default: 18]")
+@click.option("--opset", type=int, help=f"ONNX opset, 18 or 19. {_default('opset')}")
 @click.option(
     "--target",
     metavar="DEVICE",
     help="Device whose memory is checked; warns if the bundle cannot fit (names: docs/targets.md).",
 )
 @click.option("--force", is_flag=True, default=None, help="Replaces an existing bundle.")
-@click.option("--list", "list_models", is_flag=True, help="Prints the known model names and exits.")
+@click.option(
+    "--list",
+    "list_models",
+    is_flag=True,
+    help="Prints the known models and other packages' selectors, and exits.",
+)
 @click.option("--quiet", is_flag=True, help="Shows no progress.")
 def command(
     model: str | None,
@@ -212,8 +256,6 @@ def command(
     stages: str | None,
     list_models: bool,
     quiet: bool,
-    method: str | None,
-    quantize: str | None,
     **settings: Any,
 ) -> int:
     """Export MODEL (an alias, a Hub id or a checkpoint folder) into a bundle.
@@ -222,7 +264,7 @@ def command(
     login' or HF_TOKEN, the cache in HF_HOME, and HF_HUB_OFFLINE=1 for no network.
     """
     if list_models:
-        _print_models()
+        _print_names()
         return 0
     if model is None:
         raise click.UsageError(
@@ -230,21 +272,25 @@ def command(
         )
     if keep is not None and stages is not None:
         raise click.UsageError("--keep and --schedule: expected one of them, got both; leave one out")
-    shared = {name: value for name in _SCHEDULE_SETTINGS if (value := settings.pop(name)) is not None}
-    chosen = {name: value for name, value in settings.items() if value is not None}
+    given = {name: value for name, value in settings.items() if value not in (None, "auto")}
+    if "quantize" in given:
+        given["quantize"] = parse_plan(given["quantize"])
+    of_schedule = {field.name for field in dataclasses.fields(ScheduleRequest)} & given.keys()
+    schedule = ScheduleRequest(
+        average=None if keep == KEEP_ALL else parse_keep(keep or USUAL_KEEP),
+        stages=() if stages is None else parse_stages(stages),
+        is_strict=keep is not None,
+        **{name: given.pop(name) for name in of_schedule},
+    )
+    options = ExportOptions(
+        model=model,
+        out=out if out is not None else Path(Path(model).name + "-bundle"),
+        schedule=schedule,
+        **given,
+    )
     with interruptible() as check:
         _import_exporter(quiet=quiet)
-        from trio_edge.export.options import ExportOptions
-        from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
-
-        options = ExportOptions(
-            model=model,
-            out=out if out is not None else Path(Path(model).name + "-bundle"),
-            quantize=QuantizePlan() if quantize is None else parse_plan(quantize),
-            **chosen,
-        )
-        schedule_for = _schedule_rule(keep, stages, shared, method=method or DEFAULT_METHOD)
-        manifest = _export(options, schedule_for, Console(stderr=True, quiet=quiet), check)
+        manifest = _export(options, Console(stderr=True, quiet=quiet), check)
         print(_summary(manifest, options.out))
         return 0
 
@@ -287,52 +333,7 @@ def _import_exporter(*, quiet: bool) -> None:
         disable_progress_bars()
 
 
-def _schedule_rule(
-    keep: str | None, stages: str | None, shared: dict[str, Any], *, method: str
-) -> Callable[[ScheduleInputs], Schedule]:
-    """Return the function that makes the schedule as soon as layers and visual tokens are known."""
-    from trio_edge.trio.budgets import (
-        check_combined_keep,
-        combined_schedule,
-        default_positions,
-        parse_keep,
-        parse_schedule,
-        with_probe_rows,
-    )
-
-    chooses_rows = shared.get("probe_rows", "auto") == "auto"
-    shared = {name: value for name, value in shared.items() if value != "auto"}
-    text = keep if keep is not None else DEFAULT_KEEP
-    average = None if stages is not None or text == "all" else parse_keep(text)
-    if stages is not None:
-        parse_schedule(stages, **shared)  # an error is found before the checkpoint is read
-
-    def schedule_for(inputs: ScheduleInputs) -> Schedule:
-        tokens = {"picture_tokens": inputs.image_tokens, "entering": inputs.num_visual}
-        schedule = with_stages(inputs, tokens)
-        return with_probe_rows(schedule, num_layers=inputs.num_layers, **tokens) if chooses_rows else schedule
-
-    def with_stages(inputs: ScheduleInputs, tokens: dict[str, int]) -> Schedule:
-        own = default_positions(method)
-        positions = own if own in inputs.positions else inputs.positions[0]
-        settings = {"positions": positions, **shared}
-        if stages is not None:
-            return parse_schedule(stages, method=method, **settings)
-        if average is None:
-            return Schedule(**settings)
-        if keep is not None:
-            check_combined_keep(keep, **tokens)
-        return combined_schedule(method, average, num_layers=inputs.num_layers, **tokens, **settings)
-
-    return schedule_for
-
-
-def _export(
-    options: ExportOptions,
-    schedule_for: Callable[[ScheduleInputs], Schedule],
-    console: Console,
-    check: Callable[[], None],
-) -> Manifest:
+def _export(options: ExportOptions, console: Console, check: Callable[[], None]) -> Manifest:
     """Export with a progress display on ``console``; ``check`` raises if the user has interrupted."""
     from trio_edge.export.bundle import export_bundle
 
@@ -345,15 +346,6 @@ def _export(
         console=console,
         transient=True,
     )
-    try:
-        return export_bundle(options, schedule_for=schedule_for, progress=_progress(bars, console, check))
-    finally:
-        bars.stop()
-
-
-def _progress(bars: Progress, console: Console, check: Callable[[], None]) -> Any:
-    from trio_edge.export.options import Progress as Callbacks
-
     task = bars.add_task("", total=None)
     steps = itertools.count()
 
@@ -373,15 +365,20 @@ def _progress(bars: Progress, console: Console, check: Callable[[], None]) -> An
         check()
         bars.advance(task, count)
 
-    return Callbacks(
+    progress = Callbacks(
         step=step,
         warn=warn,
         expect_bytes=lambda count: bars.update(task, total=count, completed=0),
         wrote_bytes=wrote_bytes,
     )
+    try:
+        return export_bundle(options, progress=progress)
+    finally:
+        bars.stop()
 
 
-def _print_models() -> None:
+def _print_names() -> None:
+    """Print the known models, and the selectors of other packages, if there are any."""
     from trio_edge.export.checkpoints.checkpoint import ALIASES
 
     rows = [("MODEL", "CHECKPOINT", "FAMILY")]
@@ -391,6 +388,11 @@ def _print_models() -> None:
     widths = [max(len(row[column]) for row in rows) + 2 for column in range(2)]
     for name, repository, family in rows:
         print(f"{name:{widths[0]}}{repository:{widths[1]}}{family}")
+    for found in installed_methods():
+        if isinstance(found, ScheduleError):
+            print(found)
+        else:
+            print(f"{found.name}: {found.summary} (selector of the package {found.package})")
 
 
 def _summary(manifest: Manifest, out: Path) -> str:

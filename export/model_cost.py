@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -29,18 +30,15 @@ def cost_of(plan: ExportPlan, graphs: Sequence[GraphSpec]) -> Cost:
     resolved, clip = plan.resolved, plan.source.clip
     images, tower, whole = resolved.images, plan.model.vision_dimensions, resolved.image_tokens
     num_visual = images.num_images * images.largest["N"]
-    shared: Any = {
-        "num_text": COST_TEXT_TOKENS,
-        "bytes_per_cached": ELEMENT_BYTES["int8" if plan.options.quantize.has_cache else resolved.dtype],
-    }
-    full = count_prefill(plan.dimensions, Schedule(), num_visual=images.num_images * whole, **shared)
-    cost = count_prefill(
+    counted = partial(
+        count_prefill,
         plan.dimensions,
-        plan.layout.schedule,
-        num_visual=min(resolved.entering, num_visual),
+        num_text=COST_TEXT_TOKENS,
         one_size=len(plan.layout.visual_sizes) == 1,
-        **shared,
+        bytes_per_cached=ELEMENT_BYTES["int8" if plan.options.quantize.has_cache else resolved.dtype],
     )
+    full = counted(Schedule(), num_visual=images.num_images * whole)
+    cost = counted(plan.layout.schedule, num_visual=min(resolved.entering, num_visual))
     reduced = {
         "vision": round(images.num_images * vision_work(tower, images.largest).flops),
         "decoder": round(cost.decoder_flops),

@@ -1,4 +1,4 @@
-"""The inputs of an export: the user's options, the inputs of a schedule, and callbacks for a progress display."""
+"""The inputs of an export: the user's options, and callbacks for a progress display."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from trio_edge.export.quantize.plan import QuantizePlan
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import MAX_TEXT
 from trio_edge.runtime.bundle.limits import MOST_TOKENS
+from trio_edge.trio.budgets import ScheduleRequest
 from trio_edge.trio.cost.devices import find_device
-from trio_edge.trio.methods import TOKEN_METHODS, token_method
+from trio_edge.trio.methods import TokenMethod, all_methods, token_method
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from trio_edge.runtime.bundle.schedule import Positions
-
+    from trio_edge.runtime.bundle.schedule import Schedule
 
 MOST_IMAGES = 1024
 """Upper limit of --max-images, far above any model's positions."""
@@ -55,8 +55,10 @@ class ExportOptions:
     encoder_keep: int | float | None = None
     """Patches per tile, or visual tokens per image, that the vision encoder keeps (encoder reduction); below 1 a share
     of them; None keeps all."""
+    schedule: ScheduleRequest | Schedule = ScheduleRequest()  # noqa: RUF009  # frozen
+    """The reduction inside the decoder."""
     token_method: str | None = None
-    """Selector before the decoder, a key of ``TOKEN_METHODS``; works with any schedule."""
+    """Selector before the decoder, by its name in ``trio_edge.trio.methods``; works with any schedule."""
     token_keep: int | float | None = None
     """Visual tokens of an image that it keeps; below 1 a share of them."""
     clip: str | None = None
@@ -82,57 +84,35 @@ class ExportOptions:
                 raise ScheduleError(
                     f"--{name}: expected {low}..{high}, got {value}; choose a number in this range"
                 )
-        if self.opset not in (18, 19):
-            raise ScheduleError(f"--opset: expected 18 or 19, got {self.opset}; choose one of these")
-        if any(not 8 <= bucket <= self.max_text for bucket in self.text_buckets):
-            raise ScheduleError(
-                f"--text-buckets: expected sizes in 8..{self.max_text} (--max-text), got {list(self.text_buckets)};"
-                " remove the others"
-            )
-        if self.only_image_sizes and not self.image_sizes:
-            raise ScheduleError(
-                "--only-image-sizes: expected --image-size with it, got none; add your camera's size"
-            )
-        self._check_selection()
-        for width, height in self.image_sizes:
-            if not (1 <= width <= 65535 and 1 <= height <= 65535):
-                raise ScheduleError(
-                    f"--image-size: expected sides of 1..65535 pixels, got {width}x{height}; give the camera's size"
-                )
+        if (message := self._wrong_choice()) is not None:
+            raise ScheduleError(message)
 
     @property
     def num_units(self) -> int:
         """Most runs of the vision graph per prompt: images, or pairs of a video's frames."""
         return max(self.max_images, -(-(self.max_frames or 0) // 2))
 
-    def _check_selection(self) -> None:
-        """Raise ScheduleError unless the options of the selector before the decoder fit together."""
+    def _wrong_choice(self) -> str | None:
+        """Return the message about the first option that is wrong, or does not fit the others; None if all are right."""
+        if self.opset not in (18, 19):
+            return f"--opset: expected 18 or 19, got {self.opset}; choose one of these"
+        if any(not 8 <= bucket <= self.max_text for bucket in self.text_buckets):
+            text = f"expected sizes in 8..{self.max_text} (--max-text), got {list(self.text_buckets)}"
+            return f"--text-buckets: {text}; remove the others"
+        if self.only_image_sizes and not self.image_sizes:
+            return "--only-image-sizes: expected --image-size with it, got none; add your camera's size"
+        for width, height in self.image_sizes:
+            if not (1 <= width <= 65535 and 1 <= height <= 65535):
+                text = f"expected sides of 1..65535 pixels, got {width}x{height}"
+                return f"--image-size: {text}; give the camera's size"
         if (self.token_method is None) != (self.token_keep is None):
             missing = "--token-method" if self.token_method is None else "--token-keep"
-            raise ScheduleError(
-                f"--token-method and --token-keep: expected both or none, got one; add {missing}"
-            )
-        if self.token_method is not None:
-            token_method(self.token_method)  # raises for an unknown one
-        takes_clip = [row.name for row in TOKEN_METHODS.values() if row.takes_clip]
-        if self.clip is not None and self.token_method not in takes_clip:
-            raise ScheduleError(
-                f"--clip: expected --token-method {' or '.join(takes_clip)} with it, got {self.token_method or 'none'}; leave out"
-                " --clip"
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScheduleInputs:
-    """The numbers that a schedule depends on; the checkpoint gives them."""
-
-    num_layers: int
-    num_visual: int
-    """Visual tokens of the largest exported images, after any reduction before the decoder."""
-    image_tokens: int
-    """Visual tokens of these images before any reduction; the average keep is a share of them."""
-    positions: tuple[Positions, ...]
-    """Rules for position ids that the family supports, the default first."""
+            return f"--token-method and --token-keep: expected both or none, got one; add {missing}"
+        row = None if self.token_method is None else token_method(self.token_method)
+        if self.clip is not None and (row is None or not row.takes_clip):
+            able = " or ".join(other.name for other in all_methods(TokenMethod) if other.takes_clip)
+            return f"--clip: expected --token-method {able} with it, got {self.token_method or 'none'}; leave out --clip"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

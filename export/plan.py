@@ -18,17 +18,17 @@ from trio_edge.export.families import family_of
 from trio_edge.export.families.base import check_positions
 from trio_edge.export.families.clip import build_clip, read_clip, with_patches
 from trio_edge.export.graphs.vision.clip import KEEP_MULTIPLE
-from trio_edge.export.options import ScheduleInputs
 from trio_edge.export.quantize.plan import check_packed
-from trio_edge.export.token_selectors import check_image_shares, full_grid, token_selector
 from trio_edge.export.tracing.layout import Layout, vision_profiles
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import text_buckets
 from trio_edge.runtime.bundle.manifest import Dimensions
-from trio_edge.trio.budgets import MAX_TOPK
+from trio_edge.runtime.images.llava import LlavaImages
+from trio_edge.trio.budgets import MAX_TOPK, ScheduleRequest
+from trio_edge.trio.methods import StageMethod, all_methods, stage_method, token_method
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.checkpoints.text_files import TextFiles
@@ -126,18 +126,11 @@ def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
         ScheduleError: If the family does not support an option, or its number is out of range.
     """
     checkpoint, family = source.checkpoint, source.family
-    processing = family.image_processing(checkpoint, encoder_keep=None, max_visual=options.max_visual)
-    videos = _video_processing(source, processing, options)
-    profiles = _image_profiles(processing, videos, options)
+    processing, videos, profiles = _processing(options, source, encoder_keep=None)
     image_tokens = profiles.largest["N"]
     if options.encoder_keep is not None:
-        processing = family.image_processing(
-            checkpoint,
-            encoder_keep=_encoder_keep(options.encoder_keep, profiles.largest),
-            max_visual=options.max_visual,
-        )
-        videos = _video_processing(source, processing, options)
-        profiles = _image_profiles(processing, videos, options)
+        keep = _encoder_keep(options.encoder_keep, profiles.largest)
+        processing, videos, profiles = _processing(options, source, encoder_keep=keep)
     return ResolvedOptions(
         processing=processing,
         video_processing=None if videos is None else videos.sampling.to_dict(),
@@ -154,17 +147,21 @@ def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
     )
 
 
-def _video_processing(
-    source: ExportSource, processing: ImageProcessing, options: ExportOptions
-) -> VideoProcessing | None:
-    """Return the processing of videos; None if the model takes none."""
-    videos = source.family.video_processing(source.checkpoint, processing)
+def _processing(
+    options: ExportOptions, source: ExportSource, *, encoder_keep: int | None
+) -> tuple[ImageProcessing, VideoProcessing | None, ImageProfiles]:
+    """Return the processing of images, that of videos if the model takes any, and the sizes that get shapes."""
+    family = source.family
+    images = family.image_processing(
+        source.checkpoint, encoder_keep=encoder_keep, max_visual=options.max_visual
+    )
+    videos = family.video_processing(source.checkpoint, images)
     if videos is None and options.max_frames is not None:
         raise ScheduleError(
-            f"--max-frames: expected a model that takes videos, got {source.family.model_type}; use --max-images and give"
+            f"--max-frames: expected a model that takes videos, got {family.model_type}; use --max-images and give"
             " frames as images"
         )
-    return videos
+    return images, videos, _image_profiles(images, videos, options)
 
 
 @contextmanager
@@ -179,13 +176,7 @@ def without_values(dtype: FloatType) -> Iterator[None]:
             torch.set_default_dtype(before)
 
 
-def build(
-    options: ExportOptions,
-    source: ExportSource,
-    resolved: ResolvedOptions,
-    *,
-    schedule_for: Callable[[ScheduleInputs], Schedule],
-) -> ExportPlan:
+def build(options: ExportOptions, source: ExportSource, resolved: ResolvedOptions) -> ExportPlan:
     """Return the plan with the model's modules, the schedule and all shapes; called under ``without_values``.
 
     Raises:
@@ -193,19 +184,17 @@ def build(
         ScheduleError: If the model cannot follow the schedule, or the longest sequence does not fit the model.
     """
     selector = _selector(options, resolved)
-    model, clip_graphs = _model(source, resolved, selector)
+    model, clip_graphs = _model(options, source, resolved)
     dimensions = dimensions_of(model)
-    schedule = schedule_for(
-        ScheduleInputs(
+    schedule = options.schedule
+    if isinstance(schedule, ScheduleRequest):
+        schedule = schedule.schedule(
             num_layers=dimensions.num_layers,
             num_visual=resolved.entering,
             image_tokens=resolved.images.num_images * resolved.image_tokens,
             positions=source.family.positions,
         )
-    )
-    schedule.check_fits(num_layers=dimensions.num_layers, max_visual=resolved.entering)
-    _check_position_rule(schedule, source.family)
-    check_image_shares(schedule, max_images=options.num_units)
+    _check_schedule(schedule, dimensions, source.family, resolved, max_images=options.num_units)
     layout = _layout(options, source, resolved, schedule)
     check_positions(
         model.text_config,
@@ -235,7 +224,9 @@ def _image_profiles(
     others, several = sizes, largest
     if (of_several := processing.of_several()) != processing and options.max_images > 1:
         others, several = _sizes(of_several, options)
-    units = _unit_sizes(videos, options)
+    units = []  # pairs of frames, for each image size, in a video of the most frames
+    if videos is not None and options.max_frames is not None:
+        units = [videos.sizes(options.max_frames, *size) for size in options.image_sizes]
     most_of_several = max((several, *units), key=lambda found: found["N"])
     one_has_most = largest["N"] >= options.num_units * most_of_several["N"]
     return ImageProfiles(
@@ -244,13 +235,6 @@ def _image_profiles(
         num_images=1 if one_has_most else options.num_units,
         most_of_several=most_of_several["N"],
     )
-
-
-def _unit_sizes(videos: VideoProcessing | None, options: ExportOptions) -> list[dict[str, int]]:
-    """Return the sizes of a pair of frames, for each image size, in a video of the most frames."""
-    if videos is None or options.max_frames is None:
-        return []
-    return [videos.sizes(options.max_frames, width, height) for width, height in options.image_sizes]
 
 
 def _sizes(
@@ -303,19 +287,42 @@ def _selector(options: ExportOptions, resolved: ResolvedOptions) -> TokenSelecto
         options.token_method,
         num_keep=resolved.token_keep,
         clip=options.clip is not None,
-        grid=full_grid(resolved.processing),
+        grid=_full_grid(resolved.processing),
     )
 
 
+def token_selector(
+    method: str, *, num_keep: int, clip: bool = False, grid: tuple[int, int] | None = None
+) -> TokenSelector:
+    """Return the selector ``method`` that keeps ``num_keep`` tokens of an image; raise ScheduleError if there is none.
+
+    With ``clip`` it compares text and image in CLIP's space. ``grid`` are rows and columns of the tokens, if they are one
+    full grid.
+    """
+    row = token_method(method)
+    options: dict[str, Any] = {"clip": clip} if row.takes_clip else {}
+    if row.takes_grid:
+        options["grid"] = grid
+    selector: TokenSelector = row.load()(num_keep=num_keep, **options)
+    return selector
+
+
+def _full_grid(processing: ImageProcessing) -> tuple[int, int] | None:
+    """Return rows and columns if every image is one full grid of tokens, as with LLaVA-1.5; else None."""
+    if not isinstance(processing, LlavaImages) or processing.kind != "single" or processing.encoder_keep:
+        return None
+    return processing.patches_per_side, processing.patches_per_side
+
+
 def _model(
-    source: ExportSource, resolved: ResolvedOptions, selector: TokenSelector | None
+    options: ExportOptions, source: ExportSource, resolved: ResolvedOptions
 ) -> tuple[FamilyModel, ClipGraphs | None]:
     """Return the model's modules, and those of the CLIP checkpoint, if there is one."""
     model = source.family.build(
         source.checkpoint,
         processing=resolved.processing,
         dtype=resolved.dtype,
-        with_features=selector is not None and selector.needs_features,
+        with_features=options.token_method is not None and token_method(options.token_method).reads_features,
     )
     check_tensors(source.checkpoint, model)
     if source.clip is None:
@@ -349,11 +356,24 @@ def dimensions_of(model: FamilyModel) -> Dimensions:
     )
 
 
-def _check_position_rule(schedule: Schedule, family: Family) -> None:
+def _check_schedule(
+    schedule: Schedule, dimensions: Dimensions, family: Family, resolved: ResolvedOptions, *, max_images: int
+) -> None:
+    """Raise ScheduleError if the model, the family or the method cannot follow the schedule."""
+    schedule.check_fits(num_layers=dimensions.num_layers, max_visual=resolved.entering)
     if schedule.positions not in family.positions:
         raise ScheduleError(
             f"--positions: expected {' or '.join(family.positions)} for {family.model_type}, got {schedule.positions};"
             " leave it out"
+        )
+    if schedule.budget != "image" or not schedule.stages:
+        return
+    row, keep = stage_method(schedule.method), schedule.stages[-1].keep
+    if not (row.has_image_shares and keep >= max_images):
+        able = " or ".join(other.name for other in all_methods(StageMethod) if other.has_image_shares)
+        raise ScheduleError(
+            f"--budget image: expected --method {able}, and at least {max_images} kept tokens (one for each image), got"
+            f" {row.name} and {keep} tokens; leave out --budget"
         )
 
 

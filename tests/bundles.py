@@ -42,9 +42,9 @@ def export(
     settings = {"max_text": 64, "max_new_tokens": 40, **options}
 
     def make(out: Path) -> None:
-        wanted = ExportOptions(model=str(source), out=out, **settings)
+        wanted = ExportOptions(model=str(source), out=out, schedule=schedule, **settings)
         with shared_traces():
-            export_bundle(wanted, schedule_for=lambda _inputs: schedule, scales=scales)
+            export_bundle(wanted, scales=scales)
 
     wanted = f"{_digest(source)} {schedule} {scales} {sorted(settings.items())}"
     bundle = made_once(f"bundle-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}", make)

@@ -1,115 +1,66 @@
-"""Schedules from presets, from text and from a wanted average keep.
+"""Schedules from a request: an average keep or stages, a method, and settings.
 
 The *average keep* is the mean number of visual tokens that a decoder layer processes, as a fraction of the image's tokens.
 Papers count differently: some give the tokens after the only stage, others count the scoring layer at its reduced length.
-Here every method gets the same true budget. Layers and proportions are in ``trio_edge.trio.methods`` and
-``trio_edge.trio.keeps``.
+Here every method gets the same true budget. Layers and proportions are in ``trio_edge.trio.methods``.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.trio.keeps import integer_keeps
-from trio_edge.trio.methods import DEFAULT_METHOD, stage_method
+from trio_edge.runtime.bundle.schedule import Budget, Positions, ProbeRows, Schedule, Stage
+from trio_edge.trio.methods import DEFAULT_METHOD, stage_method, total
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.runtime.bundle.schedule import Positions
+    from trio_edge.trio.methods import Shape
+
+    Stages = tuple[tuple[int, int], ...]
+    """Pairs of layer and visual tokens kept."""
 
 MAX_TOPK = 3839
 """Most tokens that a stage can keep. TensorRT documents K <= 3840 for TopK in one place and K < 3840 in another."""
-_DEPTH = 32
-"""Depth of the decoder that the published stage layers belong to."""
+USUAL_KEEP = "11.1%"
+"""Average keep if none is given."""
 LEAST_FOR_REFERENCE_ROWS = 0.1
 """Below this average keep, "answer" probe rows lose less accuracy (measured in docs/results/selector-choices.md)."""
 PRINTED = 0.0005
 """Rounding error of a percentage with one decimal: 11.1 % stands for 64 of 576."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    """A published schedule of one model, or one derived from it."""
-
-    name: str
-    """Its keep as given on a command line, for example ``11.1%``."""
-    stages: tuple[tuple[int, int], ...]
-    """Pairs of layer and visual tokens kept."""
-    num_layers: int
-    num_visual: int
-    """Visual tokens of an image before any reduction."""
-    source: str
-    """"reference", "reference benchmark script", "continued linearly" or "derived"."""
-    encoder_keep: int | None = None
-    """Visual tokens per tile after encoder reduction; None without it."""
-
-    def schedule(self, **settings: Any) -> Schedule:
-        """Return the schedule; ``settings`` are its other fields."""
-        return _schedule(self.stages, settings)
-
-    @property
-    def average_keep(self) -> float:
-        """Mean over layers of the visual tokens processed, as a fraction of ``num_visual``."""
-        entering = self.num_visual if self.encoder_keep is None else self.encoder_keep
-        share = self.schedule().average_keep(num_layers=self.num_layers, num_visual=entering)
-        return share * entering / self.num_visual
-
-
-def _llava(name: str, *stages: tuple[int, int], **fields: Any) -> Preset:
-    return Preset(name=name, stages=stages, num_layers=32, **fields)
-
-
-PRESETS: dict[str, tuple[Preset, ...]] = {
-    "llava-1.5-7b": (
-        _llava("11.1%", (1, 92), (10, 54), (15, 22), num_visual=576, source="reference"),
-        _llava("22.2%", (1, 218), (10, 128), (15, 54), num_visual=576, source="reference"),
-        _llava("33.3%", (1, 344), (10, 202), (15, 86), num_visual=576, source="continued linearly"),
+_DEPTH = 32
+"""Depth of the decoder that the published stage layers belong to."""
+_SETTINGS = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions", "budget")
+"""Fields of a schedule besides its stages and method."""
+PRESETS: dict[tuple[int, int], tuple[Stages, ...]] = {
+    # LLaVA-1.5-7B at 11.1 %, 22.2 % and 33.3 %: two of the reference, continued linearly
+    (576, 576): (
+        ((1, 92), (10, 54), (15, 22)),
+        ((1, 218), (10, 128), (15, 54)),
+        ((1, 344), (10, 202), (15, 86)),
     ),
-    "llava-1.5-7b-encoder": (
-        _llava("11.1%", (16, 32), num_visual=576, source="reference", encoder_keep=96),
-        _llava("22.2%", (16, 64), num_visual=576, source="same pattern", encoder_keep=192),
-        _llava("33.3%", (16, 96), num_visual=576, source="same pattern", encoder_keep=288),
-    ),
-    "llava-next-7b": (
-        _llava("11.1%", (1, 460), (10, 270), (15, 110), num_visual=2880, source="derived"),
-        _llava("12.0%", (1, 436), (10, 255), (15, 173), num_visual=2880, source="reference benchmark script"),
-    ),
+    # LLaVA-1.5-7B with encoder reduction, at the same keeps: one of the reference, and two of the same pattern
+    (576, 96): (((16, 32),),),
+    (576, 192): (((16, 64),),),
+    (576, 288): (((16, 96),),),
+    # LLaVA-NeXT-7B at 11.1 % and 12.0 %: derived, and that of the reference's benchmark script
+    (2880, 2880): (((1, 460), (10, 270), (15, 110)), ((1, 436), (10, 255), (15, 173))),
 }
-"""Presets by model, most reduced first. ``llava-1.5-7b-encoder`` is for encoder reduction."""
+"""TRIO's published schedules of decoders with 32 layers, by an image's visual tokens and those that enter the decoder."""
 
 
-def preset_schedule(model: str, keep: str, **settings: Any) -> Schedule:
-    """Return the preset ``keep`` (for example ``11.1%``) of ``model``.
-
-    Raises:
-        ScheduleError: If there is no such model or keep; the message lists the known ones.
-    """
-    if model not in PRESETS:
-        raise ScheduleError(
-            f"preset: expected one of {', '.join(PRESETS)}, got {model!r}; or give a schedule"
-        )
-    for preset in PRESETS[model]:
-        if abs(parse_keep(preset.name) - parse_keep(keep)) < PRINTED:
-            return preset.schedule(**settings)
-    names = ", ".join(preset.name for preset in PRESETS[model])
-    raise ScheduleError(f"preset of {model}: expected one of {names}, got {keep!r}; or give a schedule")
-
-
-def parse_schedule(text: str, **settings: Any) -> Schedule:
-    """Return the schedule written as ``LAYER:KEPT`` pairs, for example ``1:460,10:270,15:110``.
-
-    ``settings`` are ``Schedule``'s other fields.
+def parse_stages(text: str) -> Stages:
+    """Return the stages written as ``LAYER:KEPT`` pairs, for example ``1:460,10:270,15:110``.
 
     Raises:
-        ScheduleError: If the text has another form, stages are out of order, or one keeps more than ``MAX_TOPK``.
+        ScheduleError: If the text has another form.
     """
     stages = []
     for part in text.split(","):
@@ -119,8 +70,7 @@ def parse_schedule(text: str, **settings: Any) -> Schedule:
                 f"schedule {text!r}: expected LAYER:KEPT pairs, got {part.strip()!r}; write it as 1:460,10:270,15:110"
             )
         stages.append((int(layer), int(keep)))
-    _check_topk(stages)
-    return _schedule(stages, settings)
+    return tuple(stages)
 
 
 def parse_keep(text: str) -> float:
@@ -134,19 +84,129 @@ def parse_keep(text: str) -> float:
         value = float(stripped.removesuffix("%")) / (100 if stripped.endswith("%") else 1)
     except ValueError:
         value = math.nan
-    if not 0.0 < value <= 1.0:
-        raise ScheduleError(
-            f"keep {text!r}: expected a fraction in (0, 1], got {text!r}; write it as 11.1% or 0.111"
-        )
+    _check_keep(value, repr(text))
     return value
 
 
-def default_stage_layers(num_layers: int) -> tuple[int, ...]:
-    """Return TRIO's stage layers: the preset's 1, 10 and 15 of 32, scaled to ``num_layers``.
+def _check_keep(value: float, text: str) -> None:
+    if not 0.0 < value <= 1.0:
+        raise ScheduleError(
+            f"keep {text}: expected a fraction in (0, 1], got {text}; write it as 11.1% or 0.111"
+        )
 
-    Decoders of 3, 2 and 1 layers have two, one and no stage.
-    """
-    return next(iter(default_layers(DEFAULT_METHOD, num_layers=num_layers)), ())
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleRequest:
+    """The wanted schedule of a model whose sizes are not known yet; None leaves a choice to ``schedule``."""
+
+    average: float | None = parse_keep(USUAL_KEEP)
+    """Average keep in (0, 1]; None for no stages."""
+    stages: Stages = ()
+    """Pairs of layer and visual tokens kept; if there are any, ``average`` is not read."""
+    method: str = DEFAULT_METHOD
+    layers: tuple[int, ...] | None = None
+    """Stage layers for ``average``, ascending; None for the method's own."""
+    is_strict: bool = False
+    """Whether an average above what enters the decoder is an error; otherwise it gives no stages."""
+    probe_rows: ProbeRows | None = None
+    """None for "answer" below an average keep of ``LEAST_FOR_REFERENCE_ROWS``, else "reference"."""
+    num_probe_rows: int | None = None
+    nms_threshold: float | None = None
+    nms_rounds: int | None = None
+    positions: Positions | None = None
+    """None for the rule of the method's original code, if the model supports it."""
+    budget: Budget | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ScheduleError for values that are wrong whatever the model is."""
+        self._schedule(self.stages)
+        stage_method(self.method)
+        if self.average is not None:
+            _check_keep(self.average, str(self.average))
+
+    @classmethod
+    def like(cls, schedule: Schedule, *, average: float | None, is_strict: bool = False) -> ScheduleRequest:
+        """Return the request of another average keep with the method and all settings of ``schedule``."""
+        settings = {name: getattr(schedule, name) for name in _SETTINGS}
+        return cls(average=average, method=schedule.method, is_strict=is_strict, **settings)
+
+    def schedule(
+        self,
+        *,
+        num_layers: int,
+        num_visual: int,
+        image_tokens: int | None = None,
+        positions: Sequence[Positions] = (),
+    ) -> Schedule:
+        """Return the schedule with the largest average keep that does not exceed the wanted one.
+
+        For TRIO this is the preset, where one has the same sizes and printed budget (11.1 % stands for 64 of 576); after
+        another reduction it is one stage at half the depth, as in the paper, if the budget allows it. Stages that would keep
+        everything are left out, and so are the last ones if the budget is too small for them.
+
+        Args:
+            num_layers: L, decoder layers.
+            num_visual: N, visual tokens that enter the decoder.
+            image_tokens: Visual tokens before any reduction, of which the average keep is a share; N by default.
+            positions: Rules for position ids that the model supports, its default first; all by default.
+
+        Raises:
+            ScheduleError: If the layers before the first stage exceed the budget, a stage would keep more than ``MAX_TOPK``,
+                or a stage is not inside the model.
+        """
+        row, whole = stage_method(self.method), image_tokens or num_visual
+        stages = self.stages
+        if not stages and self.average is not None:
+            stages = self._stages(self.average, num_layers=num_layers, num_visual=num_visual, whole=whole)
+        schedule = self._schedule(stages)
+        if self.positions is None:
+            own = row.positions
+            rule = own if own in (positions or [own]) else positions[0]
+            schedule = msgspec.structs.replace(schedule, positions=rule)
+        if self.probe_rows is None and row.has_probe and stages:
+            schedule.check_fits(num_layers=num_layers, max_visual=num_visual)
+            average = schedule.average_keep(num_layers=num_layers, num_visual=num_visual) * num_visual / whole
+            # Whole tokens put the average of --keep 10% slightly below 10 %.
+            if average + PRINTED < LEAST_FOR_REFERENCE_ROWS:
+                schedule = msgspec.structs.replace(schedule, probe_rows="answer")
+        return schedule
+
+    def _schedule(self, stages: Stages) -> Schedule:
+        """Return the schedule of ``stages`` with the given settings; the others have their defaults."""
+        for layer, keep in stages:
+            if keep > MAX_TOPK:
+                raise ScheduleError(
+                    f"stage at layer {layer}: expected to keep <= {MAX_TOPK} tokens (TensorRT's TopK), got {keep}; keep fewer"
+                )
+        given = {name: value for name in _SETTINGS if (value := getattr(self, name)) is not None}
+        made = tuple(Stage(layer=layer, keep=keep) for layer, keep in stages)
+        return Schedule(stages=made, method=self.method, **given)
+
+    def _stages(self, average: float, *, num_layers: int, num_visual: int, whole: int) -> Stages:
+        """Return the stages for the average keep; ``whole`` are the visual tokens before any reduction."""
+        if self.is_strict and average * whole >= num_visual + 1:
+            raise ScheduleError(
+                f"--keep: expected at most {num_visual / whole:.1%}, which is what enters the decoder ({num_visual} of the"
+                f" image's {whole} visual tokens), got {100 * average:g}%; give 'all' for no reduction in the decoder"
+            )
+        share = min(average * whole / num_visual, 1.0)
+        # A printed keep may be slightly low: 16.7 % of 576 stands for 96 tokens.
+        if share == 1.0 or (num_visual < whole and (average + PRINTED) * whole >= num_visual):
+            return ()
+        candidates = default_layers(self.method, num_layers=num_layers)
+        if self.layers is not None:
+            _check_layers(self.layers, num_layers=num_layers)
+            candidates = [self.layers]
+        elif stage_method(self.method).has_presets:
+            half = num_layers // 2
+            if stages := _preset(average, num_layers, whole, num_visual):
+                return stages
+            halfway = half * num_visual + num_layers - half
+            if num_visual != whole and half >= 1 and share * num_layers * num_visual >= halfway:
+                candidates = [(half,)]
+            elif stages := _preset(share, num_layers, num_visual, num_visual):
+                return stages
+        return _fitted(self.method, candidates, share, num_layers=num_layers, num_visual=num_visual)
 
 
 def default_layers(method: str, *, num_layers: int) -> list[tuple[int, ...]]:
@@ -166,149 +226,6 @@ def _scaled(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     return tuple(result)
 
 
-def default_positions(method: str) -> Positions:
-    """Return the rule for position ids after a stage in the method's original code."""
-    return stage_method(method).positions
-
-
-def schedule_for_keep(average: float, **sizes_and_settings: Any) -> Schedule:
-    """Return TRIO's schedule for an average keep; see ``method_schedule``."""
-    return method_schedule(DEFAULT_METHOD, average, **sizes_and_settings)
-
-
-def method_schedule(
-    method: str,
-    average: float,
-    *,
-    num_layers: int,
-    num_visual: int,
-    layers: Sequence[int] | None = None,
-    **settings: Any,
-) -> Schedule:
-    """Return the method's schedule with the largest average keep that does not exceed ``average``.
-
-    For TRIO this is the preset, where one has the same layers, visual tokens and printed budget (11.1 % stands for 64 of
-    576). Stages that would keep everything are left out, and so are the last ones if the budget is too small for them.
-
-    Args:
-        method: Key of ``STAGE_METHODS``.
-        average: Wanted average keep, in (0, 1]; 1 gives a schedule without stages.
-        num_layers: L, decoder layers.
-        num_visual: N, visual tokens of the image.
-        layers: Stage layers, ascending; by default the method's own.
-        settings: ``Schedule``'s other fields; positions are the method's by default.
-
-    Raises:
-        ScheduleError: If the layers before the first stage exceed the budget, or a stage would keep more than ``MAX_TOPK``.
-    """
-    settings = {"method": method, "positions": default_positions(method), **settings}
-    if not 0.0 < average <= 1.0:
-        raise ScheduleError(
-            f"keep {average}: expected a fraction in (0, 1], got {average}; write it as 11.1% or 0.111"
-        )
-    if average == 1.0:
-        return _schedule((), settings)
-    if layers is not None:
-        _check_layers(layers, num_layers=num_layers)
-    elif stage_method(method).has_presets:
-        for preset in _presets(average, (num_layers, num_visual, None)):
-            return preset.schedule(**settings)
-    own = default_layers(method, num_layers=num_layers) if layers is None else [tuple(layers)]
-    stages = _stages(method, own, average, num_layers=num_layers, num_visual=num_visual)
-    _check_topk(stages)
-    return _schedule(stages, settings)
-
-
-def _presets(average: float, sizes: tuple[int, int, int | None]) -> list[Preset]:
-    """Return the presets of this budget; ``sizes`` are layers, visual tokens, and those that enter the decoder."""
-    return [
-        preset
-        for presets in PRESETS.values()
-        for preset in presets
-        if (preset.num_layers, preset.num_visual, preset.encoder_keep) == sizes
-        and abs(preset.average_keep - average) < PRINTED
-    ]
-
-
-def _stages(
-    method: str, candidates: Sequence[tuple[int, ...]], average: float, *, num_layers: int, num_visual: int
-) -> list[tuple[int, int]]:
-    """Return layer and keep of each stage, for the first of ``candidates`` that can meet the budget."""
-    # The 1e-6 keeps rounding from taking a token off a budget that is a whole number.
-    budget = math.floor(average * num_layers * num_visual + 1e-6)
-    last = candidates[-1] if candidates else ()
-    for layers in [*candidates, *(last[:count] for count in range(len(last) - 1, 0, -1))]:
-        weights = [end - start for start, end in zip(layers, (*layers[1:], num_layers))]
-        rest = budget - layers[0] * num_visual
-        shape = stage_method(method).shape
-        wanted = shape(rest, weights, num_visual, layers[0] == last[0]) if rest > 0 else None
-        keeps = wanted and integer_keeps(wanted, budget=rest, weights=weights, num_visual=num_visual)
-        if keeps:
-            return [(layer, keep) for layer, keep in zip(layers, keeps) if keep < num_visual]
-    first = last[0] if last else num_layers
-    least = (first * num_visual + num_layers - first) / (num_layers * num_visual)
-    whose = "" if method == DEFAULT_METHOD else f" for {method}"
-    raise ScheduleError(
-        f"keep {average:.1%}: expected an average of at least {math.ceil(least * 1000) / 10:.1f}%{whose} (the first {first}"
-        f" of {num_layers} layers see all {num_visual} visual tokens), got {average:.1%}; keep more"
-    )
-
-
-def combined_schedule(
-    method: str, average: float, *, num_layers: int, picture_tokens: int, entering: int, **settings: Any
-) -> Schedule:
-    """Return the schedule of a decoder that only ``entering`` of the image's ``picture_tokens`` visual tokens reach.
-
-    After another reduction TRIO has one stage at half the depth, as in the paper, if the budget allows it.
-    ``average`` is a share of ``picture_tokens``; the schedule has no stage if ``entering`` meets it already. Other
-    arguments and errors are those of ``method_schedule``.
-    """
-    share = min(average * picture_tokens / entering, 1.0)
-    # A printed keep may be slightly low: 16.7 % of 576 stands for 96 tokens.
-    if entering < picture_tokens and (average + PRINTED) * picture_tokens >= entering:
-        share = 1.0
-    halfway, layers = num_layers // 2, None
-    if stage_method(method).has_presets and entering != picture_tokens and share < 1.0 and halfway >= 1:
-        for preset in _presets(average, (num_layers, picture_tokens, entering)):
-            return preset.schedule(**settings)
-        if share * num_layers * entering >= halfway * entering + num_layers - halfway:
-            layers = (halfway,)
-    return method_schedule(
-        method, share, num_layers=num_layers, num_visual=entering, layers=layers, **settings
-    )
-
-
-def with_probe_rows(schedule: Schedule, *, num_layers: int, picture_tokens: int, entering: int) -> Schedule:
-    """Return TRIO's schedule with the probe rows that suit its average keep; other schedules are returned as they are.
-
-    These are "answer" rows below ``LEAST_FOR_REFERENCE_ROWS``, else "reference" rows. Arguments are those of
-    ``combined_schedule``.
-
-    Raises:
-        ScheduleError: If a stage is not inside the model.
-    """
-    if schedule.method != DEFAULT_METHOD or not schedule.stages:
-        return schedule
-    schedule.check_fits(num_layers=num_layers, max_visual=entering)
-    average = schedule.average_keep(num_layers=num_layers, num_visual=entering) * entering / picture_tokens
-    # Whole tokens put the average of --keep 10% slightly below 10 %.
-    is_small = average + PRINTED < LEAST_FOR_REFERENCE_ROWS
-    return msgspec.structs.replace(schedule, probe_rows="answer" if is_small else "reference")
-
-
-def check_combined_keep(text: str, *, picture_tokens: int, entering: int) -> None:
-    """Raise ScheduleError if the average keep ``text`` (``11.1%``) needs more than ``entering`` of the image's tokens."""
-    if parse_keep(text) * picture_tokens >= entering + 1:
-        raise ScheduleError(
-            f"--keep: expected at most {entering / picture_tokens:.1%}, which is what enters the decoder ({entering} of the"
-            f" image's {picture_tokens} visual tokens), got {text}; give 'all' for no reduction in the decoder"
-        )
-
-
-def _schedule(stages: Sequence[tuple[int, int]], settings: dict[str, Any]) -> Schedule:
-    return Schedule(stages=tuple(Stage(layer=layer, keep=keep) for layer, keep in stages), **settings)
-
-
 def _check_layers(layers: Sequence[int], *, num_layers: int) -> None:
     ascending = all(earlier < later for earlier, later in zip(layers, layers[1:]))
     if not (layers and ascending and layers[0] >= 1 and layers[-1] < num_layers):
@@ -318,9 +235,75 @@ def _check_layers(layers: Sequence[int], *, num_layers: int) -> None:
         )
 
 
-def _check_topk(stages: Sequence[tuple[int, int]]) -> None:
-    for layer, keep in stages:
-        if keep > MAX_TOPK:
-            raise ScheduleError(
-                f"stage at layer {layer}: expected to keep <= {MAX_TOPK} tokens (TensorRT's TopK), got {keep}; keep fewer"
-            )
+def _preset(average: float, num_layers: int, whole: int, entering: int) -> Stages:
+    """Return the preset of this average keep, or no stages."""
+    for stages in PRESETS.get((whole, entering), ()) if num_layers == _DEPTH else ():
+        ends = [*(layer for layer, _ in stages[1:]), num_layers]
+        spent = stages[0][0] * entering + sum((end - at) * keep for (at, keep), end in zip(stages, ends))
+        if abs(spent / (num_layers * whole) - average) < PRINTED:
+            return stages
+    return ()
+
+
+def _fitted(
+    method: str, candidates: Sequence[tuple[int, ...]], share: float, *, num_layers: int, num_visual: int
+) -> Stages:
+    """Return layer and keep of each stage, for the first of ``candidates`` that can meet the budget."""
+    shape: Shape = stage_method(method).shape
+    # The 1e-6 keeps rounding from taking a token off a budget that is a whole number.
+    budget = math.floor(share * num_layers * num_visual + 1e-6)
+    last = candidates[-1] if candidates else ()
+    for layers in [*candidates, *(last[:count] for count in range(len(last) - 1, 0, -1))]:
+        weights = [end - start for start, end in zip(layers, (*layers[1:], num_layers))]
+        rest = budget - layers[0] * num_visual
+        wanted = shape(rest, weights, num_visual, layers[0] == last[0]) if rest > 0 else None
+        keeps = wanted and integer_keeps(wanted, budget=rest, weights=weights, num_visual=num_visual)
+        if keeps:
+            return tuple((layer, keep) for layer, keep in zip(layers, keeps) if keep < num_visual)
+    first = last[0] if last else num_layers
+    least = (first * num_visual + num_layers - first) / (num_layers * num_visual)
+    raise ScheduleError(
+        f"keep {share:.1%}: expected an average of at least {math.ceil(least * 1000) / 10:.1f}% for {method} (the first {first}"
+        f" of {num_layers} layers see all {num_visual} visual tokens), got {share:.1%}; keep more"
+    )
+
+
+def integer_keeps(
+    real_keeps: Sequence[float], *, budget: int, weights: Sequence[int], num_visual: int
+) -> tuple[int, ...] | None:
+    """Return strictly decreasing keeps near ``real_keeps`` that spend most of ``budget``; None if there are none.
+
+    ``budget`` is the ``rest`` of ``methods.Shape``, and ``weights`` are its weights.
+    """
+    least = sum(weight * (len(weights) - index) for index, weight in enumerate(weights))
+    if budget < least or num_visual < len(weights):
+        return None
+    keeps = [math.floor(keep) for keep in real_keeps]
+    for index in range(len(keeps) - 1, -1, -1):  # strictly decreasing, at least 1
+        low = keeps[index + 1] + 1 if index + 1 < len(keeps) else 1
+        keeps[index] = min(max(keeps[index], low), num_visual - index)
+    # Raising small keeps may have exceeded the budget: lower the largest ones.
+    for index in range(len(keeps)):
+        floor = len(keeps) - index
+        while total(weights, keeps) > budget and keeps[index] > floor:
+            if index + 1 < len(keeps) and keeps[index] == keeps[index + 1] + 1:
+                break
+            keeps[index] -= 1
+    return _spend_rest(budget, weights=weights, keeps=keeps, num_visual=num_visual)
+
+
+def _spend_rest(
+    budget: int, *, weights: Sequence[int], keeps: list[int], num_visual: int
+) -> tuple[int, ...] | None:
+    """Return the keeps near ``keeps`` that leave least of the budget; of equals, the nearest."""
+    # Varying two stages within the largest weight reaches every remainder; varying more only costs time.
+    reach = [max(weights) if index < 2 else 0 for index in range(len(keeps) - 1)]
+    heads = itertools.product(*(range(keep - far, keep + far + 1) for keep, far in zip(keeps, reach)))
+    best: tuple[tuple[int, int], tuple[int, ...] | None] = (budget + 1, 0), None
+    for head in heads:
+        rest = budget - total(weights, head)
+        full = (*head, min(rest // weights[-1], (head[-1] - 1) if head else num_visual))
+        if full[-1] >= 1 and full[0] <= num_visual and all(a > b for a, b in zip(full, full[1:])):
+            cost = (budget - total(weights, full), sum(abs(a - b) for a, b in zip(full, keeps)))
+            best = min(best, (cost, full), key=lambda found: found[0])
+    return best[1]

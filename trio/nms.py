@@ -19,10 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.trio.selectors.interface import comes_before, first_in_order
-
-_MIRROR_BLOCKS = 4
-_MIRROR_MIN_TOKENS = 1024
+from trio_edge.trio.cost.selections import NMS_BLOCKS, NMS_MIRRORED_FROM
+from trio_edge.trio.selectors.interface import check_num_keep, comes_before, first_in_order
 
 
 class FeatureNms(nn.Module):
@@ -43,8 +41,7 @@ class FeatureNms(nn.Module):
             ScheduleError: If a value is out of range.
         """
         super().__init__()
-        if num_keep < 1:
-            raise ScheduleError(f"num_keep: expected >= 1, got {num_keep}; keep at least one token")
+        check_num_keep(num_keep)
         if not 0.0 < threshold <= 1.0:
             raise ScheduleError(f"nms_threshold: expected 0 < τ <= 1, got {threshold}; the paper uses 0.8")
         if rounds < 1:
@@ -81,10 +78,7 @@ class FeatureNms(nn.Module):
             ScheduleError: If N < K.
         """
         N = features_ND.shape[0]
-        if self.num_keep > N:
-            raise ScheduleError(
-                f"num_keep: expected <= {N} (all tokens of the span), got {self.num_keep}; keep fewer"
-            )
+        check_num_keep(self.num_keep, N)
         index_N = torch.arange(N, device=features_ND.device)
         real_N = index_N < num_visual.reshape(1)
         scores_N = torch.where(real_N, scores_N, torch.finfo(scores_N.dtype).min)
@@ -133,9 +127,9 @@ def _symmetric_product(unit_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N N"]:
     """Return X Xᵀ; b row blocks compute (b + 1) / 2b of it, and mirroring that gives exactly equal numbers."""
     num_tokens = unit_ND.shape[0]
     # N is symbolic if one graph serves several image sizes: the plain product is traced then.
-    if not isinstance(num_tokens, int) or num_tokens < _MIRROR_MIN_TOKENS:
+    if not isinstance(num_tokens, int) or num_tokens < NMS_MIRRORED_FROM:
         return unit_ND @ unit_ND.T
-    bounds = [num_tokens * block // _MIRROR_BLOCKS for block in range(_MIRROR_BLOCKS + 1)]
+    bounds = [num_tokens * block // NMS_BLOCKS for block in range(NMS_BLOCKS + 1)]
     upper = [unit_ND[low:high] @ unit_ND[low:].T for low, high in zip(bounds, bounds[1:])]
     rows = []
     for block, (low, high) in enumerate(zip(bounds, bounds[1:])):

@@ -15,10 +15,10 @@ from trio_edge.export.graphs.decoder_range import DecoderRange
 from trio_edge.export.graphs.head import Head
 from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
-from trio_edge.export.token_selectors import stage_selector
 from trio_edge.profiling.predict.answer import range_name
 from trio_edge.runtime.bundle.graph_io import MAX_CANDIDATES
 from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.trio.selectors.interface import stage_selector
 
 
 class GraphsInTorch:

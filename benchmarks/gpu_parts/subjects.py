@@ -30,7 +30,7 @@ from trio_edge.export.families.base import FamilyModel
 from trio_edge.runtime.bundle.manifest import Dimensions, FloatType, VisionDimensions
 from trio_edge.runtime.bundle.schedule import Positions, Schedule
 from trio_edge.runtime.images.interface import ImageProcessing
-from trio_edge.trio.budgets import schedule_for_keep
+from trio_edge.trio.budgets import ScheduleRequest
 
 BUDGETS = (1.0, 1 / 3, 2 / 9, 0.111)
 
@@ -127,8 +127,8 @@ class Sizes:
 
     def schedule(self, keep: float) -> Schedule:
         """Return the schedule with this average keep that ``trio-export`` would choose."""
-        return schedule_for_keep(
-            keep, num_layers=self.decoder.num_layers, num_visual=self.num_visual, positions=self.positions
+        return ScheduleRequest(average=keep, positions=self.positions).schedule(
+            num_layers=self.decoder.num_layers, num_visual=self.num_visual
         )
 
     def count(self, keep: float, *, num_text: int) -> Counted:

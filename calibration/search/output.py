@@ -24,7 +24,6 @@ def write_calibration(calibrated: Calibrated, folder: Path, progress: StepProgre
     if export:
         bundle.export_bundle(
             _export_options(calibration, folder / BUNDLE_NAME),
-            schedule_for=lambda _inputs: calibration.schedule,
             scales=calibrated.scales,
             progress=Progress(step=lambda text: progress.step(text, 0)),
         )
@@ -35,6 +34,7 @@ def _export_options(calibration: Calibration, out: Path) -> ExportOptions:
     return ExportOptions(
         model=options.model,
         out=out,
+        schedule=calibration.schedule,
         revision=options.revision,
         dtype=options.dtype,
         image_sizes=shapes.image_sizes,

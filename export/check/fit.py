@@ -27,7 +27,7 @@ import msgspec
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.trio.budgets import combined_schedule, parse_keep
+from trio_edge.trio.budgets import USUAL_KEEP, ScheduleRequest, parse_keep
 from trio_edge.trio.cost.memory import (
     Texts,
     Tiles,
@@ -38,7 +38,6 @@ from trio_edge.trio.cost.memory import (
     scratch_before,
     tiles_of,
 )
-from trio_edge.trio.methods import DEFAULT_METHOD
 from trio_edge.trio.methods import token_method as method_row
 
 if TYPE_CHECKING:
@@ -57,8 +56,6 @@ INT4_SHARE = 0.30
 """Bytes of INT4 weights as a share of float16: 4.125 / 16 with scales, and some padding."""
 SMALL_TEXT = 64
 """--max-text and --max-new-tokens of the remedy with a shorter text."""
-USUAL_KEEP = "11.1%"
-"""Average keep of the remedy with fewer visual tokens."""
 SMALL_IMAGE = (336, 336)
 _INT4 = "all=int4"
 
@@ -141,15 +138,11 @@ def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
         rows = inputs.image.num_visual
         before = scratch_before(inputs.token_selection, inputs.texts, num_visual=rows, element_bytes=size)
     formats = plan.of_layers(inputs.schedule, num_layers=inputs.decoder.num_layers)
+    others = (per_weight[plan.of_part(part)] for part in ("head", "vision", "select"))
     found = bundle_bytes(
         inputs.decoder,
         inputs.schedule,
-        WeightBytes(
-            layers=[per_weight[kind] for kind in formats],
-            head=per_weight[plan.of_part("head")],
-            vision=per_weight[plan.of_part("vision")],
-            select=per_weight[plan.of_part("select")],
-        ),
+        WeightBytes([per_weight[kind] for kind in formats], *others),
         vision_params=inputs.vision_params,
         ranges=inputs.layers_and_rows,
         text_rows=inputs.max_text,
@@ -159,14 +152,8 @@ def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
         before=before,
         element_bytes=size,
     )
-    parts = {
-        "decoder weights": round(found.layers),
-        "head and vision weights": round(found.head_and_vision),
-        "repeated weights": round(found.repeated),
-        "KV caches": found.kv_caches,
-        "activations": found.activations,
-    }
-    return Fit(parts=parts, usable_bytes=usable_bytes)
+    names = ("decoder weights", "head and vision weights", "repeated weights", "KV caches", "activations")
+    return Fit(parts=dict(zip(names, map(round, found))), usable_bytes=usable_bytes)
 
 
 def remedies(inputs: FitInputs, *, usable_bytes: int) -> list[Remedy]:
@@ -174,16 +161,23 @@ def remedies(inputs: FitInputs, *, usable_bytes: int) -> list[Remedy]:
     alone, together = [], []
     current, labels = inputs, list[str]()
     for label, change in _CHANGES:
-        changed, changed_too = change(inputs), change(current)
-        if changed is not None:
+        if (changed := _changed(inputs, change)) is not None:
             alone.append(Remedy(label=label, fit=estimate(changed, usable_bytes=usable_bytes)))
-        if changed_too is None:
-            continue
-        current, labels = changed_too, [*labels, label]
-        if len(labels) > 1:
-            fit = estimate(current, usable_bytes=usable_bytes)
-            together.append(Remedy(label=" + ".join(labels), fit=fit))
+        if (changed := _changed(current, change)) is not None:
+            current, labels = changed, [*labels, label]
+            if len(labels) > 1:
+                fit = estimate(current, usable_bytes=usable_bytes)
+                together.append(Remedy(label=" + ".join(labels), fit=fit))
     return alone + together
+
+
+def _changed(inputs: FitInputs, change: Callable[[FitInputs], FitInputs | None]) -> FitInputs | None:
+    """Return the changed inputs; None if they are the same, or the model has too few layers or tokens for the change."""
+    try:
+        changed = change(inputs)
+    except ScheduleError:
+        return None
+    return None if changed == inputs else changed
 
 
 def check_fit(inputs: FitInputs, target: DeviceSpec) -> str | None:
@@ -218,33 +212,24 @@ def _advice(options: Sequence[Remedy]) -> str:
     return f"{text}; choose a smaller model"
 
 
-def _cached_visual_rows(inputs: FitInputs) -> int:
-    return sum(layers * rows for layers, rows in inputs.layers_and_rows)
+def _with_float16(inputs: FitInputs) -> FitInputs:
+    return dataclasses.replace(inputs, element_bytes=min(inputs.element_bytes, 2))
 
 
-def _with_float16(inputs: FitInputs) -> FitInputs | None:
-    return None if inputs.element_bytes <= 2 else dataclasses.replace(inputs, element_bytes=2)
-
-
-def _with_int4(inputs: FitInputs) -> FitInputs | None:
-    plan = parse_plan(_INT4)
-    changed = QuantizePlan(formats={**inputs.quantize.formats, **plan.formats})
-    return None if changed == inputs.quantize else dataclasses.replace(inputs, quantize=changed)
+def _with_int4(inputs: FitInputs) -> FitInputs:
+    formats = {**inputs.quantize.formats, **parse_plan(_INT4).formats}
+    return dataclasses.replace(inputs, quantize=QuantizePlan(formats=formats))
 
 
 def _with_keep(inputs: FitInputs) -> FitInputs | None:
-    try:
-        wanted = combined_schedule(
-            DEFAULT_METHOD,
-            parse_keep(USUAL_KEEP),
-            num_layers=inputs.decoder.num_layers,
-            picture_tokens=max(inputs.image.num_visual, inputs.most_visual),
-            entering=inputs.entering,
-        )
-    except ScheduleError:
-        return None  # the model has too few layers or tokens
+    wanted = ScheduleRequest.like(inputs.schedule, average=parse_keep(USUAL_KEEP)).schedule(
+        num_layers=inputs.decoder.num_layers,
+        num_visual=inputs.entering,
+        image_tokens=max(inputs.image.num_visual, inputs.most_visual),
+    )
     changed = dataclasses.replace(inputs, schedule=wanted)
-    return changed if _cached_visual_rows(changed) < _cached_visual_rows(inputs) else None
+    before, after = (sum(layers * rows for layers, rows in one.layers_and_rows) for one in (inputs, changed))
+    return changed if after < before else None
 
 
 def _with_small_image(inputs: FitInputs) -> FitInputs | None:
@@ -252,21 +237,15 @@ def _with_small_image(inputs: FitInputs) -> FitInputs | None:
     if image is None or (selection is not None and image.num_visual <= selection.num_keep):
         return None
     share = image.num_visual / inputs.image.num_visual
-    try:
-        stages = tuple(
-            Stage(layer=stage.layer, keep=max(1, round(stage.keep * share)))
-            for stage in inputs.schedule.stages
-        )
-        schedule = msgspec.structs.replace(inputs.schedule, stages=stages)
-    except ScheduleError:
-        return None  # two stages would keep the same number of tokens
+    stages = tuple(
+        Stage(layer=stage.layer, keep=max(1, round(stage.keep * share))) for stage in inputs.schedule.stages
+    )
+    schedule = msgspec.structs.replace(inputs.schedule, stages=stages)
     return dataclasses.replace(inputs, image=image, schedule=schedule, small_image=None)
 
 
-def _with_short_text(inputs: FitInputs) -> FitInputs | None:
+def _with_short_text(inputs: FitInputs) -> FitInputs:
     text, new = min(inputs.max_text, SMALL_TEXT), min(inputs.max_new_tokens, SMALL_TEXT)
-    if (text, new) == (inputs.max_text, inputs.max_new_tokens):
-        return None
     return dataclasses.replace(inputs, max_text=text, max_new_tokens=new)
 
 

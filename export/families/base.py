@@ -35,7 +35,7 @@ from trio_edge.export.graphs.vision.tile_attention import TILE_ATTENTION_NAME, r
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.manifest import TensorSpec
 from trio_edge.runtime.bundle.schedule import Schedule
-from trio_edge.trio.methods import TOKEN_METHODS
+from trio_edge.trio.methods import TokenMethod, all_methods
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -214,14 +214,14 @@ class Family(ABC):
             checkpoint: Holds the configuration.
             processing: Holds the number of patches or tokens that encoder reduction keeps.
             dtype: Type of the graph's floating-point outputs.
-            with_features: Whether the vision graph also returns what selectors with ``needs_features`` read.
+            with_features: Whether the vision graph also returns what selectors with ``reads_features`` read.
 
         Raises:
             CheckpointError: If the configuration is not supported.
             ScheduleError: If features are wanted and the family's vision encoder has no class row.
         """
         if with_features and not self.has_class_row:
-            others = ", ".join(row.name for row in TOKEN_METHODS.values() if not row.load().needs_features)
+            others = ", ".join(row.name for row in all_methods(TokenMethod) if not row.reads_features)
             raise ScheduleError(
                 f"--token-method: expected one that needs no class token for {self.model_type} ({others}), got one that does;"
                 " choose another"

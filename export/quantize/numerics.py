@@ -10,17 +10,17 @@ Letters: O outputs, I inputs, B blocks of inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
+
+from trio_edge.export.quantize.plan import Format as Format  # noqa: TC001  # others import it from here
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trio_edge.runtime.bundle.manifest import FloatType
 
-Format = Literal["none", "int4", "int8", "fp8"]
-FORMATS: tuple[Format, ...] = ("none", "int4", "int8", "fp8")
 BLOCK_SIZE = 128
 """Inputs that share an INT4 scale, if it divides the number of inputs."""
 _BLOCK_STEP = 16

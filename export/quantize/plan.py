@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from trio_edge.export.quantize.numerics import FORMATS, Format
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.manifest import PART_FROM_ROLE, Part
 
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import Role
     from trio_edge.runtime.bundle.schedule import Schedule
 
+Format = Literal["none", "int4", "int8", "fp8"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 PARTS: tuple[Part, ...] = get_args(Part)
 _GROUPS: dict[str, tuple[Part, ...]] = {
     "decoder": ("prefix", "segments", "suffix"),

@@ -32,7 +32,6 @@ from trio_edge.export.graphs.tensors import (
     token_planes,
 )
 from trio_edge.export.quantize.unpacking import read_weight
-from trio_edge.export.token_selectors import needs_previous, probe_of, stage_selector
 from trio_edge.runtime.bundle.graph_io import (
     CLIP_IDS,
     CLIP_PATCHES,
@@ -53,8 +52,9 @@ from trio_edge.runtime.bundle.graph_io import (
     num_candidates,
 )
 from trio_edge.runtime.bundle.manifest import GraphSpec, TensorSpec
+from trio_edge.trio.methods import stage_method, token_method
 from trio_edge.trio.saliency import CandidateHead, ProbeHead, key_value_gram
-from trio_edge.trio.selectors.interface import other_inputs_of
+from trio_edge.trio.selectors.interface import other_inputs_of, stage_selector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from trio_edge.export.plan import ExportPlan
     from trio_edge.runtime.bundle.manifest import DType, PieceName, Profile, Role
     from trio_edge.trio.cost.selections import SaliencyForm
+    from trio_edge.trio.methods import StageMethod
     from trio_edge.trio.saliency import ProxySaliency
 
 _MIN_TRACE_ROWS = 37  # any number that no other axis has
@@ -124,6 +125,11 @@ class _Tracer:
             first_layer=first_layer,
             num_layers=num_layers,
         )
+
+    @property
+    def method(self) -> StageMethod:
+        """The selector of all stages."""
+        return stage_method(self.layout.schedule.method)
 
     def rotary(self) -> RotaryTables:
         return RotaryTables(
@@ -195,7 +201,7 @@ def trace_graphs(
         graphs.append(_clip_text(tracer, plan.clip_graphs))
     if plan.selector is not None:
         step("tracing reduce")
-        graphs.append(_reduce(tracer, plan.selector, before=[graph.spec for graph in graphs]))
+        graphs.append(_reduce(tracer, plan, before=[graph.spec for graph in graphs]))
     ranges = plan.layout.layer_ranges(plan.dimensions.num_layers)
     stages = _stages(tracer, step, is_quantized=is_quantized)
     for index, layers in enumerate(ranges):
@@ -278,8 +284,12 @@ def _clip_text(tracer: _Tracer, clip: ClipGraphs) -> TracedGraph:
     return tracer.graph(clip.text, spec)
 
 
-def _reduce(tracer: _Tracer, selector: Any, *, before: Sequence[GraphSpec]) -> TracedGraph:
+def _reduce(tracer: _Tracer, plan: ExportPlan, *, before: Sequence[GraphSpec]) -> TracedGraph:
     layout, hidden = tracer.layout, tracer.dimensions.hidden_size
+    assert plan.selector is not None  # else there is no such graph
+    assert plan.options.token_method is not None
+    num_keep, row = plan.selector.num_keep, token_method(plan.options.token_method)
+    reads_text = row.reads_text and plan.clip_graphs is None
     outputs_before = {tensor.name: tensor for graph in before for tensor in graph.outputs}
     planes = [outputs_before[f"{DEEPSTACK_TOKENS}{index}"] for index in range(tracer.model.num_deepstack)]
     inputs = [
@@ -287,37 +297,36 @@ def _reduce(tracer: _Tracer, selector: Any, *, before: Sequence[GraphSpec]) -> T
         TensorSpec(name=NUM_VISUAL, dtype="int32", shape=(1,)),
         TensorSpec(name=IS_NEWLINE, dtype="int32", shape=("N",)),
     ]
-    if selector.needs_features:
+    if row.reads_features:
         inputs += [outputs_before[name] for name in FEATURE_NAMES]
-    if selector.needs_text:
+    if reads_text:
         inputs += [
             TensorSpec(name=TEXT_EMBEDS, dtype=layout.dtype, shape=("T", hidden)),
             TensorSpec(name=NUM_TEXT, dtype="int32", shape=(1,)),
         ]
-    if selector.needs_clip:
+    if plan.clip_graphs is not None:
         texts = outputs_before[CLIP_TEXTS]
         marks = TensorSpec(name=TEXT_MARKS, dtype="int32", shape=texts.shape[:2])
         inputs += [outputs_before[CLIP_PATCHES], texts, marks]
-    if selector.needs_previous:
+    if row.reads_previous:
         inputs += [
             TensorSpec(name=PREVIOUS_TOKENS, dtype=layout.dtype, shape=inputs[0].shape),
             TensorSpec(name=HAS_PREVIOUS, dtype="int32", shape=(1,)),
         ]
     inputs += planes
     outputs = (
-        TensorSpec(name=REDUCED_TOKENS, dtype=layout.dtype, shape=(selector.num_keep, hidden)),
-        TensorSpec(name=KEPT_TOKENS, dtype="int32", shape=(selector.num_keep,)),
-        *token_planes(
-            REDUCED_DEEPSTACK, len(planes), rows=selector.num_keep, width=hidden, dtype=layout.dtype
-        ),
+        TensorSpec(name=REDUCED_TOKENS, dtype=layout.dtype, shape=(num_keep, hidden)),
+        TensorSpec(name=KEPT_TOKENS, dtype="int32", shape=(num_keep,)),
+        *token_planes(REDUCED_DEEPSTACK, len(planes), rows=num_keep, width=hidden, dtype=layout.dtype),
     )
-    profiles = layout.reduce_profiles(with_text=selector.needs_text)
+    profiles = layout.reduce_profiles(with_text=reads_text)
     spec = tracer.spec("reduce", "reduce", GraphTensors(tuple(inputs), outputs), profiles)
-    return tracer.graph(Reduce(selector, num_planes=len(planes)), spec, num_named=3)
+    return tracer.graph(Reduce(plan.selector, others=spec.input_names[3:]), spec, num_named=3)
 
 
 def _range(tracer: _Tracer, index: int, layers: range, *, name: str, role: Role) -> TracedGraph:
-    with_previous = role != "suffix" and needs_previous(tracer.layout.schedule)
+    has_stage = bool(tracer.layout.schedule.stages) and role != "suffix"
+    with_previous = has_stage and tracer.method.reads_previous
     num_deepstack = tracer.model.num_deepstack
     tensors = _range_tensors(tracer, layers, num_deepstack=num_deepstack, with_previous=with_previous)
     profiles = tracer.layout.range_profiles(index)
@@ -391,8 +400,7 @@ def _stages(
             max_images=tracer.layout.max_images,
             is_quantized=is_quantized(_range_role(stage + 1, num_stages + 1)),
         )
-        probe = probe_of(selector)
-        halves = {} if probe is None else _probe_halves(tracer, stage, probe)
+        halves = _probe_halves(tracer, stage, selector.saliency) if tracer.method.has_probe else {}
         result.append((_select(tracer, stage, selector), halves))
     return result
 
@@ -400,34 +408,27 @@ def _stages(
 def _select(tracer: _Tracer, stage: int, selector: Any) -> TracedGraph:
     layout, schedule = tracer.layout, tracer.layout.schedule
     layer_index, num_keep = schedule.stages[stage].layer, schedule.stages[stage].keep
-    has_probe, planes = probe_of(selector) is not None, range(layer_index, tracer.model.num_deepstack)
-    module = Select(
-        selector,
-        tracer.rotary(),
-        preserve_positions=schedule.positions == "preserved",
-        takes_saliency=has_probe,
-        takes_images=schedule.budget == "image",
-        num_planes=len(planes),
-    )
-    own = other_inputs_of(selector)
+    row, own = tracer.method, other_inputs_of(selector)
     tensors = select_tensors(
         num_keep,
         dimensions=tracer.dimensions,
         dtype=layout.dtype,
         position_axes=tracer.model.position_axes,
-        with_previous=selector.needs_previous,
-        with_prompt=selector.needs_prompt,
-        with_saliency=has_probe,
+        with_previous=row.reads_previous,
+        with_prompt=row.reads_prompt,
+        with_saliency=row.has_probe,
         with_images=schedule.budget == "image",
         others=[
             TensorSpec(name=name, dtype=cast("DType", other.dtype), shape=other.shape)
             for name, other in own.items()
         ],
-        planes=planes,
+        planes=range(layer_index, tracer.model.num_deepstack),
     )
     has_prompt_rows = any("F" in tensor.shape for tensor in tensors.inputs)
     profiles = layout.select_profiles(stage, with_prompt=has_prompt_rows)
     spec = tracer.spec(f"select_{stage + 1}", "select", tensors, profiles, first_layer=layer_index)
+    preserves = schedule.positions == "preserved"
+    module = Select(selector, tracer.rotary(), preserve_positions=preserves, others=spec.input_names[5:])
     graph = tracer.graph(module, spec, num_named=5, constants={"rotary.inv_freq": tracer.model.inv_freq})
     return replace(graph, sources={name: other.place for name, other in own.items()})
 

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 KEEP_ALL = "100%"
 WITHOUT_STAGES = "all"
 """The keep without stages in the decoder."""
-_SETTINGS = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions", "budget")
-"""Fields of a bundle's schedule that another keep does not change."""
 USUAL_PICTURE = (672, 672)
 """Default image width and height for a released model."""
 
@@ -113,19 +111,14 @@ class Plan:
         if self.keep is None:
             return Schedule() if self.manifest is None else self.manifest.schedule
         # the exporter's own arithmetic, which needs no torch: predictions must have its stages
-        from trio_edge.trio.budgets import check_combined_keep, combined_schedule, parse_keep
+        from trio_edge.trio.budgets import ScheduleRequest, parse_keep
 
         own = Schedule() if self.manifest is None else self.manifest.schedule
-        settings = {name: getattr(own, name) for name in _SETTINGS}
-        if self.keep == WITHOUT_STAGES:
-            return Schedule(**settings)
-        sizes = {
-            "picture_tokens": self.num_images * self._picture_tokens(num_visual),
-            "entering": self.num_images * (num_visual if token_keep is None else min(token_keep, num_visual)),
-        }
-        check_combined_keep(self.keep, **sizes)
-        return combined_schedule(
-            own.method, parse_keep(self.keep), num_layers=self.model.decoder.num_layers, **sizes, **settings
+        average = None if self.keep == WITHOUT_STAGES else parse_keep(self.keep)
+        return ScheduleRequest.like(own, average=average, is_strict=True).schedule(
+            num_layers=self.model.decoder.num_layers,
+            num_visual=self.num_images * (num_visual if token_keep is None else min(token_keep, num_visual)),
+            image_tokens=self.num_images * self._picture_tokens(num_visual),
         )
 
     def _picture_tokens(self, num_visual: int) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.bundles import export
+from tests.schedules import schedule_for
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.trio.budgets import schedule_for_keep
 
 pytest.importorskip(
     "tensorrt_rtx", reason="needs tensorrt-rtx, which has wheels for x86-64 Linux only; runs in CI"
@@ -16,7 +16,7 @@ pytest.importorskip(
 def test_attention_is_one_kernel_in_prefill_and_in_decode() -> None:
     from engine_kernels import WAITING, kernels_of, summary
 
-    schedule = schedule_for_keep(0.111, num_layers=16, num_visual=192)
+    schedule = schedule_for(0.111, num_layers=16, num_visual=192)
     bundle = open_bundle(export("tiny", dtype="float16", schedule=schedule, max_text=64, max_new_tokens=16))
     found = kernels_of(bundle, "prefix", compute_capability=86)
     cells = {profile: summary(kernels) for profile, kernels in found.items()}

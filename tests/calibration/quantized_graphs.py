@@ -13,7 +13,7 @@ from trio_edge.export.plan import build, read, resolve, without_values
 from trio_edge.export.quantize.assign import StoredForm, plain_tensors, quantize_graphs
 from trio_edge.export.quantize.store import store_quantized
 from trio_edge.export.tracing import graphs as tracing
-from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.trio.budgets import ScheduleRequest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,6 +36,7 @@ def traced_ends(checkpoint_folder: Path, picture_size: tuple[int, int]) -> Trace
     """Return the graphs for pictures of one size, without weights."""
     options = ExportOptions(
         model=str(checkpoint_folder),
+        schedule=ScheduleRequest(average=None),
         out=checkpoint_folder / "bundle",
         image_sizes=(picture_size,),
         only_image_sizes=True,
@@ -46,9 +47,7 @@ def traced_ends(checkpoint_folder: Path, picture_size: tuple[int, int]) -> Trace
     source = read(options)
     with without_values("float32"), shared_traces():
         resolved = resolve(options, source)
-        plan = build(
-            options, source, resolved, schedule_for=lambda given: Schedule(positions=given.positions[0])
-        )
+        plan = build(options, source, resolved)
         tracer = tracing._Tracer(plan)
         return TracedEnds(source.checkpoint, [tracing._vision(tracer), tracing._head(tracer)])
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.calibration.question_files import questions_about, write_questions
 from tests.pictures import random_picture
+from tests.schedules import schedule_of
 from trio_edge.calibration.json_lines import ResultFile
 from trio_edge.calibration.model.greedy import MeasuredSchedule
 from trio_edge.calibration.model.prompts import SampleShape
@@ -32,7 +33,6 @@ from trio_edge.profiling.predict.answer import Setting, predict
 from trio_edge.profiling.predict.models import find_model
 from trio_edge.runtime.bundle.errors import DataError, ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule
-from trio_edge.trio.budgets import parse_schedule
 from trio_edge.trio.cost.devices import find_device
 
 MODEL = find_model("llava-next-7b")
@@ -53,7 +53,7 @@ def cost_on(target: str, *situations: Situation) -> PrefillCost:
 
 
 def candidate(stages: str | None, *, kl: float) -> Candidate:
-    schedule = Schedule() if stages is None else parse_schedule(stages)
+    schedule = Schedule() if stages is None else schedule_of(stages)
     cost = cost_on("orin-nx-16", Situation(1.0, SIZES, 40)).of(schedule).milliseconds
     return Candidate(schedule=schedule, cost=cost, kls=[0.9 * kl, 1.1 * kl], images=["a", "b"])
 
@@ -132,35 +132,35 @@ def test_a_space_lists_each_order_of_layers_and_budgets_once() -> None:
 
 def test_neighbours_are_possible_schedules_one_step_away() -> None:
     spread = make_space(num_layers=32, num_visual=2880, layers=(), keeps=(0.04, 0.1, 0.3), max_stages=3)
-    schedule = parse_schedule("1:864,10:288", nms_threshold=0.7)
+    schedule = schedule_of("1:864,10:288", nms_threshold=0.7)
     near = spread.neighbours(schedule)
-    assert parse_schedule("2:864,10:288", nms_threshold=0.7) in near
-    assert parse_schedule("1:864,10:360", nms_threshold=0.7) in near
-    assert parse_schedule("10:288", nms_threshold=0.7) in near
+    assert schedule_of("2:864,10:288", nms_threshold=0.7) in near
+    assert schedule_of("1:864,10:360", nms_threshold=0.7) in near
+    assert schedule_of("10:288", nms_threshold=0.7) in near
     assert schedule not in near
     for other in near:
         other.check_fits(num_layers=32, max_visual=2880)
 
 
 def test_no_stage_is_moved_to_a_layer_that_was_not_named() -> None:
-    schedule = parse_schedule("1:864,10:288")
+    schedule = schedule_of("1:864,10:288")
     near = SPACE.neighbours(schedule)
     assert {stage.layer for other in near for stage in other.stages} == {1, 10, 15}
-    assert parse_schedule("1:864,15:288") in near
+    assert schedule_of("1:864,15:288") in near
     assert SPACE.allows(schedule)
-    assert not SPACE.allows(parse_schedule("1:864,9:288"))
+    assert not SPACE.allows(schedule_of("1:864,9:288"))
 
 
 def test_more_stages_than_allowed_are_no_candidate() -> None:
     one = make_space(num_layers=32, num_visual=2880, layers=(), keeps=(0.1,), max_stages=1)
-    assert one.allows(parse_schedule("9:288"))
-    assert not one.allows(parse_schedule("9:288,12:96"))
+    assert one.allows(schedule_of("9:288"))
+    assert not one.allows(schedule_of("9:288,12:96"))
 
 
 @pytest.mark.parametrize("target", ["jetson-orin-nx-16", "rtx-4090"])
 @pytest.mark.parametrize("stages", [None, "15:115", "1:460,10:270,15:110"])
 def test_costs_are_those_of_trio_profiles_prediction(target: str, stages: str | None) -> None:
-    schedule = Schedule() if stages is None else parse_schedule(stages)
+    schedule = Schedule() if stages is None else schedule_of(stages)
     setting = Setting(
         model=MODEL,
         schedule=schedule,
@@ -180,7 +180,7 @@ def test_the_cost_is_the_mean_over_the_samples_shapes() -> None:
     small = Situation(1.0, {"B": 3, "N": 1000}, 32)
     large = Situation(1.0, SIZES, 64)
     both = cost_on("orin-nx-16", small._replace(share=0.25), large._replace(share=0.75))
-    schedule = parse_schedule("5:300")
+    schedule = schedule_of("5:300")
     apart = [cost_on("orin-nx-16", situation).of(schedule) for situation in (small, large)]
     expected = ScheduleCost(0.0, 0.0).plus(apart[0], 0.25).plus(apart[1], 0.75)
     assert both.of(schedule) == pytest.approx(expected)
@@ -197,7 +197,7 @@ def test_the_cost_is_the_mean_over_the_samples_shapes() -> None:
 def test_the_cheapest_within_the_bound_is_chosen(bound: float, chosen: str | None) -> None:
     candidates = [candidate(None, kl=0.0), candidate("10:270", kl=0.02), candidate("1:460", kl=0.04)]
     candidates.append(candidate("1:110", kl=0.3))
-    expected = Schedule() if chosen is None else parse_schedule(chosen)
+    expected = Schedule() if chosen is None else schedule_of(chosen)
     assert cheapest_within(candidates, bound).schedule == expected
 
 

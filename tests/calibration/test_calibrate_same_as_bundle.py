@@ -13,6 +13,7 @@ from tests.calibration.question_files import questions_about, write_questions
 from tests.conftest import REDUCED_STAGES
 from tests.qwen_checkpoints import CAMERA, save_qwen3_vl_checkpoint
 from tests.qwen_checkpoints import REDUCED as DEEPSTACK_STAGES
+from tests.schedules import schedule_of
 from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
 from trio_edge.calibration.model.greedy import KeepAll, greedy_answer, keep_all
 from trio_edge.calibration.model.prompts import make_prompt
@@ -24,7 +25,6 @@ from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.model.host_selection import greedy_nms
 from trio_edge.runtime.model.sampling import first_token_kl, summary_of
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.trio.budgets import parse_schedule
 from trio_edge.trio.nms import FeatureNms
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def test_kept_tokens_and_answers_are_the_bundles_with_text_between_tiles(
 def test_answer_tokens_behind_the_prompt_see_what_decoding_sees(
     model: TorchModel, questions: list[Question], positions: Any
 ) -> None:
-    schedule = parse_schedule("1:14,2:6", positions=positions, probe_rows="answer")
+    schedule = schedule_of("1:14,2:6", positions=positions, probe_rows="answer")
     prompt = make_prompt(model, questions[0])
     decoded = greedy_answer(model, prompt, schedule, max_tokens=4)
     assert len(decoded.tokens) > 1
@@ -163,14 +163,14 @@ def test_keep_all_leaves_what_enters_every_layer(model: TorchModel, questions: l
 def test_schedules_measured_together_are_as_each_alone(model: TorchModel, questions: list[Question]) -> None:
     schedules = [
         Schedule(),
-        parse_schedule("1:14,2:6"),
-        parse_schedule("1:14,2:3"),
-        parse_schedule("1:20,2:6"),
-        parse_schedule("1:14"),
-        parse_schedule("2:6"),
-        parse_schedule("1:14,2:6", positions="preserved"),
-        parse_schedule("1:14,2:6", nms_threshold=0.5),
-        parse_schedule("1:14,2:6", probe_rows="answer", num_probe_rows=2),
+        schedule_of("1:14,2:6"),
+        schedule_of("1:14,2:3"),
+        schedule_of("1:20,2:6"),
+        schedule_of("1:14"),
+        schedule_of("2:6"),
+        schedule_of("1:14,2:6", positions="preserved"),
+        schedule_of("1:14,2:6", nms_threshold=0.5),
+        schedule_of("1:14,2:6", probe_rows="answer", num_probe_rows=2),
     ]
     whole = keep_all(model, make_prompt(model, questions[2]), num_tokens=2)
     together = dict(measure(model, whole, schedules))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.schedules import schedule_for, schedule_of
 from trio_edge.export.check.fit import FitImage, FitInputs, check_fit, estimate, remedies
 from trio_edge.export.cli import main
 from trio_edge.export.quantize.plan import parse_plan
@@ -15,7 +16,6 @@ from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.manifest import VisionDimensions
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.trio.budgets import preset_schedule
 from trio_edge.trio.cost.devices import DEVICES, find_device
 from trio_edge.trio.cost.memory import Texts, Tiles, TokenSelection, num_head_blocks, tiles_of
 
@@ -33,7 +33,7 @@ def llava_next_7b(**changes: Any) -> FitInputs:
         decoder=MODELS["llava-next-7b"].decoder,
         vision_params=325_000_000,
         image=FitImage(num_visual=2880, tiles=CLIP),
-        schedule=preset_schedule("llava-next-7b", "11.1%"),
+        schedule=schedule_of("1:460,10:270,15:110"),
         max_text=256,
         max_new_tokens=256,
         small_image=SMALL,
@@ -239,3 +239,37 @@ def test_export_warns_before_tracing_when_the_target_is_too_small(
     ]
     assert len(warnings) == warns
     assert lines[-1] == "trio-export: stopped where tracing starts"
+
+
+@pytest.mark.parametrize("method", ["trio", "fastv", "sparsevlm"])
+def test_the_advised_keep_is_that_of_the_chosen_method(method: str) -> None:
+    """FastV's one stage at layer 2 leaves other caches, and repeats weights that TRIO's stages share."""
+    inputs = llava_next_7b(schedule=Schedule(method=method))
+    (remedy,) = (one for one in remedies(inputs, usable_bytes=0) if one.label == "--keep 11.1%")
+    schedule = schedule_for(0.111, method=method, num_layers=32, num_visual=2880)
+    assert remedy.fit == estimate(dataclasses.replace(inputs, schedule=schedule), usable_bytes=0)
+    assert (remedy.fit.parts["repeated weights"] > 0) == (method != "trio")
+
+
+def test_keep_all_with_a_method_advises_for_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[FitInputs] = []
+
+    def stop(inputs: FitInputs, _target: object) -> None:
+        seen.append(inputs)
+        raise CheckpointError("stopped")
+
+    monkeypatch.setattr("trio_edge.export.bundle.check_fit", stop)
+    arguments = [
+        "--keep",
+        "all",
+        "--method",
+        "fastv",
+        "--target",
+        "orin-nano-8",
+        "--out",
+        str(tmp_path / "bundle"),
+    ]
+    assert main([str(checkpoint), *arguments]) == 2
+    assert seen[0].schedule.method == "fastv"

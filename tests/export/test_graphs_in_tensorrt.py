@@ -12,9 +12,9 @@ from tests.checkpoints import save_checkpoint
 from tests.engine_bundles import build_here
 from tests.goldens import GOLDEN_NAMES, golden_bundle, load_golden, needs_goldens
 from tests.qwen_checkpoints import CAMERA, REDUCED, save_qwen_checkpoint
+from tests.schedules import schedule_for
 from tests.spec.reduced_reference import PRESERVED_ANSWER_ROWS
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.trio.budgets import schedule_for_keep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +34,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
         schedule=PRESERVED_ANSWER_ROWS,
     ),
     "the packaged model": lambda _: export(
-        "tiny", dtype="float32", schedule=schedule_for_keep(1 / 9, num_layers=16, num_visual=192)
+        "tiny", dtype="float32", schedule=schedule_for(1 / 9, num_layers=16, num_visual=192)
     ),
     "qwen2_5_vl": lambda folder: export(
         save_qwen_checkpoint(folder), schedule=REDUCED, image_sizes=(CAMERA,)

@@ -32,9 +32,11 @@ SCHEDULE = Schedule(stages=(Stage(layer=1, keep=6),))
 
 def export(checkpoint: Path, out: Path, *, plan: str | None = None) -> Path:
     quantize = QuantizePlan() if plan is None else parse_plan(plan)
-    options = ExportOptions(model=str(checkpoint), out=out, max_text=16, max_new_tokens=4, quantize=quantize)
+    options = ExportOptions(
+        model=str(checkpoint), out=out, schedule=SCHEDULE, max_text=16, max_new_tokens=4, quantize=quantize
+    )
     with shared_traces():
-        export_bundle(options, schedule_for=lambda _inputs: SCHEDULE)
+        export_bundle(options)
     return out
 
 

@@ -141,9 +141,11 @@ def test_a_large_gram_matrix_is_in_a_file_that_the_piece_and_the_joined_graph_re
     """As with grouped-query attention of released sizes, where it has megabytes."""
     monkeypatch.setattr("trio_edge.export.bundle._LARGEST_INLINE_BYTES", 1024)
     schedule = open_bundle(reduced_bundle).manifest.schedule
-    options = ExportOptions(model=str(checkpoint), out=tmp_path / "bundle", max_text=64, max_new_tokens=40)
+    options = ExportOptions(
+        model=str(checkpoint), out=tmp_path / "bundle", schedule=schedule, max_text=64, max_new_tokens=40
+    )
     with shared_traces():
-        export_bundle(options, schedule_for=lambda _inputs: schedule)
+        export_bundle(options)
     spec = open_bundle(tmp_path / "bundle").manifest.graph("segment_1")
     places = [
         {

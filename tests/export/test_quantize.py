@@ -163,10 +163,14 @@ def test_a_part_that_cannot_be_in_its_format_is_named_and_not_in_the_manifest(tm
     checkpoint = save_checkpoint(tmp_path / "ck", num_layers=2, text_settings={"vocab_size": 101})
     warnings: list[str] = []
     options = ExportOptions(
-        model=str(checkpoint), out=tmp_path / "out", quantize=parse_plan("head=int4,prefix=int8"), max_text=8
+        model=str(checkpoint),
+        out=tmp_path / "out",
+        schedule=Schedule(),
+        quantize=parse_plan("head=int4,prefix=int8"),
+        max_text=8,
     )
     with shared_traces():
-        export_bundle(options, schedule_for=lambda _: Schedule(), progress=Progress(warn=warnings.append))
+        export_bundle(options, progress=Progress(warn=warnings.append))
     quantization = open_bundle(tmp_path / "out").manifest.quantization
     assert quantization is not None
     assert quantization.formats == {"prefix": "int8"}

@@ -34,12 +34,11 @@ from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.prompts.chat import build_messages
 from trio_edge.runtime.prompts.tokenizer import Inset
-from trio_edge.trio.budgets import schedule_for_keep
+from trio_edge.trio.budgets import ScheduleRequest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trio_edge.export.options import ScheduleInputs
 
 STAGES = Schedule(stages=(Stage(layer=1, keep=14),))
 CAMERA = (40, 40)
@@ -83,22 +82,11 @@ SMALL: dict[str, dict[str, Any]] = {
 def plan_of(folder: Path, *, keep: float | None = None) -> ExportPlan:
     """Return the plan of an export, which finds everything that can be wrong with a checkpoint."""
 
-    def schedule(inputs: ScheduleInputs) -> Schedule:
-        positions = inputs.positions[0]
-        if keep is None:
-            return Schedule(positions=positions)
-        return schedule_for_keep(
-            keep,
-            num_layers=inputs.num_layers,
-            num_visual=inputs.num_visual,
-            positions=positions,
-        )
-
-    options = ExportOptions(model=str(folder), out=folder / "bundle")
+    options = ExportOptions(model=str(folder), out=folder / "bundle", schedule=ScheduleRequest(average=keep))
     source = read(options)
     resolved = resolve(options, source)
     with without_values(resolved.dtype):
-        return build(options, source, resolved, schedule_for=schedule)
+        return build(options, source, resolved)
 
 
 def files_of(alias: str, folder: Path, **changes: dict[str, Any]) -> Path:

@@ -15,13 +15,13 @@ from tests import tolerances
 from tests.bundles import export
 from tests.cuda_on_host import CudaOnHost, pretend_gpu, write_engines
 from tests.engine_bundles import HOST, copy_bundle
+from tests.schedules import schedule_for
 from trio_edge.export.checkpoints.checkpoint import TINY_FOLDER
 from trio_edge.profiling.check import answers, checks
 from trio_edge.profiling.check.answers import close_difference, exact_difference
 from trio_edge.profiling.check.checks import WorkerJob, judge_growth, run_backend, run_worker
 from trio_edge.profiling.check.cli import main
 from trio_edge.runtime.bundle.reader import sha256_of
-from trio_edge.trio.budgets import schedule_for_keep
 
 if TYPE_CHECKING:
     from trio_edge.profiling.check.answers import AnswerRecord
@@ -32,7 +32,7 @@ WEIGHTS = Path("weights", "model.safetensors")
 @pytest.fixture(scope="module")
 def bundle() -> Path:
     """The packaged model as ``make wheel`` exports it."""
-    schedule = schedule_for_keep(0.111, num_layers=16, num_visual=192)  # trio-export's default
+    schedule = schedule_for(0.111, num_layers=16, num_visual=192)  # trio-export's default
     return export("tiny", dtype="float16", schedule=schedule, max_text=64, max_new_tokens=16)
 
 

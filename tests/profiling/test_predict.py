@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
+from tests.schedules import schedule_of
 from trio_edge.profiling import cli as cli_profile
 from trio_edge.profiling.predict.answer import graph_runs, predict
 from trio_edge.profiling.predict.models import MODELS
@@ -24,7 +25,6 @@ from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import probe_graphs
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.tables import print_table, wide_console
-from trio_edge.trio.budgets import parse_schedule
 from trio_edge.trio.cost.bundle_work import graph_work
 from trio_edge.trio.cost.devices import DEVICES
 from trio_edge.trio.cost.work import range_work
@@ -169,7 +169,7 @@ def test_a_model_without_a_bundle_has_the_exporters_usual_buckets() -> None:
 
 def test_an_image_with_fewer_tokens_than_a_bundle_keeps_is_refused(reduced_bundle: Path) -> None:
     manifest = open_bundle(reduced_bundle).manifest
-    keeps_most = msgspec.structs.replace(manifest, schedule=parse_schedule("1:40,2:6"))
+    keeps_most = msgspec.structs.replace(manifest, schedule=schedule_of("1:40,2:6"))
     with pytest.raises(ScheduleError, match=r"layer 1: expected to keep <= 24 .* got 40"):
         plan_for(manifest=keeps_most, image_size=(24, 24)).setting()
 

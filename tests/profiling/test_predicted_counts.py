@@ -9,6 +9,7 @@ import pytest
 
 from tests.bundles import export
 from tests.matmul_flops import example_feeds, matmul_flops
+from tests.schedules import schedule_for, schedule_of
 from tests.spec.test_selectors_through_bundles import STAGE_METHODS
 from trio_edge.export.check.fit import FitImage, FitInputs, estimate
 from trio_edge.export.checkpoints.checkpoint import ALIASES
@@ -17,7 +18,6 @@ from trio_edge.profiling.predict.models import MODELS
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.trio.budgets import method_schedule, preset_schedule
 from trio_edge.trio.cost.bundle_work import counted, graph_work
 from trio_edge.trio.cost.memory import tiles_of
 from trio_edge.trio.cost.work import (
@@ -108,7 +108,7 @@ def test_a_selection_before_the_decoder_has_the_products_that_are_counted(checkp
 def test_a_bundle_is_predicted_at_another_keep_with_its_own_method(checkpoint: Path) -> None:
     manifest = open_bundle(export(checkpoint, schedule=STAGE_METHODS["fastv"])).manifest
     setting = plan_for(manifest=manifest, keep="50%").setting()
-    assert setting.schedule == method_schedule("fastv", 0.5, num_layers=3, num_visual=setting.sizes["N"])
+    assert setting.schedule == schedule_for(0.5, method="fastv", num_layers=3, num_visual=setting.sizes["N"])
     assert setting.schedule != manifest.schedule
 
 
@@ -181,5 +181,5 @@ def test_a_keep_above_what_enters_the_decoder_is_refused_as_by_the_exporter(
 
 def test_a_keep_gives_the_exporters_stages() -> None:
     setting = plan_for(model="llava-1.5-7b", keep="11.1%").setting()
-    assert setting.schedule == preset_schedule("llava-1.5-7b", "11.1%")
+    assert setting.schedule == schedule_of("1:92,10:54,15:22")
     assert setting.visual_rows == (576, 92, 54, 22)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.bundles import export
+from tests.schedules import schedule_for
 from tests.serving.server import RunningServer, running
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.serving.cli import command
-from trio_edge.trio.budgets import schedule_for_keep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +35,7 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[RunningServer]:
     """Serves the packaged model as the document does."""
-    stages = schedule_for_keep(1 / 9, num_layers=16, num_visual=192)
+    stages = schedule_for(1 / 9, num_layers=16, num_visual=192)
     bundles = {
         "tiny": export("tiny", dtype="float32", schedule=stages),
         "tiny-all": export("tiny", dtype="float32"),

@@ -11,8 +11,8 @@ from tests.matmul_flops import example_feeds, matmul_flops
 from tests.spec.test_selectors_through_bundles import STAGE_METHODS
 from tests.trio.selectors.token_graph import NUM_KEEP, D, E, F, T, export_once, random_case
 from trio_edge.calibration.evaluate.answer_cost import prefill_flops
+from trio_edge.export.plan import token_selector
 from trio_edge.export.quantize.plan import parse_plan
-from trio_edge.export.token_selectors import token_selector
 from trio_edge.runtime.bundle.graph_io import gradient_graph, is_probe, probe_graphs
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage

@@ -12,10 +12,10 @@ import pytest
 
 from tests.bundles import export
 from tests.calibration.question_files import drawn_questions
+from tests.schedules import schedule_for
 from trio_edge.calibration.evaluate.answering import Outcome, answer
 from trio_edge.calibration.questions import Question, read_questions
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.trio.budgets import schedule_for_keep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +35,7 @@ def keep_all() -> Iterator[Pipeline]:
 
 @pytest.fixture(scope="module")
 def reduced() -> Iterator[Pipeline]:
-    schedule = schedule_for_keep(1 / 9, num_layers=16, num_visual=192)
+    schedule = schedule_for(1 / 9, num_layers=16, num_visual=192)
     with Pipeline.from_bundle(export("tiny", dtype="float32", schedule=schedule)) as pipeline:
         yield pipeline
 

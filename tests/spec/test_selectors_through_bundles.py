@@ -19,10 +19,17 @@ from tests.pictures import random_picture
 from tests.spec.reduced_reference import causal_layer
 from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.calibration.evaluate.answer_cost import prefill_flops, processed_tokens
-from trio_edge.export.token_selectors import stage_selector, token_selector
+from trio_edge.export.plan import token_selector
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.trio.selectors.interface import PromptInputs, Selection, StageInputs, TokenInputs
+from trio_edge.trio.methods import token_method
+from trio_edge.trio.selectors.interface import (
+    PromptInputs,
+    Selection,
+    StageInputs,
+    TokenInputs,
+    stage_selector,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -191,10 +198,10 @@ def test_a_method_before_the_decoder_equals_its_module(
             sequence = Sequence(original, pipeline, picture)
             selector = token_selector(method, num_keep=15)
             is_newline = sequence.index == len(sequence.pixels) * 9
-            more = tower_features(sequence) if selector.needs_features else {}
-            if selector.needs_text:
+            more = tower_features(sequence) if token_method(method).reads_features else {}
+            if token_method(method).reads_text:
                 more |= {"text_TD": sequence.after, "num_text": scalar(len(sequence.after))}
-            if selector.needs_previous:  # an image has no frames before it
+            if token_method(method).reads_previous:  # an image has no frames before it
                 more |= {"previous_ND": sequence.tokens, "has_previous": scalar(0)}
             count = len(sequence.visual)
             selection = selector(TokenInputs(sequence.tokens, scalar(count), is_newline, **more))

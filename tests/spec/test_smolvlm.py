@@ -38,9 +38,9 @@ from trio_edge.calibration.questions import read_questions
 from trio_edge.export.checkpoints.checkpoint import ALIASES, canonical_name, read_checkpoint
 from trio_edge.export.checkpoints.text_files import read_text_files
 from trio_edge.export.families.smolvlm import SmolVlm
+from trio_edge.export.plan import token_selector
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
-from trio_edge.export.token_selectors import token_selector
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
@@ -49,6 +49,7 @@ from trio_edge.runtime.images.interface import image_processing
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.prompts.chat import SMOLVLM_TEMPLATE, build_messages, render_chat
 from trio_edge.runtime.prompts.tokenizer import Inset
+from trio_edge.trio.methods import token_method
 from trio_edge.trio.selectors.interface import TokenInputs
 
 if TYPE_CHECKING:
@@ -246,7 +247,9 @@ def test_a_selection_before_the_decoder_leaves_each_token_in_its_tile(
             _ = answer.text
             whole = prompt_of(model, hugging_face_inputs(pipeline, picture, PROMPTS[1]))
             count, after = len(whole.visual), whole.embeds[0, whole.visual[-1] + 1 :]
-            text = {"text_TD": after, "num_text": scalar(len(after))} if selector.needs_text else {}
+            text = (
+                {"text_TD": after, "num_text": scalar(len(after))} if token_method(method).reads_text else {}
+            )
             newline = torch.zeros(count, dtype=torch.bool)
             kept = selector(TokenInputs(whole.tokens, scalar(count), newline, **text)).kept_K.tolist()
             assert pipeline._vision._kept["reduce"].tolist() == kept

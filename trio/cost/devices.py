@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from trio_edge.runtime.bundle.errors import TargetError
@@ -65,185 +64,114 @@ class DeviceSpec:
         return self.sources[field].status == "verified"
 
 
-_verified = partial(Source, status="verified")
-_third_party = partial(Source, status="third-party")
-_derived = partial(Source, status="derived")
-_unverified = partial(Source, status="unverified")
-
-_NAME = _verified("the module's name")
-_SM87 = _derived(
-    "CUDA deviceQuery of an Orin NX: capability 8.7; the other Orin modules have the same GPU generation"
-)
-_NO_FP8 = _derived("FP8 came with compute capability 8.9")
-_TWICE_FP16 = _derived("twice the float16 rate, as on the RTX 4090")
-_JETPACK = _verified(
-    "JetPack 6.1 and 6.2: docs.pytorch.org/TensorRT/getting_started/jetpack.html; 7.2: TensorRT Edge-LLM's performance page"
-)
-_ORIN_TENSORRT = ("10.3", "10.16")
+_NO_FP8 = Source("FP8 came with compute capability 8.9", "derived")
+_TWICE_FP16 = Source("twice the float16 rate, as on the RTX 4090", "derived")
+_ASSUMED = "assumed: about {} GiB of carve-outs and 1.5 GiB for a system without desktop"
 _RATE_RULE = "SMs x clock x 2048 float16 FLOP (4096 int8 operations), the rule that gives the 64 GB module its 170 sparse TOPS"
-_AGX_BANDWIDTH = _third_party("a public table of device rates; 256 bits of LPDDR5 at 6400 MT/s give the same")
-_DISCRETE_RESERVE = _unverified("assumed: 1 GiB for the display, the driver and the CUDA context")
-_SPEC_SHEET = _unverified("the vendor's published specification, not checked")
-_RTX_4090 = _third_party("waredb.com/processor/nvidia-geforce-rtx-4090")
-
-
-def _orin(
-    name: str,
-    *,
-    memory_gib: int,
-    reserve_gib: float,
-    reserve: Source,
-    bandwidth: tuple[float, Source],
-    fp16_flops: float,
-    rates: Source,
-) -> DeviceSpec:
-    """Return an Orin module, whose int8 rate is twice its float16 rate."""
-    return DeviceSpec(
-        name=name,
-        memory_bytes=memory_gib * GIB,
-        reserve_bytes=int(reserve_gib * GIB),
-        bandwidth_bytes_per_s=bandwidth[0],
-        fp16_flops=fp16_flops,
-        int8_ops=2 * fp16_flops,
-        fp8_flops=None,
-        compute_capability=(8, 7),
-        tensorrt=_ORIN_TENSORRT,
-        sources={
-            "memory_bytes": _NAME,
-            "reserve_bytes": reserve,
-            "bandwidth_bytes_per_s": bandwidth[1],
-            "fp16_flops": rates,
-            "int8_ops": rates,
-            "fp8_flops": _NO_FP8,
-            "compute_capability": _SM87,
-            "tensorrt": _JETPACK,
-        },
-    )
-
-
-def _geforce(
-    name: str,
-    *,
-    memory_gib: int,
-    bandwidth: float,
-    fp16_flops: float,
-    int8_ops: float,
-    fp8: tuple[float | None, Source],
-    compute_capability: tuple[int, int],
-    source: Source,
-) -> DeviceSpec:
-    """Return a GeForce card; ``source`` is that of all values but the FP8 rate."""
-    fields = ("memory_bytes", "bandwidth_bytes_per_s", "fp16_flops", "int8_ops")
-    return DeviceSpec(
-        name=name,
-        memory_bytes=memory_gib * GIB,
-        reserve_bytes=GIB,
-        bandwidth_bytes_per_s=bandwidth,
-        fp16_flops=fp16_flops,
-        int8_ops=int8_ops,
-        fp8_flops=fp8[0],
-        compute_capability=compute_capability,
-        tensorrt=(),
-        sources={
-            **dict.fromkeys(fields, source),
-            "fp8_flops": fp8[1],
-            "reserve_bytes": _DISCRETE_RESERVE,
-            "compute_capability": _derived("its architecture's; tensorrt-rtx 1.7 builds for it"),
-            "tensorrt": _verified("tensorrt-rtx is a Python package; no JetPack decides"),
-        },
-    )
-
-
-_ALL = (
-    _orin(
-        "jetson-agx-orin-64",
-        memory_gib=64,
-        reserve_gib=4.5,
-        reserve=_unverified("assumed: about 3 GiB of carve-outs and 1.5 GiB for a system without desktop"),
-        bandwidth=(204.8e9, _AGX_BANDWIDTH),
-        fp16_flops=42.5e12,
-        rates=_derived(
-            "half of 170 sparse int8 TOPS of the GPU: NVIDIA's technical brief, quoted at mzph.cn/web/30785.shtml, and"
-            " the README of NVIDIA/Deep-Learning-Accelerator-SW"
-        ),
-    ),
-    _orin(
-        "jetson-agx-orin-32",
-        memory_gib=32,
-        reserve_gib=3.5,
-        reserve=_unverified("assumed: about 2 GiB of carve-outs and 1.5 GiB for a system without desktop"),
-        bandwidth=(204.8e9, _AGX_BANDWIDTH),
-        fp16_flops=26.7e12,
-        rates=_derived(
-            f"14 SMs at 0.93 GHz (6.66 TFLOPS without tensor cores: huggingface/huggingface.js#1333); {_RATE_RULE}"
-        ),
-    ),
-    _orin(
-        "jetson-orin-nx-16",
-        memory_gib=16,
-        reserve_gib=3.4,
-        reserve=_derived(
-            "deviceQuery sees 15189422080 bytes (gist atinfinity/8cede915acda05d0ff427c09604735dd), less 1.5 GiB assumed"
-            " for a system without desktop"
-        ),
-        bandwidth=(102.4e9, _third_party("techpowerup.com, quoted in huggingface/huggingface.js#1333")),
-        fp16_flops=15.0e12,
-        rates=_derived(f"8 SMs at 0.918 GHz (deviceQuery, not the faster Super mode); {_RATE_RULE}"),
-    ),
-    _orin(
-        "jetson-orin-nano-8",
-        memory_gib=8,
-        reserve_gib=2.1,
-        reserve=_unverified("assumed: about 0.6 GiB of carve-outs and 1.5 GiB for a system without desktop"),
-        bandwidth=(
-            102.0e9,
-            _third_party("Super mode: golemfactory/yagna#3405 quotes NVIDIA's page (68 GB/s without it)"),
-        ),
-        fp16_flops=16.7e12,
-        rates=_derived(f"8 SMs at 1.02 GHz in Super mode (67 sparse int8 TOPS); {_RATE_RULE}"),
-    ),
-    _geforce(
-        "rtx-3090",
-        memory_gib=24,
-        bandwidth=936e9,
-        fp16_flops=71e12,
-        int8_ops=284e12,
-        fp8=(None, _NO_FP8),
-        compute_capability=(8, 6),
-        source=_SPEC_SHEET,
-    ),
-    _geforce(
-        "rtx-4060",
-        memory_gib=8,
-        bandwidth=272e9,
-        fp16_flops=30e12,
-        int8_ops=121e12,
-        fp8=(60e12, _TWICE_FP16),
-        compute_capability=(8, 9),
-        source=_SPEC_SHEET,
-    ),
-    _geforce(
-        "rtx-4090",
-        memory_gib=24,
-        bandwidth=1008e9,
-        fp16_flops=165.2e12,
-        int8_ops=660.6e12,
-        fp8=(330.3e12, _RTX_4090),
-        compute_capability=(8, 9),
-        source=_RTX_4090,
-    ),
-    _geforce(
-        "rtx-5090",
-        memory_gib=32,
-        bandwidth=1792e9,
-        fp16_flops=209.5e12,
-        int8_ops=838e12,
-        fp8=(419e12, _TWICE_FP16),
-        compute_capability=(12, 0),
-        source=_SPEC_SHEET,
-    ),
+_AGX_BANDWIDTH = Source(
+    "a public table of device rates; 256 bits of LPDDR5 at 6400 MT/s give the same", "third-party"
 )
-DEVICES: dict[str, DeviceSpec] = {device.name: device for device in _ALL}
+_RTX_4090 = Source("waredb.com/processor/nvidia-geforce-rtx-4090", "third-party")
+_SPEC_SHEET = Source("the vendor's published specification, not checked", "unverified")
+_ORIN = {
+    "memory_bytes": Source("the module's name", "verified"),
+    "fp8_flops": _NO_FP8,
+    "compute_capability": Source(
+        "CUDA deviceQuery of an Orin NX: capability 8.7; the other Orin modules have the same GPU generation",
+        "derived",
+    ),
+    "tensorrt": Source(
+        "JetPack 6.1 and 6.2: docs.pytorch.org/TensorRT/getting_started/jetpack.html; 7.2: TensorRT Edge-LLM's"
+        " performance page",
+        "verified",
+    ),
+}
+_GEFORCE = {
+    **dict.fromkeys(("memory_bytes", "bandwidth_bytes_per_s", "fp16_flops"), _SPEC_SHEET),
+    "reserve_bytes": Source("assumed: 1 GiB for the display, the driver and the CUDA context", "unverified"),
+    "compute_capability": Source("its architecture's; tensorrt-rtx 1.7 builds for it", "derived"),
+    "tensorrt": Source("tensorrt-rtx is a Python package; no JetPack decides", "verified"),
+}
+_SOURCES: dict[str, dict[str, Source]] = {
+    "jetson-agx-orin-64": {
+        **_ORIN,
+        "reserve_bytes": Source(_ASSUMED.format(3), "unverified"),
+        "bandwidth_bytes_per_s": _AGX_BANDWIDTH,
+        "fp16_flops": Source(
+            "half of 170 sparse int8 TOPS of the GPU: NVIDIA's technical brief, quoted at mzph.cn/web/30785.shtml, and"
+            " the README of NVIDIA/Deep-Learning-Accelerator-SW",
+            "derived",
+        ),
+    },
+    "jetson-agx-orin-32": {
+        **_ORIN,
+        "reserve_bytes": Source(_ASSUMED.format(2), "unverified"),
+        "bandwidth_bytes_per_s": _AGX_BANDWIDTH,
+        "fp16_flops": Source(
+            "14 SMs at 0.93 GHz (6.66 TFLOPS without tensor cores: huggingface/huggingface.js#1333);"
+            f" {_RATE_RULE}",
+            "derived",
+        ),
+    },
+    "jetson-orin-nx-16": {
+        **_ORIN,
+        "reserve_bytes": Source(
+            "deviceQuery sees 15189422080 bytes (gist atinfinity/8cede915acda05d0ff427c09604735dd), less 1.5 GiB assumed"
+            " for a system without desktop",
+            "derived",
+        ),
+        "bandwidth_bytes_per_s": Source(
+            "techpowerup.com, quoted in huggingface/huggingface.js#1333", "third-party"
+        ),
+        "fp16_flops": Source(
+            f"8 SMs at 0.918 GHz (deviceQuery, not the faster Super mode); {_RATE_RULE}", "derived"
+        ),
+    },
+    "jetson-orin-nano-8": {
+        **_ORIN,
+        "reserve_bytes": Source(_ASSUMED.format(0.6), "unverified"),
+        "bandwidth_bytes_per_s": Source(
+            "Super mode: golemfactory/yagna#3405 quotes NVIDIA's page (68 GB/s without it)", "third-party"
+        ),
+        "fp16_flops": Source(
+            f"8 SMs at 1.02 GHz in Super mode (67 sparse int8 TOPS); {_RATE_RULE}", "derived"
+        ),
+    },
+    "rtx-3090": {**_GEFORCE, "fp8_flops": _NO_FP8},
+    "rtx-4060": {**_GEFORCE, "fp8_flops": _TWICE_FP16},
+    "rtx-4090": {
+        **_GEFORCE,
+        **dict.fromkeys(("memory_bytes", "bandwidth_bytes_per_s", "fp16_flops", "fp8_flops"), _RTX_4090),
+    },
+    "rtx-5090": {**_GEFORCE, "fp8_flops": _TWICE_FP16},
+}
+"""By device and field; int8 rates have the source of float16 rates."""
+_NUMBERS: dict[str, tuple[int, float, float, float, float, float | None, tuple[int, int]]] = {
+    # GiB, GiB of the reserve, bandwidth, rates of float16, int8 and FP8, compute capability
+    "jetson-agx-orin-64": (64, 4.5, 204.8e9, 42.5e12, 85e12, None, (8, 7)),
+    "jetson-agx-orin-32": (32, 3.5, 204.8e9, 26.7e12, 53.4e12, None, (8, 7)),
+    "jetson-orin-nx-16": (16, 3.4, 102.4e9, 15e12, 30e12, None, (8, 7)),
+    "jetson-orin-nano-8": (8, 2.1, 102e9, 16.7e12, 33.4e12, None, (8, 7)),
+    "rtx-3090": (24, 1, 936e9, 71e12, 284e12, None, (8, 6)),
+    "rtx-4060": (8, 1, 272e9, 30e12, 121e12, 60e12, (8, 9)),
+    "rtx-4090": (24, 1, 1008e9, 165.2e12, 660.6e12, 330.3e12, (8, 9)),
+    "rtx-5090": (32, 1, 1792e9, 209.5e12, 838e12, 419e12, (12, 0)),
+}
+DEVICES: dict[str, DeviceSpec] = {
+    name: DeviceSpec(
+        name=name,
+        memory_bytes=memory * GIB,
+        reserve_bytes=int(reserve * GIB),
+        bandwidth_bytes_per_s=bandwidth,
+        fp16_flops=fp16,
+        int8_ops=int8,
+        fp8_flops=fp8,
+        compute_capability=capability,
+        tensorrt=("10.3", "10.16") if capability == (8, 7) else (),
+        sources={**_SOURCES[name], "int8_ops": _SOURCES[name]["fp16_flops"]},
+    )
+    for name, (memory, reserve, bandwidth, fp16, int8, fp8, capability) in _NUMBERS.items()
+}
 
 
 def find_device(name: str, *, option: str = "--target") -> DeviceSpec:

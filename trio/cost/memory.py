@@ -114,25 +114,22 @@ def bundle_bytes(
         before: Bytes of ``scratch_before``; 0 if nothing is between vision and decoder.
         element_bytes: b.
     """
-    row_bytes = kv_row_bytes(decoder, bytes_per_cached=bytes_per_cached)
+    row_bytes, size = kv_row_bytes(decoder, bytes_per_cached=bytes_per_cached), element_bytes
     probed = weights.layers[-1] if stage_method(schedule.method).has_probe else weights.select
-    repeated = repeated_weights(schedule, decoder, layers_quantized=weights.layers[-1] < element_bytes)
+    repeated = repeated_weights(schedule, decoder, layers_quantized=weights.layers[-1] < size)
+    rows_of = [(layers, rows + text_rows) for layers, rows in ranges]
+    head = rows_of[-1][1] * decoder.hidden_size * size + 4 * decoder.vocab_size
+    # The bytes of each graph at the largest prefill; a selection precedes each layer range but the first.
+    graphs = [head, before, 0 if tiles is None else _vision_bytes(tiles, size)]
+    graphs += [_range_bytes(decoder, rows, size) + layers * rows * row_bytes for layers, rows in rows_of]
+    graphs += [_select_bytes(decoder, rows, text_rows, schedule, size) for _, rows in ranges[:-1]]
     return BundleBytes(
         layers=layer_weights(decoder) * sum(weights.layers),
         head_and_vision=decoder.vocab_size * decoder.hidden_size * weights.head
         + vision_params * weights.vision,
         repeated=repeated * probed,
-        kv_caches=kv_cache_bytes(ranges, other_rows=text_rows + new_rows, row_bytes=row_bytes),
-        activations=largest_activations(
-            decoder,
-            ranges=ranges,
-            text_rows=text_rows,
-            probe_rows=schedule.num_probe_rows,
-            cache_row_bytes=row_bytes,
-            tiles=tiles,
-            before=before,
-            element_bytes=element_bytes,
-        ),
+        kv_caches=row_bytes * sum(layers * (rows + new_rows) for layers, rows in rows_of),
+        activations=max(graphs),
     )
 
 
@@ -142,13 +139,12 @@ def repeated_weights(schedule: Schedule, decoder: Dimensions, *, layers_quantize
     A probe shares the weights of the head and of its layer, but reads keys, values and output projection of a quantized layer
     again (``export/graphs/probe.py``).
     """
-    num_stages = len(schedule.stages)
     row = stage_method(schedule.method)
     queries, keys, values, output, *_ = (inputs * outputs for inputs, outputs in layer_matrices(decoder))
-    if row.has_probe:
-        return num_stages * (keys + values + output) if layers_quantized else 0
     in_stage = {"queries and keys": queries + keys, "keys": keys, "nothing": 0}[row.repeats]
-    return num_stages * in_stage
+    if row.has_probe and layers_quantized:
+        in_stage += keys + values + output
+    return len(schedule.stages) * in_stage
 
 
 def layers_and_rows(schedule: Schedule, *, num_layers: int, entering: int) -> tuple[tuple[int, int], ...]:
@@ -157,17 +153,6 @@ def layers_and_rows(schedule: Schedule, *, num_layers: int, entering: int) -> tu
     # If there are fewer tokens than a stage keeps, it keeps all of them.
     rows = [entering, *(min(stage.keep, entering) for stage in schedule.stages)]
     return tuple((stop - start, count) for start, stop, count in zip(starts, starts[1:], rows))
-
-
-def kv_cache_bytes(ranges: Sequence[tuple[int, int]], *, other_rows: int, row_bytes: int) -> int:
-    """Return the bytes of all KV caches at full capacity.
-
-    Args:
-        ranges: Number of layers and visual rows of each range.
-        other_rows: Rows of text and new tokens.
-        row_bytes: Bytes per row and layer.
-    """
-    return row_bytes * sum(layers * (rows + other_rows) for layers, rows in ranges)
 
 
 def tiles_of(tower: VisionDimensions, sizes: Mapping[str, int]) -> Tiles:
@@ -191,42 +176,6 @@ def num_head_blocks(num_heads: int, num_patches: int) -> int:
     return max(1, num_heads)
 
 
-def largest_activations(
-    decoder: Dimensions,
-    *,
-    ranges: Sequence[tuple[int, int]],
-    text_rows: int,
-    probe_rows: int,
-    cache_row_bytes: int,
-    tiles: Tiles | None,
-    before: int,
-    element_bytes: int,
-) -> int:
-    """Return the bytes of the graph that needs most, at the largest prefill.
-
-    Args:
-        decoder: The decoder's sizes.
-        ranges: Number of layers and visual rows of each range; a selection precedes each but the first.
-        text_rows: Rows that are not visual.
-        probe_rows: R of a selection.
-        cache_row_bytes: KV cache's bytes per row and layer.
-        tiles: Tiles of the largest image; None if the vision tower is unknown.
-        before: Result of ``scratch_before``; 0 without a selection before the decoder.
-        element_bytes: b.
-    """
-    visual = [rows for _, rows in ranges]
-    layers = (
-        _range_bytes(decoder, rows + text_rows, element_bytes) + count * (rows + text_rows) * cache_row_bytes
-        for count, rows in ranges
-    )
-    selects = (
-        _select_bytes(decoder, rows, rows + text_rows, probe_rows, element_bytes) for rows in visual[:-1]
-    )
-    head = (visual[-1] + text_rows) * decoder.hidden_size * element_bytes + 4 * decoder.vocab_size
-    vision = 0 if tiles is None else _vision_bytes(tiles, element_bytes)
-    return max(*layers, *selects, head, vision, before)
-
-
 def scratch_before(
     selection: TokenSelection, texts: Texts | None, *, num_visual: int, element_bytes: int
 ) -> int:
@@ -247,9 +196,9 @@ def _range_bytes(decoder: Dimensions, rows: int, size: int) -> int:
     return 3 * rows * decoder.hidden_size * size + 4 * rows**2 + max(attention, mlp)
 
 
-def _select_bytes(decoder: Dimensions, num_visual: int, rows: int, probe_rows: int, size: int) -> int:
-    probe = probe_rows * decoder.vocab_size * (4 + size)
-    return rows * decoder.hidden_size * (3 * size + 8) + 8 * num_visual**2 + probe
+def _select_bytes(decoder: Dimensions, num_visual: int, text_rows: int, schedule: Schedule, size: int) -> int:
+    probe = schedule.num_probe_rows * decoder.vocab_size * (4 + size)
+    return (num_visual + text_rows) * decoder.hidden_size * (3 * size + 8) + 8 * num_visual**2 + probe
 
 
 def _vision_bytes(tiles: Tiles, size: int) -> int:

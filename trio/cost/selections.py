@@ -32,7 +32,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from trio_edge.runtime.bundle.graph_io import num_candidates, num_clip_texts
-from trio_edge.trio.cost.work import LAUNCHES_PER_PROBE, Product, Work, flops_of, sum_of
+from trio_edge.trio.cost.work import LAUNCHES_PER_PROBE, Product, Work, flops_of, layer_matrices, sum_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 TrioPiece = Literal["probe", "gradient", "saliency", "select"]
 SaliencyForm = Literal["direct", "key_gram", "key_value_gram"]
 SALIENCY_FORMS: tuple[SaliencyForm, ...] = ("direct", "key_gram", "key_value_gram")
-_MIRRORED_FROM = 1024
-_MIRROR_SHARE = 5 / 8
-"""Share of the similarities that ``nms`` computes if N is fixed and at least ``_MIRRORED_FROM``."""
+NMS_BLOCKS = 4
+NMS_MIRRORED_FROM = 1024
+"""``nms`` computes the similarities in ``NMS_BLOCKS`` blocks and mirrors them, if N is fixed and at least this."""
 _LAUNCHES_PER_ROUND = 3
 NUM_DART_PIVOTS = 4
 """Pivots among visual tokens, and as many among text rows."""
@@ -180,18 +180,6 @@ def trio_flops(decoder: Dimensions, schedule: Schedule, sizes: StageSizes) -> fl
     return trio_work(decoder, schedule, sizes).flops
 
 
-def probe_products(decoder: Dimensions, sizes: ProbeSizes) -> list[Product]:
-    """Return the products of one closed-form probe, including the head's."""
-    head = Product(
-        rows=sizes.num_probe_rows,
-        inner=decoder.hidden_size,
-        columns=decoder.vocab_size,
-        count=2,
-        weights="head",
-    )
-    return [*forward_products(decoder, sizes), head, *backward_products(decoder, sizes)]
-
-
 def forward_products(decoder: Dimensions, sizes: ProbeSizes, *, is_quantized: bool = False) -> list[Product]:
     """Return the products of a probe's forward half: keys of all rows, and the layer on R rows."""
     hidden, queries = decoder.hidden_size, decoder.num_heads * decoder.head_size
@@ -211,14 +199,10 @@ def backward_products(decoder: Dimensions, sizes: ProbeSizes, *, is_quantized: b
 
 def _layer_products(decoder: Dimensions, *, rows: int) -> list[Product]:
     """Return the products with output projection, then with the MLP; both directions have the same."""
-    hidden, inner = decoder.hidden_size, decoder.intermediate_size
-    shapes = (
-        (decoder.num_heads * decoder.head_size, hidden),
-        (hidden, inner),
-        (hidden, inner),
-        (inner, hidden),
-    )
-    return [Product(rows=rows, inner=inputs, columns=outputs, weights="layer") for inputs, outputs in shapes]
+    return [
+        Product(rows=rows, inner=inputs, columns=outputs, weights="layer")
+        for inputs, outputs in layer_matrices(decoder)[3:]
+    ]
 
 
 def saliency_products(form: SaliencyForm, sizes: ProbeSizes) -> list[Product]:
@@ -272,11 +256,10 @@ def cheapest_form(sizes: ProbeSizes) -> SaliencyForm:
     return min(SALIENCY_FORMS, key=lambda form: flops_of(saliency_products(form, sizes)))
 
 
-def nms_products(
-    num_visual: int, *, hidden_size: int, rounds: int = 16, one_size: bool = True
-) -> list[Product]:
+def nms_products(num_visual: int, *, hidden_size: int, rounds: int, one_size: bool = True) -> list[Product]:
     """Return the product of the similarities, and that of all rounds."""
-    share = _MIRROR_SHARE if one_size and num_visual >= _MIRRORED_FROM else 1.0
+    is_mirrored = one_size and num_visual >= NMS_MIRRORED_FROM
+    share = (NMS_BLOCKS + 1) / (2 * NMS_BLOCKS) if is_mirrored else 1.0
     return [
         Product(rows=num_visual, inner=hidden_size, columns=num_visual, count=share),
         Product(rows=1, inner=num_visual, columns=num_visual, count=rounds),

@@ -14,8 +14,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
 
 from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.trio.methods import stage_method
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,9 +63,9 @@ class StageInputs(NamedTuple):
     length: Tensor
     """[1] int32, real rows."""
     previous_SD: Tensor | None = None
-    """[S, D], input of layer l - 1; for selectors with ``needs_previous``."""
+    """[S, D], input of layer l - 1; for methods with ``reads_previous``."""
     prompt: PromptInputs | None = None
-    """For selectors with ``needs_prompt``."""
+    """For methods with ``reads_prompt``."""
     saliency_N: Tensor | None = None
     """[N] float32, scores of a probe that has run before, -1 at padding."""
     image_N: Tensor | None = None
@@ -93,23 +95,23 @@ class TokenInputs(NamedTuple):
     is_newline_N: Tensor | None = None
     """[N] bool, whether a token shows no part of the image."""
     features_NF: Tensor | None = None
-    """[N, F], vision encoder's features before the projector; 0 at newlines. With ``needs_features``."""
+    """[N, F], vision encoder's features before the projector; 0 at newlines. With ``reads_features``."""
     keys_NE: Tensor | None = None
-    """[N, E], encoder's attention keys, mean over heads, of the layer before the last. With ``needs_features``."""
+    """[N, E], encoder's attention keys, mean over heads, of the layer before the last. With ``reads_features``."""
     attention_N: Tensor | None = None
     """[N] float32, attention of the class row (or attention received), mean over heads; 0 at newlines. With
-    ``needs_features``."""
+    ``reads_features``."""
     text_TD: Tensor | None = None
-    """[T, D], embeddings of the user's text after the image. With ``needs_text``."""
+    """[T, D], embeddings of the user's text after the image. With ``reads_text``."""
     num_text: Tensor | None = None
     """[1] int32, real text tokens."""
     clip: ClipInputs | None = None
-    """With ``needs_clip``."""
+    """With ``--clip``."""
     previous_ND: Tensor | None = None
-    """[N, D], visual tokens at the same places in the previous pair of frames. With ``needs_previous``."""
+    """[N, D], visual tokens at the same places in the previous pair of frames. With ``reads_previous``."""
     has_previous: Tensor | None = None
     """[1] int32; 0 for an image and a video's first pair of frames, where ``previous_ND`` is not read. With
-    ``needs_previous``."""
+    ``reads_previous``."""
 
 
 class Selection(NamedTuple):
@@ -148,15 +150,13 @@ class StageParts(NamedTuple):
 
 
 class StageSelector(Protocol):
-    """A selector before a decoder layer; a ``torch.nn.Module``.
+    """A selector before a decoder layer; a ``torch.nn.Module``. Its row in ``trio_edge.trio.methods`` says what it reads.
 
     It may have ``other_inputs``, a mapping of names to ``OtherInput``: see ``other_inputs_of``.
     """
 
     num_keep: int
     """K."""
-    needs_previous: bool
-    needs_prompt: bool
 
     @classmethod
     def for_stage(cls, parts: StageParts) -> StageSelector:
@@ -173,13 +173,48 @@ class TokenSelector(Protocol):
     """
 
     num_keep: int
-    needs_features: bool
-    needs_text: bool
-    needs_clip: bool
-    needs_previous: bool
+    """K."""
 
     def __call__(self, inputs: TokenInputs) -> Selection:
         """Return the selection."""
+
+
+class KeepingModule(nn.Module):
+    """A module that keeps exactly ``num_keep`` tokens; the base of our selectors."""
+
+    def __init__(self, *, num_keep: int) -> None:
+        """Fix K; raise ScheduleError if it is below 1."""
+        super().__init__()
+        check_num_keep(num_keep)
+        self.num_keep = num_keep
+
+
+def stage_selector(
+    model: Any,
+    schedule: Schedule,
+    *,
+    stage: int,
+    max_visual: int,
+    max_images: int = 1,
+    is_quantized: bool = False,
+) -> Any:
+    """Return the ``StageSelector`` of stage number ``stage``, which holds layers, final norm and head of ``model``.
+
+    ``max_visual`` is its largest N; ``is_quantized`` tells whether the weights of its layer are going to be quantized.
+    """
+    keep, layer = schedule.stages[stage].keep, schedule.stages[stage].layer
+    parts = StageParts(
+        previous_layer=model.layers[layer - 1],
+        layer=model.layers[layer],
+        final_norm=model.final_norm,
+        lm_head=model.lm_head,
+        num_keep=keep,
+        max_visual=max_visual,
+        settings=schedule,
+        image_share=keep // max_images if schedule.budget == "image" else None,
+        is_quantized=is_quantized,
+    )
+    return stage_method(schedule.method).load().for_stage(parts)
 
 
 def other_inputs_of(selector: Any) -> Mapping[str, OtherInput]:

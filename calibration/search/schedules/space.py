@@ -10,7 +10,8 @@ import msgspec
 
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.trio.budgets import MAX_TOPK, default_stage_layers, schedule_for_keep
+from trio_edge.trio.budgets import MAX_TOPK, ScheduleRequest, default_layers
+from trio_edge.trio.methods import DEFAULT_METHOD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -154,7 +155,9 @@ def usual_schedules(space: Space, settings: Schedule, averages: Sequence[float])
     result = []
     for average in averages:
         try:
-            made = schedule_for_keep(average, num_layers=space.num_layers, num_visual=space.num_visual)
+            made = ScheduleRequest(average=average).schedule(
+                num_layers=space.num_layers, num_visual=space.num_visual
+            )
         except ScheduleError:
             continue
         if made.stages:
@@ -166,4 +169,5 @@ def _default_layers(num_layers: int) -> tuple[int, ...]:
     last = num_layers - 1
     count = min(last, MAX_LAYERS)
     spread = {1 + round(index * (last - 1) / max(count - 1, 1)) for index in range(count)}
-    return tuple(sorted(spread | set(default_stage_layers(num_layers))))
+    usual = default_layers(DEFAULT_METHOD, num_layers=num_layers)
+    return tuple(sorted(spread.union(*usual)))

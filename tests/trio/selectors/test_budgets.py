@@ -6,21 +6,17 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tests.schedules import schedule_for
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.trio.budgets import (
-    combined_schedule,
-    default_layers,
-    default_positions,
-    method_schedule,
-    schedule_for_keep,
-)
+from trio_edge.trio.budgets import ScheduleRequest, default_layers
+from trio_edge.trio.methods import stage_method
 
 OTHERS: tuple[str, ...] = ("fastv", "pyramiddrop", "dart", "sparsevlm")
 LLAVA = {"num_layers": 32, "num_visual": 576}
 
 
 def _stages(method: str, average: float, **sizes: int) -> list[tuple[int, int]]:
-    schedule = method_schedule(method, average, **{**LLAVA, **sizes})
+    schedule = schedule_for(average, method=method, **{**LLAVA, **sizes})
     return [(stage.layer, stage.keep) for stage in schedule.stages]
 
 
@@ -50,7 +46,7 @@ def test_published_budgets_give_the_published_stages(
 def test_the_budget_is_spent_to_less_than_one_token_of_the_shortest_step(
     method: str, average: float, num_layers: int, num_visual: int
 ) -> None:
-    schedule = method_schedule(method, average, num_layers=num_layers, num_visual=num_visual)
+    schedule = schedule_for(average, method=method, num_layers=num_layers, num_visual=num_visual)
     spent = sum(schedule.tokens_per_layer(num_layers=num_layers, num_visual=num_visual))
     budget = average * num_layers * num_visual
     ends = [*[stage.layer for stage in schedule.stages][1:], num_layers]
@@ -66,7 +62,7 @@ def test_no_schedule_is_above_its_budget(
     method: str, average: float, num_layers: int, num_visual: int
 ) -> None:
     try:
-        schedule = method_schedule(method, average, num_layers=num_layers, num_visual=num_visual)
+        schedule = schedule_for(average, method=method, num_layers=num_layers, num_visual=num_visual)
     except ScheduleError:
         assume(False)
         raise
@@ -103,23 +99,19 @@ def test_pyramid_keeps_follow_one_ratio() -> None:
 
 
 def test_stages_can_be_given() -> None:
-    schedule = method_schedule("fastv", 0.5, layers=(5,), **LLAVA)
+    schedule = schedule_for(0.5, method="fastv", layers=(5,), **LLAVA)
     assert [(stage.layer, stage.keep) for stage in schedule.stages] == [(5, 234)]
 
 
 def test_positions_and_method_are_the_originals() -> None:
     for method in OTHERS:
-        schedule = method_schedule(method, 0.5, **LLAVA)
-        assert (schedule.method, schedule.positions) == (method, default_positions(method))
-    assert method_schedule("fastv", 0.5, positions="compact", **LLAVA).positions == "compact"
-
-
-def test_trio_goes_to_its_own_schedule() -> None:
-    assert method_schedule("trio", 1 / 9, **LLAVA) == schedule_for_keep(1 / 9, **LLAVA)
+        schedule = schedule_for(0.5, method=method, **LLAVA)
+        assert (schedule.method, schedule.positions) == (method, stage_method(method).positions)
+    assert schedule_for(0.5, method="fastv", positions="compact", **LLAVA).positions == "compact"
 
 
 def test_everything_kept_has_no_stage() -> None:
-    assert method_schedule("dart", 1.0, **LLAVA).stages == ()
+    assert schedule_for(1.0, method="dart", **LLAVA).stages == ()
 
 
 @pytest.mark.parametrize(
@@ -134,12 +126,12 @@ def test_impossible_budgets_are_refused(
     method: str, average: float, sizes: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ScheduleError, match=message):
-        method_schedule(method, average, **{**LLAVA, **sizes})
+        schedule_for(average, method=method, **{**LLAVA, **sizes})
 
 
 def test_given_layers_must_lie_in_the_decoder() -> None:
     with pytest.raises(ScheduleError, match=r"expected ascending layers in 1..31, got 32"):
-        method_schedule("fastv", 0.5, layers=(32,), **LLAVA)
+        schedule_for(0.5, method="fastv", layers=(32,), **LLAVA)
 
 
 @pytest.mark.parametrize(
@@ -157,17 +149,19 @@ def test_behind_another_reduction_the_average_is_still_one_of_all_tokens(
     method: str, average: float, entering: int, stages: list[tuple[int, int]]
 ) -> None:
     """The first two are the paper's schedules with encoder reduction."""
-    schedule = combined_schedule(method, average, num_layers=32, picture_tokens=576, entering=entering)
+    schedule = ScheduleRequest(method=method, average=average).schedule(
+        num_layers=32, num_visual=entering, image_tokens=576
+    )
     assert [(stage.layer, stage.keep) for stage in schedule.stages] == stages
     spent = sum(schedule.tokens_per_layer(num_layers=32, num_visual=entering))
     assert spent <= (average + 0.0005) * 32 * 576
 
 
 def test_too_small_a_rest_for_one_stage_halfway_takes_the_usual_ones() -> None:
-    schedule = combined_schedule("trio", 0.1, num_layers=32, picture_tokens=576, entering=300)
+    schedule = ScheduleRequest(average=0.1).schedule(num_layers=32, num_visual=300, image_tokens=576)
     assert [stage.layer for stage in schedule.stages] == [1, 10, 15]
 
 
 def test_without_another_reduction_the_schedule_is_the_methods_own() -> None:
-    sizes = {"picture_tokens": 576, "entering": 576, "num_layers": 32}
-    assert combined_schedule("trio", 1 / 9, **sizes) == method_schedule("trio", 1 / 9, **LLAVA)
+    request = ScheduleRequest(average=1 / 9)
+    assert request.schedule(**LLAVA, image_tokens=576) == request.schedule(**LLAVA)

@@ -19,6 +19,7 @@ from tests.trio.selectors.token_graph import (
     export_selector,
     random_case,
 )
+from trio_edge.trio.methods import TOKEN_METHODS
 from trio_edge.trio.selectors.tokens.cdpruner import CdPruner
 from trio_edge.trio.selectors.tokens.divprune import DivPrune
 from trio_edge.trio.selectors.tokens.eadp import Eadp
@@ -87,9 +88,10 @@ def test_selector_reads_only_what_it_asks_for(selector: Any) -> None:
     inputs = random_case(24).inputs(torch.float32)
     module = selector(num_keep=9)
     unasked: dict[str, None] = {}
-    if not module.needs_features:
+    (row,) = (row for row in TOKEN_METHODS.values() if row.load() is selector)
+    if not row.reads_features:
         unasked |= dict.fromkeys(("features_NF", "keys_NE", "attention_N"))
-    if not module.needs_text:
+    if not row.reads_text:
         unasked |= dict.fromkeys(("text_TD", "num_text"))
     kept_K = module(inputs._replace(is_newline_N=None, **unasked)).kept_K
     assert torch.equal(kept_K, module(inputs).kept_K)

@@ -27,10 +27,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from trio_edge.trio.cost.selections import NUM_DART_PIVOTS as NUM_PIVOTS
 from trio_edge.trio.selectors.interface import (
+    KeepingModule,
     Selection,
     StageInputs,
     StageParts,
@@ -52,19 +53,14 @@ from trio_edge.trio.selectors.stages.row_attention import (
 )
 
 
-class Dart(nn.Module):
+class Dart(KeepingModule):
     """DART's selection; a ``StageSelector``."""
-
-    needs_previous = True
-    needs_prompt = False
 
     def __init__(self, layer: Any, final_norm: Any, *, num_keep: int) -> None:
         """Hold decoder layer l - 1 and the decoder's final norm; raise ScheduleError if K is below 1."""
-        super().__init__()
-        check_num_keep(num_keep)
+        super().__init__(num_keep=num_keep)
         self.layer = layer
         self.final_norm = final_norm
-        self.num_keep = num_keep
         self.num_visual_pivots = min(NUM_PIVOTS, num_keep)
 
     @classmethod
@@ -95,7 +91,7 @@ class Dart(nn.Module):
         return Selection(kept_K, scores_N, settled(inputs))
 
     def _key_norms(self, inputs: StageInputs) -> Float[Tensor, "S"]:
-        assert inputs.previous_SD is not None, "needs_previous"
+        assert inputs.previous_SD is not None, "reads_previous"
         normed_SD = normed_rows(self.layer, inputs.previous_SD, inputs.length)
         key_SGE = rotated_keys(self.layer, normed_SD, inputs.cos_SE, inputs.sin_SE)
         return key_SGE.abs().sum((1, 2))

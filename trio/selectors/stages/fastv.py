@@ -13,27 +13,16 @@ cache.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import nn
+from trio_edge.trio.selectors.stages.row_attention import MostAttended
 
-from trio_edge.trio.selectors.interface import Selection, StageInputs, StageParts, check_num_keep
-from trio_edge.trio.selectors.stages.row_attention import RowAttention
+if TYPE_CHECKING:
+    from trio_edge.trio.selectors.interface import Selection, StageInputs, StageParts
 
 
-class FastV(nn.Module):
+class FastV(MostAttended):
     """FastV's selection; a ``StageSelector``."""
-
-    needs_previous = True
-    needs_prompt = False
-
-    def __init__(self, layer: Any, *, num_keep: int, image_share: int | None = None) -> None:
-        """Hold decoder layer l - 1; raise ScheduleError if K is below 1. ``image_share`` is that of ``StageParts``."""
-        super().__init__()
-        check_num_keep(num_keep)
-        self.attention = RowAttention(layer)
-        self.num_keep = num_keep
-        self.image_share = image_share
 
     @classmethod
     def for_stage(cls, parts: StageParts) -> FastV:
@@ -42,7 +31,5 @@ class FastV(nn.Module):
 
     def forward(self, inputs: StageInputs) -> Selection:
         """Return the tokens with the most attention of the last real row in layer l - 1; raise ScheduleError if N < K."""
-        assert inputs.previous_SD is not None, "needs_previous"
-        return self.attention.most_attended(
-            inputs.previous_SD, inputs, num_keep=self.num_keep, image_share=self.image_share
-        )
+        assert inputs.previous_SD is not None, "reads_previous"
+        return self.selection(inputs.previous_SD, inputs)

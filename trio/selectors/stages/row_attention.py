@@ -22,7 +22,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trio_edge.trio.saliency import head_normed, key_norm, sliding_window
-from trio_edge.trio.selectors.interface import Selection, StageInputs, best_tokens, check_num_keep
+from trio_edge.trio.selectors.interface import (
+    KeepingModule,
+    Selection,
+    StageInputs,
+    best_tokens,
+    check_num_keep,
+)
 
 
 class RowAttention(nn.Module):
@@ -72,23 +78,6 @@ class RowAttention(nn.Module):
         probability_GMS = torch.softmax(scores_GMS, dim=-1)
         return probability_GMS.reshape(H, -1, hidden_SD.shape[0]).transpose(0, 1)
 
-    def most_attended(
-        self, hidden_SD: Tensor, inputs: StageInputs, *, num_keep: int, image_share: int | None
-    ) -> Selection:
-        """Return the ``num_keep`` tokens with the most attention of the last real row, mean over heads.
-
-        Raises:
-            ScheduleError: If N < K.
-        """
-        check_num_keep(num_keep, inputs.visual_rows_N.shape[0])
-        last_1 = inputs.length.to(torch.int64).reshape(1) - 1
-        attention_RHS = self(hidden_SD, inputs.cos_SE, inputs.sin_SE, last_1, inputs.length)
-        scores_N = at_visual_tokens(attention_RHS.mean(1)[0], inputs)
-        kept_K = best_tokens(
-            scores_N, inputs.num_visual, num_keep=num_keep, image_N=inputs.image_N, image_share=image_share
-        )
-        return Selection(kept_K, scores_N, settled(inputs))
-
     def _visible(self, rows_R: Tensor, num_rows: Any, length: Tensor) -> Tensor:
         index_S = torch.arange(num_rows, device=rows_R.device)
         visible_RS = (index_S[None, :] <= rows_R[:, None]) & (index_S < length.reshape(1))[None, :]
@@ -96,6 +85,35 @@ class RowAttention(nn.Module):
         if window is not None:
             visible_RS = visible_RS & (index_S[None, :] > rows_R[:, None] - window)
         return visible_RS
+
+
+class MostAttended(KeepingModule):
+    """Keeps the tokens with the most attention of the last real row in one layer."""
+
+    def __init__(self, layer: Any, *, num_keep: int, image_share: int | None = None) -> None:
+        """Hold the decoder layer; raise ScheduleError if K is below 1. ``image_share`` is that of ``StageParts``."""
+        super().__init__(num_keep=num_keep)
+        self.attention = RowAttention(layer)
+        self.image_share = image_share
+
+    def selection(self, hidden_SD: Float[Tensor, "S D"], inputs: StageInputs) -> Selection:
+        """Return the tokens with the most attention, mean over heads; ``hidden_SD`` are the rows that enter the layer.
+
+        Raises:
+            ScheduleError: If N < K.
+        """
+        check_num_keep(self.num_keep, inputs.visual_rows_N.shape[0])
+        last_1 = inputs.length.to(torch.int64).reshape(1) - 1
+        attention_RHS = self.attention(hidden_SD, inputs.cos_SE, inputs.sin_SE, last_1, inputs.length)
+        scores_N = at_visual_tokens(attention_RHS.mean(1)[0], inputs)
+        kept_K = best_tokens(
+            scores_N,
+            inputs.num_visual,
+            num_keep=self.num_keep,
+            image_N=inputs.image_N,
+            image_share=self.image_share,
+        )
+        return Selection(kept_K, scores_N, settled(inputs))
 
 
 class TextRows(NamedTuple):

@@ -39,10 +39,11 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from trio_edge.trio.cost.selections import split_of
 from trio_edge.trio.selectors.interface import (
+    KeepingModule,
     Selection,
     StageInputs,
     StageParts,
@@ -67,21 +68,16 @@ _SAME_POINT = 1e-5
 """Squared distances below this share of the squared lengths are rounding errors of float32."""
 
 
-class SparseVlm(nn.Module):
+class SparseVlm(KeepingModule):
     """SparseVLM's selection; a ``StageSelector``."""
-
-    needs_previous = True
-    needs_prompt = True
 
     def __init__(self, layer: Any, *, num_keep: int, recycle: bool = True) -> None:
         """Hold decoder layer l - 1; raise ScheduleError if K is below 1.
 
         K counts merged rows, too. Without ``recycle`` there are none, and the K best tokens are kept.
         """
-        super().__init__()
-        check_num_keep(num_keep)
+        super().__init__(num_keep=num_keep)
         self.attention = RowAttention(layer)
-        self.num_keep = num_keep
         self.recycle = recycle
 
     @classmethod
@@ -105,7 +101,7 @@ class SparseVlm(nn.Module):
         return Selection(kept_K, scores_N, settled(inputs), weights_KN)
 
     def _scores(self, inputs: StageInputs) -> Float[Tensor, "N"]:
-        assert inputs.previous_SD is not None, "needs_previous"
+        assert inputs.previous_SD is not None, "reads_previous"
         text = text_after(inputs)
         rater_T = rater_weights(inputs)
         attention_TS = self.attention(
@@ -162,7 +158,7 @@ def _split(num_visual: Float[Tensor, "1"], num_keep: int) -> _Split:
 
 def rater_weights(inputs: StageInputs) -> Float[Tensor, "T"]:
     """Return 1 / number of raters at each rater among the text after the image, 0 elsewhere; float32."""
-    assert inputs.prompt is not None, "needs_prompt"
+    assert inputs.prompt is not None, "reads_prompt"
     embeds_FD = real_rows(inputs.prompt.embeds_FD, inputs.prompt.length)
     text = text_after(inputs)
     visual_F = (inputs.prompt.is_visual_F > 0).to(embeds_FD.dtype)

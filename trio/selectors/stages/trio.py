@@ -18,9 +18,6 @@ from trio_edge.trio.selectors.interface import Selection, StageInputs, StagePart
 class Trio(nn.Module):
     """TRIO's selection; a ``StageSelector``."""
 
-    needs_previous = False
-    needs_prompt = False
-
     def __init__(self, saliency: ProxySaliency, nms: FeatureNms) -> None:
         super().__init__()
         self.saliency = saliency

@@ -1,16 +1,22 @@
-"""Helpers of the selectors before the decoder: candidate tokens, and rows made ready for comparison.
+"""Helpers of the selectors before the decoder: candidate tokens, rows made ready for comparison, questions in CLIP's space.
 
 Padding may hold anything, even NaN, so it is replaced before any arithmetic. The working type is float32, or float64 for
-float64 inputs.
+float64 inputs. A text of CLIP is its start token, its words, and the end token, which stands for the whole text; a text
+without an end token is padding.
+Letters: N visual tokens, M texts, L tokens per text, Z width of CLIP's space.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from trio_edge.runtime.bundle.graph_io import END, WORD
 from trio_edge.trio.selectors.interface import (
+    ClipInputs,
     Selection,
     TokenInputs,
     ascending,
@@ -90,3 +96,28 @@ def exact_selection(
     """Return the selection of ``kept_K``, with scores of -1 at padding; it takes no rounds, so ``unsettled`` is 0."""
     scores_N = torch.where(real_N, scores_N.to(torch.float32), -1.0)
     return Selection(kept_K, scores_N, torch.zeros(1, dtype=torch.int32, device=real_N.device), weights_KN)
+
+
+class UnitTexts(NamedTuple):
+    """All texts of a question."""
+
+    unit_MLZ: Tensor
+    """[M, L, Z], words and end tokens scaled to length 1; 0 elsewhere."""
+    is_word_ML: Tensor
+    """[M, L] bool."""
+    is_end_ML: Tensor
+    """[M, L] bool, rows that stand for their texts."""
+    is_real_M: Tensor
+    """[M] bool."""
+
+
+def clip_texts(clip: ClipInputs) -> UnitTexts:
+    """Return the question's texts with rows of length 1, and the kind of each row."""
+    is_end_ML = clip.marks_ML == END
+    unit_RZ = unit_rows(clip.texts_MLZ.flatten(0, 1), (clip.marks_ML > 0).flatten())
+    return UnitTexts(
+        unit_MLZ=unit_RZ.reshape(clip.texts_MLZ.shape),
+        is_word_ML=clip.marks_ML == WORD,
+        is_end_ML=is_end_ML,
+        is_real_M=is_end_ML.to(torch.float32).sum(-1) > 0,
+    )

@@ -33,29 +33,26 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num_keep
+from trio_edge.trio.selectors.interface import KeepingModule, Selection, TokenInputs
 from trio_edge.trio.selectors.tokens.candidates import (
+    clip_texts,
     given,
     real_tokens,
     scaled_to_one,
     shown_tokens,
     unit_rows,
 )
-from trio_edge.trio.selectors.tokens.clip_texts import clip_texts
 from trio_edge.trio.selectors.tokens.greedy import State, greedy_selection, row_at
 
 _FLOOR = 1e-6
 _EXPLAINED = 1e-4
 
 
-class CdPruner(nn.Module):
+class CdPruner(KeepingModule):
     """CDPruner with relevance in the decoder's embedding space or in CLIP's; no parameters."""
-
-    needs_features = False
-    needs_previous = False
 
     def __init__(self, *, num_keep: int, sign: int | None = None, clip: bool = False) -> None:
         """Fix the shape of the selection.
@@ -68,13 +65,11 @@ class CdPruner(nn.Module):
         Raises:
             ScheduleError: If a value is out of range.
         """
-        super().__init__()
-        check_num_keep(num_keep)
-        self.num_keep = num_keep
+        super().__init__(num_keep=num_keep)
         if sign not in (1, -1, None):
             raise ScheduleError(f"sign: expected 1 or -1, got {sign}; -1 negates the cosine")
         self.sign = (-1 if clip else 1) if sign is None else sign
-        self.needs_clip, self.needs_text = clip, not clip
+        self.clip = clip
 
     def forward(self, inputs: TokenInputs) -> Selection:
         """Return the selection; scores give the order of choice, K for the first token."""
@@ -90,7 +85,7 @@ class CdPruner(nn.Module):
         self, inputs: TokenInputs, unit_ND: Float[Tensor, "N D"], shown_N: Bool[Tensor, "N"]
     ) -> Float[Tensor, "N"]:
         """Return each token's mean cosine with the text."""
-        if inputs.clip is None or not self.needs_clip:
+        if inputs.clip is None or not self.clip:
             text_D = mean_text(given(inputs.text_TD, "text_TD"), given(inputs.num_text, "num_text"))
             return (unit_ND * text_D.to(unit_ND.dtype)).sum(-1)
         texts = clip_texts(inputs.clip)

@@ -14,28 +14,17 @@ distance 1 from every other row (there: a division by zero). The K steps read N 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num_keep
+from trio_edge.trio.selectors.interface import KeepingModule, Selection, TokenInputs
 from trio_edge.trio.selectors.tokens.candidates import real_tokens, unit_rows
 from trio_edge.trio.selectors.tokens.greedy import State, greedy_selection, row_at
 
 _FAR = 4.0  # above every distance; these are at most 2
 
 
-class DivPrune(nn.Module):
+class DivPrune(KeepingModule):
     """DivPrune; no parameters."""
-
-    needs_features = False
-    needs_text = False
-    needs_clip = False
-    needs_previous = False
-
-    def __init__(self, *, num_keep: int) -> None:
-        """Fix K; raise ScheduleError if it is below 1."""
-        super().__init__()
-        check_num_keep(num_keep)
-        self.num_keep = num_keep
 
     def forward(self, inputs: TokenInputs) -> Selection:
         """Return the selection; scores give the order of choice, K for the first token."""

@@ -36,11 +36,12 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num_keep, ranks
+from trio_edge.trio.selectors.interface import KeepingModule, Selection, TokenInputs, ranks
 from trio_edge.trio.selectors.tokens.candidates import (
+    clip_texts,
     given,
     masked,
     real_tokens,
@@ -48,7 +49,6 @@ from trio_edge.trio.selectors.tokens.candidates import (
     shown_tokens,
     unit_rows,
 )
-from trio_edge.trio.selectors.tokens.clip_texts import clip_texts
 from trio_edge.trio.selectors.tokens.greedy import cover
 
 _SHARPNESS = 100.0
@@ -56,11 +56,8 @@ _ENTROPY_SCALE = 0.01
 _NEVER = -1e6  # softmax input of excluded tokens; finite, so that its product with a probability of 0 is 0
 
 
-class Eadp(nn.Module):
+class Eadp(KeepingModule):
     """EADP with relevance in the decoder's embedding space or in CLIP's; no parameters."""
-
-    needs_features = False
-    needs_previous = False
 
     def __init__(
         self,
@@ -85,9 +82,7 @@ class Eadp(nn.Module):
         Raises:
             ScheduleError: If a value is out of range.
         """
-        super().__init__()
-        check_num_keep(num_keep)
-        self.num_keep = num_keep
+        super().__init__(num_keep=num_keep)
         for name, value in (("text_share", text_share), ("global_share", global_share)):
             if not 0.0 <= value <= 1.0:
                 raise ScheduleError(f"{name}: expected 0..1, got {value}; give a fraction")
@@ -100,7 +95,7 @@ class Eadp(nn.Module):
         self.global_share = global_share
         self.exponent = exponent
         self.grid = grid
-        self.needs_clip, self.needs_text = clip, not clip
+        self.clip = clip
 
     def forward(self, inputs: TokenInputs) -> Selection:
         """Return the selection; scores give the order of choice, K for the first token."""
@@ -114,7 +109,7 @@ class Eadp(nn.Module):
     def _importance(
         self, inputs: TokenInputs, unit_ND: Float[Tensor, "N D"], shown_N: Bool[Tensor, "N"]
     ) -> Float[Tensor, "N"]:
-        texts = _in_clip(inputs, shown_N) if self.needs_clip else _in_embeddings(inputs, unit_ND)
+        texts = _in_clip(inputs, shown_N) if self.clip else _in_embeddings(inputs, unit_ND)
         dense_MN = self._dense(texts, shown_N)
         fused_MN = self.global_share * texts.whole_MN + (1.0 - self.global_share) * dense_MN
         used_M1 = texts.is_real_M[:, None].to(fused_MN.dtype)
@@ -162,7 +157,7 @@ def _in_embeddings(inputs: TokenInputs, unit_ND: Float[Tensor, "N D"]) -> _Cosin
 
 def _in_clip(inputs: TokenInputs, shown_N: Bool[Tensor, "N"]) -> _Cosines:
     """Return the cosines in CLIP's space, where a text's end token stands for the whole."""
-    assert inputs.clip is not None, "needs_clip"
+    assert inputs.clip is not None, "--clip"
     texts = clip_texts(inputs.clip)
     unit_NZ = unit_rows(inputs.clip.patches_NZ, shown_N)
     cosine_MLN = -(texts.unit_MLZ.to(unit_NZ.dtype) @ unit_NZ.T)

@@ -17,26 +17,15 @@ Differences from the original:
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trio_edge.trio.selectors.interface import Selection, TokenInputs, best_tokens, check_num_keep
+from trio_edge.trio.selectors.interface import KeepingModule, Selection, TokenInputs, best_tokens
 from trio_edge.trio.selectors.tokens.candidates import exact_selection, given, real_tokens, unit_rows
 from trio_edge.trio.selectors.tokens.uniform import evenly_spaced, marks
 
 
-class Evs(nn.Module):
+class Evs(KeepingModule):
     """EVS; no parameters."""
-
-    needs_features = False
-    needs_text = False
-    needs_clip = False
-    needs_previous = True
-
-    def __init__(self, *, num_keep: int) -> None:
-        """Fix K; raise ScheduleError if it is below 1."""
-        super().__init__()
-        check_num_keep(num_keep)
-        self.num_keep = num_keep
 
     def forward(self, inputs: TokenInputs) -> Selection:
         """Return the selection; scores are changes, 0 to 2; in the first pair 1 at kept tokens, 0 elsewhere."""

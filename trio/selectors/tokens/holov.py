@@ -25,14 +25,14 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.interface import (
+    KeepingModule,
     Selection,
     TokenInputs,
     ascending,
-    check_num_keep,
     comes_before,
     ranks,
 )
@@ -49,21 +49,14 @@ _ATTENTION = 1000.0
 _VARIETY = 0.09
 
 
-class HoloV(nn.Module):
+class HoloV(KeepingModule):
     """HoloV; no parameters."""
-
-    needs_features = True
-    needs_text = False
-    needs_clip = False
-    needs_previous = False
 
     def __init__(self, *, num_keep: int, num_chunks: int = 16) -> None:
         """Fix K and P; raise ScheduleError if one is below 1."""
-        super().__init__()
-        check_num_keep(num_keep)
+        super().__init__(num_keep=num_keep)
         if num_chunks < 1:
             raise ScheduleError(f"num_chunks: expected >= 1, got {num_chunks}; the paper uses 16")
-        self.num_keep = num_keep
         self.num_chunks = num_chunks
 
     def forward(self, inputs: TokenInputs) -> Selection:

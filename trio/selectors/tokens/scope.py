@@ -15,27 +15,18 @@ The K steps read N² numbers each.
 
 from __future__ import annotations
 
-from torch import nn
-
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num_keep
+from trio_edge.trio.selectors.interface import KeepingModule, Selection, TokenInputs
 from trio_edge.trio.selectors.tokens.candidates import given, masked, real_tokens, shown_tokens, unit_rows
 from trio_edge.trio.selectors.tokens.greedy import cover
 
 
-class Scope(nn.Module):
+class Scope(KeepingModule):
     """SCOPE; no parameters."""
-
-    needs_features = True
-    needs_text = False
-    needs_clip = False
-    needs_previous = False
 
     def __init__(self, *, num_keep: int, exponent: float = 1.0) -> None:
         """Fix K and α (``exponent``; 0 ignores the attention); raise ScheduleError if one is out of range."""
-        super().__init__()
-        check_num_keep(num_keep)
-        self.num_keep = num_keep
+        super().__init__(num_keep=num_keep)
         if exponent < 0.0:
             raise ScheduleError(f"exponent: expected >= 0, got {exponent}; the paper uses 1")
         self.exponent = exponent

@@ -8,25 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num_keep
+from trio_edge.trio.selectors.interface import KeepingModule, Selection, TokenInputs
 from trio_edge.trio.selectors.tokens.candidates import exact_selection, real_tokens
 
 
-class Uniform(nn.Module):
+class Uniform(KeepingModule):
     """Evenly spaced tokens; no parameters."""
-
-    needs_features = False
-    needs_text = False
-    needs_clip = False
-    needs_previous = False
-
-    def __init__(self, *, num_keep: int) -> None:
-        """Fix K; raise ScheduleError if it is below 1."""
-        super().__init__()
-        check_num_keep(num_keep)
-        self.num_keep = num_keep
 
     def forward(self, inputs: TokenInputs) -> Selection:
         """Return the selection; scores are 1 for the kept tokens and 0 for the others."""

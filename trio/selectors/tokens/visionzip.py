@@ -24,14 +24,14 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.interface import (
+    KeepingModule,
     Selection,
     TokenInputs,
     ascending,
-    check_num_keep,
     indices_by_group,
     ranks,
 )
@@ -45,13 +45,8 @@ from trio_edge.trio.selectors.tokens.candidates import (
 )
 
 
-class VisionZip(nn.Module):
+class VisionZip(KeepingModule):
     """VisionZip; no parameters."""
-
-    needs_features = True
-    needs_text = False
-    needs_clip = False
-    needs_previous = False
 
     def __init__(self, *, num_keep: int, num_contextual: int | None = None, merge: str = "sum") -> None:
         """Fix the shape of the selection.
@@ -64,9 +59,7 @@ class VisionZip(nn.Module):
         Raises:
             ScheduleError: If a value is out of range.
         """
-        super().__init__()
-        check_num_keep(num_keep)
-        self.num_keep = num_keep
+        super().__init__(num_keep=num_keep)
         self.num_contextual = num_keep * 10 // 64 if num_contextual is None else num_contextual
         if not 0 <= self.num_contextual < num_keep:
             raise ScheduleError(
