@@ -38,7 +38,6 @@ from trio_edge.export.quantize.cache import check_cache, quantize_caches
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.export.quantize.store import quantized_bytes, store_quantized
 from trio_edge.export.tracing.graphs import trace_graphs
-from trio_edge.export.tracing.programs import programs_of
 from trio_edge.runtime.bundle.errors import CheckpointError, TrioEdgeError, printable
 from trio_edge.runtime.bundle.files import atomic_folder
 from trio_edge.runtime.bundle.manifest import (
@@ -68,6 +67,7 @@ if TYPE_CHECKING:
     from trio_edge.export.plan import ExportPlan
     from trio_edge.export.quantize.assign import StoredForm
     from trio_edge.runtime.bundle.manifest import FloatType
+    from trio_edge.runtime.bundle.programs.program import Program
     from trio_edge.runtime.bundle.schedule import Schedule
 
 _LARGEST_INLINE_BYTES = 1 << 20  # ONNX files are read as a whole and have at most 2 GB
@@ -103,7 +103,7 @@ def export_bundle(
     with without_values(resolved.dtype):
         plan = build(options, source, resolved, schedule_for=schedule_for)
         check_target(plan, progress)
-        traced = trace(plan, progress)
+        traced, programs = trace(plan, progress)
     contents = quantize(plan, traced, scales, progress)
     with atomic_folder(
         options.out,
@@ -117,7 +117,7 @@ def export_bundle(
     ) as folder:
         written = write(plan, contents, folder, progress)
         progress.step("hashing")
-        return record(plan, contents, written, folder)
+        return record(plan, contents, written, programs, folder)
 
 
 def check_target(plan: ExportPlan, progress: Progress) -> None:
@@ -146,8 +146,8 @@ def check_target(plan: ExportPlan, progress: Progress) -> None:
         progress.warn(warning)
 
 
-def trace(plan: ExportPlan, progress: Progress) -> list[TracedGraph]:
-    """Return all graphs without weights; called under ``without_values``."""
+def trace(plan: ExportPlan, progress: Progress) -> tuple[list[TracedGraph], tuple[Program, ...]]:
+    """Return all graphs without weights, and their programs; called under ``without_values``."""
     quantized = partial(is_quantized, plan=plan.options.quantize, checkpoint=plan.source.checkpoint)
     return trace_graphs(plan, is_quantized=quantized, step=progress.step)
 
@@ -234,7 +234,13 @@ def write(plan: ExportPlan, contents: BundleContents, folder: Path, progress: Pr
     return WrittenFiles(graphs=graphs, tensors=tensors, sha256=weights.sha256)
 
 
-def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, folder: Path) -> Manifest:
+def record(
+    plan: ExportPlan,
+    contents: BundleContents,
+    written: WrittenFiles,
+    programs: tuple[Program, ...],
+    folder: Path,
+) -> Manifest:
     """Write and return the manifest, a bundle's last file."""
     options, resolved, layout, model = plan.options, plan.resolved, plan.layout, plan.model
     embedding, clip = embedding_name(options.quantize), plan.source.clip
@@ -269,9 +275,7 @@ def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, fo
         head_row_scales=None if head_rows is None else written.tensors.get(head_rows.scales),
         quantization=contents.quantization,
         graphs=written.graphs,
-        programs=programs_of(
-            written.graphs, layout, sources={graph.spec.name: graph.sources for graph in contents.graphs}
-        ),
+        programs=programs,
         files=_file_entries(folder, known=written.sha256),
         model_bytes=_model_bytes(plan.source.checkpoint, resolved.dtype),
         cost=cost_of(plan, written.graphs),

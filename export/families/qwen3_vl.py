@@ -21,7 +21,6 @@ from trio_edge.export.families.base import (
 )
 from trio_edge.export.families.decoder import choose_attention, family_model, read_config
 from trio_edge.export.families.qwen2_5_vl import patch_images, patch_videos
-from trio_edge.export.graphs.tensors import token_planes
 from trio_edge.export.graphs.vision.deepstack import (
     INV_FREQ_NAME,
     DeepstackVision,
@@ -30,7 +29,7 @@ from trio_edge.export.graphs.vision.deepstack import (
     vision_inputs,
 )
 from trio_edge.runtime.bundle.graph_io import DEEPSTACK_TOKENS
-from trio_edge.runtime.bundle.manifest import VisionDimensions
+from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
 from trio_edge.runtime.images.qwen import Qwen3Images
 from trio_edge.runtime.prompts.chat import QWEN3_VL_TEMPLATE
 from trio_edge.runtime.videos.qwen import Qwen3Videos
@@ -119,7 +118,10 @@ def _vision_graph(
         inputs=vision_inputs(module.embedding.patch_values),
         outputs=(
             visual_tokens(width, dtype=dtype),
-            *token_planes(DEEPSTACK_TOKENS, num_planes, rows="N", width=width, dtype=dtype),
+            *(
+                TensorSpec(name=f"{DEEPSTACK_TOKENS}{plane}", dtype=dtype, shape=("N", width))
+                for plane in range(num_planes)
+            ),
         ),
         linear_groups=deepstack_groups(visual, num_planes=num_planes),
         constants={INV_FREQ_NAME: values},

@@ -1,4 +1,6 @@
-"""Attention over past and new rows in two parts, registered with transformers under the name ``trio_edge``.
+"""The decoder's attention and rotary tables.
+
+The attention, over past and new rows in two parts, is registered with transformers under the name ``trio_edge``.
 
 Scores against the past buffer and the new rows are joined before one softmax, so the KV cache is read in place and never
 copied. It uses MatMul and Softmax only, because TensorRT 10.3 reads no other attention.
@@ -6,13 +8,10 @@ copied. It uses MatMul and Softmax only, because TensorRT 10.3 reads no other at
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from torch import nn
+from torch import Tensor, nn
 
 ATTENTION_NAME = "trio_edge"
 MASKED = -1e30
@@ -77,3 +76,32 @@ def causal_mask(num_rows: int, num_past: int, past_length: Tensor) -> Tensor:
     seen = torch.cat([sees_past, sees_new], dim=-1)
     # not torch.where of two numbers: its result has the default dtype, in which MASKED may be infinite
     return (1.0 - seen.to(torch.float32)) * MASKED
+
+
+class RotaryTables(nn.Module):
+    """cos and sin tables of a decoder from position ids, computed in float32.
+
+    The exporter fills in the constant ``inv_freq``, which has no values under FakeTensorMode.
+    """
+
+    inv_freq: Tensor
+
+    def __init__(self, inv_freq: Tensor, *, attention_scaling: float) -> None:
+        """Hold ``inv_freq``, [A, E/2] float32, and the factor on both tables.
+
+        With M-RoPE (A = 3) each frequency belongs to one axis and is 0 at the others.
+        """
+        super().__init__()
+        self.register_buffer("inv_freq", inv_freq)
+        self.attention_scaling = attention_scaling
+
+    def forward(self, position_ids_AS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin, [1, S, E] float32, in Hugging Face's layout, with two equal halves of E.
+
+        A is 1, or 3 with M-RoPE: time, row and column of each token.
+        """
+        angles = position_ids_AS[..., None].to(torch.float32) * self.inv_freq[:, None]
+        if len(self.inv_freq) > 1:
+            angles = angles.sum(dim=0, keepdim=True)  # exact: all but one are 0
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trio_edge.trio.saliency import ProbeState
 
 if TYPE_CHECKING:
-    from trio_edge.export.graphs.rope import RotaryTables
+    from trio_edge.export.graphs.attention import RotaryTables
     from trio_edge.trio.saliency import ProxySaliency
 
 

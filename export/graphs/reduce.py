@@ -28,9 +28,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trio_edge.runtime.bundle.graph_io import (
+    CLIP_PATCHES,
+    CLIP_TEXTS,
+    DEEPSTACK_TOKENS,
+    HAS_PREVIOUS,
+    IS_NEWLINE,
+    NUM_TEXT,
+    NUM_VISUAL,
+    PREVIOUS_TOKENS,
+    TEXT_EMBEDS,
+    TEXT_MARKS,
+    VISUAL_TOKENS,
+)
 from trio_edge.trio.selectors.interface import ClipInputs, Selection, TokenInputs
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from trio_edge.trio.selectors.interface import TokenSelector
 
 FEATURE_NAMES = ("features", "keys", "class_attention")
@@ -39,29 +54,35 @@ FEATURE_NAMES = ("features", "keys", "class_attention")
 class Reduce(nn.Module):
     """A selector, and the gather or weighted sums of the kept tokens."""
 
-    def __init__(self, selector: TokenSelector, *, num_planes: int = 0) -> None:
+    def __init__(self, selector: TokenSelector, *, inputs: Sequence[str]) -> None:
+        """Hold the selector; ``inputs`` are the names of all inputs, from the table above."""
         super().__init__()
         self.selector: Any = selector
-        self.num_planes = num_planes
+        self.inputs = tuple(inputs)
 
-    def forward(
-        self, visual_tokens: Tensor, num_visual: Tensor, is_newline: Tensor, *others: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return the reduced tokens [K, D], their indices [K], and the reduced planes."""
-        num_others = len(others) - self.num_planes
-        rest, planes = list(others[:num_others]), others[num_others:]
-        selector = self.selector
-
-        def taken(count: int, *, is_wanted: bool) -> list[Any]:
-            return [rest.pop(0) if is_wanted else None for _ in range(count)]
-
-        features = taken(3, is_wanted=selector.needs_features)
-        text = taken(2, is_wanted=selector.needs_text)
-        clip = ClipInputs(*taken(3, is_wanted=True)) if selector.needs_clip else None
-        previous = taken(2, is_wanted=selector.needs_previous)
-        inputs = TokenInputs(visual_tokens, num_visual, is_newline > 0, *features, *text)
-        inputs = inputs._replace(clip=clip, previous_ND=previous[0], has_previous=previous[1])
-        selection: Selection = self.selector(inputs)
+        given = dict(zip(self.inputs, inputs))
+        visual_tokens, num_visual = given[VISUAL_TOKENS], given[NUM_VISUAL]
+        clip = None
+        if CLIP_TEXTS in given:
+            clip = ClipInputs(given[CLIP_PATCHES], given[CLIP_TEXTS], given[TEXT_MARKS])
+        planes = [given[name] for name in self.inputs if name.startswith(DEEPSTACK_TOKENS)]
+        features, keys, attention = FEATURE_NAMES
+        token_inputs = TokenInputs(
+            visual_tokens,
+            num_visual,
+            given[IS_NEWLINE] > 0,
+            features_NF=given.get(features),
+            keys_NE=given.get(keys),
+            attention_N=given.get(attention),
+            text_TD=given.get(TEXT_EMBEDS),
+            num_text=given.get(NUM_TEXT),
+            clip=clip,
+            previous_ND=given.get(PREVIOUS_TOKENS),
+            has_previous=given.get(HAS_PREVIOUS),
+        )
+        selection: Selection = self.selector(token_inputs)
         reduced_KD, *reduced_planes = (
             _reduced(rows_ND, selection, num_visual) for rows_ND in (visual_tokens, *planes)
         )

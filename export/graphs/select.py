@@ -35,10 +35,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trio_edge.runtime.bundle.graph_io import (
+    DEEPSTACK,
+    PREVIOUS,
+    PROMPT_EMBEDS,
+    PROMPT_IS_VISUAL,
+    PROMPT_LENGTH,
+    SALIENCY,
+    VISUAL_IMAGES,
+)
 from trio_edge.trio.compaction import CompactedRows, compact_rows
 from trio_edge.trio.selectors.interface import PromptInputs, StageInputs, other_inputs_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from trio_edge.trio.selectors.interface import Selection, StageSelector
 
 
@@ -51,17 +62,14 @@ class Select(nn.Module):
         rotary: nn.Module,
         *,
         preserve_positions: bool,
-        takes_saliency: bool = False,
-        takes_images: bool = False,
-        num_planes: int = 0,
+        others: Sequence[str] = (),
     ) -> None:
+        """Hold the modules; ``others`` are the names of the inputs after the first five."""
         super().__init__()
         self.selector: Any = selector
         self.rotary = rotary
         self.preserve_positions = preserve_positions
-        self.takes_saliency = takes_saliency
-        self.takes_images = takes_images
-        self.num_planes = num_planes
+        self.others = tuple(others)
 
     def forward(
         self,
@@ -75,18 +83,24 @@ class Select(nn.Module):
         """Return the outputs in the order of the table above."""
         hidden_SD = hidden_states[0]
         cos, sin = self.rotary(position_ids)
-        num_others = len(others) - self.num_planes
-        rest, planes = list(others[:num_others]), others[num_others:]
-        names = list(other_inputs_of(self.selector))
-        own = {name: rest.pop() for name in reversed(names)}
-        image_N = rest.pop() if self.takes_images else None
-        saliency_N = rest.pop() if self.takes_saliency else None
-        previous_SD = rest.pop(0)[0] if self.selector.needs_previous else None
-        prompt = PromptInputs(rest[0][0], rest[1], rest[2]) if self.selector.needs_prompt else None
-        sequence = hidden_SD, cos[0], sin[0], visual_rows, num_visual, length
-        selection: Selection = self.selector(
-            StageInputs(*sequence, previous_SD, prompt, saliency_N, image_N, own)
+        given = dict(zip(self.others, others))
+        image_N, prompt = given.get(VISUAL_IMAGES), None
+        if PROMPT_EMBEDS in given:
+            prompt = PromptInputs(given[PROMPT_EMBEDS][0], given[PROMPT_IS_VISUAL], given[PROMPT_LENGTH])
+        inputs = StageInputs(
+            hidden_SD,
+            cos[0],
+            sin[0],
+            visual_rows,
+            num_visual,
+            length,
+            previous_SD=given[PREVIOUS][0] if PREVIOUS in given else None,
+            prompt=prompt,
+            saliency_N=given.get(SALIENCY),
+            image_N=image_N,
+            others={name: given[name] for name in other_inputs_of(self.selector)},
         )
+        selection: Selection = self.selector(inputs)
         compacted = compact_rows(
             selection.kept_K,
             visual_rows,
@@ -102,7 +116,10 @@ class Select(nn.Module):
             positions_AR = torch.arange(rows_R.shape[0]).to(torch.int32).expand(position_ids.shape[0], -1)
         kept_RD, *kept_planes = (
             _kept_rows(rows_SD, compacted, selection.weights_KN, visual_rows, num_visual)[None]
-            for rows_SD in (hidden_SD, *(plane[0] for plane in planes))
+            for rows_SD in (
+                hidden_SD,
+                *(given[name][0] for name in self.others if name.startswith(DEEPSTACK)),
+            )
         )
         return (
             kept_RD,

@@ -13,11 +13,12 @@ import onnx_ir as ir
 from torch import nn
 
 from trio_edge.export.graphs.assembly.onnx_graph import graph_value
+from trio_edge.runtime.bundle.graph_io import DEEPSTACK, PREVIOUS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from trio_edge.runtime.bundle.manifest import TensorSpec
+    from trio_edge.runtime.bundle.manifest import GraphSpec, TensorSpec
 
 LAYER_PREFIX = "layers.0."
 """Prefix of the names of a traced part's weights."""
@@ -77,6 +78,40 @@ class LayeredModule:
         """Return the indices of a part's inputs that differ between its copies."""
         places = zip(*(copy.inputs for copy in self.copies if copy.part == part))
         return [index for index, names in enumerate(places) if len(set(names)) > 1]
+
+
+FIRST_PAST = 3
+"""Inputs of a layer range before keys and values: hidden states, position ids, past length."""
+_VARYING = (0, FIRST_PAST, FIRST_PAST + 1)
+
+
+def stack_layers(layer: ir.Model, spec: GraphSpec) -> ir.Model:
+    """Return the graph ``spec`` of decoder layers: copies of ``layer``, one after the other; ``layer`` does not change.
+
+    DeepStack planes are added to the outputs of the first layers. The last output is ``PREVIOUS``, if there is one: the
+    hidden states that enter the last layer. Layer i's weights become initializers ``layers.{i}.…``.
+    """
+    graph = Copies(spec.inputs)
+    hidden, *shared = graph.inputs[:FIRST_PAST]
+    planes = [value for value in graph.inputs if str(value.name).startswith(DEEPSTACK)]
+    present: list[ir.Value] = []
+    for index in range(spec.num_layers):
+        enters_last, past = hidden, graph.inputs[FIRST_PAST + 2 * index :][:2]
+        hidden, *new_rows = graph.add(
+            layer,
+            [hidden, *shared, *past],
+            varying=_VARYING,
+            weights=f"layers.{index}.",
+            own_suffix=f".{index}",
+        )
+        present += new_rows
+        if index < len(planes):
+            hidden = graph.add_node("Add", [hidden, planes[index]], name=f"with_deepstack.{index}")
+    results = [hidden, *present]
+    if spec.outputs[-1].name == PREVIOUS:
+        # Identity, because with one layer it is an input of the graph, which cannot be an output, too
+        results.append(graph.add_node("Identity", [enters_last], name="last_input"))
+    return graph.model(results, spec.outputs, like=layer)
 
 
 class Copies:

@@ -73,7 +73,7 @@ def graph_value(spec: TensorSpec) -> ir.Value:
     return ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=kind)
 
 
-def trace(
+def trace_graph(
     module: nn.Module,
     *,
     args: tuple[Any, ...],

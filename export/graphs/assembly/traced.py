@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.bundle.graph_io import is_probe
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import onnx_ir as ir
     from numpy.typing import NDArray
 
@@ -28,8 +26,6 @@ class TracedGraph:
     """Initializer name -> array in the bundle."""
     constants: dict[str, NDArray[Any]]
     """Initializer name -> values computed by the export."""
-    sources: Mapping[str, str] = field(default_factory=dict)
-    """Places of inputs that only a selector knows, by name."""
     piece: PieceName | None = None
     """Set if ``assembly/pieces.py`` joins the graph with others; all have the joined graph's name."""
 
