@@ -26,7 +26,7 @@ from trio_edge.export.model_cost import cost_of
 from trio_edge.export.options import Progress
 from trio_edge.export.plan import build, read, resolve, without_values
 from trio_edge.export.quantize.assign import (
-    embedding_name,
+    embedding_form,
     head_rows_form,
     is_quantized,
     plain_tensors,
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from trio_edge.export.graphs.assembly.traced import TracedGraph
     from trio_edge.export.options import ExportOptions, ScheduleInputs
     from trio_edge.export.plan import ExportPlan
-    from trio_edge.export.quantize.assign import StoredForm
+    from trio_edge.export.quantize.store import StoredForm
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.programs.program import Program
     from trio_edge.runtime.bundle.schedule import Schedule
@@ -243,7 +243,7 @@ def record(
 ) -> Manifest:
     """Write and return the manifest, a bundle's last file."""
     options, resolved, layout, model = plan.options, plan.resolved, plan.layout, plan.model
-    embedding, clip = embedding_name(options.quantize), plan.source.clip
+    embedding, clip = embedding_form(options.quantize).stored_name, plan.source.clip
     rows = head_rows_form(contents.graphs, options.quantize)
     head_rows = None if rows is None else rows.stored_name
     manifest = Manifest(

@@ -30,7 +30,7 @@ from trio_edge.trio.saliency import CandidateHead, ProbeHead, key_value_gram
 from trio_edge.trio.selectors.interface import other_inputs_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import nn
@@ -43,30 +43,15 @@ if TYPE_CHECKING:
 
 
 class _Tensor(NamedTuple):
-    """An input or output, and its place in the program that runs its graph first."""
+    """An input or output of a graph, and its place in the program that runs the graph first."""
 
     spec: TensorSpec
     place: str
 
 
 def _tensor(name: str, place: str, shape: tuple[int | str, ...], dtype: DType = "int32") -> _Tensor:
-    return _Tensor(TensorSpec(name=name, dtype=dtype, shape=shape), place)
-
-
-class _Profiles(NamedTuple):
-    """The profiles of a graph, and the names of those at the sizes of the program that runs it first."""
-
-    all: Sequence[Profile]
-    at_sizes: Sequence[str]
-
-
-_STEP_RESULTS = {
-    io.LAST_ROW: "zeros.last_row",
-    io.LOGITS: "logits.logits",
-    io.TOP_LOGITS: "top.top_logits",
-    io.TOP_IDS: "top.top_ids",
-}
-"""Places of the head's tensors in a decode step."""
+    """Return a tensor; after a place that ends with a dot comes its name."""
+    return _Tensor(TensorSpec(name=name, dtype=dtype, shape=shape), place + name * place.endswith("."))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,10 +180,10 @@ class Wiring:
                 _Tensor(spec, "kept.vision" if spec.name in kept else f"vision.{spec.name}")
                 for spec in vision.outputs
             ],
-            _each(
+            [
                 Profile(name="_".join(f"{axis.lower()}{n}" for axis, n in sizes.items()), sizes=dict(sizes))
                 for sizes in layout.vision_sizes
-            ),
+            ],
             vision.module,
             constants=vision.constants,
         )
@@ -210,13 +195,11 @@ class Wiring:
         graph = _outline(
             io.CLIP_TEXT,
             io.CLIP_TEXT,
-            [_tensor(io.CLIP_IDS, f"image.{io.CLIP_IDS}", texts[:2])],
-            [_tensor(io.CLIP_TEXTS, f"{io.CLIP_TEXT}.{io.CLIP_TEXTS}", texts, self._dtype)],
-            _Profiles(
-                [Profile(name=f"m{count}", sizes={"M": count}) for count in layout.clip_texts],
-                [f"m{count}" for _ in layout.vision_rows for count in layout.clip_texts],
-            ),
+            [_tensor(io.CLIP_IDS, "image.", texts[:2])],
+            [_tensor(io.CLIP_TEXTS, f"{io.CLIP_TEXT}.", texts, self._dtype)],
+            [Profile(name=f"m{count}", sizes={"M": count}) for count in layout.clip_texts],
             clip.text,
+            at_sizes=[f"m{count}" for _ in layout.vision_rows for count in layout.clip_texts],
         )
         self.graphs.append(graph)
         self._run("reduce", graph)
@@ -229,24 +212,27 @@ class Wiring:
             for graph in self.graphs
             for spec in graph.spec.outputs
         }
-        rows, kept = (("N", self._dimensions.hidden_size), (selector.num_keep, self._dimensions.hidden_size))
-
-        def sent(name: str, shape: tuple[int | str, ...], dtype: DType = "int32") -> _Tensor:
-            return _tensor(name, f"image.{name}", shape, dtype)
-
-        inputs = [before[io.VISUAL_TOKENS], sent(io.NUM_VISUAL, (1,)), sent(io.IS_NEWLINE, rows[:1])]
+        width = self._dimensions.hidden_size
+        kept: tuple[int, int] = (selector.num_keep, width)
+        inputs = [
+            before[io.VISUAL_TOKENS],
+            _tensor(io.NUM_VISUAL, "image.", (1,)),
+            _tensor(io.IS_NEWLINE, "image.", ("N",)),
+        ]
         if selector.needs_features:
             inputs += [before[name] for name in FEATURE_NAMES]
         if selector.needs_text:
-            inputs += [sent(io.TEXT_EMBEDS, ("T", *rows[1:]), dtype), sent(io.NUM_TEXT, (1,))]
+            inputs.append(_tensor(io.TEXT_EMBEDS, "image.", ("T", width), dtype))
+            inputs.append(_tensor(io.NUM_TEXT, "image.", (1,)))
         if selector.needs_clip:
             texts = before[io.CLIP_TEXTS]
-            inputs += [before[io.CLIP_PATCHES], texts, sent(io.TEXT_MARKS, texts.spec.shape[:2])]
+            marks = _tensor(io.TEXT_MARKS, "image.", texts.spec.shape[:2])
+            inputs += [before[io.CLIP_PATCHES], texts, marks]
         if selector.needs_previous:
-            inputs += [sent(io.PREVIOUS_TOKENS, rows, dtype), sent(io.HAS_PREVIOUS, (1,))]
+            inputs.append(_tensor(io.PREVIOUS_TOKENS, "image.", ("N", width), dtype))
+            inputs.append(_tensor(io.HAS_PREVIOUS, "image.", (1,)))
         planes = range(self._model.num_deepstack)
         inputs += [before[f"{io.DEEPSTACK_TOKENS}{plane}"] for plane in planes]
-        reduced = [f"{io.REDUCED_DEEPSTACK}{plane}" for plane in planes]
         counts = [{"M": count} for count in layout.clip_texts]
         if not counts and selector.needs_text:
             counts = [{"T": bucket} for bucket in layout.text_buckets]
@@ -255,15 +241,15 @@ class Wiring:
             "reduce",
             inputs,
             [
-                _tensor(io.REDUCED_TOKENS, f"reduce.{io.REDUCED_TOKENS}", kept, dtype),
+                _tensor(io.REDUCED_TOKENS, "reduce.", kept, dtype),
                 _tensor(io.KEPT_TOKENS, "kept.reduce", kept[:1]),
-                *(_tensor(name, f"reduce.{name}", kept, dtype) for name in reduced),
+                *(_tensor(f"{io.REDUCED_DEEPSTACK}{plane}", "reduce.", kept, dtype) for plane in planes),
             ],
-            _each(
+            [
                 Profile(name="+".join([f"n{rows}", *map(str, count.values())]), sizes={"N": rows, **count})
                 for rows in layout.vision_rows
                 for count in counts or [{}]
-            ),
+            ],
             Reduce(selector, inputs=[tensor.spec.name for tensor in inputs]),
         )
         self.graphs.append(graph)
@@ -287,7 +273,13 @@ class Wiring:
             self.graphs.append(self._range(index, layers, piece="layers" if halves else None))
             self.graphs += [half for half in halves if half.piece is not None]
         self._run("prefill", head, stage=len(selectors))
-        self._run("decode", head, _STEP_RESULTS, profiles=["decode"], stage=len(selectors))
+        step = {
+            io.LAST_ROW: "zeros.last_row",
+            io.LOGITS: "logits.logits",
+            io.TOP_LOGITS: "top.top_logits",
+            io.TOP_IDS: "top.top_ids",
+        }
+        self._run("decode", head, step, profiles=["decode"], stage=len(selectors))
         self.graphs += [head] if all(probe is None for probe in probes) else [head, gradient]
 
     def _selector(self, stage: int) -> Any:
@@ -322,9 +314,8 @@ class Wiring:
         *,
         label: str = "prefill",
         by_prompt: bool = False,
-        more: Sequence[Profile] = (),
-    ) -> _Profiles:
-        """Return the profiles of a graph that reads what enters layer range ``index``, then ``more``.
+    ) -> tuple[list[Profile], list[str]]:
+        """Return the profiles of a graph that reads what enters layer range ``index``, and those at each prompt's sizes.
 
         ``sizes`` gets the prompt's visual rows, those that enter, and the text bucket. After a stage the former only matter
         ``by_prompt``.
@@ -336,10 +327,8 @@ class Wiring:
             name = f"{label}_{rows}+{bucket}" if by_rows else f"{label}_{bucket}"
             found.setdefault(name, Profile(name=name, sizes=sizes(rows, entering or rows, bucket)))
         wanted = [sizes(rows, entering or rows, bucket) for rows, bucket in self._prompts]
-        return _Profiles(
-            [*found.values(), *more],
-            [next(one.name for one in found.values() if one.sizes == given) for given in wanted],
-        )
+        at_sizes = [next(one.name for one in found.values() if one.sizes == given) for given in wanted]
+        return list(found.values()), at_sizes
 
     def _range(self, index: int, layers: range, *, piece: PieceName | None) -> Outline:
         """Describe decoder layers; DeepStack planes, one for each of the model's first layers, are the last inputs."""
@@ -360,31 +349,29 @@ class Wiring:
             *(_tensor(plane, self._at[plane], rows, dtype) for plane in planes),
         ]
         outputs = [
-            _tensor(io.HIDDEN_OUT, f"{name}.{io.HIDDEN_OUT}", rows, dtype),
+            _tensor(io.HIDDEN_OUT, f"{name}.", rows, dtype),
             *(
                 _tensor(f"{io.PRESENT_PREFIX}{part}", f"new_rows[{i}]", new, dtype)
                 for i, part in enumerate(parts)
             ),
         ]
         if index < len(layout.schedule.stages) and needs_previous(layout.schedule):
-            outputs.append(_tensor(io.PREVIOUS, f"{name}.{io.PREVIOUS}", rows, dtype))
+            outputs.append(_tensor(io.PREVIOUS, f"{name}.", rows, dtype))
         capacity = max(layout.visual_rows(index)) + layout.text_buckets[-1] + layout.max_new_tokens
         questions = [
             Profile(name=f"follow_{bucket}", sizes={"S": bucket, "C": capacity})
             for bucket in layout.text_buckets
             if layout.follow_ups and index == 0
         ]
+        prefills, at_sizes = self._prefills(index, lambda _all, rows, text: {"S": rows + text, "C": 0})
         graph = _outline(
             name,
             self._role(index),
             inputs,
             outputs,
-            self._prefills(
-                index,
-                lambda _all, rows, bucket: {"S": rows + bucket, "C": 0},
-                more=[*questions, Profile(name="decode", sizes={"S": 1, "C": capacity})],
-            ),
+            [*prefills, *questions, Profile(name="decode", sizes={"S": 1, "C": capacity})],
             DecoderRange([self._model.layers[layer] for layer in layers], self._rotary()),
+            at_sizes=at_sizes,
             piece=piece,
             first_layer=layers.start,
             num_layers=len(layers),
@@ -424,7 +411,6 @@ class Wiring:
         schedule, dtype, name = self._layout.schedule, self._dtype, f"select_{stage + 1}"
         keep, layer = schedule.stages[stage].keep, schedule.stages[stage].layer
         width, axes = self._dimensions.hidden_size, self._model.position_axes
-        planes = range(layer, self._model.num_deepstack)
         rows, kept = (1, "S", width), (1, "R", width)
         inputs = [
             _tensor(io.HIDDEN, self._at[io.HIDDEN], rows, dtype),
@@ -434,9 +420,9 @@ class Wiring:
             _tensor(io.LENGTH, f"prompt.length.{stage}", (1,)),
         ]
         outputs = [
-            _tensor(io.KEPT_HIDDEN, f"{name}.{io.KEPT_HIDDEN}", kept, dtype),
-            _tensor(io.KEPT_POSITIONS, f"{name}.{io.KEPT_POSITIONS}", (axes, "R")),
-            _tensor(io.KEPT_VISUAL_ROWS, f"{name}.{io.KEPT_VISUAL_ROWS}", (keep,)),
+            _tensor(io.KEPT_HIDDEN, f"{name}.", kept, dtype),
+            _tensor(io.KEPT_POSITIONS, f"{name}.", (axes, "R")),
+            _tensor(io.KEPT_VISUAL_ROWS, f"{name}.", (keep,)),
             _tensor(io.KEPT_INDICES, f"results.{io.KEPT_INDICES}.{stage}", (keep,)),
             _tensor(io.SCORES, f"results.{io.SCORES}.{stage}", ("N",), "float32"),
             _tensor(io.UNSETTLED, f"results.{io.UNSETTLED}.{stage}", (1,)),
@@ -453,32 +439,32 @@ class Wiring:
             inputs.append(_tensor(io.SALIENCY, f"probe.{io.SALIENCY_SCORES}", ("N",), "float32"))
         if schedule.budget == "image":
             inputs.append(_tensor(io.VISUAL_IMAGES, self._at[io.VISUAL_IMAGES], ("N",)))
-            outputs.append(_tensor(io.KEPT_VISUAL_IMAGES, f"{name}.{io.KEPT_VISUAL_IMAGES}", (keep,)))
+            outputs.append(_tensor(io.KEPT_VISUAL_IMAGES, f"{name}.", (keep,)))
         inputs += [
             _tensor(own, other.place, other.shape, cast("DType", other.dtype))
             for own, other in other_inputs_of(selector).items()
         ]
-        for plane in (f"{io.DEEPSTACK}{layer}" for layer in planes):
-            inputs.append(_tensor(plane, self._at[plane], rows, dtype))
-            outputs.append(_tensor(f"kept_{plane}", f"{name}.kept_{plane}", kept, dtype))
+        for plane in range(layer, self._model.num_deepstack):
+            entering = f"{io.DEEPSTACK}{plane}"
+            inputs.append(_tensor(entering, self._at[entering], rows, dtype))
+            outputs.append(_tensor(f"{io.KEPT_DEEPSTACK}{plane}", f"{name}.", kept, dtype))
         reads_prompt = any("F" in tensor.spec.shape for tensor in inputs)
 
         def sizes(whole: int, rows: int, bucket: int) -> dict[str, int]:
             own = {"N": rows, "S": rows + bucket, "R": keep + bucket}
             return {**own, "F": whole + bucket} if reads_prompt else own
 
+        others = [tensor.spec.name for tensor in inputs[5:]]
+        is_preserved = schedule.positions == "preserved"
+        profiles, at_sizes = self._prefills(stage, sizes, by_prompt=reads_prompt)
         graph = _outline(
             name,
             "select",
             inputs,
             outputs,
-            self._prefills(stage, sizes, by_prompt=reads_prompt),
-            Select(
-                selector,
-                self._rotary(),
-                preserve_positions=schedule.positions == "preserved",
-                others=[tensor.spec.name for tensor in inputs[5:]],
-            ),
+            profiles,
+            Select(selector, self._rotary(), preserve_positions=is_preserved, others=others),
+            at_sizes=at_sizes,
             first_layer=layer,
             constants=self._frequencies,
         )
@@ -516,22 +502,20 @@ class Wiring:
             ]
 
         def half(name: PieceName, letter: str, inputs: list[_Tensor], outputs: list[_Tensor]) -> Outline:
+            def sizes(_all: int, rows: int, bucket: int) -> dict[str, int]:
+                own = {"S": rows + bucket, "N": rows, "R": schedule.num_probe_rows}
+                return {f"{letter}{symbol}": size for symbol, size in own.items()}
+
             is_alone = name == "saliency" and self._is_quantized(self._role(stage + 1))
+            profiles, at_sizes = self._prefills(stage, sizes, label=name)
             return _outline(
                 f"probe_{stage + 1}" if is_alone else self._name(stage + 1),
                 "probe" if is_alone else self._role(stage + 1),
                 inputs,
                 outputs,
-                self._prefills(
-                    stage,
-                    lambda _all, rows, bucket: {
-                        f"{letter}S": rows + bucket,
-                        f"{letter}N": rows,
-                        f"{letter}R": schedule.num_probe_rows,
-                    },
-                    label=name,
-                ),
+                profiles,
                 (Probe if name == "probe" else Saliency)(probe, self._rotary()),
+                at_sizes=at_sizes,
                 piece=None if is_alone else name,
                 first_layer=layer,
                 constants=constants,
@@ -549,7 +533,7 @@ class Wiring:
                     _tensor(io.PROBE_LENGTH, f"prompt.length.{stage}", (1,)),
                 ],
                 [
-                    _tensor(io.PROBE_OUTPUT, f"probe.{io.PROBE_OUTPUT}", ("PR", dims.hidden_size), "float32"),
+                    _tensor(io.PROBE_OUTPUT, "probe.", ("PR", dims.hidden_size), "float32"),
                     *state("PR", "PN", io.PROBE_RESULTS[1:]),
                 ],
             ),
@@ -564,7 +548,7 @@ class Wiring:
                     _tensor(io.GRADIENT, f"probe.{io.OUTPUT_GRADIENT}", ("GR", dims.hidden_size), "float32"),
                     *state("GR", "GN", (io.GRADIENT_STATE, io.GRADIENT_ATTENTION, io.GRADIENT_KEYS)),
                 ],
-                [_tensor(io.SALIENCY_SCORES, f"probe.{io.SALIENCY_SCORES}", ("GN",), "float32")],
+                [_tensor(io.SALIENCY_SCORES, "probe.", ("GN",), "float32")],
             ),
         ]
         label = f"select_{stage + 1}"
@@ -600,35 +584,36 @@ class Wiring:
         """Describe the head; one that probes share has L rows: 1, 0 while its gradient runs, or all probe rows."""
         dims, num_rows = self._dimensions, self._layout.schedule.num_probe_rows
         count, last = io.num_candidates(dims), len(self._layout.schedule.stages)
+        hidden = f"{self._name(last)}.{io.HIDDEN_OUT}"
         rows, top = ("L", ("L", count)) if is_shared else (1, (count,))
         own = {"L": 1} if is_shared else {}
         more = [Profile(name="decode", sizes={"S": 1, **own})]
         is_quantized = is_shared and self._is_quantized("head")
         if is_quantized and num_rows > 1:  # one row is as in decode
             more.append(Profile(name=io.CANDIDATES, sizes={"S": num_rows, "L": num_rows}))
+        prefills, at_sizes = self._prefills(last, lambda _all, rows, text: {"S": rows + text, **own})
         return _outline(
             "head",
             "head",
             [
-                _tensor(
-                    io.HIDDEN, f"{self._name(last)}.{io.HIDDEN_OUT}", (1, "S", dims.hidden_size), self._dtype
-                ),
+                _tensor(io.HIDDEN, hidden, (1, "S", dims.hidden_size), self._dtype),
                 _tensor(io.LAST_ROW, "prompt.last_row", (rows,)),
             ],
             [
-                _tensor(io.LOGITS, f"results.{io.LOGITS}", (rows, dims.vocab_size), "float32"),
-                _tensor(io.TOP_LOGITS, f"results.{io.TOP_LOGITS}", top, "float32"),
-                _tensor(io.TOP_IDS, f"results.{io.TOP_IDS}", top),
+                _tensor(io.LOGITS, "results.", (rows, dims.vocab_size), "float32"),
+                _tensor(io.TOP_LOGITS, "results.", top, "float32"),
+                _tensor(io.TOP_IDS, "results.", top),
             ],
-            self._prefills(last, lambda _all, rows, bucket: {"S": rows + bucket, **own}, more=more),
+            [*prefills, *more],
             Head(self._model.final_norm, self._model.lm_head, num_candidates=count, is_shared=is_shared),
+            at_sizes=at_sizes,
             piece="logits" if is_shared and not is_quantized else None,
         )
 
     def _gradient(self) -> Outline:
         """Describe the head's gradient; that of a quantized head gets the rows of the likeliest tokens."""
         dims, norm, rows = self._dimensions, self._model.final_norm, ("GR", self._dimensions.hidden_size)
-        inputs = [_tensor(io.PROBE_OUTPUT, f"probe.{io.PROBE_OUTPUT}", rows, "float32")]
+        inputs = [_tensor(io.PROBE_OUTPUT, "probe.", rows, "float32")]
         is_alone = self._is_quantized("head")
         if is_alone:
             likeliest = ("GR", io.num_candidates(dims), dims.hidden_size)
@@ -636,14 +621,14 @@ class Wiring:
                 _tensor(io.CANDIDATE_LOGITS, "likeliest.logits", likeliest[:2], "float32"),
                 _tensor(io.CANDIDATE_ROWS, "likeliest.rows", likeliest, self._dtype),
             ]
-        profile = Profile(name="gradient", sizes={"GR": self._layout.schedule.num_probe_rows})
         return _outline(
             "gradient" if is_alone else "head",
             "probe" if is_alone else "head",
             inputs,
-            [_tensor(io.OUTPUT_GRADIENT, f"probe.{io.OUTPUT_GRADIENT}", rows, "float32")],
-            _Profiles([profile], [profile.name] * len(self._prompts)),
+            [_tensor(io.OUTPUT_GRADIENT, "probe.", rows, "float32")],
+            [Profile(name="gradient", sizes={"GR": self._layout.schedule.num_probe_rows})],
             CandidateHead(norm) if is_alone else ProbeHead(norm, self._model.lm_head),
+            at_sizes=["gradient"] * len(self._prompts),
             piece=None if is_alone else "gradient",
         )
 
@@ -653,14 +638,16 @@ def _outline(
     role: Role,
     inputs: Sequence[_Tensor],
     outputs: Sequence[_Tensor],
-    profiles: _Profiles,
+    profiles: Sequence[Profile],
     module: nn.Module,
     *,
+    at_sizes: Sequence[str] | None = None,
     piece: PieceName | None = None,
     first_layer: int | None = None,
     num_layers: int = 0,
     constants: Mapping[str, NDArray[Any]] = MappingProxyType({}),
 ) -> Outline:
+    """Return a graph; its first program runs at all of ``profiles``, or at those named ``at_sizes``."""
     spec = GraphSpec(
         name=name,
         role=role,
@@ -668,24 +655,18 @@ def _outline(
         inputs=tuple(tensor.spec for tensor in inputs),
         outputs=tuple(tensor.spec for tensor in outputs),
         weight_bytes=0,  # known when the graph is written
-        profiles=tuple(profiles.all),
+        profiles=tuple(profiles),
         first_layer=first_layer,
         num_layers=num_layers,
     )
     return Outline(
         spec=spec,
         places={tensor.spec.name: tensor.place for tensor in (*inputs, *outputs)},
-        profiles=profiles.at_sizes,
+        profiles=at_sizes or [profile.name for profile in profiles],
         module=module,
         piece=piece,
         constants=constants,
     )
-
-
-def _each(profiles: Iterable[Profile]) -> _Profiles:
-    """Return ``profiles`` of a graph whose program runs at all of them."""
-    found = list(profiles)
-    return _Profiles(found, [profile.name for profile in found])
 
 
 def _gram(checkpoint: Checkpoint, layer: int) -> NDArray[Any]:

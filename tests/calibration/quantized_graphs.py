@@ -10,8 +10,8 @@ from trio_edge.export.bundle import write_graph
 from trio_edge.export.checkpoints.weights import store_weights
 from trio_edge.export.options import ExportOptions
 from trio_edge.export.plan import build, read, resolve, without_values
-from trio_edge.export.quantize.assign import StoredForm, plain_tensors, quantize_graphs
-from trio_edge.export.quantize.store import store_quantized
+from trio_edge.export.quantize.assign import plain_tensors, quantize_graphs
+from trio_edge.export.quantize.store import StoredForm, store_quantized
 from trio_edge.export.tracing.graphs import Tracer
 from trio_edge.export.tracing.wiring import Wiring
 from trio_edge.runtime.bundle.schedule import Schedule

@@ -210,14 +210,17 @@ def add_constants(graph: ir.Graph, constants: Mapping[str, NDArray[Any]]) -> lis
     return values
 
 
-def make_node(
+def add_node(
+    graph: ir.Graph,
     kind: str,
-    inputs: list[ir.Value],
+    inputs: Sequence[ir.Value],
     name: str,
-    dtype: ir.DataType,
-    shape: ir.Shape | None,
-    attributes: dict[str, Any],
-) -> ir.Node:
-    """Return a node with one output; both are called ``name``."""
+    dtype: ir.DataType | None,
+    shape: ir.Shape | None = None,
+    **attributes: Any,
+) -> ir.Value:
+    """Append a node with one output to ``graph`` and return the output; both are called ``name``."""
+    assert dtype is not None
     output = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
-    return ir.node(kind, inputs, attributes, outputs=[output], name=name)
+    graph.append(ir.node(kind, inputs, attributes, outputs=[output], name=name))
+    return output

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from trio_edge.export.graphs.assembly.onnx_graph import make_node
+from trio_edge.export.graphs.assembly.onnx_graph import add_node
 
 
 class _Constants(NamedTuple):
@@ -47,10 +47,11 @@ def share_products(graph: ir.Graph) -> None:
     merged: dict[tuple[ir.Value, ir.Value], _Rows] = {}
     for number, (first, second) in enumerate(pairs):
         products = _product(first), _product(second)
-        sources = _before_rounding(products[0].inputs[0]), _before_rounding(products[1].inputs[0])
+        read, other = map(_input, products)
+        sources = _before_rounding(read), _before_rounding(other)
         if sources not in merged:
             merged[sources] = _concatenated(
-                graph, products[0].inputs[0], sources, name=f"shared.{number}.rows", constants=constants
+                graph, read, sources, name=f"shared.{number}.rows", constants=constants
             )
         _merge(graph, products, merged[sources], name=f"shared.{number}", constants=constants)
         graph.remove([*products, second], safe=True)
@@ -76,9 +77,8 @@ def _product(dequantized: ir.Node) -> ir.Node:
     return node
 
 
-def _before_rounding(rows: ir.Value | None) -> ir.Value:
+def _before_rounding(rows: ir.Value) -> ir.Value:
     """Return ``rows`` before they were quantized and dequantized, if they were."""
-    assert rows is not None
     rounding = _rounding(rows)
     return rows if not rounding else _input(rounding[0])
 
@@ -93,15 +93,15 @@ def _rounding(rows: ir.Value) -> tuple[ir.Node, ...]:
     return down, up
 
 
-def _input(node: ir.Node) -> ir.Value:
-    value = node.inputs[0]
+def _input(node: ir.Node, index: int = 0) -> ir.Value:
+    value = node.inputs[index]
     assert value is not None
     return value
 
 
 def _concatenated(
     graph: ir.Graph,
-    read: ir.Value | None,
+    read: ir.Value,
     sources: tuple[ir.Value, ir.Value],
     *,
     name: str,
@@ -109,22 +109,14 @@ def _concatenated(
 ) -> _Rows:
     """Return the rows of both pieces, rounded as ``read``, which the first product reads."""
     first, second = sources
-    dtype = first.dtype
-    assert read is not None and dtype is not None
-    count = make_node(
-        "Shape", [first], f"{name}.count", ir.DataType.INT64, ir.Shape((1,)), {"start": 1, "end": 2}
-    )
-    lifted = make_node("Unsqueeze", [second, constants.zero], f"{name}.lifted", dtype, None, {})
-    both = make_node("Concat", [first, lifted.outputs[0]], name, dtype, None, {"axis": 1})
-    nodes, rows = [count, lifted, both], both.outputs[0]
+    one = ir.Shape((1,))
+    count = add_node(graph, "Shape", [first], f"{name}.count", ir.DataType.INT64, one, start=1, end=2)
+    lifted = add_node(graph, "Unsqueeze", [second, constants.zero], f"{name}.lifted", first.dtype)
+    rows = add_node(graph, "Concat", [first, lifted], name, first.dtype, axis=1)
     for old in _rounding(read):
         scales = [value for value in old.inputs[1:] if value is not None]
-        kind = old.outputs[0].dtype
-        assert kind is not None
-        nodes.append(make_node(old.op_type, [rows, *scales], f"{name}.{old.op_type}", kind, None, {}))
-        rows = nodes[-1].outputs[0]
-    graph.extend(nodes)
-    return _Rows(rows, count.outputs[0])
+        rows = add_node(graph, old.op_type, [rows, *scales], f"{name}.{old.op_type}", old.outputs[0].dtype)
+    return _Rows(rows, count)
 
 
 def _merge(
@@ -137,14 +129,9 @@ def _merge(
 ) -> None:
     """Make all readers of both ``products`` read the product of all rows with the weight of the first."""
     first, second = (node.outputs[0] for node in products)
-    weight, dtype = products[0].inputs[1], first.dtype
-    assert weight is not None and dtype is not None
-    product = make_node("MatMul", [rows.all, weight], name, dtype, None, {})
-    result, count = product.outputs[0], rows.first_count
-    own = make_node(
-        "Slice", [result, constants.zero, count, constants.one], f"{name}.first", dtype, first.shape, {}
-    )
-    rest = make_node("Slice", [result, count, constants.end, constants.one], f"{name}.rest", dtype, None, {})
-    other = make_node("Squeeze", [rest.outputs[0], constants.zero], f"{name}.second", dtype, second.shape, {})
-    graph.extend([product, own, rest, other])
-    ir.convenience.replace_all_uses_with([first, second], [own.outputs[0], other.outputs[0]])
+    dtype, count, (zero, one, end) = first.dtype, rows.first_count, constants
+    result = add_node(graph, "MatMul", [rows.all, _input(products[0], 1)], name, dtype)
+    own = add_node(graph, "Slice", [result, zero, count, one], f"{name}.first", dtype, first.shape)
+    rest = add_node(graph, "Slice", [result, count, end, one], f"{name}.rest", dtype)
+    other = add_node(graph, "Squeeze", [rest, zero], f"{name}.second", dtype, second.shape)
+    ir.convenience.replace_all_uses_with([first, second], [own, other])
