@@ -12,7 +12,6 @@ from trio_edge.export.families.base import FamilyModel, VisionGraph
 from trio_edge.export.families.config_files import load_config
 from trio_edge.export.families.decoder_config import check_decoder, untie_stored_head
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
-from trio_edge.export.graphs.vision.tile_attention import register_tile_attention
 from trio_edge.runtime.bundle.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -85,7 +84,6 @@ def require_same(what: str, checkpoint: Checkpoint, *, tower: object, processor:
 def choose_attention(config: Any, *, vision: str | None = None) -> None:
     """Make the decoder of ``config`` use two-part attention, and its vision tower the attention called ``vision``."""
     register_attention()
-    register_tile_attention()
     config.text_config._attn_implementation = ATTENTION_NAME
     if vision is not None:
         config.vision_config._attn_implementation = vision

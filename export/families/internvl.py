@@ -22,8 +22,8 @@ from trio_edge.export.families.decoder import (
     require,
     require_same,
 )
+from trio_edge.export.graphs.attention import TILE_ATTENTION_NAME
 from trio_edge.export.graphs.vision.internvl import TileVision
-from trio_edge.export.graphs.vision.tile_attention import TILE_ATTENTION_NAME
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.manifest import VisionDimensions
 from trio_edge.runtime.images.internvl import InternVlImages

@@ -22,7 +22,6 @@ from trio_edge.export.graphs.vision.clip import (
     ClipFeatures,
     ClipVision,
     ReducedVision,
-    VisionWithFeatures,
     check_encoder_keep,
     clip_groups,
 )
@@ -148,7 +147,7 @@ def _vision_graph(
 
 def _vision_module(
     inner: Any, feature_layers: tuple[int, ...], *, keep: int | None, dtype: FloatType, with_features: bool
-) -> tuple[ClipVision | VisionWithFeatures | ReducedVision, list[TensorSpec]]:
+) -> tuple[ClipVision | ReducedVision, list[TensorSpec]]:
     """Return the module, and its outputs besides the visual tokens."""
     tower, projector = inner.vision_tower, inner.multi_modal_projector
     if keep is not None:
@@ -163,7 +162,7 @@ def _vision_module(
     newline, vision = getattr(inner, "image_newline", None), tower.config
     if not with_features:
         return ClipVision(features, projector, newline), []
-    module = VisionWithFeatures(features, projector, newline, observed=vision.num_hidden_layers - 2)
+    module = ClipVision(features, projector, newline, observed=vision.num_hidden_layers - 2)
     widths = (vision.hidden_size * len(feature_layers), vision.hidden_size // vision.num_attention_heads)
     outputs = [
         TensorSpec(name=name, dtype=dtype, shape=("N", width)) for name, width in zip(FEATURE_NAMES, widths)

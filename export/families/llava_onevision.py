@@ -24,9 +24,9 @@ from trio_edge.export.families.decoder import (
     require_square_tiles,
 )
 from trio_edge.export.families.llava import TEXT_TYPES, feature_layers_of, read_llava_images
+from trio_edge.export.graphs.attention import TILE_ATTENTION_NAME
 from trio_edge.export.graphs.vision.clip import clip_groups
 from trio_edge.export.graphs.vision.siglip import SiglipVision
-from trio_edge.export.graphs.vision.tile_attention import TILE_ATTENTION_NAME
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
 from trio_edge.runtime.prompts.chat import LLAVA_ONEVISION_TEMPLATE

@@ -17,7 +17,6 @@ from trio_edge.export.families.config_files import read_image_processor, read_vi
 from trio_edge.export.families.decoder import choose_attention, family_model, read_config, require_same
 from trio_edge.export.graphs.vision.windowed import (
     INV_FREQ_NAME,
-    ReducedWindowedVision,
     WindowedVision,
     check_windowed_keep,
     inverse_frequencies,
@@ -159,12 +158,9 @@ def _vision_graph(inner: Any, vision: Any, *, processing: ImageProcessing, dtype
     slots *= vision.spatial_merge_size**2
     inv_freq, keep = torch.empty(len(values), dtype=torch.float32), processing.encoder_keep
     outputs = [visual_tokens(vision.out_hidden_size, dtype=dtype)]
-    module: WindowedVision | ReducedWindowedVision
     most = processing.any_image_sizes()[-1]["P"]
-    if keep is None:
-        module = WindowedVision(inner.visual, inv_freq=inv_freq, max_patches=most)
-    else:
-        module = ReducedWindowedVision(inner.visual, inv_freq=inv_freq, max_patches=most, num_keep=keep)
+    module = WindowedVision(inner.visual, inv_freq=inv_freq, max_patches=most, num_keep=keep)
+    if keep is not None:
         outputs.append(TensorSpec(name=KEPT_TOKENS, dtype="int32", shape=(keep,)))
     return VisionGraph(
         module=module,

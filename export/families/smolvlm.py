@@ -25,8 +25,8 @@ from trio_edge.export.families.decoder import (
     require_same,
     require_square_tiles,
 )
+from trio_edge.export.graphs.attention import TILE_ATTENTION_NAME
 from trio_edge.export.graphs.vision.smolvlm import SmolVlmVision, patch_positions
-from trio_edge.export.graphs.vision.tile_attention import TILE_ATTENTION_NAME
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.manifest import VisionDimensions
 from trio_edge.runtime.images.smolvlm import SmolVlmImages

@@ -14,15 +14,19 @@ import torch
 from torch import Tensor, nn
 
 ATTENTION_NAME = "trio_edge"
+"""Attention of the decoder, over past and new rows in two parts."""
+TILE_ATTENTION_NAME = "trio_edge_tiles"
+"""Attention within the tiles of InternViT and SigLIP."""
 MASKED = -1e30
 """Added to the score of a masked row; finite, so that a fully masked row gives no NaN."""
 
 
 def register_attention() -> None:
-    """Register ``attn_implementation="trio_edge"`` with transformers."""
+    """Register both names with transformers, as values of ``attn_implementation``."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, two_part_attention)
+    ALL_ATTENTION_FUNCTIONS.register(TILE_ATTENTION_NAME, tile_attention)
 
 
 def two_part_attention(
@@ -65,6 +69,27 @@ def two_part_attention(
     weights = torch.softmax(scores, dim=-1).to(value.dtype).reshape(1, G, (H // G) * S, C + S)
     output = torch.matmul(weights[..., :C], past[1]) + torch.matmul(weights[..., C:], value)
     return output.reshape(1, H, S, E).transpose(1, 2), None
+
+
+def tile_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    **_unused: Any,
+) -> tuple[Tensor, None]:
+    """Return attention within each tile, [B, R, H, E] in the query's dtype, and None for the weights.
+
+    transformers' own attention scales after the product, which may overflow in float16, and computes InternVL's softmax in
+    the model's type, which loses digits. ``query``, ``key`` and ``value`` are [B, H, R, E]; ``attention_mask`` is always
+    None, as tiles have no padding; ``module`` is part of transformers' interface.
+    """
+    scores_BHRR = torch.matmul(query * scaling, key.transpose(-1, -2))
+    weights_BHRR = torch.softmax(scores_BHRR.float(), dim=-1).to(value.dtype)
+    return torch.matmul(weights_BHRR, value).transpose(1, 2), None
 
 
 def causal_mask(num_rows: int, num_past: int, past_length: Tensor) -> Tensor:

@@ -28,19 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trio_edge.runtime.bundle.graph_io import (
-    CLIP_PATCHES,
-    CLIP_TEXTS,
-    DEEPSTACK_TOKENS,
-    HAS_PREVIOUS,
-    IS_NEWLINE,
-    NUM_TEXT,
-    NUM_VISUAL,
-    PREVIOUS_TOKENS,
-    TEXT_EMBEDS,
-    TEXT_MARKS,
-    VISUAL_TOKENS,
-)
+from trio_edge.runtime.bundle import graph_io as io
 from trio_edge.trio.selectors.interface import ClipInputs, Selection, TokenInputs
 
 if TYPE_CHECKING:
@@ -63,24 +51,24 @@ class Reduce(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return the reduced tokens [K, D], their indices [K], and the reduced planes."""
         given = dict(zip(self.inputs, inputs))
-        visual_tokens, num_visual = given[VISUAL_TOKENS], given[NUM_VISUAL]
+        visual_tokens, num_visual = given[io.VISUAL_TOKENS], given[io.NUM_VISUAL]
         clip = None
-        if CLIP_TEXTS in given:
-            clip = ClipInputs(given[CLIP_PATCHES], given[CLIP_TEXTS], given[TEXT_MARKS])
-        planes = [given[name] for name in self.inputs if name.startswith(DEEPSTACK_TOKENS)]
+        if io.CLIP_TEXTS in given:
+            clip = ClipInputs(given[io.CLIP_PATCHES], given[io.CLIP_TEXTS], given[io.TEXT_MARKS])
+        planes = [given[name] for name in self.inputs if name.startswith(io.DEEPSTACK_TOKENS)]
         features, keys, attention = FEATURE_NAMES
         token_inputs = TokenInputs(
             visual_tokens,
             num_visual,
-            given[IS_NEWLINE] > 0,
+            given[io.IS_NEWLINE] > 0,
             features_NF=given.get(features),
             keys_NE=given.get(keys),
             attention_N=given.get(attention),
-            text_TD=given.get(TEXT_EMBEDS),
-            num_text=given.get(NUM_TEXT),
+            text_TD=given.get(io.TEXT_EMBEDS),
+            num_text=given.get(io.NUM_TEXT),
             clip=clip,
-            previous_ND=given.get(PREVIOUS_TOKENS),
-            has_previous=given.get(HAS_PREVIOUS),
+            previous_ND=given.get(io.PREVIOUS_TOKENS),
+            has_previous=given.get(io.HAS_PREVIOUS),
         )
         selection: Selection = self.selector(token_inputs)
         reduced_KD, *reduced_planes = (

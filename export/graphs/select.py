@@ -35,15 +35,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trio_edge.runtime.bundle.graph_io import (
-    DEEPSTACK,
-    PREVIOUS,
-    PROMPT_EMBEDS,
-    PROMPT_IS_VISUAL,
-    PROMPT_LENGTH,
-    SALIENCY,
-    VISUAL_IMAGES,
-)
+from trio_edge.runtime.bundle import graph_io as io
 from trio_edge.trio.compaction import CompactedRows, compact_rows
 from trio_edge.trio.selectors.interface import PromptInputs, StageInputs, other_inputs_of
 
@@ -84,9 +76,11 @@ class Select(nn.Module):
         hidden_SD = hidden_states[0]
         cos, sin = self.rotary(position_ids)
         given = dict(zip(self.others, others))
-        image_N, prompt = given.get(VISUAL_IMAGES), None
-        if PROMPT_EMBEDS in given:
-            prompt = PromptInputs(given[PROMPT_EMBEDS][0], given[PROMPT_IS_VISUAL], given[PROMPT_LENGTH])
+        image_N, prompt = given.get(io.VISUAL_IMAGES), None
+        if io.PROMPT_EMBEDS in given:
+            prompt = PromptInputs(
+                given[io.PROMPT_EMBEDS][0], given[io.PROMPT_IS_VISUAL], given[io.PROMPT_LENGTH]
+            )
         inputs = StageInputs(
             hidden_SD,
             cos[0],
@@ -94,9 +88,9 @@ class Select(nn.Module):
             visual_rows,
             num_visual,
             length,
-            previous_SD=given[PREVIOUS][0] if PREVIOUS in given else None,
+            previous_SD=given[io.PREVIOUS][0] if io.PREVIOUS in given else None,
             prompt=prompt,
-            saliency_N=given.get(SALIENCY),
+            saliency_N=given.get(io.SALIENCY),
             image_N=image_N,
             others={name: given[name] for name in other_inputs_of(self.selector)},
         )
@@ -118,7 +112,7 @@ class Select(nn.Module):
             _kept_rows(rows_SD, compacted, selection.weights_KN, visual_rows, num_visual)[None]
             for rows_SD in (
                 hidden_SD,
-                *(given[name][0] for name in self.others if name.startswith(DEEPSTACK)),
+                *(given[name][0] for name in self.others if name.startswith(io.DEEPSTACK)),
             )
         )
         return (

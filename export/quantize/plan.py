@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast, get_args
+from typing import TYPE_CHECKING, get_args
 
 from trio_edge.export.quantize.numerics import FORMATS, Format
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
@@ -89,7 +89,7 @@ def parse_plan(text: str) -> QuantizePlan:
             raise ScheduleError(
                 f"--quantize: expected one of {', '.join(_PARTS_FROM_NAME)}, got {name!r}; write it as suffix=int4,head=int8"
             )
-        formats |= dict.fromkeys(parts, cast("Format", kind))
+        formats |= dict.fromkeys(parts, kind)
     for part, reason in _ONLY_INT8.items():
         if (kind := formats.get(part, "none")) not in ("int8", "none"):
             raise ScheduleError(

@@ -69,12 +69,13 @@ class Tracer:
         """Return the graph with the sources of its initializers, which have the names of the module's."""
         model = self._model_of(outline)
         parameters = dict(outline.module.named_parameters(remove_duplicate=False))
+        known = {"rotary.inv_freq": self._model.inv_freq, **outline.constants}
         weights, constants = {}, {}
         for name, value in model.graph.initializers.items():
             if name in parameters:
                 weights[name] = StoredName(self._names[id(parameters[name])])
             elif value.const_value is None:
-                constants[name] = outline.constants[name]
+                constants[name] = known[name]
         return TracedGraph(
             spec=outline.spec, model=model, weights=weights, constants=constants, piece=outline.piece
         )

@@ -68,7 +68,7 @@ class Outline:
     """Its ``forward`` takes the inputs in order."""
     piece: PieceName | None = None
     constants: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    """Values of buffers, which have none under FakeTensorMode; weights are read for them alone."""
+    """Values of buffers besides rotary frequencies; under FakeTensorMode buffers have none."""
 
 
 @final
@@ -99,7 +99,6 @@ class Wiring:
             **{f"{io.DEEPSTACK}{plane}": f"rows.deepstack.{plane}" for plane in range(num_planes)},
         }
         """Place of each input that the next graph of a prefill may read from the graph before."""
-        self._frequencies = {"rotary.inv_freq": plan.model.inv_freq}
         self._launches: defaultdict[ProgramName, list[Launch]] = defaultdict(list)
         self.graphs: list[Outline] = []
         """In the order of a prefill; pieces of one graph follow each other, first the one with the graph's role."""
@@ -151,7 +150,6 @@ class Wiring:
         profiles: Sequence[str] | None = None,
         label: str | None = None,
         stage: int = 0,
-        cache: str | None = None,
     ) -> None:
         """Let ``program`` run ``graph`` next, with its own places and profiles or those given; for the rest see ``Launch``."""
         spec, places = graph.spec, {**graph.places, **(instead or {})}
@@ -162,7 +160,7 @@ class Wiring:
             inputs={name: places[name] for name in spec.input_names},
             outputs={tensor.name: places[tensor.name] for tensor in spec.outputs},
             stage=stage,
-            cache=cache,
+            cache=f"cache.{spec.name}" if spec.num_layers else None,
         )
         self._launches[program].append(launch)
 
@@ -363,26 +361,26 @@ class Wiring:
             for bucket in layout.text_buckets
             if layout.follow_ups and index == 0
         ]
+        decode = Profile(name="decode", sizes={"S": 1, "C": capacity})
         prefills, at_sizes = self._prefills(index, lambda _all, rows, text: {"S": rows + text, "C": 0})
         graph = _outline(
             name,
             self._role(index),
             inputs,
             outputs,
-            [*prefills, *questions, Profile(name="decode", sizes={"S": 1, "C": capacity})],
+            [*prefills, *questions, decode],
             DecoderRange([self._model.layers[layer] for layer in layers], self._rotary()),
             at_sizes=at_sizes,
             piece=piece,
             first_layer=layers.start,
             num_layers=len(layers),
-            constants=self._frequencies,
         )
 
         def new_rows(stack: str) -> dict[str, str]:
             return {f"{io.PRESENT_PREFIX}{part}": f"{stack}[{i}]" for i, part in enumerate(parts)}
 
-        cache, no_planes = f"cache.{name}", dict.fromkeys(planes, "zeros.plane")
-        self._run("prefill", graph, stage=index, cache=cache)
+        no_planes = dict.fromkeys(planes, "zeros.plane")
+        self._run("prefill", graph, stage=index)
         if questions:
             question = {
                 io.EMBEDS: "question.embeds",
@@ -394,7 +392,7 @@ class Wiring:
                 **no_planes,
             }
             names = [profile.name for profile in questions]
-            self._run("question", graph, question, profiles=names, label="question", cache=cache)
+            self._run("question", graph, question, profiles=names, label="question")
         step = {
             entering: f"{self._name(index - 1)}.{io.HIDDEN_OUT}" if index else "step.embedding",
             io.POSITIONS: f"step.position_ids.{index}",
@@ -402,7 +400,7 @@ class Wiring:
             **new_rows(f"new_row.{name}"),
             **no_planes,
         }
-        self._run("decode", graph, step, profiles=["decode"], stage=index, cache=cache)
+        self._run("decode", graph, step, profiles=["decode"], stage=index)
         self._at |= {io.HIDDEN: f"{name}.{io.HIDDEN_OUT}", io.PREVIOUS: f"{name}.{io.PREVIOUS}"}
         return graph
 
@@ -456,17 +454,10 @@ class Wiring:
 
         others = [tensor.spec.name for tensor in inputs[5:]]
         is_preserved = schedule.positions == "preserved"
+        module = Select(selector, self._rotary(), preserve_positions=is_preserved, others=others)
         profiles, at_sizes = self._prefills(stage, sizes, by_prompt=reads_prompt)
         graph = _outline(
-            name,
-            "select",
-            inputs,
-            outputs,
-            profiles,
-            Select(selector, self._rotary(), preserve_positions=is_preserved, others=others),
-            at_sizes=at_sizes,
-            first_layer=layer,
-            constants=self._frequencies,
+            name, "select", inputs, outputs, profiles, module, at_sizes=at_sizes, first_layer=layer
         )
         self._run("prefill", graph, stage=stage)
         launch = self._launches["prefill"][-1]
@@ -482,20 +473,18 @@ class Wiring:
         """Describe the halves of a stage's probe; without the layer's MLP its gradient goes around it."""
         dims, dtype, schedule = self._dimensions, self._dtype, self._layout.schedule
         layer, axes = schedule.stages[stage].layer, self._model.position_axes
-        constants = self._frequencies
+        constants = {}
         if probe.form != "direct":
-            constants = {**constants, "saliency.key_value_gram": _gram(self._plan.source.checkpoint, layer)}
+            constants["saliency.key_value_gram"] = _gram(self._plan.source.checkpoint, layer)
         width = dims.num_heads * (dims.head_size + dims.hidden_size)
         if not probe.is_quantized:
             width += dims.hidden_size + 2 * dims.intermediate_size
 
         def state(rows: str, visual: str, names: Sequence[str]) -> list[_Tensor]:
             """Return the tensors between the halves: ``ProbeState`` of trio_edge.trio.saliency."""
-            shapes = [
-                (rows, width),
-                (dims.num_heads, rows, visual),
-                *[(visual, dims.num_kv_heads * dims.head_size)] * probe.needs_keys,
-            ]
+            shapes = [(rows, width), (dims.num_heads, rows, visual)]
+            if probe.needs_keys:
+                shapes.append((visual, dims.num_kv_heads * dims.head_size))
             return [
                 _tensor(name, f"probe.{result}", shape, "float32")
                 for name, result, shape in zip(names, io.PROBE_RESULTS[1:], shapes)
