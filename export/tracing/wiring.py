@@ -259,26 +259,26 @@ class Wiring:
         layout = self._layout
         selectors = [self._selector(stage) for stage in range(len(layout.schedule.stages))]
         probes = [probe_of(selector) for selector in selectors]
-        head = self._head(is_shared=any(probe is not None for probe in probes))
-        gradient = self._gradient()
+        has_probes = any(probe is not None for probe in probes)
+        heads = [self._head(is_shared=has_probes), *([self._gradient()] if has_probes else [])]
         for index, layers in enumerate(layout.layer_ranges(self._dimensions.num_layers)):
             halves: list[Outline] = []
             if index > 0:
                 if (probe := probes[index - 1]) is not None:
-                    halves = self._probe(index - 1, probe, head, gradient)
+                    halves = self._probe(index - 1, probe, *heads)
                 self.graphs += [half for half in halves if half.piece is None]
                 self.graphs.append(self._select(index - 1, selectors[index - 1]))
             self.graphs.append(self._range(index, layers, piece="layers" if halves else None))
             self.graphs += [half for half in halves if half.piece is not None]
-        self._run("prefill", head, stage=len(selectors))
+        self._run("prefill", heads[0], stage=len(selectors))
         step = {
             io.LAST_ROW: "zeros.last_row",
             io.LOGITS: "logits.logits",
             io.TOP_LOGITS: "top.top_logits",
             io.TOP_IDS: "top.top_ids",
         }
-        self._run("decode", head, step, profiles=["decode"], stage=len(selectors))
-        self.graphs += [head] if all(probe is None for probe in probes) else [head, gradient]
+        self._run("decode", heads[0], step, profiles=["decode"], stage=len(selectors))
+        self.graphs += heads
 
     def _selector(self, stage: int) -> Any:
         return stage_selector(
