@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
-    from trio_edge.export.graphs.assembly.traced import TracedGraph
+    from trio_edge.export.graphs.assembly.onnx_graph import TracedGraph
     from trio_edge.export.options import ExportOptions, ScheduleInputs
     from trio_edge.export.plan import ExportPlan
     from trio_edge.export.quantize.store import StoredForm

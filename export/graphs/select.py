@@ -81,13 +81,9 @@ class Select(nn.Module):
             prompt = PromptInputs(
                 given[io.PROMPT_EMBEDS][0], given[io.PROMPT_IS_VISUAL], given[io.PROMPT_LENGTH]
             )
+        sequence = hidden_SD, cos[0], sin[0], visual_rows, num_visual, length
         inputs = StageInputs(
-            hidden_SD,
-            cos[0],
-            sin[0],
-            visual_rows,
-            num_visual,
-            length,
+            *sequence,
             previous_SD=given[io.PREVIOUS][0] if io.PREVIOUS in given else None,
             prompt=prompt,
             saliency_N=given.get(io.SALIENCY),

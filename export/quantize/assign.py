@@ -17,6 +17,7 @@ from trio_edge.export.quantize.numerics import BLOCK_SIZE, block_size
 from trio_edge.export.quantize.plan import OPSETS, PARTS
 from trio_edge.export.quantize.store import StoredForm
 from trio_edge.export.quantize.unpacking import stored_block
+from trio_edge.runtime.bundle.graph_io import is_probe
 from trio_edge.runtime.bundle.manifest import PART_FROM_ROLE, Quantization
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.checkpoints.stored import StoredName
-    from trio_edge.export.graphs.assembly.traced import TracedGraph
+    from trio_edge.export.graphs.assembly.onnx_graph import TracedGraph
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CalibratedScales
     from trio_edge.runtime.bundle.manifest import Part, QuantizedFormat, Role
@@ -93,10 +94,10 @@ def _form(
 ) -> StoredForm:
     layer = _LAYER.match(tensor)
     own_role: Role = "head" if layer is None else layer_roles[int(layer[1])]
-    role = own_role if graph.is_probe else graph.spec.role
+    role = own_role if is_probe(graph.spec) else graph.spec.role
     kind, packed = plan.of_role(role), checkpoint.packed.get(tensor)
     may = is_linear(graph.model.graph.initializers[name])
-    may |= (graph.is_probe or graph.spec.role == "select") and _is_decoder_linear(tensor)
+    may |= (is_probe(graph.spec) or graph.spec.role == "select") and _is_decoder_linear(tensor)
     keeps_integers = kind == ("int4" if plan.names(role) else "none")
     if packed is not None and packed.format.is_symmetric and may and keeps_integers:
         return StoredForm(
@@ -132,7 +133,7 @@ def _rewritten(graph: TracedGraph, forms: Mapping[str, StoredForm], scales: Cali
         return replace(graph, weights=weights)
     weights |= {name + SCALE_SUFFIX: form.stored_name.scales for name, form in quantized.items()}
     # A probe's forward half shares the layer's own products.
-    rounds_inputs = graph.piece == "probe" or not (graph.spec.role == "select" or graph.is_probe)
+    rounds_inputs = graph.piece == "probe" or not (graph.spec.role == "select" or is_probe(graph.spec))
     ranges = scales.activation_max if rounds_inputs else {}
     opset = max(graph.model.opset_imports[""], *(OPSETS[form.kind] for form in quantized.values()))
     constants = quantize_graph(graph.model, quantized, activation_max=ranges, opset=opset)
@@ -203,7 +204,7 @@ def _weights_of_parts(graphs: Iterable[TracedGraph]) -> dict[Part, set[StoredNam
     """Return the weights of each part's graphs without probes; TRIO's selections have none."""
     found: dict[Part, set[StoredName]] = {}
     for graph in graphs:
-        if not graph.is_probe and (part := PART_FROM_ROLE.get(graph.spec.role)) is not None:
+        if not is_probe(graph.spec) and (part := PART_FROM_ROLE.get(graph.spec.role)) is not None:
             found.setdefault(part, set()).update(graph.weights.values())
     return found
 
@@ -225,7 +226,7 @@ def _with_inputs(graphs: Iterable[TracedGraph]) -> tuple[Part, ...]:
     rounded = {
         PART_FROM_ROLE[graph.spec.role]
         for graph in graphs
-        if not graph.is_probe
+        if not is_probe(graph.spec)
         and any(
             node.op_type == "QuantizeLinear" and not node.outputs[0].is_graph_output()
             for node in graph.model.graph

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.export.graphs.assembly.traced import TracedGraph
+    from trio_edge.export.graphs.assembly.onnx_graph import TracedGraph
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CacheRange, CalibratedScales
     from trio_edge.runtime.bundle.manifest import TensorSpec

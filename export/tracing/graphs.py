@@ -11,8 +11,7 @@ import torch
 from trio_edge.export.checkpoints.checkpoint import canonical_name
 from trio_edge.export.checkpoints.stored import StoredName
 from trio_edge.export.graphs.assembly.copies import FIRST_PAST, stack_layers
-from trio_edge.export.graphs.assembly.onnx_graph import dynamic_axes, example_input, trace_graph
-from trio_edge.export.graphs.assembly.traced import TracedGraph
+from trio_edge.export.graphs.assembly.onnx_graph import TracedGraph, dynamic_axes, example_input, trace_graph
 from trio_edge.export.graphs.decoder_range import DecoderRange
 from trio_edge.export.graphs.probe import Probe, Saliency
 from trio_edge.export.tracing.wiring import Wiring

@@ -256,12 +256,12 @@ class Wiring:
     # The decoder
 
     def _describe_decoder(self) -> None:
-        layout = self._layout
-        selectors = [self._selector(stage) for stage in range(len(layout.schedule.stages))]
+        ranges = self._layout.layer_ranges(self._dimensions.num_layers)
+        selectors = [self._selector(stage) for stage in range(len(ranges) - 1)]
         probes = [probe_of(selector) for selector in selectors]
         has_probes = any(probe is not None for probe in probes)
         heads = [self._head(is_shared=has_probes), *([self._gradient()] if has_probes else [])]
-        for index, layers in enumerate(layout.layer_ranges(self._dimensions.num_layers)):
+        for index, layers in enumerate(ranges):
             halves: list[Outline] = []
             if index > 0:
                 if (probe := probes[index - 1]) is not None:
@@ -271,12 +271,8 @@ class Wiring:
             self.graphs.append(self._range(index, layers, piece="layers" if halves else None))
             self.graphs += [half for half in halves if half.piece is not None]
         self._run("prefill", heads[0], stage=len(selectors))
-        step = {
-            io.LAST_ROW: "zeros.last_row",
-            io.LOGITS: "logits.logits",
-            io.TOP_LOGITS: "top.top_logits",
-            io.TOP_IDS: "top.top_ids",
-        }
+        top = {name: f"top.{name}" for name in (io.TOP_LOGITS, io.TOP_IDS)}
+        step = {io.LAST_ROW: "zeros.last_row", io.LOGITS: "logits.logits", **top}
         self._run("decode", heads[0], step, profiles=["decode"], stage=len(selectors))
         self.graphs += heads
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
-    from trio_edge.export.graphs.assembly.traced import TracedGraph
+    from trio_edge.export.graphs.assembly.onnx_graph import TracedGraph
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CalibratedScales
     from trio_edge.runtime.bundle.manifest import GraphSpec

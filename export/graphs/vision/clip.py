@@ -53,10 +53,6 @@ class ClipFeatures(nn.Module):
         self.pre_layrnorm: nn.Module = core.pre_layrnorm
         self.layers = nn.ModuleList(core.encoder.layers[: max(self.states)])
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Return features [B, P, F] of all tiles."""
-        return _features(self, pixel_values)
-
 
 class ClipVision(nn.Module):
     """Features, projector, newline row, and the gather that orders the visual tokens."""
