@@ -24,13 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trio_edge.export.graphs import linear_groups as groups
 from trio_edge.export.graphs.assembly.copies import Copy, LayeredModule, Part
-from trio_edge.export.graphs.linear_groups import (
-    LinearGroup,
-    fused_attention_groups,
-    mlp_groups,
-    projector_groups,
-)
 from trio_edge.export.graphs.vision.patches import Rows, attention, embedded, rows_at, with_headroom
 from trio_edge.runtime.bundle.graph_io import DEEPSTACK_TOKENS, VISUAL_TOKENS
 from trio_edge.runtime.bundle.manifest import TensorSpec
@@ -223,7 +218,7 @@ def plane_mergers(visual: nn.Module, num_planes: int) -> dict[int, nn.Module]:
     return {layer: core.deepstack_merger_list[indexes.index(layer)] for layer in layers[:num_planes]}
 
 
-def deepstack_groups(visual: nn.Module, *, num_planes: int) -> tuple[LinearGroup, ...]:
+def deepstack_groups(visual: nn.Module, *, num_planes: int) -> tuple[groups.LinearGroup, ...]:
     """Return the linear layers of transformers' Qwen3VLVisionModel that run.
 
     The last merger normalizes patches before it joins four of them, so its norm does not have one element per input. The
@@ -240,14 +235,14 @@ def deepstack_groups(visual: nn.Module, *, num_planes: int) -> tuple[LinearGroup
     )
 
 
-def _block_groups(block: Any, index: int) -> Iterator[LinearGroup]:
-    yield from fused_attention_groups(block.attn, norm=block.norm1, index=index)
-    yield from mlp_groups(block.mlp.linear_fc1, block.mlp.linear_fc2, norm=block.norm2, index=index)
+def _block_groups(block: Any, index: int) -> Iterator[groups.LinearGroup]:
+    yield from groups.fused_attention_groups(block.attn, norm=block.norm1, index=index)
+    yield from groups.mlp_groups(block.mlp.linear_fc1, block.mlp.linear_fc2, norm=block.norm2, index=index)
 
 
-def _merger_groups(merger: Any, name: str) -> tuple[LinearGroup, LinearGroup]:
+def _merger_groups(merger: Any, name: str) -> tuple[groups.LinearGroup, groups.LinearGroup]:
     norm = merger.norm if merger.use_postshuffle_norm else None
-    return projector_groups(merger.linear_fc1, merger.linear_fc2, norm=norm, name=name)
+    return groups.projector_groups(merger.linear_fc1, merger.linear_fc2, norm=norm, name=name)
 
 
 def _normed(norm: Any, hidden: Tensor) -> Tensor:

@@ -29,12 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionRotaryEmbedding
 
-from trio_edge.export.graphs.linear_groups import (
-    LinearGroup,
-    fused_attention_groups,
-    gated_mlp_groups,
-    projector_groups,
-)
+from trio_edge.export.graphs import linear_groups as groups
 from trio_edge.export.graphs.vision.patches import (
     attention,
     embedded,
@@ -144,7 +139,7 @@ def inverse_frequencies(vision_config: Any) -> NDArray[np.float32]:
         return values
 
 
-def windowed_groups(visual: nn.Module) -> tuple[LinearGroup, ...]:
+def windowed_groups(visual: nn.Module) -> tuple[groups.LinearGroup, ...]:
     """Return the linear layers of transformers' Qwen2_5_VisionTransformerPretrainedModel.
 
     The merger normalizes patches before it joins four of them, so its norm does not have one element per input.
@@ -152,13 +147,13 @@ def windowed_groups(visual: nn.Module) -> tuple[LinearGroup, ...]:
     core: Any = visual
     return (
         *(group for index, block in enumerate(core.blocks) for group in _block_groups(block, index)),
-        *projector_groups(core.merger.mlp[0], core.merger.mlp[2], norm=None),
+        *groups.projector_groups(core.merger.mlp[0], core.merger.mlp[2], norm=None),
     )
 
 
-def _block_groups(block: Any, index: int) -> Iterator[LinearGroup]:
-    yield from fused_attention_groups(block.attn, norm=block.norm1, index=index)
-    yield from gated_mlp_groups(block.mlp, norm=block.norm2, index=index)
+def _block_groups(block: Any, index: int) -> Iterator[groups.LinearGroup]:
+    yield from groups.fused_attention_groups(block.attn, norm=block.norm1, index=index)
+    yield from groups.gated_mlp_groups(block.mlp, norm=block.norm2, index=index)
 
 
 class WindowedEncoder(nn.Module):
