@@ -42,25 +42,26 @@ FEATURE_NAMES = ("features", "keys", "class_attention")
 class Reduce(nn.Module):
     """A selector, and the gather or weighted sums of the kept tokens."""
 
-    def __init__(self, selector: TokenSelector, *, inputs: Sequence[str]) -> None:
-        """Hold the selector; ``inputs`` are the names of all inputs, from the table above."""
+    def __init__(self, selector: TokenSelector, *, others: Sequence[str]) -> None:
+        """Hold the selector; ``others`` are the names of the inputs after the first three."""
         super().__init__()
         self.selector: Any = selector
-        self.inputs = tuple(inputs)
+        self.others = tuple(others)
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, visual_tokens: Tensor, num_visual: Tensor, is_newline: Tensor, *others: Tensor
+    ) -> tuple[Tensor, ...]:
         """Return the reduced tokens [K, D], their indices [K], and the reduced planes."""
-        given = dict(zip(self.inputs, inputs))
-        visual_tokens, num_visual = given[io.VISUAL_TOKENS], given[io.NUM_VISUAL]
+        given = dict(zip(self.others, others))
         clip = None
         if io.CLIP_TEXTS in given:
             clip = ClipInputs(given[io.CLIP_PATCHES], given[io.CLIP_TEXTS], given[io.TEXT_MARKS])
-        planes = [given[name] for name in self.inputs if name.startswith(io.DEEPSTACK_TOKENS)]
+        planes = [given[name] for name in self.others if name.startswith(io.DEEPSTACK_TOKENS)]
         features, keys, attention = FEATURE_NAMES
         token_inputs = TokenInputs(
             visual_tokens,
             num_visual,
-            given[io.IS_NEWLINE] > 0,
+            is_newline > 0,
             features_NF=given.get(features),
             keys_NE=given.get(keys),
             attention_N=given.get(attention),

@@ -76,7 +76,9 @@ class Select(nn.Module):
         hidden_SD = hidden_states[0]
         cos, sin = self.rotary(position_ids)
         given = dict(zip(self.others, others))
-        image_N, prompt = given.get(io.VISUAL_IMAGES), None
+        image_N = given.get(io.VISUAL_IMAGES)
+        previous_SD = given[io.PREVIOUS][0] if io.PREVIOUS in given else None
+        prompt = None
         if io.PROMPT_EMBEDS in given:
             prompt = PromptInputs(
                 given[io.PROMPT_EMBEDS][0], given[io.PROMPT_IS_VISUAL], given[io.PROMPT_LENGTH]
@@ -84,11 +86,11 @@ class Select(nn.Module):
         sequence = hidden_SD, cos[0], sin[0], visual_rows, num_visual, length
         inputs = StageInputs(
             *sequence,
-            previous_SD=given[io.PREVIOUS][0] if io.PREVIOUS in given else None,
-            prompt=prompt,
-            saliency_N=given.get(io.SALIENCY),
-            image_N=image_N,
-            others={name: given[name] for name in other_inputs_of(self.selector)},
+            previous_SD,
+            prompt,
+            given.get(io.SALIENCY),
+            image_N,
+            {name: given[name] for name in other_inputs_of(self.selector)},
         )
         selection: Selection = self.selector(inputs)
         compacted = compact_rows(

@@ -248,7 +248,7 @@ class Wiring:
                 for rows in layout.vision_rows
                 for count in counts or [{}]
             ],
-            Reduce(selector, inputs=[tensor.spec.name for tensor in inputs]),
+            Reduce(selector, others=[tensor.spec.name for tensor in inputs[3:]]),
         )
         self.graphs.append(graph)
         self._run("reduce", graph)
