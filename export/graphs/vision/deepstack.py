@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from trio_edge.export.graphs import linear_groups as groups
 from trio_edge.export.graphs.assembly.copies import Copy, LayeredModule, Part
 from trio_edge.export.graphs.vision.patches import Rows, attention, embedded, rows_at, with_headroom
-from trio_edge.runtime.bundle.graph_io import DEEPSTACK_TOKENS, VISUAL_TOKENS
+from trio_edge.runtime.bundle import graph_io as io
 from trio_edge.runtime.bundle.manifest import TensorSpec
 from trio_edge.trio.cost.memory import num_head_blocks
 
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 INV_FREQ_NAME = "tables.inv_freq"
 """The graph's one constant, [E/4]."""
-_PATCHES = ("pixel_values", "table_index", "table_weights")
-_PLACES = ("patch_positions", "num_patches")
+_PATCHES = (io.PIXEL_VALUES, io.TABLE_INDEX, io.TABLE_WEIGHTS)
+_PLACES = (io.PATCH_POSITIONS, io.NUM_PATCHES)
 _TABLES = ("cos", "sin", "mask")
 
 
@@ -73,7 +73,7 @@ class DeepstackVision(nn.Module):
             found = self.get_submodule(copy.weights[:-1])(*(values[name] for name in copy.inputs))
             values |= zip(copy.outputs, found if isinstance(found, tuple) else [found])
         planes = range(len(self.plane_layers))
-        return values[VISUAL_TOKENS], *(values[f"{DEEPSTACK_TOKENS}{plane}"] for plane in planes)
+        return values[io.VISUAL_TOKENS], *(values[f"{io.DEEPSTACK_TOKENS}{plane}"] for plane in planes)
 
     def layered(self, *, width: int, dtype: FloatType) -> LayeredModule:
         """Return the module as parts that are traced once each; ``width`` is D, ``dtype`` that of the outputs."""
@@ -94,7 +94,7 @@ class DeepstackVision(nn.Module):
         for name, merger in mergers.items():
             if merger is not None:
                 tokens = TensorSpec(name=f"{name}_tokens", dtype=dtype, shape=("N", width))
-                parts[name] = Part(merger, (hidden, inputs["token_index"]), (tokens,))
+                parts[name] = Part(merger, (hidden, inputs[io.TOKEN_INDEX]), (tokens,))
         return LayeredModule(parts=parts, copies=tuple(self._copies()))
 
     def _copies(self) -> Iterator[Copy]:
@@ -106,20 +106,20 @@ class DeepstackVision(nn.Module):
             yield Copy("layer", f"layers.{index}.", [f"hidden.{index}", *_TABLES], [after])
             if index in self.plane_layers:
                 plane = self.plane_layers.index(index)
-                tokens = f"{DEEPSTACK_TOKENS}{plane}"
-                yield Copy("plane_merger", f"plane_mergers.{plane}.", [after, "token_index"], [tokens])
-        yield Copy("merger", "merger.", [f"hidden.{len(self.layers)}", "token_index"], [VISUAL_TOKENS])
+                tokens = f"{io.DEEPSTACK_TOKENS}{plane}"
+                yield Copy("plane_merger", f"plane_mergers.{plane}.", [after, io.TOKEN_INDEX], [tokens])
+        yield Copy("merger", "merger.", [f"hidden.{len(self.layers)}", io.TOKEN_INDEX], [io.VISUAL_TOKENS])
 
 
 def vision_inputs(patch_values: int) -> tuple[TensorSpec, ...]:
     """Return the graph's inputs, for patches of ``patch_values`` numbers."""
     return (
-        TensorSpec(name="pixel_values", dtype="float32", shape=("P", patch_values)),
-        TensorSpec(name="patch_positions", dtype="int32", shape=(2, "P")),
-        TensorSpec(name="table_index", dtype="int32", shape=(4, "P")),
-        TensorSpec(name="table_weights", dtype="float32", shape=(4, "P")),
-        TensorSpec(name="num_patches", dtype="int32", shape=(1,)),
-        TensorSpec(name="token_index", dtype="int32", shape=("N",)),
+        TensorSpec(name=io.PIXEL_VALUES, dtype="float32", shape=("P", patch_values)),
+        TensorSpec(name=io.PATCH_POSITIONS, dtype="int32", shape=(2, "P")),
+        TensorSpec(name=io.TABLE_INDEX, dtype="int32", shape=(4, "P")),
+        TensorSpec(name=io.TABLE_WEIGHTS, dtype="float32", shape=(4, "P")),
+        TensorSpec(name=io.NUM_PATCHES, dtype="int32", shape=(1,)),
+        TensorSpec(name=io.TOKEN_INDEX, dtype="int32", shape=("N",)),
     )
 
 
