@@ -94,21 +94,25 @@ class ClipVision(nn.Module):
 
     def forward(self, pixel_values: Tensor, token_index: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Return the visual tokens [N, D]; then features [N, F], keys [N, E] and class attention [N], or patches [N, Z]."""
-        more: list[Tensor] = []
+        seen: list[Tensor] = []
 
         def observe(index: int, layer: Any, hidden: Tensor) -> None:
             if index == self.observed:
-                more.extend([class_attention(layer, hidden), _mean_keys(layer, hidden)])
+                seen.extend([class_attention(layer, hidden), _mean_keys(layer, hidden)])
 
         features_BPF = _features(self.features, pixel_values, observe=observe)
         tokens_RD = with_newline(self.projector(features_BPF).flatten(0, 1), self.newline)
-        if self.observed is not None:
-            more = [features_BPF, *reversed(more)]
         if self.norm is not None and self.projection is not None:
-            more = [self.projection(self.norm(features_BPF))]
-        more = [_with_empty_row(rows.flatten(0, 1)).index_select(0, token_index) for rows in more]
-        tokens_ND = tokens_RD.index_select(0, token_index)
-        return (tokens_ND, *more) if more else tokens_ND
+            patches_RZ = _with_empty_row(self.projection(self.norm(features_BPF)).flatten(0, 1))
+            return tokens_RD.index_select(0, token_index), patches_RZ.index_select(0, token_index)
+        if self.observed is None:
+            return tokens_RD.index_select(0, token_index)
+        attention_BP, keys_BPE = seen
+        features_N, keys_N, attention_N = (
+            _with_empty_row(rows.flatten(0, 1)).index_select(0, token_index)
+            for rows in (features_BPF, keys_BPE, attention_BP)
+        )
+        return tokens_RD.index_select(0, token_index), features_N, keys_N, attention_N
 
 
 class ReducedVision(nn.Module):
