@@ -26,7 +26,7 @@ from trio_edge.export.model_cost import cost_of
 from trio_edge.export.options import Progress
 from trio_edge.export.plan import build, read, resolve, without_values
 from trio_edge.export.quantize.assign import (
-    embedding_name,
+    embedding_form,
     head_rows_form,
     is_quantized,
     plain_tensors,
@@ -38,7 +38,6 @@ from trio_edge.export.quantize.cache import check_cache, quantize_caches
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.export.quantize.store import quantized_bytes, store_quantized
 from trio_edge.export.tracing.graphs import trace_graphs
-from trio_edge.export.tracing.programs import programs_of
 from trio_edge.runtime.bundle.errors import CheckpointError, TrioEdgeError, printable
 from trio_edge.runtime.bundle.files import atomic_folder
 from trio_edge.runtime.bundle.manifest import (
@@ -60,10 +59,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from trio_edge.export.checkpoints.weights import SourceTensor, StoredWeights
-    from trio_edge.export.graphs.assembly.traced import TracedGraph
+    from trio_edge.export.graphs.assembly.onnx_graph import TracedGraph
     from trio_edge.export.options import ExportOptions
     from trio_edge.export.plan import ExportPlan
-    from trio_edge.export.quantize.assign import StoredForm
+    from trio_edge.export.quantize.store import StoredForm
+    from trio_edge.runtime.bundle.manifest import Program
     from trio_edge.trio.cost.devices import DeviceSpec
 
 _LARGEST_INLINE_BYTES = 1 << 20  # ONNX files are read as a whole and have at most 2 GB
@@ -99,7 +99,7 @@ def export_bundle(
         if (target := options.target) is not None:
             check_target(plan, find_device(target), progress)
         quantized = partial(is_quantized, plan=options.quantize, checkpoint=source.checkpoint)
-        traced = trace_graphs(plan, is_quantized=quantized, step=progress.step)
+        traced, programs = trace_graphs(plan, is_quantized=quantized, step=progress.step)
     contents = quantize(plan, traced, scales, progress)
     with atomic_folder(
         options.out,
@@ -113,7 +113,7 @@ def export_bundle(
     ) as folder:
         graphs, weights = write(plan, contents, folder, progress)
         progress.step("hashing")
-        return record(plan, contents, graphs, weights, folder)
+        return record(plan, contents, programs, graphs, weights, folder)
 
 
 def check_target(plan: ExportPlan, target: DeviceSpec, progress: Progress) -> None:
@@ -264,6 +264,7 @@ def _constant_name(graph: TracedGraph, name: str) -> StoredName:
 def record(
     plan: ExportPlan,
     contents: BundleContents,
+    programs: tuple[Program, ...],
     graphs: tuple[GraphSpec, ...],
     weights: StoredWeights,
     folder: Path,
@@ -272,7 +273,8 @@ def record(
     options, resolved, layout, model = plan.options, plan.resolved, plan.layout, plan.model
     image_sizes, files = _image_sizes(plan), _file_entries(folder, known=weights.sha256)
     path, stored, clip = Path(options.model), weights.tensors, plan.source.clip
-    embedding, rows = embedding_name(options.quantize), head_rows_form(contents.graphs, options.quantize)
+    embedding = embedding_form(options.quantize).stored_name
+    rows = head_rows_form(contents.graphs, options.quantize)
     num_values = sum(math.prod(tensor.shape) for tensor in plan.source.checkpoint.tensors.values())
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
@@ -303,9 +305,7 @@ def record(
         head_row_scales=None if rows is None else stored.get(rows.stored_name.scales),
         quantization=contents.quantization,
         graphs=graphs,
-        programs=programs_of(
-            graphs, layout, sources={graph.spec.name: graph.sources for graph in contents.graphs}
-        ),
+        programs=programs,
         files=files,
         model_bytes=np.dtype(resolved.dtype).itemsize * num_values,
         cost=cost_of(plan, graphs),

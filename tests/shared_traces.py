@@ -17,7 +17,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import PreTrainedConfig
 
 from tests.shared_folder import kept_between_runs
-from trio_edge.export.graphs.assembly.onnx_graph import trace
+from trio_edge.export.graphs.assembly.onnx_graph import trace_graph
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,17 +47,17 @@ _IRRELEVANT = {
 def shared_traces() -> Iterator[None]:
     """Let an export trace only what no test run has traced yet."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trio_edge.export.tracing.graphs.trace", trace_once)
+        patch.setattr("trio_edge.export.tracing.graphs.trace_graph", trace_once)
         yield
 
 
 def trace_once(module: nn.Module, **settings: Any) -> ir.Model:
-    """Return what ``trace`` does; a module of equal structure and arguments gives the same graph."""
+    """Return what ``trace_graph`` does; a module of equal structure and arguments gives the same graph."""
 
     def make(out: Path) -> None:
         with pytest.MonkeyPatch.context() as patch, _without_collection():
             patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(_registry))
-            _write(trace(module, **settings), out)
+            _write(trace_graph(module, **settings), out)
 
     arguments = {**settings, "args": _shapes(settings["args"], settings["dynamic_shapes"])}
     wanted = f"{_structure(module, {})} {sorted(arguments.items())}"

@@ -10,10 +10,9 @@ from gpu_parts.subjects import Subject
 from gpu_parts.way import Buffers, Part, set_attention
 from torch import Tensor, nn
 
-from trio_edge.export.graphs.attention import ATTENTION_NAME
+from trio_edge.export.graphs.attention import ATTENTION_NAME, RotaryTables
 from trio_edge.export.graphs.decoder_range import DecoderRange
 from trio_edge.export.graphs.head import Head
-from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
 from trio_edge.profiling.predict.answer import range_name
 from trio_edge.runtime.bundle.graph_io import MAX_CANDIDATES
@@ -68,7 +67,12 @@ class GraphsInTorch:
         buffers, hidden = self.buffers, self.buffers.token
         for index, module in enumerate(self._ranges):
             past_length, caches = buffers.past_lengths[index], buffers.caches[index]
-            hidden, *present = module(hidden, buffers.token_positions[index], past_length, caches)
+            hidden, *present = module(
+                hidden,
+                buffers.token_positions[index],
+                past_length,
+                *(cache for pair in caches for cache in pair),
+            )
             for cache, rows in zip([cache for pair in caches for cache in pair], present):
                 cache.index_copy_(2, past_length.long(), rows)
         self._answer(hidden, self._zero)
@@ -85,12 +89,12 @@ class GraphsInTorch:
     def _prefill(self, index: int) -> Callable[[], None]:
         buffers, module = self.buffers, self._ranges[index]
         caches = buffers.caches[index]
-        past = [tuple(cache[:, :, :0] for cache in pair) for pair in caches]
+        past = [cache[:, :, :0] for pair in caches for cache in pair]
 
         def run() -> None:
             self._choose_attention()
             hidden, *present = module(
-                buffers.entering[index], buffers.position_ids[index], self._zero, past
+                buffers.entering[index], buffers.position_ids[index], self._zero, *past
             )  # fmt: skip
             for cache, rows in zip([cache for pair in caches for cache in pair], present):
                 cache[:, :, : rows.shape[2]] = rows

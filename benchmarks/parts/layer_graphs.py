@@ -17,9 +17,8 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
+from trio_edge.export.graphs.attention import ATTENTION_NAME, RotaryTables, register_attention
 from trio_edge.export.graphs.decoder_range import DecoderRange
-from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
 from trio_edge.profiling.predict.speed import Rates
 from trio_edge.runtime.bundle.manifest import Dimensions
@@ -68,9 +67,10 @@ class LayerGraphs:
             torch.zeros(1, 5, self.dims.hidden_size),
             *_positions(5),
             torch.zeros(1, dtype=torch.int32),
-            [(key, key)],
+            key,
+            key,
         )
-        shapes = ({1: rows}, {1: rows}, None, [({2: past}, {2: past})])
+        shapes = ({1: rows}, {1: rows}, None, ({2: past}, {2: past}))
         names = ["hidden_states", "position_ids", "past_length", "key", "value"]
         return self._session(DecoderRange([self.layer], self.rotary), args, shapes, names, "range")
 

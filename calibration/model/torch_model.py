@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, canonical_name, read_checkpoint
 from trio_edge.export.checkpoints.text_files import read_text_files
 from trio_edge.export.families import family_of
-from trio_edge.export.graphs.rope import RotaryTables
+from trio_edge.export.graphs.attention import RotaryTables
 from trio_edge.export.plan import check_tensors
 from trio_edge.runtime.bundle.errors import BackendError, CheckpointError
 from trio_edge.runtime.prompts.tokenizer import Tokenizer

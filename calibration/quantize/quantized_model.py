@@ -13,7 +13,7 @@ from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.progress import SILENT
 from trio_edge.calibration.quantize.collecting import products_of
 from trio_edge.calibration.quantize.sections import block_of, quantized_sections
-from trio_edge.export.quantize.numerics import quantize, rounded_activations
+from trio_edge.export.quantize.numerics import quantize_weight, rounded_activations
 from trio_edge.export.quantize.plan import PARTS, QuantizePlan
 from trio_edge.trio.methods import stage_method
 
@@ -93,7 +93,7 @@ def _rounded_parameters(
         factors = smoothing.get(names[parameter])
         values = parameter.detach() if factors is None else factors.apply(parameter.detach())
         if parameter in blocks:
-            rounded = quantize(values, kind=section.kind, dtype=dtype, block=blocks[parameter])
+            rounded = quantize_weight(values, kind=section.kind, dtype=dtype, block=blocks[parameter])
             result[parameter] = partial(_dequantized, rounded, parameter.dtype)
         elif factors is not None:
             result[parameter] = partial(values.to, parameter.dtype)

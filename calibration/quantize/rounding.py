@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from trio_edge.calibration.quantize.sections import block_of
-from trio_edge.export.quantize.numerics import quantize, rounded_activations
+from trio_edge.export.quantize.numerics import quantize_weight, rounded_activations
 from trio_edge.runtime.bundle.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class GroupRounding:
         if with_activations and self.kind != "int4":
             largest = self.activation_max(factors_I)
             inputs_TI = rounded_activations(inputs_TI, largest=largest, kind=self.kind)
-        rounded = quantize(weight_OI, kind=self.kind, dtype=self.dtype, block=self.block)
+        rounded = quantize_weight(weight_OI, kind=self.kind, dtype=self.dtype, block=self.block)
         wrong_TO = inputs_TI @ rounded.dequantized().to(torch.float32).T - exact_TO
         return float(wrong_TO.square().sum() / exact_TO.square().sum().clamp(min=1e-30))
 

@@ -30,8 +30,7 @@ from transformers.initialization import no_init_weights
 
 from trio_edge.export.checkpoints.checkpoint import HEAD_NAME, read_json
 from trio_edge.export.checkpoints.hub import first_line
-from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
-from trio_edge.export.graphs.vision.tile_attention import TILE_ATTENTION_NAME, register_tile_attention
+from trio_edge.export.graphs.attention import ATTENTION_NAME, TILE_ATTENTION_NAME, register_attention
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.manifest import TensorSpec
 from trio_edge.runtime.bundle.schedule import Schedule
@@ -228,7 +227,6 @@ class Family(ABC):
             )
         config = self.read_config(checkpoint)
         register_attention()
-        register_tile_attention()
         config.text_config._attn_implementation = ATTENTION_NAME
         if self.vision_attention is not None:
             config.vision_config._attn_implementation = self.vision_attention

@@ -16,7 +16,7 @@ from trio_edge.export.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from trio_edge.export.checkpoints.text_files import load_tokenizer
 from trio_edge.export.families.base import load_config
 from trio_edge.export.graphs.clip_text import ClipText
-from trio_edge.export.graphs.vision.clip import ClipVision, VisionWithPatches
+from trio_edge.export.graphs.vision.clip import ClipVision
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.graph_io import num_clip_texts
 from trio_edge.runtime.bundle.manifest import ClipTextSpec, TensorSpec
@@ -160,7 +160,12 @@ def with_patches(model: FamilyModel, graphs: ClipGraphs, *, dtype: FloatType) ->
         model,
         vision=replace(
             model.vision,
-            module=VisionWithPatches(vision, norm=graphs.norm, projection=graphs.projection),
+            module=ClipVision(
+                vision.features,
+                vision.projector,
+                vision.newline,
+                clip=(graphs.norm, graphs.projection),
+            ),
             outputs=(*model.vision.outputs, patches),
         ),
         vision_dimensions=msgspec.structs.replace(

@@ -19,7 +19,6 @@ from trio_edge.export.graphs.vision.clip import (
     ClipFeatures,
     ClipVision,
     ReducedVision,
-    VisionWithFeatures,
     check_encoder_keep,
     clip_groups,
 )
@@ -80,7 +79,7 @@ class Llava(Family):
         tower, projector, states = inner.vision_tower, inner.multi_modal_projector, feature_layers_of(config)
         tokens = base.visual_tokens(text.hidden_size, dtype=dtype)
         inputs = base.tile_inputs(processing.tile_size)
-        module: ClipVision | VisionWithFeatures | ReducedVision
+        module: ClipVision | ReducedVision
         more_outputs: list[TensorSpec] = []
         if keep is not None and with_features:
             raise ScheduleError(
@@ -95,11 +94,9 @@ class Llava(Family):
             features = ClipFeatures(tower, feature_layers=states)
             parts = features, projector, getattr(inner, "image_newline", None)
             layers = features.layers
+            module = ClipVision(*parts, observed=vision.num_hidden_layers - 2 if with_features else None)
             if with_features:
-                module = VisionWithFeatures(*parts, observed=vision.num_hidden_layers - 2)
                 more_outputs = _feature_tensors(vision, len(states), dtype=dtype)
-            else:
-                module = ClipVision(*parts)
         graph = VisionGraph(
             module=module,
             inputs=inputs,

@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from trio_edge.export.families import base
 from trio_edge.export.families.base import Family, VisionGraph
-from trio_edge.export.graphs.tensors import token_planes
 from trio_edge.export.graphs.vision import deepstack, windowed
 from trio_edge.runtime.bundle.errors import ManifestError, ScheduleError
 from trio_edge.runtime.bundle.graph_io import DEEPSTACK_TOKENS, KEPT_TOKENS
@@ -82,13 +81,8 @@ class Qwen25Vl(_QwenVl):
         most, merge = processing.any_image_sizes()[-1]["P"], vision.spatial_merge_size
         slots = (vision.window_size // vision.patch_size // merge) ** 2 * merge**2
         outputs = [base.visual_tokens(vision.out_hidden_size, dtype=dtype)]
-        module: windowed.WindowedVision | windowed.ReducedWindowedVision
-        if keep is None:
-            module = windowed.WindowedVision(inner.visual, inv_freq=inv_freq, max_patches=most)
-        else:
-            module = windowed.ReducedWindowedVision(
-                inner.visual, inv_freq=inv_freq, max_patches=most, num_keep=keep
-            )
+        module = windowed.WindowedVision(inner.visual, inv_freq=inv_freq, max_patches=most, num_keep=keep)
+        if keep is not None:
             outputs.append(TensorSpec(name=KEPT_TOKENS, dtype="int32", shape=(keep,)))
         patch_values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         graph = VisionGraph(
@@ -158,7 +152,10 @@ class Qwen3Vl(_QwenVl):
             inputs=deepstack.vision_inputs(module.embedding.patch_values),
             outputs=(
                 base.visual_tokens(width, dtype=dtype),
-                *token_planes(DEEPSTACK_TOKENS, num_planes, rows="N", width=width, dtype=dtype),
+                *(
+                    TensorSpec(name=f"{DEEPSTACK_TOKENS}{plane}", dtype=dtype, shape=("N", width))
+                    for plane in range(num_planes)
+                ),
             ),
             linear_groups=deepstack.deepstack_groups(visual, num_planes=num_planes),
             constants={deepstack.INV_FREQ_NAME: values},

@@ -1,4 +1,6 @@
-"""Attention over past and new rows in two parts, registered with transformers under the name ``trio_edge``.
+"""The decoder's attention and rotary tables.
+
+The attention, over past and new rows in two parts, is registered with transformers under the name ``trio_edge``.
 
 Scores against the past buffer and the new rows are joined before one softmax, so the KV cache is read in place and never
 copied. It uses MatMul and Softmax only, because TensorRT 10.3 reads no other attention.
@@ -6,24 +8,25 @@ copied. It uses MatMul and Softmax only, because TensorRT 10.3 reads no other at
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from torch import nn
+from torch import Tensor, nn
 
 ATTENTION_NAME = "trio_edge"
+"""Attention of the decoder, over past and new rows in two parts."""
+TILE_ATTENTION_NAME = "trio_edge_tiles"
+"""Attention within the tiles of InternViT and SigLIP."""
 MASKED = -1e30
 """Added to the score of a masked row; finite, so that a fully masked row gives no NaN."""
 
 
 def register_attention() -> None:
-    """Register ``attn_implementation="trio_edge"`` with transformers."""
+    """Register both names with transformers, as values of ``attn_implementation``."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, two_part_attention)
+    ALL_ATTENTION_FUNCTIONS.register(TILE_ATTENTION_NAME, tile_attention)
 
 
 def two_part_attention(
@@ -68,6 +71,27 @@ def two_part_attention(
     return output.reshape(1, H, S, E).transpose(1, 2), None
 
 
+def tile_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    **_unused: Any,
+) -> tuple[Tensor, None]:
+    """Return attention within each tile, [B, R, H, E] in the query's dtype, and None for the weights.
+
+    transformers' own attention scales after the product, which may overflow in float16, and computes InternVL's softmax in
+    the model's type, which loses digits. ``query``, ``key`` and ``value`` are [B, H, R, E]; ``attention_mask`` is always
+    None, as tiles have no padding; ``module`` is part of transformers' interface.
+    """
+    scores_BHRR = torch.matmul(query * scaling, key.transpose(-1, -2))
+    weights_BHRR = torch.softmax(scores_BHRR.float(), dim=-1).to(value.dtype)
+    return torch.matmul(weights_BHRR, value).transpose(1, 2), None
+
+
 def causal_mask(num_rows: int, num_past: int, past_length: Tensor) -> Tensor:
     """Return the additive causal mask [S, C + S], float32, of new rows over a partly filled past buffer and themselves."""
     row_S = torch.arange(num_rows)
@@ -77,3 +101,32 @@ def causal_mask(num_rows: int, num_past: int, past_length: Tensor) -> Tensor:
     seen = torch.cat([sees_past, sees_new], dim=-1)
     # not torch.where of two numbers: its result has the default dtype, in which MASKED may be infinite
     return (1.0 - seen.to(torch.float32)) * MASKED
+
+
+class RotaryTables(nn.Module):
+    """cos and sin tables of a decoder from position ids, computed in float32.
+
+    The exporter fills in the constant ``inv_freq``, which has no values under FakeTensorMode.
+    """
+
+    inv_freq: Tensor
+
+    def __init__(self, inv_freq: Tensor, *, attention_scaling: float) -> None:
+        """Hold ``inv_freq``, [A, E/2] float32, and the factor on both tables.
+
+        With M-RoPE (A = 3) each frequency belongs to one axis and is 0 at the others.
+        """
+        super().__init__()
+        self.register_buffer("inv_freq", inv_freq)
+        self.attention_scaling = attention_scaling
+
+    def forward(self, position_ids_AS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin, [1, S, E] float32, in Hugging Face's layout, with two equal halves of E.
+
+        A is 1, or 3 with M-RoPE: time, row and column of each token.
+        """
+        angles = position_ids_AS[..., None].to(torch.float32) * self.inv_freq[:, None]
+        if len(self.inv_freq) > 1:
+            angles = angles.sum(dim=0, keepdim=True)  # exact: all but one are 0
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling

@@ -15,7 +15,7 @@
 Prefill runs with C = 0 and padding on the right; decode with S = 1. ``export/quantize/cache.py`` makes keys and values int8.
 
 With DeepStack (Qwen3-VL) features of inner vision layers are added to the outputs of the first decoder layers, one plane of
-rows per layer, 0 at text and in decode. ``assembly/layer_stack.py`` adds them between the layers.
+rows per layer, 0 at text and in decode. ``assembly/copies.py`` adds them between the layers.
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from trio_edge.export.graphs.attention import causal_mask
+from trio_edge.export.graphs.attention import RotaryTables, causal_mask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from trio_edge.export.graphs.rope import RotaryTables
 
 
 class DecoderRange(nn.Module):
@@ -41,18 +39,17 @@ class DecoderRange(nn.Module):
         self.rotary = rotary
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        position_ids: Tensor,
-        past_length: Tensor,
-        past: list[tuple[Tensor, Tensor]],
+        self, hidden_states: Tensor, position_ids: Tensor, past_length: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return the hidden states after the layers, then key and value of the new rows for each layer."""
+        """Return the hidden states after the layers, then key and value of the new rows for each layer.
+
+        ``past`` are key and value buffers of each layer.
+        """
         cos, sin = self.rotary(position_ids)
         tables = cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
-        mask = causal_mask(hidden_states.shape[1], past[0][0].shape[2], past_length)
+        mask = causal_mask(hidden_states.shape[1], past[0].shape[2], past_length)
         present: list[Tensor] = []
-        for layer, layer_past in zip(self.layers, past):
+        for layer, layer_past in zip(self.layers, zip(past[::2], past[1::2])):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,

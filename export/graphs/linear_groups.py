@@ -48,16 +48,30 @@ class LinearGroup:
 
 def decoder_groups(layer: Any, *, index: int) -> tuple[LinearGroup, ...]:
     """Return the groups of a Llama-like decoder layer."""
-    attention, mlp = layer.self_attn, layer.mlp
+    attention, norm = layer.self_attn, layer.input_layernorm
     return (
-        LinearGroup(
-            name="qkv",
-            layer=index,
-            linears=(attention.q_proj, attention.k_proj, attention.v_proj),
-            before=layer.input_layernorm,
-        ),
-        LinearGroup(name="o", layer=index, linears=(attention.o_proj,), before=attention.v_proj),
-        *gated_mlp_groups(mlp, norm=layer.post_attention_layernorm, index=index),
+        *attention_groups(attention, attention.o_proj, norm=norm, index=index),
+        *gated_mlp_groups(layer.mlp, norm=layer.post_attention_layernorm, index=index),
+    )
+
+
+def attention_groups(
+    attention: Any, output: nn.Module, *, norm: nn.Module, index: int
+) -> tuple[LinearGroup, LinearGroup]:
+    """Return the groups of an attention with separate q, k and v after ``norm``; ``output`` is its last linear layer."""
+    products = attention.q_proj, attention.k_proj, attention.v_proj
+    return (
+        LinearGroup(name="qkv", layer=index, linears=products, before=norm),
+        LinearGroup(name="o", layer=index, linears=(output,), before=attention.v_proj),
+    )
+
+
+def fused_attention_groups(attention: Any, *, norm: nn.Module, index: int) -> tuple[LinearGroup, LinearGroup]:
+    """Return the groups of a Qwen vision encoder's attention, where q, k and v are one linear layer."""
+    qkv, values = attention.qkv, 2 * attention.dim
+    return (
+        LinearGroup(name="qkv", layer=index, linears=(qkv,), before=norm),
+        LinearGroup(name="o", layer=index, linears=(attention.proj,), before=qkv, start=values),
     )
 
 
@@ -69,22 +83,24 @@ def gated_mlp_groups(mlp: Any, *, norm: nn.Module, index: int) -> tuple[LinearGr
     )
 
 
-def mlp_groups(mlp: Any, *, norm: nn.Module, index: int) -> tuple[LinearGroup, LinearGroup]:
-    """Return the groups of an MLP that computes fc2(act(fc1)) after ``norm``."""
+def mlp_groups(
+    first: nn.Module, second: nn.Module, *, norm: nn.Module, index: int
+) -> tuple[LinearGroup, LinearGroup]:
+    """Return the groups of an MLP that computes second(act(first)) after ``norm``."""
     return (
-        LinearGroup(name="fc1", layer=index, linears=(mlp.fc1,), before=norm),
-        LinearGroup(name="fc2", layer=index, linears=(mlp.fc2,), before=None),
+        LinearGroup(name="fc1", layer=index, linears=(first,), before=norm),
+        LinearGroup(name="fc2", layer=index, linears=(second,), before=None),
     )
 
 
 def projector_groups(
-    first: nn.Module, second: nn.Module, *, norm: nn.Module | None
+    first: nn.Module, second: nn.Module, *, norm: nn.Module | None, name: str = "projector"
 ) -> tuple[LinearGroup, LinearGroup]:
     """Return the groups of a projector of two layers with an activation between them.
 
     ``norm`` precedes the first one; None if its elements are not the inputs one for one.
     """
     return (
-        LinearGroup(name="projector_1", layer=None, linears=(first,), before=norm),
-        LinearGroup(name="projector_2", layer=None, linears=(second,), before=None),
+        LinearGroup(name=f"{name}_1", layer=None, linears=(first,), before=norm),
+        LinearGroup(name=f"{name}_2", layer=None, linears=(second,), before=None),
     )

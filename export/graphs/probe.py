@@ -4,7 +4,7 @@
     gradient   in the graph of the head     output on the probe rows → gradient of the proxy loss there (``ProbeHead``)
     saliency   in the graph of layers l…    gradient and state → a score for each visual token
 
-``trio_edge.runtime.bundle.graph_io`` lists the tensors: ``probe_tensors``, ``gradient_tensors``, ``saliency_tensors``.
+``export/tracing/wiring.py`` lists the tensors.
 
 Quantized layers: the forward half shares the layer's own products (``assembly.pieces.join``), for tensorrt-rtx 1.7 can end
 abnormally where two products of an engine read the same INT4 weight. The backward half is a graph of its own; it reads the
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trio_edge.trio.saliency import ProbeState
 
 if TYPE_CHECKING:
-    from trio_edge.export.graphs.rope import RotaryTables
+    from trio_edge.export.graphs.attention import RotaryTables
     from trio_edge.trio.saliency import ProxySaliency
 
 

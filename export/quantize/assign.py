@@ -6,28 +6,28 @@ A tensor that several graphs read in the same form is stored once. A probe reads
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME
-from trio_edge.export.checkpoints.weights import Change, StoredName
-from trio_edge.export.quantize.graph import SCALE_SUFFIX, LinearForm, is_linear, quantize_graph
-from trio_edge.export.quantize.numerics import BLOCK_SIZE, Format, block_size
+from trio_edge.export.quantize.graph import SCALE_SUFFIX, is_linear, quantize_graph
+from trio_edge.export.quantize.numerics import BLOCK_SIZE, block_size
 from trio_edge.export.quantize.plan import OPSETS, PARTS
+from trio_edge.export.quantize.store import StoredForm
 from trio_edge.export.quantize.unpacking import stored_block
+from trio_edge.runtime.bundle.graph_io import is_probe
 from trio_edge.runtime.bundle.manifest import PART_FROM_ROLE, Quantization
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from numpy.typing import NDArray
-
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
-    from trio_edge.export.graphs.assembly.traced import TracedGraph
+    from trio_edge.export.checkpoints.weights import StoredName
+    from trio_edge.export.graphs.assembly.onnx_graph import TracedGraph
     from trio_edge.export.quantize.plan import QuantizePlan
-    from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
+    from trio_edge.export.quantize.scales import CalibratedScales
     from trio_edge.runtime.bundle.manifest import Part, QuantizedFormat, Role
 
 _LAYER = re.compile(r"language_model\.layers\.(\d+)\.")
@@ -35,41 +35,6 @@ DECODER_LINEAR = re.compile(
     r"language_model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight|lm_head\.weight"
 )
 """Weights of linear layers that probes also read."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredForm:
-    """One tensor, and the form in which it is stored."""
-
-    name: str
-    kind: Format
-    block: int | None = None
-    smoothing: Smoothing | None = None
-    is_table: bool = False
-    """Whether it is a table of rows, which is not transposed."""
-    is_packed: bool = False
-    """Whether the checkpoint stores it as integers."""
-    is_taken_over: bool = False
-    """Whether the bundle stores the checkpoint's integers."""
-
-    @property
-    def stored_name(self) -> StoredName:
-        """Name in the bundle."""
-        changes = []
-        if self.is_table:
-            changes.append(Change.ROWS)
-        elif self.smoothing is not None:
-            changes.append(Change.SMOOTHED)
-        if self.kind != "none":
-            changes.append(Change(self.kind))
-        elif self.is_packed:
-            changes.append(Change.UNPACKED)
-        return StoredName(self.name, tuple(changes))
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the checkpoint's own values are stored."""
-        return not self.stored_name.changes
 
 
 def quantize_graphs(
@@ -82,7 +47,7 @@ def quantize_graphs(
     name keep its integers if these are symmetric; otherwise they get the values in floating point.
     """
     layer_roles = _layer_roles(graphs)
-    tables = [_embedding_form(plan)]
+    tables = [embedding_form(plan)]
     if (rows := head_rows_form(graphs, plan)) is not None:
         tables.append(rows)
     stored = {table.stored_name: table for table in tables if not table.is_plain}
@@ -129,12 +94,10 @@ def _form(
 ) -> StoredForm:
     layer = _LAYER.match(tensor)
     own_role: Role = "head" if layer is None else layer_roles[int(layer[1])]
-    role = own_role if graph.is_probe else graph.spec.role
-    kind = plan.of_role(role)
-    packed = checkpoint.packed.get(tensor)
-    value = graph.model.graph.initializers[name]
-    may = is_linear(value) or (graph.spec.role == "select" and _is_decoder_linear(tensor))
-    may |= graph.is_probe and _is_decoder_linear(tensor)
+    role = own_role if is_probe(graph.spec) else graph.spec.role
+    kind, packed = plan.of_role(role), checkpoint.packed.get(tensor)
+    may = is_linear(graph.model.graph.initializers[name])
+    may |= (is_probe(graph.spec) or graph.spec.role == "select") and _is_decoder_linear(tensor)
     keeps_integers = kind == ("int4" if plan.names(role) else "none")
     if packed is not None and packed.format.is_symmetric and may and keeps_integers:
         return StoredForm(
@@ -170,21 +133,10 @@ def _rewritten(graph: TracedGraph, forms: Mapping[str, StoredForm], scales: Cali
         return replace(graph, weights=weights)
     weights |= {name + SCALE_SUFFIX: form.stored_name.scales for name, form in quantized.items()}
     # A probe's forward half shares the layer's own products.
-    rounds_inputs = graph.piece == "probe" or not (graph.spec.role == "select" or graph.is_probe)
+    rounds_inputs = graph.piece == "probe" or not (graph.spec.role == "select" or is_probe(graph.spec))
     ranges = scales.activation_max if rounds_inputs else {}
     opset = max(graph.model.opset_imports[""], *(OPSETS[form.kind] for form in quantized.values()))
-    constants: dict[str, NDArray[Any]] = quantize_graph(
-        graph.model,
-        {
-            name: LinearForm(
-                kind=form.kind,
-                block=form.block,
-                activation_max=None if form.kind == "int4" else ranges.get(form.name),
-            )
-            for name, form in quantized.items()
-        },
-        opset=opset,
-    )
+    constants = quantize_graph(graph.model, quantized, activation_max=ranges, opset=opset)
     return replace(
         graph,
         spec=msgspec.structs.replace(graph.spec, opset=opset),
@@ -200,11 +152,6 @@ def plain_tensors(graphs: Iterable[TracedGraph], forms: Iterable[StoredForm]) ->
     return used | ({EMBEDDING_NAME} - tables)
 
 
-def embedding_name(plan: QuantizePlan) -> StoredName:
-    """Return the token embeddings' name in the bundle."""
-    return _embedding_form(plan).stored_name
-
-
 def head_rows_form(graphs: Iterable[TracedGraph], plan: QuantizePlan) -> StoredForm | None:
     """Return the form of the lm_head's rows, if a gradient reads them; a tied head's rows are the token embeddings."""
     by_name = {graph.spec.name: graph for graph in graphs}
@@ -214,11 +161,12 @@ def head_rows_form(graphs: Iterable[TracedGraph], plan: QuantizePlan) -> StoredF
         stored.tensor for stored in by_name["head"].weights.values() if _is_decoder_linear(stored.tensor)
     }
     return (
-        _embedding_form(plan) if name == EMBEDDING_NAME else StoredForm(name=name, kind="int8", is_table=True)
+        embedding_form(plan) if name == EMBEDDING_NAME else StoredForm(name=name, kind="int8", is_table=True)
     )
 
 
-def _embedding_form(plan: QuantizePlan) -> StoredForm:
+def embedding_form(plan: QuantizePlan) -> StoredForm:
+    """Return the form of the token embeddings."""
     kind = plan.of_part("embedding")
     return StoredForm(name=EMBEDDING_NAME, kind=kind, is_table=kind != "none")
 
@@ -234,14 +182,14 @@ def quantization_of(
     if not plan.has_cache and all(form.kind == "none" for form in forms):
         return None
     taken = {form.stored_name for form in forms if form.is_taken_over}
+    quantized = {form.stored_name for form in forms if form.kind != "none"}
+    weights = _weights_of_parts(graphs)
     formats: dict[str, QuantizedFormat] = {
-        PART_FROM_ROLE[graph.spec.role]: "int4"
-        for graph in graphs
-        if not graph.is_probe and not taken.isdisjoint(graph.weights.values())
+        part: "int4" for part, names in weights.items() if not taken.isdisjoint(names)
     }
-    left_out = {*unquantized_parts(forms, plan, graphs=graphs), *_parts_without_weights(graphs)}
     for part in PARTS:
-        if (kind := plan.of_part(part)) != "none" and part not in left_out:
+        has_any = part not in weights or not quantized.isdisjoint(weights[part])
+        if (kind := plan.of_part(part)) != "none" and has_any:
             formats[part] = kind
     return Quantization(
         formats=formats,
@@ -252,13 +200,13 @@ def quantization_of(
     )
 
 
-def _parts_without_weights(graphs: Iterable[TracedGraph]) -> set[Part]:
-    """Return the parts whose graphs hold no weights, such as TRIO's selections."""
-    held: dict[Part, bool] = {}
+def _weights_of_parts(graphs: Iterable[TracedGraph]) -> dict[Part, set[StoredName]]:
+    """Return the weights of each part's graphs without probes; TRIO's selections have none."""
+    found: dict[Part, set[StoredName]] = {}
     for graph in graphs:
-        if (part := PART_FROM_ROLE.get(graph.spec.role)) is not None:
-            held[part] = held.get(part, False) or bool(graph.weights)
-    return {part for part, holds in held.items() if not holds}
+        if not is_probe(graph.spec) and (part := PART_FROM_ROLE.get(graph.spec.role)) is not None:
+            found.setdefault(part, set()).update(graph.weights.values())
+    return found
 
 
 def unquantized_parts(
@@ -266,15 +214,11 @@ def unquantized_parts(
 ) -> dict[Part, QuantizedFormat]:
     """Return the parts that ``plan`` quantizes but that have no weight which the format can store."""
     quantized = {form.stored_name for form in forms if form.kind != "none"}
-    wanted: dict[Part, QuantizedFormat] = {}
-    done: set[Part] = set()
-    for graph in graphs:
-        kind = plan.of_role(graph.spec.role)
-        if kind != "none" and graph.weights and not graph.is_probe:
-            wanted[PART_FROM_ROLE[graph.spec.role]] = kind
-            if not quantized.isdisjoint(graph.weights.values()):
-                done.add(PART_FROM_ROLE[graph.spec.role])
-    return {part: kind for part, kind in wanted.items() if part not in done}
+    return {
+        part: kind
+        for part, names in _weights_of_parts(graphs).items()
+        if names and quantized.isdisjoint(names) and (kind := plan.of_part(part)) != "none"
+    }
 
 
 def _with_inputs(graphs: Iterable[TracedGraph]) -> tuple[Part, ...]:
@@ -282,7 +226,7 @@ def _with_inputs(graphs: Iterable[TracedGraph]) -> tuple[Part, ...]:
     rounded = {
         PART_FROM_ROLE[graph.spec.role]
         for graph in graphs
-        if not graph.is_probe
+        if not is_probe(graph.spec)
         and any(
             node.op_type == "QuantizeLinear" and not node.outputs[0].is_graph_output()
             for node in graph.model.graph

@@ -17,22 +17,21 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from trio_edge.export.graphs.assembly.onnx_graph import add_constants, make_node, raise_opset
+from trio_edge.export.graphs.assembly.onnx_graph import add_constants, add_node, raise_opset
 from trio_edge.export.quantize.numerics import activation_scale
 from trio_edge.export.quantize.plan import OPSETS
 from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.graph_io import PAST_PREFIX, PRESENT_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
-    from trio_edge.export.graphs.assembly.traced import TracedGraph
+    from trio_edge.export.graphs.assembly.onnx_graph import TracedGraph
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CacheRange, CalibratedScales
     from trio_edge.runtime.bundle.manifest import TensorSpec
-
-_PAST, _PRESENT = "past_key_values.", "present."
 
 
 def check_cache(plan: QuantizePlan, scales: CalibratedScales) -> None:
@@ -53,18 +52,18 @@ def _with_cache(traced: TracedGraph, ranges: Sequence[CacheRange]) -> TracedGrap
     raise_opset(traced.model, OPSETS["int8"])
     graph = traced.model.graph
     constants: dict[str, NDArray[Any]] = {}
-    for past in [value for value in graph.inputs if str(value.name).startswith(_PAST)]:
-        part = str(past.name).removeprefix(_PAST)
+    for past in [value for value in graph.inputs if str(value.name).startswith(PAST_PREFIX)]:
+        part = str(past.name).removeprefix(PAST_PREFIX)
         layer, _, kind = part.partition(".")
         largest = ranges[int(layer)].key if kind == "key" else ranges[int(layer)].value
         assert past.dtype is not None
         scale = np.array(activation_scale(largest), past.dtype.numpy())
         # without a zero point the output of QuantizeLinear is uint8
-        added = {f"{_PAST}{part}.scale": scale, f"{_PAST}{part}.zero": np.array(0, np.int8)}
+        added = {f"{PAST_PREFIX}{part}.scale": scale, f"{PAST_PREFIX}{part}.zero": np.array(0, np.int8)}
         constants |= added
         inputs = add_constants(graph, added)
         _read_rounded(graph, past, inputs)
-        _return_rounded(graph, f"{_PRESENT}{part}", inputs)
+        _return_rounded(graph, f"{PRESENT_PREFIX}{part}", inputs)
     graph.sort()  # new nodes come after the nodes that read them
     spec = traced.spec
     spec = msgspec.structs.replace(
@@ -78,14 +77,11 @@ def _with_cache(traced: TracedGraph, ranges: Sequence[CacheRange]) -> TracedGrap
 
 def _read_rounded(graph: ir.Graph, past: ir.Value, scale: list[ir.Value]) -> None:
     """Make ``past`` INT8, and give its dequantized values to its readers."""
-    assert past.dtype is not None
-    node = make_node(
-        "DequantizeLinear", [past, *scale], f"{past.name}.dequantized", past.dtype, past.shape, {}
-    )
-    ir.convenience.replace_all_uses_with(past, node.outputs[0])
-    node.replace_input_with(0, past)
+    readers, name = list(past.uses()), f"{past.name}.dequantized"
+    values = add_node(graph, "DequantizeLinear", [past, *scale], name, past.dtype, past.shape)
+    for node, index in readers:
+        node.replace_input_with(index, values)
     past.type = ir.TensorType(ir.DataType.INT8)
-    graph.append(node)
 
 
 def _return_rounded(graph: ir.Graph, name: str, scale: list[ir.Value]) -> None:
@@ -93,11 +89,11 @@ def _return_rounded(graph: ir.Graph, name: str, scale: list[ir.Value]) -> None:
     index = next(index for index, value in enumerate(graph.outputs) if value.name == name)
     rows = graph.outputs[index]
     rows.name = f"{name}.unquantized"
-    node = make_node("QuantizeLinear", [rows, *scale], name, ir.DataType.INT8, rows.shape, {})
-    graph.append(node)
-    graph.outputs[index] = node.outputs[0]
+    graph.outputs[index] = add_node(
+        graph, "QuantizeLinear", [rows, *scale], name, ir.DataType.INT8, rows.shape
+    )
 
 
 def _in_cache_type(tensor: TensorSpec) -> TensorSpec:
-    is_cached = tensor.name.startswith((_PAST, _PRESENT))
+    is_cached = tensor.name.startswith((PAST_PREFIX, PRESENT_PREFIX))
     return msgspec.structs.replace(tensor, dtype="int8") if is_cached else tensor

@@ -15,13 +15,12 @@ a probe's backward half, get a transposed weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
-from trio_edge.export.graphs.assembly.onnx_graph import add_constants, make_node, raise_opset
+from trio_edge.export.graphs.assembly.onnx_graph import add_constants, add_node, raise_opset
 from trio_edge.export.quantize.numerics import activation_scale
 
 if TYPE_CHECKING:
@@ -30,21 +29,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trio_edge.export.quantize.numerics import Format
+    from trio_edge.export.quantize.store import StoredForm
 
 SCALE_SUFFIX = ".scale"
 """Suffix of the name of the initializer that holds another one's scales."""
 _IR_FROM_FORMAT = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LinearForm:
-    """The quantized form of one weight in a graph."""
-
-    kind: Format
-    block: int | None
-    """Inputs that share a scale; None for one scale per output."""
-    activation_max: float | None = None
-    """Largest absolute input of the product; None if inputs are not quantized."""
 
 
 def is_linear(weight: ir.Value) -> bool:
@@ -69,10 +58,12 @@ def _is_transposed(gemm: ir.Node) -> bool:
 
 
 def quantize_graph(
-    model: ir.Model, forms: Mapping[str, LinearForm], *, opset: int
+    model: ir.Model, forms: Mapping[str, StoredForm], *, activation_max: Mapping[str, float], opset: int
 ) -> dict[str, NDArray[Any]]:
     """Make ``model`` read the initializers in ``forms`` quantized, in place; return the values of new constants.
 
+    The inputs of a product are quantized, too, if ``activation_max`` has their largest absolute value, by the weight's tensor;
+    not for INT4.
     The initializer of a weight keeps its name and becomes [I, O] in its format; its scales are an initializer of that name
     with ``SCALE_SUFFIX``. All new initializers still need their values. The graph gets at least ``opset``.
     """
@@ -81,19 +72,20 @@ def quantize_graph(
     quantized_inputs: dict[ir.Value, ir.Value] = {}
     for name, form in forms.items():
         weight = _dequantized(model.graph, name, form)
-        if form.activation_max is not None:
-            for node, index in list(weight.uses()):
-                if node.op_type in ("MatMul", "Gemm") and index == 1:
-                    source = node.inputs[0]
-                    assert source is not None
-                    if source not in quantized_inputs:
-                        quantized_inputs[source] = _quantized(model.graph, source, form, constants)
-                    node.replace_input_with(0, quantized_inputs[source])
+        largest = None if form.kind == "int4" else activation_max.get(form.name)
+        if largest is None:
+            continue
+        for node, index in list(weight.uses()):
+            source = node.inputs[0]
+            if source is not None and node.op_type in ("MatMul", "Gemm") and index == 1:
+                if source not in quantized_inputs:
+                    quantized_inputs[source] = _quantized(model.graph, source, form.kind, largest, constants)
+                node.replace_input_with(0, quantized_inputs[source])
     model.graph.sort()  # new nodes come after the nodes that read them
     return constants
 
 
-def _dequantized(graph: ir.Graph, name: str, form: LinearForm) -> ir.Value:
+def _dequantized(graph: ir.Graph, name: str, form: StoredForm) -> ir.Value:
     """Replace the initializer ``name`` [O, I] by its quantized form; return the dequantized value [I, O]."""
     old = graph.initializers[name]
     assert old.shape is not None and old.dtype is not None
@@ -106,13 +98,11 @@ def _dequantized(graph: ir.Graph, name: str, form: LinearForm) -> ir.Value:
     shape = (num_outputs,) if form.block is None else (num_inputs // form.block, num_outputs)
     scales = ir.Value(name=name + SCALE_SUFFIX, shape=ir.Shape(shape), type=ir.TensorType(old.dtype))
     graph.initializers[name], graph.initializers[name + SCALE_SUFFIX] = values, scales
-    attributes = {"axis": 1} if form.block is None else {"axis": 0, "block_size": form.block}
-    node = make_node(
-        "DequantizeLinear", [values, scales], f"{name}.dequantized", old.dtype, values.shape, attributes
-    )
-    graph.append(node)
-    _redirect(graph, old, node.outputs[0])
-    return node.outputs[0]
+    axes = {"axis": 1} if form.block is None else {"axis": 0, "block_size": form.block}
+    read = [values, scales]
+    weight = add_node(graph, "DequantizeLinear", read, f"{name}.dequantized", old.dtype, values.shape, **axes)
+    _redirect(graph, old, weight)
+    return weight
 
 
 def _redirect(graph: ir.Graph, old: ir.Value, weight: ir.Value) -> None:
@@ -128,12 +118,8 @@ def _redirect(graph: ir.Graph, old: ir.Value, weight: ir.Value) -> None:
             _as_matmul(graph, node)
         else:
             if transposed is None:
-                assert old.dtype is not None
-                back = make_node(
-                    "Transpose", [weight], f"{weight.name}.T", old.dtype, old.shape, {"perm": [1, 0]}
-                )
-                graph.append(back)
-                transposed = back.outputs[0]
+                name = f"{weight.name}.T"
+                transposed = add_node(graph, "Transpose", [weight], name, old.dtype, old.shape, perm=[1, 0])
             node.replace_input_with(index, transposed)
 
 
@@ -148,29 +134,22 @@ def _as_matmul(graph: ir.Graph, gemm: ir.Node) -> None:
     gemm.resize_inputs(2)
     if bias is not None:
         product = gemm.outputs[0]
-        assert product.dtype is not None
-        add = make_node("Add", [product, bias], f"{product.name}.biased", product.dtype, product.shape, {})
-        graph.append(add)
-        ir.convenience.replace_all_uses_with(product, add.outputs[0], replace_graph_outputs=True)
-        add.replace_input_with(0, product)
+        name = f"{product.name}.biased"
+        biased = add_node(graph, "Add", [product, bias], name, product.dtype, product.shape)
+        ir.convenience.replace_all_uses_with(product, biased, replace_graph_outputs=True)
+        graph[-1].replace_input_with(0, product)
 
 
 def _quantized(
-    graph: ir.Graph, source: ir.Value, form: LinearForm, constants: dict[str, NDArray[Any]]
+    graph: ir.Graph, source: ir.Value, kind: Format, largest: float, constants: dict[str, NDArray[Any]]
 ) -> ir.Value:
     """Return ``source``, quantized to the weight's format with one scale, and dequantized."""
-    assert source.dtype is not None and form.activation_max is not None
-    kind, rounded = source.dtype, _IR_FROM_FORMAT[form.kind]
-    scale = np.array(activation_scale(form.activation_max, kind=form.kind), kind.numpy())
+    assert source.dtype is not None
+    name, rounded, shape = source.name, _IR_FROM_FORMAT[kind], source.shape
+    scale = np.array(activation_scale(largest, kind=kind), source.dtype.numpy())
     # without a zero point the output of QuantizeLinear is uint8
-    added = {f"{source.name}.scale": scale, f"{source.name}.zero": np.zeros((), rounded.numpy())}
+    added = {f"{name}.scale": scale, f"{name}.zero": np.zeros((), rounded.numpy())}
     inputs = add_constants(graph, added)
     constants |= added
-    down = make_node(
-        "QuantizeLinear", [source, *inputs], f"{source.name}.quantized", rounded, source.shape, {}
-    )
-    up = make_node(
-        "DequantizeLinear", [down.outputs[0], *inputs], f"{source.name}.rounded", kind, source.shape, {}
-    )
-    graph.extend([down, up])
-    return up.outputs[0]
+    down = add_node(graph, "QuantizeLinear", [source, *inputs], f"{name}.quantized", rounded, shape)
+    return add_node(graph, "DequantizeLinear", [down, *inputs], f"{name}.rounded", source.dtype, shape)

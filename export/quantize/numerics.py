@@ -53,7 +53,7 @@ def block_size(num_inputs: int) -> int | None:
     return max((size for size in sizes if num_inputs % size == 0), default=None)
 
 
-def quantize(
+def quantize_weight(
     weight_OI: Tensor, *, kind: Format, dtype: FloatType, block: int | None = None
 ) -> QuantizedWeight:
     """Return ``weight_OI`` rounded to the nearest values, computed in float32.

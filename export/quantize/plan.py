@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 Format = Literal["none", "int4", "int8", "fp8"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 PARTS: tuple[Part, ...] = get_args(Part)
-_GROUPS: dict[str, tuple[Part, ...]] = {
+_PARTS_FROM_NAME: dict[str, tuple[Part, ...]] = {
+    **{part: (part,) for part in PARTS},
     "decoder": ("prefix", "segments", "suffix"),
     "all": ("vision", "prefix", "segments", "suffix", "select", "head"),
 }
@@ -65,7 +66,9 @@ class QuantizePlan:
     @property
     def has_factors(self) -> bool:
         """Whether a calibration chooses smoothing factors: not for FP8, nor for selections, which use their layers' ones."""
-        return any(self.of_part(part) in ("int4", "int8") for part in _GROUPS["all"] if part != "select")
+        return any(
+            self.of_part(part) in ("int4", "int8") for part in _PARTS_FROM_NAME["all"] if part != "select"
+        )
 
 
 def parse_plan(text: str) -> QuantizePlan:
@@ -78,10 +81,16 @@ def parse_plan(text: str) -> QuantizePlan:
     """
     formats: dict[Part, Format] = {}
     for entry in text.split(","):
-        name, equals, value = entry.strip().rpartition("=")
-        kind = _format(value)
-        for part in _parts(name if equals else "decoder"):
-            formats[part] = kind
+        name, equals, kind = entry.strip().rpartition("=")
+        if kind not in FORMATS:
+            raise ScheduleError(
+                f"--quantize: expected {', '.join(FORMATS)}, got {kind!r}; write it as int4 or suffix=int4,head=int8"
+            )
+        if (parts := _PARTS_FROM_NAME.get(name if equals else "decoder")) is None:
+            raise ScheduleError(
+                f"--quantize: expected one of {', '.join(_PARTS_FROM_NAME)}, got {name!r}; write it as suffix=int4,head=int8"
+            )
+        formats |= dict.fromkeys(parts, kind)
     for part, reason in _ONLY_INT8.items():
         if (kind := formats.get(part, "none")) not in ("int8", "none"):
             raise ScheduleError(
@@ -98,23 +107,3 @@ def check_packed(checkpoint: Checkpoint, plan: QuantizePlan) -> None:
             f"{checkpoint.folder} {asymmetric}: expected symmetric integers, which alone TensorRT reads, got zero points; add"
             " --quantize int4 to round the values again, or --quantize none for floating point"
         )
-
-
-def _format(text: str) -> Format:
-    for kind in FORMATS:
-        if text == kind:
-            return kind
-    raise ScheduleError(
-        f"--quantize: expected {', '.join(FORMATS)}, got {text!r}; write it as int4 or suffix=int4,head=int8"
-    )
-
-
-def _parts(name: str) -> tuple[Part, ...]:
-    if name in _GROUPS:
-        return _GROUPS[name]
-    for part in PARTS:
-        if name == part:
-            return (part,)
-    raise ScheduleError(
-        f"--quantize: expected one of {', '.join((*PARTS, *_GROUPS))}, got {name!r}; write it as suffix=int4,head=int8"
-    )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from trio_edge.export.checkpoints.weights import (
     WEIGHTS_FOLDER,
+    Change,
     StoredName,
     StoredWeights,
     check_finite,
     write_arrays,
 )
-from trio_edge.export.quantize.numerics import quantize, stored_bytes
+from trio_edge.export.quantize.numerics import quantize_weight, stored_bytes
 from trio_edge.export.quantize.unpacking import read_weight, taken_over
 from trio_edge.runtime.bundle.manifest import StoredTensor
 
@@ -24,12 +26,46 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
-    from trio_edge.export.checkpoints.weights import SourceTensor
-    from trio_edge.export.quantize.assign import StoredForm
     from trio_edge.export.quantize.numerics import Format
+    from trio_edge.export.quantize.scales import Smoothing
     from trio_edge.runtime.bundle.manifest import FloatType, StoredType
 
 _FILE = f"{WEIGHTS_FOLDER}/quantized.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredForm:
+    """One tensor, and the form in which it is stored."""
+
+    name: str
+    kind: Format
+    block: int | None = None
+    smoothing: Smoothing | None = None
+    is_table: bool = False
+    """Whether it is a table of rows, which is not transposed."""
+    is_packed: bool = False
+    """Whether the checkpoint stores it as integers."""
+    is_taken_over: bool = False
+    """Whether the bundle stores the checkpoint's integers."""
+
+    @property
+    def stored_name(self) -> StoredName:
+        """Name in the bundle."""
+        changes = []
+        if self.is_table:
+            changes.append(Change.ROWS)
+        elif self.smoothing is not None:
+            changes.append(Change.SMOOTHED)
+        if self.kind != "none":
+            changes.append(Change(self.kind))
+        elif self.is_packed:
+            changes.append(Change.UNPACKED)
+        return StoredName(self.name, tuple(changes))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the checkpoint's own values are stored."""
+        return not self.stored_name.changes
 
 
 def store_quantized(
@@ -48,10 +84,11 @@ def store_quantized(
     Raises:
         CheckpointError: If a tensor is missing or has values that are not finite.
     """
-    writers = [_Writer(checkpoint, form, dtype=dtype) for form in forms]
-    described = {name: entry for writer in writers for name, entry in writer.described().items()}
+    described = {
+        name: entry for form in forms for name, entry in _described(checkpoint, form, dtype=dtype).items()
+    }
     (bundle / WEIGHTS_FOLDER).mkdir(exist_ok=True)
-    values = (tensor for writer in writers for tensor in writer.tensors())
+    values = (array for form in forms for array in _arrays(checkpoint, form, dtype=dtype))
     return write_arrays(bundle / _FILE, described, values, on_bytes=on_bytes)
 
 
@@ -60,51 +97,41 @@ _STORED: dict[Format, StoredType] = {"int4": "int4", "int8": "int8", "fp8": "flo
 
 def quantized_bytes(checkpoint: Checkpoint, forms: Sequence[StoredForm], *, dtype: FloatType) -> int:
     """Return the number of bytes that ``store_quantized`` writes for ``forms``."""
-    writers = [_Writer(checkpoint, form, dtype=dtype) for form in forms]
     return sum(
         StoredTensor(file=_FILE, dtype=kind, shape=shape, offset=0).num_bytes
-        for writer in writers
-        for kind, shape in writer.described().values()
+        for form in forms
+        for kind, shape in _described(checkpoint, form, dtype=dtype).values()
     )
 
 
-class _Writer:
-    """One tensor to write: describes the arrays first, and computes them later."""
+def _described(
+    checkpoint: Checkpoint, form: StoredForm, *, dtype: FloatType
+) -> dict[StoredName, tuple[StoredType, tuple[int, ...]]]:
+    """Return dtype and shape of each array of a tensor by its name in the bundle, in the order of ``_arrays``."""
+    shape, name = checkpoint.tensor(form.name).shape, form.stored_name
+    if form.kind == "none":
+        return {name: (dtype, shape)}
+    num_outputs, num_inputs = shape
+    scales = (num_outputs,) if form.block is None else (num_inputs // form.block, num_outputs)
+    values = shape if form.is_table else (num_inputs, num_outputs)
+    return {name: (_STORED[form.kind], values), name.scales: (dtype, scales)}
 
-    def __init__(self, checkpoint: Checkpoint, form: StoredForm, *, dtype: FloatType) -> None:
-        self.checkpoint = checkpoint
-        self.source: SourceTensor = checkpoint.tensor(form.name)
-        self.form = form
-        self.dtype = dtype
 
-    def described(self) -> dict[StoredName, tuple[StoredType, tuple[int, ...]]]:
-        """Return dtype and shape of each array by its name in the bundle, in the order of ``tensors``."""
-        form, shape = self.form, self.source.shape
-        if form.kind == "none":
-            return {form.stored_name: (self.dtype, shape)}
-        num_outputs, num_inputs = shape
-        scales = (num_outputs,) if form.block is None else (num_inputs // form.block, num_outputs)
-        values = shape if form.is_table else (num_inputs, num_outputs)
-        name = form.stored_name
-        return {name: (_STORED[form.kind], values), name.scales: (self.dtype, scales)}
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Yield the arrays."""
-        form = self.form
-        if form.is_taken_over:
-            integers = taken_over(self.checkpoint, form.name, dtype=self.dtype)
-            yield from stored_bytes(integers, kind=form.kind)
-            return
-        weight = read_weight(self.checkpoint, form.name)
-        check_finite(weight, self.source, name=form.name)
-        if form.smoothing is not None:
-            weight = form.smoothing.apply(weight)
-        if form.kind == "none":
-            yield weight.to(getattr(torch, self.dtype))
-            return
-        quantized = quantize(weight, kind=form.kind, dtype=self.dtype, block=form.block)
-        if form.is_table:
-            # not transposed, as the host reads single rows of a table
-            yield from (quantized.values_OI, quantized.scales_OB[:, 0])
-        else:
-            yield from stored_bytes(quantized, kind=form.kind)
+def _arrays(checkpoint: Checkpoint, form: StoredForm, *, dtype: FloatType) -> Iterator[Tensor]:
+    """Yield the arrays of a tensor."""
+    if form.is_taken_over:
+        yield from stored_bytes(taken_over(checkpoint, form.name, dtype=dtype), kind=form.kind)
+        return
+    weight = read_weight(checkpoint, form.name)
+    check_finite(weight, checkpoint.tensor(form.name), name=form.name)
+    if form.smoothing is not None:
+        weight = form.smoothing.apply(weight)
+    if form.kind == "none":
+        yield weight.to(getattr(torch, dtype))
+        return
+    quantized = quantize_weight(weight, kind=form.kind, dtype=dtype, block=form.block)
+    if form.is_table:
+        # not transposed, as the host reads single rows of a table
+        yield from (quantized.values_OI, quantized.scales_OB[:, 0])
+    else:
+        yield from stored_bytes(quantized, kind=form.kind)

@@ -10,6 +10,14 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import Dimensions, GraphSpec, Manifest
 
 # Graphs before the decoder.
+PIXEL_VALUES = "pixel_values"
+TOKEN_INDEX = "token_index"
+"""[N], the row of each visual token in what the vision encoder returns."""
+PATCH_POSITIONS = "patch_positions"
+TABLE_INDEX = "table_index"
+TABLE_WEIGHTS = "table_weights"
+NUM_PATCHES = "num_patches"
+"""Inputs of the Qwen-VL families: see ``export/graphs/vision``."""
 VISUAL_TOKENS = "visual_tokens"
 KEPT_PATCHES = "kept_patches"
 KEPT_TOKENS = "kept_tokens"

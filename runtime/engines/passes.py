@@ -196,7 +196,7 @@ def separate_products(network: Network) -> int:
     1 row, 407 MB with 2960 and 2 rows, and 407 MB after this pass. Results do not change.
 
     In the graph of a quantized layer and its probe, the query has other rows to add than key and value
-    (``export/graphs/assembly/shared_products.py``). In decode there are none, so the same happens; there the rows before the
+    (``export/graphs/assembly/pieces.py``). In decode there are none, so the same happens; there the rows before the
     concatenation are separated.
 
     Only inputs that ``equal_tensor`` can repeat are separated.

@@ -10,15 +10,17 @@ from trio_edge.export.bundle import write_graph
 from trio_edge.export.checkpoints.weights import store_weights
 from trio_edge.export.options import ExportOptions
 from trio_edge.export.plan import build, read, resolve, without_values
-from trio_edge.export.quantize.assign import StoredForm, plain_tensors, quantize_graphs
-from trio_edge.export.quantize.store import store_quantized
-from trio_edge.export.tracing import graphs as tracing
+from trio_edge.export.quantize.assign import plain_tensors, quantize_graphs
+from trio_edge.export.quantize.store import StoredForm, store_quantized
+from trio_edge.export.tracing.graphs import Tracer
+from trio_edge.export.tracing.wiring import Wiring
 from trio_edge.trio.budgets import ScheduleRequest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
+    from trio_edge.export.graphs.assembly.onnx_graph import TracedGraph
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CalibratedScales
     from trio_edge.runtime.bundle.manifest import GraphSpec
@@ -29,7 +31,7 @@ class TracedEnds:
     """Vision and head."""
 
     checkpoint: Checkpoint
-    graphs: list[tracing.TracedGraph]
+    graphs: list[TracedGraph]
 
 
 def traced_ends(checkpoint_folder: Path, picture_size: tuple[int, int]) -> TracedEnds:
@@ -48,8 +50,9 @@ def traced_ends(checkpoint_folder: Path, picture_size: tuple[int, int]) -> Trace
     with without_values("float32"), shared_traces():
         resolved = resolve(options, source)
         plan = build(options, source, resolved)
-        tracer = tracing._Tracer(plan)
-        return TracedEnds(source.checkpoint, [tracing._vision(tracer), tracing._head(tracer)])
+        tracer, wiring = Tracer(plan), Wiring(plan, is_quantized=lambda _role: False)
+        ends = [graph for graph in wiring.graphs if graph.spec.name in ("vision", "head")]
+        return TracedEnds(source.checkpoint, [tracer.trace(graph) for graph in ends])
 
 
 def write_quantized(

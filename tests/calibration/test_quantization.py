@@ -41,7 +41,7 @@ from trio_edge.calibration.questions import Question, read_questions
 from trio_edge.calibration.search import cli as cli_calibrate
 from trio_edge.calibration.search.measuring import measure
 from trio_edge.export.graphs.linear_groups import LinearGroup, decoder_groups
-from trio_edge.export.quantize.numerics import block_size, quantize
+from trio_edge.export.quantize.numerics import block_size, quantize_weight
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.runtime.bundle.errors import CheckpointError
@@ -110,7 +110,9 @@ def test_factors_lessen_the_error_where_some_inputs_are_large(kind: Any) -> None
     rows = torch.randn(40, 64, generator=generator) * torch.where(torch.arange(64) % 16 == 0, 30.0, 1.0)
 
     def error(factors: torch.Tensor) -> float:
-        rounded = quantize(weight * factors, kind=kind, dtype="float32", block=16 if kind == "int4" else None)
+        rounded = quantize_weight(
+            weight * factors, kind=kind, dtype="float32", block=16 if kind == "int4" else None
+        )
         inputs = rows / factors
         if kind == "int8":
             scale = inputs.abs().max() / 127
@@ -187,7 +189,7 @@ def test_a_selection_reads_its_layer_and_the_head_as_its_graphs_have_them(
         return (
             weight
             if kind == "none"
-            else quantize(weight, kind=kind, dtype="float32", block=block).dequantized()
+            else quantize_weight(weight, kind=kind, dtype="float32", block=block).dequantized()
         )
 
     seen = {}

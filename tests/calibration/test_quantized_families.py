@@ -29,8 +29,8 @@ from trio_edge.calibration.quantize.calibrating import calibrate_quantization, s
 from trio_edge.calibration.quantize.quantized_model import quantized_model
 from trio_edge.calibration.quantize.sections import quantized_sections
 from trio_edge.calibration.questions import Question, read_questions
-from trio_edge.export.quantize.assign import StoredForm
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
+from trio_edge.export.quantize.store import StoredForm
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.engines.child import optimization_profile
 from trio_edge.runtime.images.reading import open_image

@@ -16,7 +16,7 @@ from trio_edge.export.families.base import (
     max_positions,
     sliding_window,
 )
-from trio_edge.export.graphs.rope import RotaryTables
+from trio_edge.export.graphs.attention import RotaryTables
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 

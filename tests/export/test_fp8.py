@@ -26,7 +26,12 @@ from trio_edge.calibration.questions import read_questions
 from trio_edge.calibration.search import cli as cli_calibrate
 from trio_edge.export import cli
 from trio_edge.export.quantize.graph import SCALE_SUFFIX
-from trio_edge.export.quantize.numerics import activation_scale, quantize, rounded_activations, stored_bytes
+from trio_edge.export.quantize.numerics import (
+    activation_scale,
+    quantize_weight,
+    rounded_activations,
+    stored_bytes,
+)
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.profiling import cli as cli_profile
@@ -88,7 +93,7 @@ def numbers() -> torch.Tensor:
 
 def test_weights_are_rounded_to_the_nearest_number_and_ties_to_even() -> None:
     values = numbers()
-    rounded = quantize(values, kind="fp8", dtype="float32")
+    rounded = quantize_weight(values, kind="fp8", dtype="float32")
     assert rounded.scales_OB.item() == 1.0
     expected = values.numpy().astype(ml_dtypes.float8_e4m3fn)  # another implementation's rounding
     assert np.array_equal(rounded.values_OI.view(torch.uint8).numpy(), expected.view(np.uint8))
@@ -99,7 +104,7 @@ def test_a_rounded_weight_is_off_by_a_sixteenth_at_most(dtype: Any) -> None:
     weight = (
         torch.randn(8, 512, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 2, 8)[:, None]
     )
-    rounded = quantize(weight, kind="fp8", dtype=dtype)
+    rounded = quantize_weight(weight, kind="fp8", dtype=dtype)
     smallest_scale = 2.0**-14  # that float16 has with all its bits
     least = 2.0**-10 * (weight.abs().amax(1, keepdim=True) / LARGEST).clamp(min=smallest_scale)
     off = (rounded.dequantized().to(torch.float32) - weight).abs()
@@ -108,7 +113,7 @@ def test_a_rounded_weight_is_off_by_a_sixteenth_at_most(dtype: Any) -> None:
 
 def test_rows_that_are_small_or_zero_stay_finite() -> None:
     weight = torch.tensor([[0.0, 0.0], [1e-7, -3e-8], [6e4, 1.0]])
-    rounded = quantize(weight, kind="fp8", dtype="float16").dequantized()
+    rounded = quantize_weight(weight, kind="fp8", dtype="float16").dequantized()
     assert rounded.isfinite().all()
     assert torch.equal(rounded[0], torch.zeros(2, dtype=torch.float16))
 
@@ -129,7 +134,7 @@ def test_the_scale_of_inputs_is_the_same_number_in_float16(largest: float) -> No
 def test_bytes_are_what_onnx_reads(bundle: Bundle, checkpoint: Path) -> None:
     tensors = load_model(str(checkpoint)).parts.layers[0].state_dict()
     values, scales = stored_bytes(
-        quantize(tensors["mlp.down_proj.weight"], kind="fp8", dtype="float32"), kind="fp8"
+        quantize_weight(tensors["mlp.down_proj.weight"], kind="fp8", dtype="float32"), kind="fp8"
     )
     found = ir.load(bundle.path("prefix.onnx")).graph.initializers
     name = next(name for name in found if name.endswith("down_proj.weight"))

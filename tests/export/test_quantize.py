@@ -21,7 +21,7 @@ from trio_edge.export.checkpoints.checkpoint import canonical_name, read_checkpo
 from trio_edge.export.checkpoints.weights import read_tensor
 from trio_edge.export.options import ExportOptions, Progress
 from trio_edge.export.quantize.graph import SCALE_SUFFIX
-from trio_edge.export.quantize.numerics import block_size, pack_int4, quantize, stored_bytes
+from trio_edge.export.quantize.numerics import block_size, pack_int4, quantize_weight, stored_bytes
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
@@ -55,19 +55,21 @@ def test_int4_bytes_are_what_onnx_reads() -> None:
 @pytest.mark.parametrize(("kind", "block"), [("int4", 32), ("int8", None)])
 def test_rounding_is_off_by_half_a_scale_at_most(kind: Any, block: int | None) -> None:
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-    rounded = quantize(weight, kind=kind, dtype="float32", block=block)
+    rounded = quantize_weight(weight, kind=kind, dtype="float32", block=block)
     scale = rounded.scales_OB.repeat_interleave(64 // rounded.scales_OB.shape[1], dim=1)
     assert ((rounded.dequantized() - weight).abs() <= 0.5001 * scale).all()
 
 
 def test_a_block_of_zeros_stays_zero() -> None:
-    rounded = quantize(torch.zeros(2, 32), kind="int4", dtype="float16", block=16)
+    rounded = quantize_weight(torch.zeros(2, 32), kind="int4", dtype="float16", block=16)
     assert torch.equal(rounded.dequantized(), torch.zeros(2, 32, dtype=torch.float16))
 
 
 def test_values_and_scales_are_stored_inputs_first() -> None:
     weight = torch.arange(1, 65, dtype=torch.float32).reshape(2, 32)
-    values, scales = stored_bytes(quantize(weight, kind="int4", dtype="float32", block=16), kind="int4")
+    values, scales = stored_bytes(
+        quantize_weight(weight, kind="int4", dtype="float32", block=16), kind="int4"
+    )
     assert scales.shape == (2, 2)
     assert scales[0, 1] == pytest.approx(48 / 7)
     # the first byte holds both outputs of input 0: 1 of a block up to 16, 33 of one up to 48
@@ -131,7 +133,7 @@ def twin_of(graph: str, full: Bundle, checkpoint: Path) -> ort.InferenceSession:
         stored = tensors.get(f"language_model.layers.{first + int(layer or 0)}.{rest}")
         if stored is not None and len(stored.shape) == 2:
             block = block_size(stored.shape[1])
-            rounded = quantize(read_tensor(stored), kind="int4", dtype="float32", block=block)
+            rounded = quantize_weight(read_tensor(stored), kind="int4", dtype="float32", block=block)
             values = rounded.dequantized().numpy()
         value.const_value = ir.tensor(values, name=name)
     return ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])

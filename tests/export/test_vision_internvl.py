@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers as hf
 
+from trio_edge.export.graphs.attention import TILE_ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision.internvl import TileVision, shuffled
-from trio_edge.export.graphs.vision.tile_attention import TILE_ATTENTION_NAME, register_tile_attention
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "300M": {"attention_bias": True},
@@ -54,7 +54,7 @@ def random_model(*, attention: str = "eager", **vision: Any) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def _attention() -> None:
-    register_tile_attention()
+    register_attention()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

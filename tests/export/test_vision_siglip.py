@@ -9,8 +9,8 @@ import torch
 import transformers as hf
 
 from trio_edge.export.families.llava import feature_layers_of
+from trio_edge.export.graphs.attention import TILE_ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision.siglip import SiglipVision, weighted_rows
-from trio_edge.export.graphs.vision.tile_attention import TILE_ATTENTION_NAME, register_tile_attention
 from trio_edge.runtime.images.llava import LlavaImages
 
 TILE, PATCH = 22, 4
@@ -35,7 +35,7 @@ SIZES = [(20, 21), (90, 80), (41, 100)]
 
 @pytest.fixture(scope="module", autouse=True)
 def _attention() -> None:
-    register_tile_attention()
+    register_attention()
 
 
 def random_model(*, attention: str = "eager", vision: dict[str, Any] | None = None, **settings: Any) -> Any:

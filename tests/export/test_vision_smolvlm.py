@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers as hf
 
+from trio_edge.export.graphs.attention import TILE_ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision.internvl import shuffled
 from trio_edge.export.graphs.vision.smolvlm import SmolVlmVision, patch_positions
-from trio_edge.export.graphs.vision.tile_attention import TILE_ATTENTION_NAME, register_tile_attention
 
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "as_small_releases": (4, {"image_size": 32, "patch_size": 4}),
@@ -66,7 +66,7 @@ def vision_module(model: Any) -> SmolVlmVision:
 
 @pytest.fixture(scope="module", autouse=True)
 def _attention() -> None:
-    register_tile_attention()
+    register_attention()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

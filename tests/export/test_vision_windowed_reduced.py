@@ -28,7 +28,7 @@ from tests.windowed_vision import (
 )
 from trio_edge.export.check.tensorrt import require_supported
 from trio_edge.export.graphs.vision import windowed
-from trio_edge.export.graphs.vision.windowed import ReducedWindowedVision, check_windowed_keep, select_tokens
+from trio_edge.export.graphs.vision.windowed import WindowedVision, check_windowed_keep, select_tokens
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.manifest import TensorSpec
 
@@ -130,9 +130,7 @@ def test_reduced_tokens_equal_the_specification(
 ) -> None:
     monkeypatch.setattr(windowed, "num_head_blocks", lambda _num_heads, _num_patches: blocks)
     size, visual = SIZES[name], random_vision_encoder(**ALL_BLOCKS)
-    module = ReducedWindowedVision(
-        visual, inv_freq=inv_freq_of(visual), max_patches=LARGEST["P"], num_keep=KEEP
-    )
+    module = WindowedVision(visual, inv_freq=inv_freq_of(visual), max_patches=LARGEST["P"], num_keep=KEEP)
     tokens, kept = module(*map(torch.from_numpy, reduced_inputs(size, padded=padded).values()))
     expected_tokens, expected_kept = expected(
         visual, PROCESSING.prepare(random_picture(*size)), size, keep=KEEP
@@ -203,7 +201,7 @@ def test_an_encoder_whose_last_block_sees_windows_only_is_refused() -> None:
 @pytest.fixture(scope="module", params=[LARGEST["P"], 10_000], ids=["all_heads", "in_blocks"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_vision(
-        lambda visual, inv_freq: ReducedWindowedVision(
+        lambda visual, inv_freq: WindowedVision(
             visual, inv_freq=inv_freq, max_patches=request.param, num_keep=KEEP
         ),
         random_vision_encoder(**FEW_BLOCKS),

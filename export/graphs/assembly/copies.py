@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import onnx_ir as ir
 from torch import nn
 
-from trio_edge.export.graphs.assembly.onnx_graph import graph_value
+from trio_edge.export.graphs.assembly.onnx_graph import add_node, graph_value
+from trio_edge.runtime.bundle.graph_io import DEEPSTACK, PREVIOUS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from trio_edge.runtime.bundle.manifest import TensorSpec
+    from trio_edge.runtime.bundle.manifest import GraphSpec, TensorSpec
 
 LAYER_PREFIX = "layers.0."
 """Prefix of the names of a traced part's weights."""
@@ -79,13 +80,48 @@ class LayeredModule:
         return [index for index, names in enumerate(places) if len(set(names)) > 1]
 
 
+FIRST_PAST = 3
+"""Inputs of a layer range before keys and values: hidden states, position ids, past length."""
+_VARYING = (0, FIRST_PAST, FIRST_PAST + 1)
+
+
+def stack_layers(layer: ir.Model, spec: GraphSpec) -> ir.Model:
+    """Return the graph ``spec`` of decoder layers: copies of ``layer``, one after the other; ``layer`` does not change.
+
+    DeepStack planes are added to the outputs of the first layers. The last output is ``PREVIOUS``, if there is one: the
+    hidden states that enter the last layer. Layer i's weights become initializers ``layers.{i}.…``.
+    """
+    graph = Copies(spec.inputs)
+    hidden, *shared = graph.inputs[:FIRST_PAST]
+    planes = [value for value in graph.inputs if str(value.name).startswith(DEEPSTACK)]
+    present: list[ir.Value] = []
+    for index in range(spec.num_layers):
+        enters_last, past = hidden, graph.inputs[FIRST_PAST + 2 * index :][:2]
+        hidden, *new_rows = graph.add(
+            layer,
+            [hidden, *shared, *past],
+            varying=_VARYING,
+            weights=f"layers.{index}.",
+            own_suffix=f".{index}",
+        )
+        present += new_rows
+        if index < len(planes):
+            both, name = [hidden, planes[index]], f"with_deepstack.{index}"
+            hidden = add_node(graph.graph, "Add", both, name, hidden.dtype, hidden.shape)
+    results = [hidden, *present]
+    if spec.outputs[-1].name == PREVIOUS:
+        # Identity, because with one layer it is an input of the graph, which cannot be an output, too
+        kind, shape = enters_last.dtype, enters_last.shape
+        results.append(add_node(graph.graph, "Identity", [enters_last], "last_input", kind, shape))
+    return graph.model(results, spec.outputs, like=layer)
+
+
 class Copies:
     """A graph under construction."""
 
     def __init__(self, inputs: Sequence[TensorSpec]) -> None:
         self.inputs = [graph_value(spec) for spec in inputs]
-        self.nodes: list[ir.Node] = []
-        self._initializers: list[ir.Value] = []
+        self.graph = ir.Graph(self.inputs, [], nodes=[])
         self._shared: dict[int, dict[ir.Value, ir.Value]] = {}
         """Values that all copies of a trace share, by the trace's id."""
 
@@ -124,22 +160,15 @@ class Copies:
                 )
             else:
                 continue
-            self._initializers.append(values[value])
+            self.graph.initializers[str(values[value].name)] = values[value]
         for node in graph:
             is_own = node.outputs[0] in own
             if not is_own and not is_first:
                 continue
-            self.nodes.append(_repeat(node, values, suffix=own_suffix if is_own else shared_suffix))
+            self.graph.append(_repeat(node, values, suffix=own_suffix if is_own else shared_suffix))
             if not is_own:
                 shared |= {value: values[value] for value in node.outputs}
         return [values[value] for value in graph.outputs]
-
-    def add_node(self, operator: str, inputs: Sequence[ir.Value], *, name: str) -> ir.Value:
-        """Append a node whose output has the type and shape of its first input; return the output."""
-        (output,) = (node := ir.Node("", operator, inputs, num_outputs=1, name=name)).outputs
-        output.name, output.shape, output.type = name, inputs[0].shape, inputs[0].type
-        self.nodes.append(node)
-        return output
 
     def model(self, values: Iterable[ir.Value], outputs: Sequence[TensorSpec], *, like: ir.Model) -> ir.Model:
         """Return the graph with ``values`` as its outputs; opset and name are those of ``like``."""
@@ -147,15 +176,10 @@ class Copies:
         for value, spec in zip(results, outputs):
             named = graph_value(spec)
             value.name, value.shape, value.type = named.name, named.shape, named.type
-        graph = ir.Graph(
-            self.inputs,
-            results,
-            nodes=self.nodes,
-            initializers=self._initializers,
-            opset_imports=dict(like.opset_imports),
-            name=like.graph.name,
-        )
-        return ir.Model(graph, ir_version=like.ir_version)
+        self.graph.outputs.extend(results)
+        self.graph.opset_imports.update(like.opset_imports)
+        self.graph.name = like.graph.name
+        return ir.Model(self.graph, ir_version=like.ir_version)
 
 
 class _Traceable(nn.Module):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -24,17 +25,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from trio_edge.runtime.bundle.manifest import StoredTensor, TensorSpec
+    from trio_edge.export.checkpoints.weights import StoredName
+    from trio_edge.runtime.bundle.manifest import GraphSpec, PieceName, StoredTensor, TensorSpec
 
 # Number of elements: arithmetic on shapes and small tables is folded, but nothing as large as a weight.
 _FOLD_INPUT_SIZE = 512
 _FOLD_OUTPUT_SIZE = 4096
-_TORCH_FROM_DTYPE = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "int32": torch.int32,
-    "int64": torch.int64,
-}
 _IR_FROM_DTYPE = {
     "float32": "FLOAT",
     "float16": "FLOAT16",
@@ -53,11 +49,26 @@ _OPTIMIZER_LOG = "onnx_ir.passes.common.initializer_deduplication"
 _TRACE_BASE = {"B": 3, "C": 11}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TracedGraph:
+    """A graph without weights, and the source of each initializer."""
+
+    spec: GraphSpec
+    """Description, with ``weight_bytes`` still 0."""
+    model: ir.Model
+    weights: dict[str, StoredName]
+    """Initializer name -> array in the bundle."""
+    constants: dict[str, NDArray[Any]]
+    """Initializer name -> values computed by the export."""
+    piece: PieceName | None = None
+    """Set if ``pieces.py`` joins the graph with others; all have the joined graph's name."""
+
+
 def example_input(spec: TensorSpec, *, trace_sizes: Mapping[str, int]) -> torch.Tensor:
     """Return an input for tracing; under FakeTensorMode it needs no memory."""
     sizes = {**_TRACE_BASE, **trace_sizes}
     shape = [sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape]
-    return torch.zeros(shape, dtype=_TORCH_FROM_DTYPE[spec.dtype])
+    return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
 
 
 def dynamic_axes(spec: TensorSpec, *, dims: Mapping[str, Any]) -> dict[int, Any]:
@@ -73,7 +84,7 @@ def graph_value(spec: TensorSpec) -> ir.Value:
     return ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=kind)
 
 
-def trace(
+def trace_graph(
     module: nn.Module,
     *,
     args: tuple[Any, ...],
@@ -210,14 +221,17 @@ def add_constants(graph: ir.Graph, constants: Mapping[str, NDArray[Any]]) -> lis
     return values
 
 
-def make_node(
+def add_node(
+    graph: ir.Graph,
     kind: str,
-    inputs: list[ir.Value],
+    inputs: Sequence[ir.Value],
     name: str,
-    dtype: ir.DataType,
-    shape: ir.Shape | None,
-    attributes: dict[str, Any],
-) -> ir.Node:
-    """Return a node with one output; both are called ``name``."""
+    dtype: ir.DataType | None,
+    shape: ir.Shape | None = None,
+    **attributes: Any,
+) -> ir.Value:
+    """Append a node with one output to ``graph`` and return the output; both are called ``name``."""
+    assert dtype is not None
     output = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
-    return ir.node(kind, inputs, attributes, outputs=[output], name=name)
+    graph.append(ir.node(kind, inputs, attributes, outputs=[output], name=name))
+    return output

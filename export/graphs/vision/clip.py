@@ -1,4 +1,4 @@
-"""``vision`` of LLaVA-1.5 and LLaVA-NeXT: image tiles to visual tokens, by a CLIP tower. Four modules share one interface.
+"""``vision`` of LLaVA-1.5 and LLaVA-NeXT: image tiles to visual tokens, by a CLIP tower.
 
 | I/O tensor          | shape        | dtype   | filled or read by                                                           |
 |---------------------|--------------|---------|-----------------------------------------------------------------------------|
@@ -11,8 +11,8 @@
 | out clip_patches    | [N, Z]       | model   | reduce graph: last norm and projection of the features, 0 at newlines (2)   |
 | out kept_patches    | [B, T]       | int32   | runtime: kept patches of each tile in raster order, for drawing (3)         |
 
-(1) ``VisionWithFeatures``, for selectors that read the class row. (2) ``VisionWithPatches``, for those that compare patches
-with a text in CLIP's space. (3) ``ReducedVision``, encoder reduction.
+(1) For selectors that read the class row. (2) For those that compare patches with a text in CLIP's space. (3) Encoder
+reduction, ``ReducedVision``.
 
 Feature rows are tile-major with patches in raster order, and one newline row last. ``token_index`` expresses anyres tiling,
 unpadding and newlines, so no shape of the graph depends on the image.
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trio_edge.export.graphs.linear_groups import LinearGroup, mlp_groups, projector_groups
+from trio_edge.export.graphs.linear_groups import LinearGroup, attention_groups, mlp_groups, projector_groups
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 
 if TYPE_CHECKING:
@@ -53,59 +53,33 @@ class ClipFeatures(nn.Module):
         self.pre_layrnorm: nn.Module = core.pre_layrnorm
         self.layers = nn.ModuleList(core.encoder.layers[: max(self.states)])
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Return features [B, P, F] of all tiles."""
-        return _features(self, pixel_values)
-
 
 class ClipVision(nn.Module):
     """Features, projector, newline row, and the gather that orders the visual tokens."""
 
-    def __init__(self, features: ClipFeatures, projector: nn.Module, newline: nn.Parameter | None) -> None:
-        super().__init__()
-        self.features = features
-        self.projector = projector
-        self.newline = newline
-
-    def forward(self, pixel_values: Tensor, token_index: Tensor) -> Tensor:
-        """Return the visual tokens [N, D]."""
-        rows_RD = self.projector(self.features(pixel_values)).flatten(0, 1)
-        return with_newline(rows_RD, self.newline).index_select(0, token_index)
-
-
-class VisionWithPatches(nn.Module):
-    """A vision graph that also returns CLIP's own norm and projection of its features."""
-
-    def __init__(self, vision: ClipVision, *, norm: nn.Module, projection: nn.Module) -> None:
-        """Take the parts of ``vision``; ``norm`` and ``projection`` are those of the CLIP model."""
-        super().__init__()
-        self.features = vision.features
-        self.projector = vision.projector
-        self.newline = vision.newline
-        self.norm = norm
-        self.projection = projection
-
-    def forward(self, pixel_values: Tensor, token_index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the visual tokens [N, D] and their patches [N, Z]."""
-        features_BPF = self.features(pixel_values)
-        tokens_RD = with_newline(self.projector(features_BPF).flatten(0, 1), self.newline)
-        patches_RZ = _with_empty_row(self.projection(self.norm(features_BPF)).flatten(0, 1))
-        return tokens_RD.index_select(0, token_index), patches_RZ.index_select(0, token_index)
-
-
-class VisionWithFeatures(nn.Module):
-    """A vision graph that also returns features, keys and class attention in the decoder's order."""
-
     def __init__(
-        self, features: ClipFeatures, projector: nn.Module, newline: nn.Parameter | None, *, observed: int
+        self,
+        features: ClipFeatures,
+        projector: nn.Module,
+        newline: nn.Parameter | None,
+        *,
+        observed: int | None = None,
+        clip: tuple[nn.Module, nn.Module] | None = None,
     ) -> None:
-        """Take the parts of the tower; ``observed`` is the layer whose keys and attention are returned.
+        """Take the parts of the tower, and what selectors need.
+
+        Args:
+            features: The tower.
+            projector: LLaVA's projector.
+            newline: The newline row, if there is one.
+            observed: The layer whose keys and class attention are returned, with the features; None returns none of them.
+            clip: CLIP's own norm and projection of its features, if patches in CLIP's space are returned.
 
         Raises:
-            CheckpointError: If that layer does not run.
+            CheckpointError: If the observed layer does not run.
         """
         super().__init__()
-        if not 0 <= observed < len(features.layers):
+        if observed is not None and not 0 <= observed < len(features.layers):
             raise CheckpointError(
                 f"--token-method: expected one without keys of the vision tower's layer {observed}, as only"
                 f" {len(features.layers)} layers run (vision_feature_layer), got one that needs it; choose another"
@@ -114,9 +88,12 @@ class VisionWithFeatures(nn.Module):
         self.projector = projector
         self.newline = newline
         self.observed = observed
+        self.norm: nn.Module | None
+        self.projection: nn.Module | None
+        self.norm, self.projection = clip or (None, None)
 
-    def forward(self, pixel_values: Tensor, token_index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return visual tokens [N, D], features [N, F], keys [N, E] and class attention [N]."""
+    def forward(self, pixel_values: Tensor, token_index: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return the visual tokens [N, D]; then features [N, F], keys [N, E] and class attention [N], or patches [N, Z]."""
         seen: list[Tensor] = []
 
         def observe(index: int, layer: Any, hidden: Tensor) -> None:
@@ -124,8 +101,13 @@ class VisionWithFeatures(nn.Module):
                 seen.extend([class_attention(layer, hidden), _mean_keys(layer, hidden)])
 
         features_BPF = _features(self.features, pixel_values, observe=observe)
-        attention_BP, keys_BPE = seen
         tokens_RD = with_newline(self.projector(features_BPF).flatten(0, 1), self.newline)
+        if self.norm is not None and self.projection is not None:
+            patches_RZ = _with_empty_row(self.projection(self.norm(features_BPF)).flatten(0, 1))
+            return tokens_RD.index_select(0, token_index), patches_RZ.index_select(0, token_index)
+        if self.observed is None:
+            return tokens_RD.index_select(0, token_index)
+        attention_BP, keys_BPE = seen
         features_N, keys_N, attention_N = (
             _with_empty_row(rows.flatten(0, 1)).index_select(0, token_index)
             for rows in (features_BPF, keys_BPE, attention_BP)
@@ -203,11 +185,9 @@ def encoder_groups(layers: Iterable[nn.Module]) -> tuple[LinearGroup, ...]:
 
 
 def _layer_groups(layer: Any, index: int) -> Iterator[LinearGroup]:
-    attention = layer.self_attn
-    products = attention.q_proj, attention.k_proj, attention.v_proj
-    yield LinearGroup(name="qkv", layer=index, linears=products, before=layer.layer_norm1)
-    yield LinearGroup(name="o", layer=index, linears=(attention.out_proj,), before=attention.v_proj)
-    yield from mlp_groups(layer.mlp, norm=layer.layer_norm2, index=index)
+    attention, mlp = layer.self_attn, layer.mlp
+    yield from attention_groups(attention, attention.out_proj, norm=layer.layer_norm1, index=index)
+    yield from mlp_groups(mlp.fc1, mlp.fc2, norm=layer.layer_norm2, index=index)
 
 
 def _features(

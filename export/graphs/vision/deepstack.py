@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trio_edge.export.graphs import linear_groups as groups
 from trio_edge.export.graphs.assembly.copies import Copy, LayeredModule, Part
-from trio_edge.export.graphs.linear_groups import LinearGroup
 from trio_edge.export.graphs.vision.patches import Rows, attention, embedded, rows_at, with_headroom
-from trio_edge.runtime.bundle.graph_io import DEEPSTACK_TOKENS, VISUAL_TOKENS
+from trio_edge.runtime.bundle import graph_io as io
 from trio_edge.runtime.bundle.manifest import TensorSpec
 from trio_edge.trio.cost.memory import num_head_blocks
 
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 INV_FREQ_NAME = "tables.inv_freq"
 """The graph's one constant, [E/4]."""
+_PATCHES = (io.PIXEL_VALUES, io.TABLE_INDEX, io.TABLE_WEIGHTS)
+_PLACES = (io.PATCH_POSITIONS, io.NUM_PATCHES)
+_TABLES = ("cos", "sin", "mask")
 
 
 class DeepstackVision(nn.Module):
@@ -62,56 +65,26 @@ class DeepstackVision(nn.Module):
         self.merger = TokenMerger(core.merger)
         self.plane_mergers = nn.ModuleList(TokenMerger(merger) for merger in mergers.values())
 
-    def forward(
-        self,
-        pixel_values: Tensor,
-        patch_positions: Tensor,
-        table_index: Tensor,
-        table_weights: Tensor,
-        num_patches: Tensor,
-        token_index: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return the visual tokens [N, D], then the planes [N, D]."""
-        hidden_PD = self.embedding(pixel_values, table_index, table_weights)
-        rows = self.tables(patch_positions, num_patches)
-        planes = []
-        for index, layer in enumerate(self.layers):
-            hidden_PD = layer(hidden_PD, *rows)
-            if index in self.plane_layers:
-                merger = self.plane_mergers[self.plane_layers.index(index)]
-                planes.append(merger(hidden_PD, token_index))
-        return self.merger(hidden_PD, token_index), *planes
+        names = [tensor.name for tensor in vision_inputs(self.embedding.patch_values)]
+        values = dict(zip(names, inputs))
+        for copy in self._copies():
+            found = self.get_submodule(copy.weights[:-1])(*(values[name] for name in copy.inputs))
+            values |= zip(copy.outputs, found if isinstance(found, tuple) else [found])
+        planes = range(len(self.plane_layers))
+        return values[io.VISUAL_TOKENS], *(values[f"{io.DEEPSTACK_TOKENS}{plane}"] for plane in planes)
 
     def layered(self, *, width: int, dtype: FloatType) -> LayeredModule:
         """Return the module as parts that are traced once each; ``width`` is D, ``dtype`` that of the outputs."""
-        parts = self._parts(width, dtype)
-        tables = [tensor.name for tensor in parts["tables"].outputs]
-        copies = [
-            Copy("embedding", "embedding.", _names(parts["embedding"].inputs), ["hidden.0"]),
-            Copy("tables", "tables.", _names(parts["tables"].inputs), tables),
-        ]
-        for index in range(len(self.layers)):
-            after = f"hidden.{index + 1}"
-            copies.append(Copy("layer", f"layers.{index}.", [f"hidden.{index}", *tables], [after]))
-            if index in self.plane_layers:
-                plane = self.plane_layers.index(index)
-                weights, placed = f"plane_mergers.{plane}.", [after, "token_index"]
-                copies.append(Copy("plane_merger", weights, placed, [f"{DEEPSTACK_TOKENS}{plane}"]))
-        last = f"hidden.{len(self.layers)}"
-        copies.append(Copy("merger", "merger.", [last, "token_index"], [VISUAL_TOKENS]))
-        return LayeredModule(parts=parts, copies=tuple(copies))
-
-    def _parts(self, width: int, dtype: FloatType) -> dict[str, Part]:
         inputs = {tensor.name: tensor for tensor in vision_inputs(self.embedding.patch_values)}
         hidden = TensorSpec(name="hidden", dtype="float32", shape=("P", self.embedding.width))
         head_size = 4 * len(self.tables.inv_freq)
         tables = (
-            TensorSpec(name="cos", dtype="float32", shape=(1, "P", 1, head_size)),
-            TensorSpec(name="sin", dtype="float32", shape=(1, "P", 1, head_size)),
-            TensorSpec(name="mask", dtype="float32", shape=(1, 1, 1, "P")),
+            *(TensorSpec(name=name, dtype="float32", shape=(1, "P", 1, head_size)) for name in _TABLES[:2]),
+            TensorSpec(name=_TABLES[2], dtype="float32", shape=(1, 1, 1, "P")),
         )
-        patches = tuple(inputs[name] for name in ("pixel_values", "table_index", "table_weights"))
-        places = tuple(inputs[name] for name in ("patch_positions", "num_patches"))
+        patches, places = (tuple(inputs[name] for name in names) for names in (_PATCHES, _PLACES))
         parts = {
             "embedding": Part(self.embedding, patches, (hidden,)),
             "tables": Part(self.tables, places, tables),
@@ -121,23 +94,32 @@ class DeepstackVision(nn.Module):
         for name, merger in mergers.items():
             if merger is not None:
                 tokens = TensorSpec(name=f"{name}_tokens", dtype=dtype, shape=("N", width))
-                parts[name] = Part(merger, (hidden, inputs["token_index"]), (tokens,))
-        return parts
+                parts[name] = Part(merger, (hidden, inputs[io.TOKEN_INDEX]), (tokens,))
+        return LayeredModule(parts=parts, copies=tuple(self._copies()))
 
-
-def _names(tensors: tuple[TensorSpec, ...]) -> list[str]:
-    return [tensor.name for tensor in tensors]
+    def _copies(self) -> Iterator[Copy]:
+        """Yield the parts in their order, with the names of the values between them."""
+        yield Copy("embedding", "embedding.", _PATCHES, ["hidden.0"])
+        yield Copy("tables", "tables.", _PLACES, _TABLES)
+        for index in range(len(self.layers)):
+            after = f"hidden.{index + 1}"
+            yield Copy("layer", f"layers.{index}.", [f"hidden.{index}", *_TABLES], [after])
+            if index in self.plane_layers:
+                plane = self.plane_layers.index(index)
+                tokens = f"{io.DEEPSTACK_TOKENS}{plane}"
+                yield Copy("plane_merger", f"plane_mergers.{plane}.", [after, io.TOKEN_INDEX], [tokens])
+        yield Copy("merger", "merger.", [f"hidden.{len(self.layers)}", io.TOKEN_INDEX], [io.VISUAL_TOKENS])
 
 
 def vision_inputs(patch_values: int) -> tuple[TensorSpec, ...]:
     """Return the graph's inputs, for patches of ``patch_values`` numbers."""
     return (
-        TensorSpec(name="pixel_values", dtype="float32", shape=("P", patch_values)),
-        TensorSpec(name="patch_positions", dtype="int32", shape=(2, "P")),
-        TensorSpec(name="table_index", dtype="int32", shape=(4, "P")),
-        TensorSpec(name="table_weights", dtype="float32", shape=(4, "P")),
-        TensorSpec(name="num_patches", dtype="int32", shape=(1,)),
-        TensorSpec(name="token_index", dtype="int32", shape=("N",)),
+        TensorSpec(name=io.PIXEL_VALUES, dtype="float32", shape=("P", patch_values)),
+        TensorSpec(name=io.PATCH_POSITIONS, dtype="int32", shape=(2, "P")),
+        TensorSpec(name=io.TABLE_INDEX, dtype="int32", shape=(4, "P")),
+        TensorSpec(name=io.TABLE_WEIGHTS, dtype="float32", shape=(4, "P")),
+        TensorSpec(name=io.NUM_PATCHES, dtype="int32", shape=(1,)),
+        TensorSpec(name=io.TOKEN_INDEX, dtype="int32", shape=("N",)),
     )
 
 
@@ -236,7 +218,7 @@ def plane_mergers(visual: nn.Module, num_planes: int) -> dict[int, nn.Module]:
     return {layer: core.deepstack_merger_list[indexes.index(layer)] for layer in layers[:num_planes]}
 
 
-def deepstack_groups(visual: nn.Module, *, num_planes: int) -> tuple[LinearGroup, ...]:
+def deepstack_groups(visual: nn.Module, *, num_planes: int) -> tuple[groups.LinearGroup, ...]:
     """Return the linear layers of transformers' Qwen3VLVisionModel that run.
 
     The last merger normalizes patches before it joins four of them, so its norm does not have one element per input. The
@@ -253,18 +235,14 @@ def deepstack_groups(visual: nn.Module, *, num_planes: int) -> tuple[LinearGroup
     )
 
 
-def _block_groups(block: Any, index: int) -> Iterator[LinearGroup]:
-    qkv, values, mlp = block.attn.qkv, 2 * block.attn.dim, block.mlp
-    yield LinearGroup(name="qkv", layer=index, linears=(qkv,), before=block.norm1)
-    yield LinearGroup(name="o", layer=index, linears=(block.attn.proj,), before=qkv, start=values)
-    yield LinearGroup(name="fc1", layer=index, linears=(mlp.linear_fc1,), before=block.norm2)
-    yield LinearGroup(name="fc2", layer=index, linears=(mlp.linear_fc2,), before=None)
+def _block_groups(block: Any, index: int) -> Iterator[groups.LinearGroup]:
+    yield from groups.fused_attention_groups(block.attn, norm=block.norm1, index=index)
+    yield from groups.mlp_groups(block.mlp.linear_fc1, block.mlp.linear_fc2, norm=block.norm2, index=index)
 
 
-def _merger_groups(merger: Any, name: str) -> Iterator[LinearGroup]:
+def _merger_groups(merger: Any, name: str) -> tuple[groups.LinearGroup, groups.LinearGroup]:
     norm = merger.norm if merger.use_postshuffle_norm else None
-    yield LinearGroup(name=f"{name}_1", layer=None, linears=(merger.linear_fc1,), before=norm)
-    yield LinearGroup(name=f"{name}_2", layer=None, linears=(merger.linear_fc2,), before=None)
+    return groups.projector_groups(merger.linear_fc1, merger.linear_fc2, norm=norm, name=name)
 
 
 def _normed(norm: Any, hidden: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from trio_edge.export.graphs.linear_groups import LinearGroup, mlp_groups, projector_groups
+from trio_edge.export.graphs.linear_groups import LinearGroup, attention_groups, mlp_groups, projector_groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,8 +65,8 @@ def shuffled(patches_BPF: Tensor, *, merge: int) -> Tensor:
 
 
 def _layer_groups(layer: Any, index: int) -> Iterator[LinearGroup]:
-    attention = layer.attention  # norms of queries and keys follow these products
-    products = attention.q_proj, attention.k_proj, attention.v_proj
-    yield LinearGroup(name="qkv", layer=index, linears=products, before=layer.layernorm_before)
-    yield LinearGroup(name="o", layer=index, linears=(attention.projection_layer,), before=attention.v_proj)
-    yield from mlp_groups(layer.mlp, norm=layer.layernorm_after, index=index)
+    attention, mlp = layer.attention, layer.mlp  # norms of queries and keys follow q and k
+    yield from attention_groups(
+        attention, attention.projection_layer, norm=layer.layernorm_before, index=index
+    )
+    yield from mlp_groups(mlp.fc1, mlp.fc2, norm=layer.layernorm_after, index=index)

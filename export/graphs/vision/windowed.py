@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionRotaryEmbedding
 
-from trio_edge.export.graphs.linear_groups import LinearGroup, gated_mlp_groups, projector_groups
+from trio_edge.export.graphs import linear_groups as groups
 from trio_edge.export.graphs.vision.patches import (
     attention,
     embedded,
@@ -55,55 +55,31 @@ _TOKENS_PER_WINDOW_SIDE = 4
 
 
 class WindowedVision(nn.Module):
-    """Encoder, merger of neighbouring patches, and the gather that orders the visual tokens."""
+    """Encoder, merger of neighbouring patches, and the gather that orders the visual tokens.
 
-    def __init__(self, visual: nn.Module, *, inv_freq: Tensor, max_patches: int) -> None:
+    With encoder reduction K visual tokens are selected, and the others are merged into them. Half of the budget goes to the
+    tokens that receive most attention in the first block that sees the whole image, but at most an equal share to each
+    window. The other half goes to those that receive most in the last block. Each dropped token is added to the most similar
+    kept one after the merger, and each kept one is divided by one plus the number of tokens added to it.
+
+    Source: the TRIO reference code's encoder stage for Qwen2.5-VL. Its budget is a fraction of the image's tokens; here
+    it is a number, so that all later shapes are fixed.
+    """
+
+    def __init__(
+        self, visual: nn.Module, *, inv_freq: Tensor, max_patches: int, num_keep: int | None = None
+    ) -> None:
         """Take the parts of ``visual``.
 
         Args:
             visual: transformers' Qwen2_5_VisionTransformerPretrainedModel.
             inv_freq: [E/4] ``inverse_frequencies``; without values under FakeTensorMode.
             max_patches: Largest P of any image.
+            num_keep: K, checked by ``check_windowed_keep``; None keeps all tokens.
         """
         super().__init__()
         core: Any = visual
-        self.encoder = WindowedEncoder(visual, inv_freq=inv_freq, max_patches=max_patches)
-        self.merger: nn.Module = core.merger
-
-    def forward(
-        self,
-        pixel_values: Tensor,
-        patch_positions: Tensor,
-        window_slots: Tensor,
-        patch_slot: Tensor,
-        num_patches: Tensor,
-        token_index: Tensor,
-    ) -> Tensor:
-        """Return the visual tokens [N, D]."""
-        hidden_PD, _ = self.encoder(pixel_values, patch_positions, window_slots, patch_slot, num_patches)
-        return merged_tokens(self.merger, hidden_PD).index_select(0, token_index)
-
-
-class ReducedWindowedVision(nn.Module):
-    """Encoder, merger, selection of K visual tokens, and merging of the others.
-
-    Half of the budget goes to the tokens that receive most attention in the first block that sees the whole image, but at
-    most an equal share to each window. The other half goes to those that receive most in the last block. Each dropped
-    token is added to the most similar kept one after the merger, and each kept one is divided by one plus the number of
-    tokens added to it.
-
-    Source: the TRIO reference code's encoder stage for Qwen2.5-VL. Its budget is a fraction of the image's tokens; here
-    it is a number, so that all later shapes are fixed.
-    """
-
-    def __init__(self, visual: nn.Module, *, inv_freq: Tensor, max_patches: int, num_keep: int) -> None:
-        """Take the parts of ``visual``, whose last block must see the whole image; see ``WindowedVision``.
-
-        ``num_keep`` is K, checked by ``check_windowed_keep``.
-        """
-        super().__init__()
-        core: Any = visual
-        observed = (min(core.fullatt_block_indexes), len(core.blocks) - 1)
+        observed = () if num_keep is None else (min(core.fullatt_block_indexes), len(core.blocks) - 1)
         self.encoder = WindowedEncoder(
             visual, inv_freq=inv_freq, max_patches=max_patches, observed_blocks=observed
         )
@@ -119,12 +95,14 @@ class ReducedWindowedVision(nn.Module):
         patch_slot: Tensor,
         num_patches: Tensor,
         token_index: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the visual tokens [N, D], and the raster indices [K] of the kept ones."""
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the visual tokens [N, D]; with encoder reduction also the raster indices [K] of the kept ones."""
         hidden_PD, received = self.encoder(
             pixel_values, patch_positions, window_slots, patch_slot, num_patches
         )
         tokens_MD = merged_tokens(self.merger, hidden_PD)
+        if self.num_keep is None:
+            return tokens_MD.index_select(0, token_index)
         merged = self.merge_size**2
         local_M, global_M = (
             torch.unflatten(scores_P, 0, (-1, merged)).mean(dim=-1)
@@ -161,7 +139,7 @@ def inverse_frequencies(vision_config: Any) -> NDArray[np.float32]:
         return values
 
 
-def windowed_groups(visual: nn.Module) -> tuple[LinearGroup, ...]:
+def windowed_groups(visual: nn.Module) -> tuple[groups.LinearGroup, ...]:
     """Return the linear layers of transformers' Qwen2_5_VisionTransformerPretrainedModel.
 
     The merger normalizes patches before it joins four of them, so its norm does not have one element per input.
@@ -169,15 +147,13 @@ def windowed_groups(visual: nn.Module) -> tuple[LinearGroup, ...]:
     core: Any = visual
     return (
         *(group for index, block in enumerate(core.blocks) for group in _block_groups(block, index)),
-        *projector_groups(core.merger.mlp[0], core.merger.mlp[2], norm=None),
+        *groups.projector_groups(core.merger.mlp[0], core.merger.mlp[2], norm=None),
     )
 
 
-def _block_groups(block: Any, index: int) -> Iterator[LinearGroup]:
-    qkv, values = block.attn.qkv, 2 * block.attn.dim
-    yield LinearGroup(name="qkv", layer=index, linears=(qkv,), before=block.norm1)
-    yield LinearGroup(name="o", layer=index, linears=(block.attn.proj,), before=qkv, start=values)
-    yield from gated_mlp_groups(block.mlp, norm=block.norm2, index=index)
+def _block_groups(block: Any, index: int) -> Iterator[groups.LinearGroup]:
+    yield from groups.fused_attention_groups(block.attn, norm=block.norm1, index=index)
+    yield from groups.gated_mlp_groups(block.mlp, norm=block.norm2, index=index)
 
 
 class WindowedEncoder(nn.Module):

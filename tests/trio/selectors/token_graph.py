@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tests.shared_folder import kept_between_runs
 from tests.trio.module_digest import module_digest
 from trio_edge.export.check.tensorrt import RELEASES, check_graph
-from trio_edge.export.graphs.assembly.onnx_graph import dynamic_axes, example_input, save, trace
+from trio_edge.export.graphs.assembly.onnx_graph import dynamic_axes, example_input, save, trace_graph
 from trio_edge.runtime.bundle.manifest import TensorSpec
 from trio_edge.trio.selectors.interface import Selection, TokenInputs
 
@@ -180,7 +180,7 @@ def export_selector(selector: Any, path: Path, *, num_tokens: int | str = "N") -
     if getattr(selector, "num_contextual", 0):
         outputs.append(TensorSpec(name="weights", dtype="float32", shape=(selector.num_keep, num_tokens)))
     dims = dict.fromkeys(sizes, torch.export.Dim.DYNAMIC)
-    model = trace(
+    model = trace_graph(
         TokenGraph(selector), args=tuple(example_input(spec, trace_sizes=sizes) for spec in inputs),
         dynamic_shapes=(tuple(dynamic_axes(spec, dims=dims) for spec in inputs),), inputs=inputs,
         outputs=outputs, opset=18,

@@ -1,0 +1,667 @@
+"""The graphs of a bundle before they are traced: modules, tensors and sizes, and the programs that run the graphs.
+
+Each tensor is said once, with its shape and its place: where it comes from, or goes to, in the program that runs its graph
+first. ``trio_edge.runtime.bundle.manifest`` describes places.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
+
+import msgspec
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from trio_edge.export.graphs.attention import RotaryTables
+from trio_edge.export.graphs.decoder_range import DecoderRange
+from trio_edge.export.graphs.head import Head
+from trio_edge.export.graphs.probe import Probe, Saliency
+from trio_edge.export.graphs.reduce import FEATURE_NAMES, Reduce
+from trio_edge.export.graphs.select import Select
+from trio_edge.export.quantize.unpacking import read_weight
+from trio_edge.runtime.bundle import graph_io as io
+from trio_edge.runtime.bundle.manifest import GraphSpec, Launch, Profile, Program, TensorSpec, shape_at
+from trio_edge.trio.methods import stage_method, token_method
+from trio_edge.trio.saliency import CandidateHead, ProbeHead, key_value_gram
+from trio_edge.trio.selectors.interface import other_inputs_of, stage_selector
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
+    from trio_edge.export.plan import ExportPlan
+    from trio_edge.runtime.bundle.manifest import DType, PieceName, ProgramName, Role
+    from trio_edge.trio.methods import TokenMethod
+    from trio_edge.trio.saliency import ProxySaliency
+
+
+class _Tensor(NamedTuple):
+    """An input or output of a graph, and its place in the program that runs the graph first."""
+
+    spec: TensorSpec
+    place: str
+
+
+def _tensor(name: str, place: str, shape: tuple[int | str, ...], dtype: DType = "int32") -> _Tensor:
+    """Return a tensor; after a place that ends with a dot comes its name."""
+    return _Tensor(TensorSpec(name=name, dtype=dtype, shape=shape), place + name * place.endswith("."))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outline:
+    """A graph, or a piece of one, before it is traced."""
+
+    spec: GraphSpec
+    """Pieces of one graph have its name and role."""
+    places: Mapping[str, str]
+    """Place of each input and output in the program that runs the graph first."""
+    profiles: Sequence[str]
+    """Profile at each size of that program."""
+    module: nn.Module
+    """Its ``forward`` takes the inputs in order."""
+    piece: PieceName | None = None
+    constants: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """Values of buffers besides rotary frequencies; under FakeTensorMode buffers have none."""
+
+
+@final
+class Wiring:
+    """All graphs and programs of a bundle.
+
+    TRIO's probe is in three pieces (``export/graphs/probe.py``). The two halves are pieces of the layer range after the stage,
+    and the gradient between them is a piece of the head. If these are quantized, backward half and gradient are graphs of their
+    own.
+    """
+
+    def __init__(self, plan: ExportPlan, *, is_quantized: Callable[[Role], bool]) -> None:
+        """Describe the graphs; called under FakeTensorMode.
+
+        ``is_quantized`` tells whether the linear layers of a role are going to be quantized.
+        """
+        self._plan, self._model, self._layout = plan, plan.model, plan.layout
+        self._dimensions, self._dtype = plan.dimensions, plan.layout.dtype
+        self._is_quantized = is_quantized
+        layout, num_planes = plan.layout, plan.model.num_deepstack
+        self._method = stage_method(plan.layout.schedule.method)
+        """Of all stages."""
+        self._prompts = [(rows, bucket) for rows in layout.visual_sizes for bucket in layout.text_buckets]
+        """Visual rows and text bucket of each prefill."""
+        self._at = {
+            io.HIDDEN: "rows.embeds",
+            io.POSITIONS: "prompt.position_ids",
+            io.VISUAL_ROWS: "prompt.visual_rows",
+            io.VISUAL_IMAGES: "prompt.visual_images",
+            **{f"{io.DEEPSTACK}{plane}": f"rows.deepstack.{plane}" for plane in range(num_planes)},
+        }
+        """Place of each input that the next graph of a prefill may read from the graph before."""
+        self._launches: defaultdict[ProgramName, list[Launch]] = defaultdict(list)
+        self.graphs: list[Outline] = []
+        """In the order of a prefill; pieces of one graph follow each other, first the one with the graph's role."""
+        self._describe_vision()
+        if plan.selector is not None and plan.options.token_method is not None:
+            self._describe_reduction(plan.selector, token_method(plan.options.token_method))
+        self._describe_decoder()
+
+    def programs(self) -> tuple[Program, ...]:
+        """Return the programs."""
+        prompts = [{"N": rows, "T": bucket} for rows, bucket in self._prompts]
+        images = {
+            graph.spec.role: [profile.sizes for profile in graph.spec.profiles] for graph in self.graphs
+        }
+        sizes: dict[ProgramName, list[dict[str, int]]] = {
+            "vision": images["vision"],
+            "reduce": images.get("reduce", []),
+            "prefill": prompts,
+            "question": [{"T": bucket} for bucket in self._layout.text_buckets],
+            "decode": [{}],
+            "exact": prompts,
+        }
+        return tuple(
+            Program(name=name, sizes=tuple(runs_at), launches=tuple(map(self._with_zeros, launches)))
+            for name, runs_at in sizes.items()
+            if (launches := self._launches[name])
+        )
+
+    def _with_zeros(self, launch: Launch) -> Launch:
+        """Return the launch of a whole graph: inputs of other pieces read zeros, if they have elements."""
+        specs = [graph.spec for graph in self.graphs if graph.spec.name == launch.runs]
+        if len(specs) < 2:
+            return launch
+        profile = next(one for spec in specs for one in spec.profiles if one.name in launch.profiles)
+        inputs = {
+            tensor.name: launch.inputs.get(tensor.name, f"zeros.{tensor.name}")
+            for spec in specs
+            for tensor in spec.inputs
+            if tensor.name in launch.inputs or 0 not in shape_at(tensor.shape, profile)
+        }
+        return msgspec.structs.replace(launch, inputs=inputs)
+
+    def _run(
+        self,
+        program: ProgramName,
+        graph: Outline,
+        instead: Mapping[str, str] | None = None,
+        *,
+        profiles: Sequence[str] | None = None,
+        label: str | None = None,
+        stage: int = 0,
+    ) -> None:
+        """Let ``program`` run ``graph`` next, with its own places and profiles or those given; for the rest see ``Launch``."""
+        spec, places = graph.spec, {**graph.places, **(instead or {})}
+        launch = Launch(
+            runs=spec.name,
+            label=label or spec.name,
+            profiles=tuple(profiles or graph.profiles),
+            inputs={name: places[name] for name in spec.input_names},
+            outputs={tensor.name: places[tensor.name] for tensor in spec.outputs},
+            stage=stage,
+            cache=f"cache.{spec.name}" if spec.num_layers else None,
+        )
+        self._launches[program].append(launch)
+
+    # Before the decoder
+
+    def _describe_vision(self) -> None:
+        """Describe vision and CLIP's text tower, which runs when tokens are selected."""
+        vision, clip, layout = self._model.vision, self._plan.clip_graphs, self._layout
+        kept = (io.KEPT_PATCHES, io.KEPT_TOKENS)
+        graph = _outline(
+            "vision",
+            "vision",
+            [_Tensor(spec, f"image.{spec.name}") for spec in vision.inputs],
+            [
+                _Tensor(spec, "kept.vision" if spec.name in kept else f"vision.{spec.name}")
+                for spec in vision.outputs
+            ],
+            [
+                Profile(name="_".join(f"{axis.lower()}{n}" for axis, n in sizes.items()), sizes=dict(sizes))
+                for sizes in layout.vision_sizes
+            ],
+            vision.module,
+            constants=vision.constants,
+        )
+        self.graphs.append(graph)
+        self._run("vision", graph)
+        if clip is None:
+            return
+        texts = ("M", clip.text.position_embedding.num_embeddings, clip.projection_size)
+        graph = _outline(
+            io.CLIP_TEXT,
+            io.CLIP_TEXT,
+            [_tensor(io.CLIP_IDS, "image.", texts[:2])],
+            [_tensor(io.CLIP_TEXTS, f"{io.CLIP_TEXT}.", texts, self._dtype)],
+            [Profile(name=f"m{count}", sizes={"M": count}) for count in layout.clip_texts],
+            clip.text,
+            at_sizes=[f"m{count}" for _ in layout.vision_rows for count in layout.clip_texts],
+        )
+        self.graphs.append(graph)
+        self._run("reduce", graph)
+
+    def _describe_reduction(self, selector: Any, row: TokenMethod) -> None:
+        """Describe the selector before the decoder."""
+        layout, dtype = self._layout, self._dtype
+        before = {
+            spec.name: _Tensor(spec, graph.places[spec.name])
+            for graph in self.graphs
+            for spec in graph.spec.outputs
+        }
+        width = self._dimensions.hidden_size
+        kept: tuple[int, int] = (selector.num_keep, width)
+        has_clip = self._plan.clip_graphs is not None
+        reads_text = row.reads_text and not has_clip
+        inputs = [
+            before[io.VISUAL_TOKENS],
+            _tensor(io.NUM_VISUAL, "image.", (1,)),
+            _tensor(io.IS_NEWLINE, "image.", ("N",)),
+        ]
+        if row.reads_features:
+            inputs += [before[name] for name in FEATURE_NAMES]
+        if reads_text:
+            inputs.append(_tensor(io.TEXT_EMBEDS, "image.", ("T", width), dtype))
+            inputs.append(_tensor(io.NUM_TEXT, "image.", (1,)))
+        if has_clip:
+            texts = before[io.CLIP_TEXTS]
+            marks = _tensor(io.TEXT_MARKS, "image.", texts.spec.shape[:2])
+            inputs += [before[io.CLIP_PATCHES], texts, marks]
+        if row.reads_previous:
+            inputs.append(_tensor(io.PREVIOUS_TOKENS, "image.", ("N", width), dtype))
+            inputs.append(_tensor(io.HAS_PREVIOUS, "image.", (1,)))
+        planes = range(self._model.num_deepstack)
+        inputs += [before[f"{io.DEEPSTACK_TOKENS}{plane}"] for plane in planes]
+        counts = [{"M": count} for count in layout.clip_texts]
+        if not counts and reads_text:
+            counts = [{"T": bucket} for bucket in layout.text_buckets]
+        graph = _outline(
+            "reduce",
+            "reduce",
+            inputs,
+            [
+                _tensor(io.REDUCED_TOKENS, "reduce.", kept, dtype),
+                _tensor(io.KEPT_TOKENS, "kept.reduce", kept[:1]),
+                *(_tensor(f"{io.REDUCED_DEEPSTACK}{plane}", "reduce.", kept, dtype) for plane in planes),
+            ],
+            [
+                Profile(name="+".join([f"n{rows}", *map(str, count.values())]), sizes={"N": rows, **count})
+                for rows in layout.vision_rows
+                for count in counts or [{}]
+            ],
+            Reduce(selector, others=[tensor.spec.name for tensor in inputs[3:]]),
+        )
+        self.graphs.append(graph)
+        self._run("reduce", graph)
+
+    # The decoder
+
+    def _describe_decoder(self) -> None:
+        ranges = self._layout.layer_ranges(self._dimensions.num_layers)
+        selectors = [self._selector(stage) for stage in range(len(ranges) - 1)]
+        has_probes = self._method.has_probe and bool(selectors)
+        heads = [self._head(is_shared=has_probes), *([self._gradient()] if has_probes else [])]
+        for index, layers in enumerate(ranges):
+            halves: list[Outline] = []
+            if index > 0:
+                if has_probes:
+                    halves = self._probe(index - 1, selectors[index - 1].saliency, *heads)
+                self.graphs += [half for half in halves if half.piece is None]
+                self.graphs.append(self._select(index - 1, selectors[index - 1]))
+            self.graphs.append(self._range(index, layers, piece="layers" if halves else None))
+            self.graphs += [half for half in halves if half.piece is not None]
+        self._run("prefill", heads[0], stage=len(selectors))
+        top = {name: f"top.{name}" for name in (io.TOP_LOGITS, io.TOP_IDS)}
+        step = {io.LAST_ROW: "zeros.last_row", io.LOGITS: "logits.logits", **top}
+        self._run("decode", heads[0], step, profiles=["decode"], stage=len(selectors))
+        self.graphs += heads
+
+    def _selector(self, stage: int) -> Any:
+        return stage_selector(
+            self._model,
+            self._layout.schedule,
+            stage=stage,
+            max_visual=max(self._layout.visual_rows(stage)),
+            max_images=self._layout.max_images,
+            is_quantized=self._is_quantized(self._role(stage + 1)),
+        )
+
+    def _role(self, index: int) -> Role:
+        """Return the role of layer range ``index``."""
+        if index == 0:
+            return "prefix"
+        return "suffix" if index == len(self._layout.schedule.stages) else "segment"
+
+    def _name(self, index: int) -> str:
+        """Return the name of layer range ``index``."""
+        role = self._role(index)
+        return f"segment_{index}" if role == "segment" else role
+
+    def _rotary(self) -> RotaryTables:
+        frequencies = torch.empty(self._model.inv_freq.shape, dtype=torch.float32)
+        return RotaryTables(frequencies, attention_scaling=self._model.attention_scaling)
+
+    def _prefills(
+        self,
+        index: int,
+        sizes: Callable[[int, int, int], dict[str, int]],
+        *,
+        label: str = "prefill",
+        by_prompt: bool = False,
+    ) -> tuple[list[Profile], list[str]]:
+        """Return the profiles of a graph that reads what enters layer range ``index``, and those at each prompt's sizes.
+
+        ``sizes`` gets the prompt's visual rows, those that enter, and the text bucket. After a stage the former only matter
+        ``by_prompt``.
+        """
+        entering = self._layout.schedule.stages[index - 1].keep if index else None
+        by_rows = by_prompt if index else len(self._layout.visual_sizes) > 1
+        found: dict[str, Profile] = {}
+        for rows, bucket in sorted(self._prompts, key=lambda prompt: prompt[1]) if index else self._prompts:
+            name = f"{label}_{rows}+{bucket}" if by_rows else f"{label}_{bucket}"
+            found.setdefault(name, Profile(name=name, sizes=sizes(rows, entering or rows, bucket)))
+        wanted = [sizes(rows, entering or rows, bucket) for rows, bucket in self._prompts]
+        at_sizes = [next(one.name for one in found.values() if one.sizes == given) for given in wanted]
+        return list(found.values()), at_sizes
+
+    def _range(self, index: int, layers: range, *, piece: PieceName | None) -> Outline:
+        """Describe decoder layers; DeepStack planes, one for each of the model's first layers, are the last inputs."""
+        layout, dims, dtype, name = self._layout, self._dimensions, self._dtype, self._name(index)
+        rows = (1, "S", dims.hidden_size)
+        past, new = ((1, dims.num_kv_heads, axis, dims.head_size) for axis in ("C", "S"))
+        parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
+        planes = [f"{io.DEEPSTACK}{layer}" for layer in layers if layer < self._model.num_deepstack]
+        entering = io.HIDDEN if index else io.EMBEDS
+        inputs = [
+            _tensor(entering, self._at[io.HIDDEN], rows, dtype),
+            _tensor(io.POSITIONS, self._at[io.POSITIONS], (self._model.position_axes, "S")),
+            _tensor(io.PAST_LENGTH, "zeros.past_length", (1,)),
+            *(
+                _tensor(f"{io.PAST_PREFIX}{part}", f"cache.{name}[{i}]", past, dtype)
+                for i, part in enumerate(parts)
+            ),
+            *(_tensor(plane, self._at[plane], rows, dtype) for plane in planes),
+        ]
+        outputs = [
+            _tensor(io.HIDDEN_OUT, f"{name}.", rows, dtype),
+            *(
+                _tensor(f"{io.PRESENT_PREFIX}{part}", f"new_rows[{i}]", new, dtype)
+                for i, part in enumerate(parts)
+            ),
+        ]
+        if index < len(layout.schedule.stages) and self._method.reads_previous:
+            outputs.append(_tensor(io.PREVIOUS, f"{name}.", rows, dtype))
+        capacity = max(layout.visual_rows(index)) + layout.text_buckets[-1] + layout.max_new_tokens
+        questions = [
+            Profile(name=f"follow_{bucket}", sizes={"S": bucket, "C": capacity})
+            for bucket in layout.text_buckets
+            if layout.follow_ups and index == 0
+        ]
+        decode = Profile(name="decode", sizes={"S": 1, "C": capacity})
+        prefills, at_sizes = self._prefills(index, lambda _all, rows, text: {"S": rows + text, "C": 0})
+        graph = _outline(
+            name,
+            self._role(index),
+            inputs,
+            outputs,
+            [*prefills, *questions, decode],
+            DecoderRange([self._model.layers[layer] for layer in layers], self._rotary()),
+            at_sizes=at_sizes,
+            piece=piece,
+            first_layer=layers.start,
+            num_layers=len(layers),
+        )
+
+        def new_rows(stack: str) -> dict[str, str]:
+            return {f"{io.PRESENT_PREFIX}{part}": f"{stack}[{i}]" for i, part in enumerate(parts)}
+
+        no_planes = dict.fromkeys(planes, "zeros.plane")
+        self._run("prefill", graph, stage=index)
+        if questions:
+            question = {
+                io.EMBEDS: "question.embeds",
+                io.POSITIONS: "question.position_ids",
+                io.PAST_LENGTH: "question.past_length",
+                io.HIDDEN_OUT: f"after.{io.HIDDEN_OUT}",
+                io.PREVIOUS: f"after.{io.PREVIOUS}",
+                **new_rows("question_rows"),
+                **no_planes,
+            }
+            names = [profile.name for profile in questions]
+            self._run("question", graph, question, profiles=names, label="question")
+        step = {
+            entering: f"{self._name(index - 1)}.{io.HIDDEN_OUT}" if index else "step.embedding",
+            io.POSITIONS: f"step.position_ids.{index}",
+            io.PAST_LENGTH: f"step.past_length.{index}",
+            **new_rows(f"new_row.{name}"),
+            **no_planes,
+        }
+        self._run("decode", graph, step, profiles=["decode"], stage=index)
+        self._at |= {io.HIDDEN: f"{name}.{io.HIDDEN_OUT}", io.PREVIOUS: f"{name}.{io.PREVIOUS}"}
+        return graph
+
+    def _select(self, stage: int, selector: Any) -> Outline:
+        """Describe the selection of a stage."""
+        schedule, dtype, name = self._layout.schedule, self._dtype, f"select_{stage + 1}"
+        keep, layer = schedule.stages[stage].keep, schedule.stages[stage].layer
+        width, axes = self._dimensions.hidden_size, self._model.position_axes
+        rows, kept = (1, "S", width), (1, "R", width)
+        inputs = [
+            _tensor(io.HIDDEN, self._at[io.HIDDEN], rows, dtype),
+            _tensor(io.POSITIONS, self._at[io.POSITIONS], (axes, "S")),
+            _tensor(io.VISUAL_ROWS, self._at[io.VISUAL_ROWS], ("N",)),
+            _tensor(io.NUM_VISUAL, f"prompt.num_visual.{stage}", (1,)),
+            _tensor(io.LENGTH, f"prompt.length.{stage}", (1,)),
+        ]
+        outputs = [
+            _tensor(io.KEPT_HIDDEN, f"{name}.", kept, dtype),
+            _tensor(io.KEPT_POSITIONS, f"{name}.", (axes, "R")),
+            _tensor(io.KEPT_VISUAL_ROWS, f"{name}.", (keep,)),
+            _tensor(io.KEPT_INDICES, f"results.{io.KEPT_INDICES}.{stage}", (keep,)),
+            _tensor(io.SCORES, f"results.{io.SCORES}.{stage}", ("N",), "float32"),
+            _tensor(io.UNSETTLED, f"results.{io.UNSETTLED}.{stage}", (1,)),
+        ]
+        if self._method.reads_previous:
+            inputs.append(_tensor(io.PREVIOUS, self._at[io.PREVIOUS], rows, dtype))
+        if self._method.reads_prompt:
+            inputs += [
+                _tensor(io.PROMPT_EMBEDS, "rows.embeds", (1, "F", width), dtype),
+                _tensor(io.PROMPT_IS_VISUAL, "prompt.is_visual", ("F",)),
+                _tensor(io.PROMPT_LENGTH, "prompt.length", (1,)),
+            ]
+        if self._method.has_probe:
+            inputs.append(_tensor(io.SALIENCY, f"probe.{io.SALIENCY_SCORES}", ("N",), "float32"))
+        if schedule.budget == "image":
+            inputs.append(_tensor(io.VISUAL_IMAGES, self._at[io.VISUAL_IMAGES], ("N",)))
+            outputs.append(_tensor(io.KEPT_VISUAL_IMAGES, f"{name}.", (keep,)))
+        inputs += [
+            _tensor(own, other.place, other.shape, cast("DType", other.dtype))
+            for own, other in other_inputs_of(selector).items()
+        ]
+        for plane in range(layer, self._model.num_deepstack):
+            entering = f"{io.DEEPSTACK}{plane}"
+            inputs.append(_tensor(entering, self._at[entering], rows, dtype))
+            outputs.append(_tensor(f"{io.KEPT_DEEPSTACK}{plane}", f"{name}.", kept, dtype))
+        reads_prompt = any("F" in tensor.spec.shape for tensor in inputs)
+
+        def sizes(whole: int, rows: int, bucket: int) -> dict[str, int]:
+            own = {"N": rows, "S": rows + bucket, "R": keep + bucket}
+            return {**own, "F": whole + bucket} if reads_prompt else own
+
+        others = [tensor.spec.name for tensor in inputs[5:]]
+        is_preserved = schedule.positions == "preserved"
+        module = Select(selector, self._rotary(), preserve_positions=is_preserved, others=others)
+        profiles, at_sizes = self._prefills(stage, sizes, by_prompt=reads_prompt)
+        graph = _outline(
+            name, "select", inputs, outputs, profiles, module, at_sizes=at_sizes, first_layer=layer
+        )
+        self._run("prefill", graph, stage=stage)
+        launch = self._launches["prefill"][-1]
+        self._launches["exact"].append(msgspec.structs.replace(launch, runs="exact_nms", profiles=()))
+        self._at |= {
+            tensor.spec.name.removeprefix("kept_"): tensor.place
+            for tensor in outputs
+            if tensor.spec.name not in io.SELECT_RESULTS
+        }
+        return graph
+
+    def _probe(self, stage: int, probe: ProxySaliency, head: Outline, gradient: Outline) -> list[Outline]:
+        """Describe the halves of a stage's probe; without the layer's MLP its gradient goes around it."""
+        dims, dtype, schedule = self._dimensions, self._dtype, self._layout.schedule
+        layer, axes = schedule.stages[stage].layer, self._model.position_axes
+        constants = {}
+        if probe.form != "direct":
+            constants["saliency.key_value_gram"] = _gram(self._plan.source.checkpoint, layer)
+        width = dims.num_heads * (dims.head_size + dims.hidden_size)
+        if not probe.is_quantized:
+            width += dims.hidden_size + 2 * dims.intermediate_size
+
+        def state(rows: str, visual: str, names: Sequence[str]) -> list[_Tensor]:
+            """Return the tensors between the halves: ``ProbeState`` of trio_edge.trio.saliency."""
+            shapes = [(rows, width), (dims.num_heads, rows, visual)]
+            if probe.needs_keys:
+                shapes.append((visual, dims.num_kv_heads * dims.head_size))
+            return [
+                _tensor(name, f"probe.{result}", shape, "float32")
+                for name, result, shape in zip(names, io.PROBE_RESULTS[1:], shapes)
+            ]
+
+        def half(name: PieceName, letter: str, inputs: list[_Tensor], outputs: list[_Tensor]) -> Outline:
+            def sizes(_all: int, rows: int, bucket: int) -> dict[str, int]:
+                own = {"S": rows + bucket, "N": rows, "R": schedule.num_probe_rows}
+                return {f"{letter}{symbol}": size for symbol, size in own.items()}
+
+            is_alone = name == "saliency" and self._is_quantized(self._role(stage + 1))
+            profiles, at_sizes = self._prefills(stage, sizes, label=name)
+            return _outline(
+                f"probe_{stage + 1}" if is_alone else self._name(stage + 1),
+                "probe" if is_alone else self._role(stage + 1),
+                inputs,
+                outputs,
+                profiles,
+                (Probe if name == "probe" else Saliency)(probe, self._rotary()),
+                at_sizes=at_sizes,
+                piece=None if is_alone else name,
+                first_layer=layer,
+                constants=constants,
+            )
+
+        halves = [
+            half(
+                "probe",
+                "P",
+                [
+                    _tensor(io.PROBE_HIDDEN, self._at[io.HIDDEN], (1, "PS", dims.hidden_size), dtype),
+                    _tensor(io.PROBE_POSITIONS, self._at[io.POSITIONS], (axes, "PS")),
+                    _tensor(io.PROBE_VISUAL_ROWS, self._at[io.VISUAL_ROWS], ("PN",)),
+                    _tensor(io.PROBE_ROWS, f"prompt.probe_rows.{stage}", ("PR",)),
+                    _tensor(io.PROBE_LENGTH, f"prompt.length.{stage}", (1,)),
+                ],
+                [
+                    _tensor(io.PROBE_OUTPUT, "probe.", ("PR", dims.hidden_size), "float32"),
+                    *state("PR", "PN", io.PROBE_RESULTS[1:]),
+                ],
+            ),
+            half(
+                "saliency",
+                "G",
+                [
+                    _tensor(io.GRADIENT_HIDDEN, self._at[io.HIDDEN], (1, "GS", dims.hidden_size), dtype),
+                    _tensor(io.GRADIENT_POSITIONS, self._at[io.POSITIONS], (axes, "GS")),
+                    _tensor(io.GRADIENT_VISUAL_ROWS, self._at[io.VISUAL_ROWS], ("GN",)),
+                    _tensor(io.GRADIENT_NUM_VISUAL, f"prompt.num_visual.{stage}", (1,)),
+                    _tensor(io.GRADIENT, f"probe.{io.OUTPUT_GRADIENT}", ("GR", dims.hidden_size), "float32"),
+                    *state("GR", "GN", (io.GRADIENT_STATE, io.GRADIENT_ATTENTION, io.GRADIENT_KEYS)),
+                ],
+                [_tensor(io.SALIENCY_SCORES, "probe.", ("GN",), "float32")],
+            ),
+        ]
+        label = f"select_{stage + 1}"
+        self._run("prefill", halves[0], label=label, stage=stage)
+        if self._is_quantized("head"):
+            self._run_candidates(head, gradient, label=label, stage=stage)
+        self._run("prefill", gradient, label=label, stage=stage)
+        self._run("prefill", halves[1], label=label, stage=stage)
+        return halves
+
+    def _run_candidates(self, head: Outline, gradient: Outline, *, label: str, stage: int) -> None:
+        """Let a prefill find the likeliest tokens of the probe rows and their rows of a quantized head."""
+        entering = {io.HIDDEN: "entering.hidden_states", io.LAST_ROW: "entering.rows"}
+        found = {name: f"found.{name}" for name in (io.TOP_LOGITS, io.TOP_IDS)}
+        output = {io.PROBE_OUTPUT: gradient.places[io.PROBE_OUTPUT]}
+        likeliest = {name: gradient.places[name] for name in (io.CANDIDATE_LOGITS, io.CANDIDATE_ROWS)}
+        launches = self._launches["prefill"]
+        launches.append(Launch(runs="enter_head", label=label, stage=stage, inputs=output, outputs=entering))
+        name = io.CANDIDATES if self._layout.schedule.num_probe_rows > 1 else "decode"
+        self._run(
+            "prefill",
+            head,
+            {**entering, **found, io.LOGITS: f"head.{io.LOGITS}"},
+            profiles=[name] * len(self._prompts),
+            label=label,
+            stage=stage,
+        )
+        launches.append(
+            Launch(runs="likeliest_rows", label=label, stage=stage, inputs=found, outputs=likeliest)
+        )
+
+    def _head(self, *, is_shared: bool) -> Outline:
+        """Describe the head; one that probes share has L rows: 1, 0 while its gradient runs, or all probe rows."""
+        dims, num_rows = self._dimensions, self._layout.schedule.num_probe_rows
+        count, last = io.num_candidates(dims), len(self._layout.schedule.stages)
+        hidden = f"{self._name(last)}.{io.HIDDEN_OUT}"
+        rows, top = ("L", ("L", count)) if is_shared else (1, (count,))
+        own = {"L": 1} if is_shared else {}
+        more = [Profile(name="decode", sizes={"S": 1, **own})]
+        is_quantized = is_shared and self._is_quantized("head")
+        if is_quantized and num_rows > 1:  # one row is as in decode
+            more.append(Profile(name=io.CANDIDATES, sizes={"S": num_rows, "L": num_rows}))
+        prefills, at_sizes = self._prefills(last, lambda _all, rows, text: {"S": rows + text, **own})
+        return _outline(
+            "head",
+            "head",
+            [
+                _tensor(io.HIDDEN, hidden, (1, "S", dims.hidden_size), self._dtype),
+                _tensor(io.LAST_ROW, "prompt.last_row", (rows,)),
+            ],
+            [
+                _tensor(io.LOGITS, "results.", (rows, dims.vocab_size), "float32"),
+                _tensor(io.TOP_LOGITS, "results.", top, "float32"),
+                _tensor(io.TOP_IDS, "results.", top),
+            ],
+            [*prefills, *more],
+            Head(self._model.final_norm, self._model.lm_head, num_candidates=count, is_shared=is_shared),
+            at_sizes=at_sizes,
+            piece="logits" if is_shared and not is_quantized else None,
+        )
+
+    def _gradient(self) -> Outline:
+        """Describe the head's gradient; that of a quantized head gets the rows of the likeliest tokens."""
+        dims, norm, rows = self._dimensions, self._model.final_norm, ("GR", self._dimensions.hidden_size)
+        inputs = [_tensor(io.PROBE_OUTPUT, "probe.", rows, "float32")]
+        is_alone = self._is_quantized("head")
+        if is_alone:
+            likeliest = ("GR", io.num_candidates(dims), dims.hidden_size)
+            inputs += [
+                _tensor(io.CANDIDATE_LOGITS, "likeliest.logits", likeliest[:2], "float32"),
+                _tensor(io.CANDIDATE_ROWS, "likeliest.rows", likeliest, self._dtype),
+            ]
+        return _outline(
+            "gradient" if is_alone else "head",
+            "probe" if is_alone else "head",
+            inputs,
+            [_tensor(io.OUTPUT_GRADIENT, "probe.", rows, "float32")],
+            [Profile(name="gradient", sizes={"GR": self._layout.schedule.num_probe_rows})],
+            CandidateHead(norm) if is_alone else ProbeHead(norm, self._model.lm_head),
+            at_sizes=["gradient"] * len(self._prompts),
+            piece=None if is_alone else "gradient",
+        )
+
+
+def _outline(
+    name: str,
+    role: Role,
+    inputs: Sequence[_Tensor],
+    outputs: Sequence[_Tensor],
+    profiles: Sequence[Profile],
+    module: nn.Module,
+    *,
+    at_sizes: Sequence[str] | None = None,
+    piece: PieceName | None = None,
+    first_layer: int | None = None,
+    num_layers: int = 0,
+    constants: Mapping[str, NDArray[Any]] = MappingProxyType({}),
+) -> Outline:
+    """Return a graph; its first program runs at all of ``profiles``, or at those named ``at_sizes``."""
+    spec = GraphSpec(
+        name=name,
+        role=role,
+        file=f"{name}.onnx" if piece is None else f"{name}.{piece}.onnx",
+        inputs=tuple(tensor.spec for tensor in inputs),
+        outputs=tuple(tensor.spec for tensor in outputs),
+        weight_bytes=0,  # known when the graph is written
+        profiles=tuple(profiles),
+        first_layer=first_layer,
+        num_layers=num_layers,
+    )
+    return Outline(
+        spec=spec,
+        places={tensor.spec.name: tensor.place for tensor in (*inputs, *outputs)},
+        profiles=at_sizes or [profile.name for profile in profiles],
+        module=module,
+        piece=piece,
+        constants=constants,
+    )
+
+
+def _gram(checkpoint: Checkpoint, layer: int) -> NDArray[Any]:
+    prefix = f"language_model.layers.{layer}"
+    with unset_fake_temporarily():
+        key, value, norm = (
+            read_weight(checkpoint, f"{prefix}.{name}.weight")
+            for name in ("self_attn.k_proj", "self_attn.v_proj", "input_layernorm")
+        )
+        gram: NDArray[Any] = key_value_gram(key, value, norm).to(torch.float32).numpy()
+        return gram
