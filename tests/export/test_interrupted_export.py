@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import save_checkpoint
+from tests.conftest import ROOT
 from trio_edge.runtime.bundle.errors import BundleError
 from trio_edge.runtime.bundle.reader import open_bundle
 
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and lim
 
 FORK = """
 import os, resource, sys
+from tests.shared_traces import shared_traces
 from trio_edge.export import bundle
 from trio_edge.export.cli import main
 
@@ -43,7 +45,8 @@ def trace_and_keep(*args, **settings):
 
 bundle.trace_graphs = trace_and_keep
 try:
-    main(sys.argv[1:])
+    with shared_traces():
+        main(sys.argv[1:])
 except SystemExit:
     pass
 
@@ -113,7 +116,9 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exports]:
     save_file({**tensors, "padding": torch.zeros(PADDING_BYTES // 4)}, source / "model.safetensors")
     command = [sys.executable, "-c", FORK, *export_arguments(source, source.parent / "bundle"), "--quiet"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stderr=pipe, stdout=subprocess.DEVNULL, text=True) as server:
+    with subprocess.Popen(
+        command, stdin=pipe, stderr=pipe, stdout=subprocess.DEVNULL, text=True, cwd=ROOT
+    ) as server:
         yield Exports(server, source)
         assert server.stdin is not None
         server.stdin.close()

@@ -66,7 +66,7 @@ def export_select(
 
     The first of all test runs that asks for a graph traces it.
     """
-    name = f"select-{num_visual}-{several_sizes}-{dtype}-{module_digest(module)}.onnx"
+    name = f"select-{num_visual}-{several_sizes}-{dtype}-{module_digest(module.eval())}.onnx"
     traced = partial(_trace, module, num_visual=num_visual, several_sizes=several_sizes, dtype=dtype)
     shutil.copyfile(kept_between_runs(name, traced), path)
     return path
@@ -78,7 +78,7 @@ def _trace(
     rows = {0: torch.export.Dim.DYNAMIC}
     axes: tuple[Any, ...] = (rows, rows, rows, rows if several_sizes else None, None, None)
     program = torch.onnx.export(
-        module.eval(), example_inputs(module, num_visual=num_visual, num_text=21, dtype=dtype), dynamo=True,
+        module, example_inputs(module, num_visual=num_visual, num_text=21, dtype=dtype), dynamo=True,
         opset_version=18, input_names=INPUTS, output_names=OUTPUTS, dynamic_shapes=axes, verbose=False,
     )  # fmt: skip
     assert program is not None

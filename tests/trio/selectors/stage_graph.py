@@ -141,7 +141,7 @@ def export_stage(selector: Any, path: Path, case: Case, *, several_sizes: bool =
 
     The first of all test runs that asks for a graph traces it.
     """
-    wanted = f"{module_digest(StageGraph(selector))} {case} {several_sizes}"
+    wanted = f"{module_digest(StageGraph(selector).eval())} {case} {several_sizes}"
     name = f"stage-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.onnx"
     kept = kept_between_runs(name, lambda out: _trace_stage(selector, out, case, several_sizes=several_sizes))
     shutil.copyfile(kept, path)

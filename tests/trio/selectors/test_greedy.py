@@ -115,12 +115,8 @@ def test_graph_of_a_fixed_size_keeps_one_token_or_all(selector: Any, num_keep: i
 
 
 @pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    folder = tmp_path_factory.mktemp("greedy")
-    return {
-        num_keep: export_selector(DivPrune(num_keep=num_keep), folder / f"{num_keep}.onnx", num_tokens=15)
-        for num_keep in (2, 15)
-    }
+def graphs() -> dict[int, Path]:
+    return {num_keep: export_once(DivPrune(num_keep=num_keep), num_tokens=15) for num_keep in (2, 15)}
 
 
 def test_graph_holds_the_step_once_whatever_k(graphs: dict[int, Path]) -> None:

@@ -192,7 +192,7 @@ def export_selector(selector: Any, path: Path, *, num_tokens: int | str = "N") -
 def export_once(selector: Any, *, num_tokens: int | str = "N") -> Path:
     """Return the graph of ``selector``, traced by the first of all test runs that asks for it."""
     return kept_between_runs(
-        f"tokens-{num_tokens}-{module_digest(selector)}.onnx",
+        f"tokens-{num_tokens}-{module_digest(selector.eval())}.onnx",
         lambda path: export_selector(selector, path, num_tokens=num_tokens),
     )
 
