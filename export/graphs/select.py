@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from trio_edge.runtime.bundle import graph_io as io
 from trio_edge.trio.compaction import CompactedRows, compact_rows
-from trio_edge.trio.selectors.interface import PromptInputs, StageInputs, other_inputs_of
+from trio_edge.trio.selectors.interface import PromptInputs, StageInputs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,7 +90,7 @@ class Select(nn.Module):
             prompt,
             given.get(io.SALIENCY),
             image_N,
-            {name: given[name] for name in other_inputs_of(self.selector)},
+            {name: given[name] for name in getattr(self.selector, "other_inputs", {})},
         )
         selection: Selection = self.selector(inputs)
         compacted = compact_rows(
