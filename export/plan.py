@@ -167,7 +167,7 @@ def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
     """
     checkpoint, family = source.checkpoint, source.family
     processing, videos, profiles = _processing(options, source, encoder_keep=None)
-    image_tokens = profiles.largest["N"]
+    image_tokens, default_template = profiles.largest["N"], family.default_chat_template(checkpoint)
     if options.encoder_keep is not None:
         keep = _encoder_keep(options.encoder_keep, profiles.largest)
         processing, videos, profiles = _processing(options, source, encoder_keep=keep)
@@ -181,7 +181,7 @@ def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
         generation=read_generation(checkpoint),
         text=read_text_files(
             checkpoint,
-            default_template=family.default_chat_template(checkpoint),
+            default_template=default_template,
             image_marks=family.image_marks,
         ),
     )

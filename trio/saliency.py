@@ -192,7 +192,7 @@ class ProxySaliency(nn.Module):
         self.head_size = int(attention.head_dim)
         self.num_kv_heads = attention.k_proj.weight.shape[0] // self.head_size
         self.num_heads = attention.q_proj.weight.shape[0] // self.head_size
-        self.sliding_window = sliding_window(attention)
+        self.sliding_window, has_key_norm = sliding_window(attention), key_norm(attention) is not None
         sizes = ProbeSizes(
             num_rows=max_visual,
             num_visual=max_visual,
@@ -203,7 +203,7 @@ class ProxySaliency(nn.Module):
             num_probe_rows=num_probe_rows,
         )
         self.form: SaliencyForm = cheapest_form(sizes) if form == "auto" else form
-        self.needs_keys = self.form != "direct" or key_norm(attention) is not None
+        self.needs_keys = has_key_norm or self.form != "direct"
         if self.form != "direct":
             with torch.no_grad():
                 gram = key_value_gram(
