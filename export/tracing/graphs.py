@@ -12,7 +12,7 @@ from trio_edge.export.checkpoints.checkpoint import canonical_name
 from trio_edge.export.checkpoints.weights import StoredName
 from trio_edge.export.graphs.assembly.copies import FIRST_PAST, stack_layers
 from trio_edge.export.graphs.assembly.onnx_graph import TracedGraph, dynamic_axes, example_input, trace_graph
-from trio_edge.export.graphs.decoder_range import DecoderRange
+from trio_edge.export.graphs.attention import DecoderRange
 from trio_edge.export.graphs.probe import Probe, Saliency
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ import msgspec
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from trio_edge.export.graphs.attention import RotaryTables
-from trio_edge.export.graphs.decoder_range import DecoderRange
+from trio_edge.export.graphs.attention import DecoderRange, RotaryTables
 from trio_edge.export.graphs.head import Head
 from trio_edge.export.graphs.probe import Probe, Saliency
 from trio_edge.export.graphs.reduce import FEATURE_NAMES, Reduce
