@@ -301,7 +301,7 @@ class Pipeline:
         shown = self._open(messages)
         ids = self._encode(messages, [part.inset for part in shown])
         prepared = [image for part in shown for image in part.prepared]
-        self._vision.check_room(prepared)
+        self._vision.rows_for(prepared)  # refuses too many
         if has_rules(settings) or constraint is not None:
             run_lengths = [length for image in prepared for length in image.layout.run_lengths]
             prompt, stops = ids.all_ids(run_lengths).tolist(), self.manifest.text.stop_token_ids
@@ -335,19 +335,16 @@ class Pipeline:
             BackendError: If the pipeline is closed, or a graph fails.
         """
         with self._lock:
-            return self._timed_tokens(count, skip=skip)
-
-    def _timed_tokens(self, count: int, *, skip: int) -> list[float]:
-        self._check_open()
-        self._running = None
-        self._decoder.skip(skip)
-        chooser, times = TokenChooser(make_sampler()), []
-        for token in range(count):  # any tokens, because the time does not depend on them
-            start = time.perf_counter()
-            top = self._decoder.decode(np.asarray(self._embedding[token]))
-            chooser.choose(top, self._decoder.logits)
-            times.append(1e3 * (time.perf_counter() - start))
-        return times
+            self._check_open()
+            self._running = None
+            self._decoder.skip(skip)
+            chooser, times = TokenChooser(make_sampler()), []
+            for token in range(count):  # any tokens, because the time does not depend on them
+                start = time.perf_counter()
+                top = self._decoder.decode(np.asarray(self._embedding[token]))
+                chooser.choose(top, self._decoder.logits)
+                times.append(1e3 * (time.perf_counter() - start))
+            return times
 
     def close(self) -> None:
         """Release all graphs and device memory; closing again does nothing."""
