@@ -175,7 +175,9 @@ class TensorRTEngine:
         layers: EngineLayerTimes | None = None,
         cuda_graph: bool = True,
     ) -> None:
-        self._engine, self._spec, self._tensorrt = engine, spec, tensorrt
+        self._engine, self._tensorrt = engine, tensorrt
+        self.spec = spec
+        """The graph's entry in the manifest."""
         self._cuda_graph = cuda_graph
         self._device, self._workspace, self._errors, self._layers = device, workspace, errors, layers
         self._kernels = kernels
@@ -183,17 +185,12 @@ class TensorRTEngine:
         """By "decode" or the name of a piece."""
         workspace.reserve(engine.device_memory_size_v2)  # of the largest profile
 
-    @property
-    def spec(self) -> GraphSpec:
-        """The graph's entry in the manifest."""
-        return self._spec
-
     def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> TensorRTLaunch:
         """Bind a profile to addresses."""
-        index = self._spec.profiles.index(profile)
+        index = self.spec.profiles.index(profile)
         # A CUDA graph holds its context's state, so decode shares its context with no other profile. Pieces take turns in
         # every prefill, and switching profiles takes time.
-        key = profile.name if profile.name in (_DECODE, CANDIDATES) else self._spec.part_at(profile).name
+        key = profile.name if profile.name in (_DECODE, CANDIDATES) else self.spec.part_at(profile).name
         if key not in self._contexts:
             self._contexts[key] = self._new_context()
         return TensorRTLaunch(self._contexts[key], index, tensors)
@@ -203,13 +200,13 @@ class TensorRTEngine:
         context = self._engine.create_execution_context(settings)
         if context is None:
             raise BackendError(
-                f"{self._spec.name}: expected {self._tensorrt.backend} to make an execution context, it did"
+                f"{self.spec.name}: expected {self._tensorrt.backend} to make an execution context, it did"
                 f" not{self._errors.reason()}; close other programs, or use --backend onnxruntime"
             )
         context.set_device_memory(self._workspace.address, self._workspace.num_bytes)
         return _Context(
             context,
-            self._spec,
+            self.spec,
             settings=settings,
             stream=self._device.stream,
             errors=self._errors,
@@ -263,9 +260,8 @@ class _Context:
         cuda_graph: bool,
     ) -> None:
         self._context, self._spec, self._stream = context, spec, stream
-        self._settings = (
-            settings  # the context refers to them, and TensorRT's bindings do not keep them alive
-        )
+        # The context refers to them, and TensorRT's bindings do not keep them alive.
+        self._settings = settings
         self._errors, self._layers = errors, layers
         # A layer profiler waits after every run, which a CUDA graph cannot do.
         self._may_capture = cuda_graph and layers is None
@@ -346,9 +342,8 @@ class CompiledKernels:
         self._file = file
         self._stored: bytes | None = None
         self._cache: Any = None
-        self._is_final = (
-            file.is_symlink()
-        )  # a link may lead out of the bundle, so it is neither read nor written
+        # A link may lead out of the bundle, so it is neither read nor written.
+        self._is_final = file.is_symlink()
         if not self._is_final:
             with suppress(OSError):
                 self._stored = file.read_bytes()
