@@ -293,7 +293,7 @@ def _grid(width: int, height: int, images: LlavaImages) -> _Grid:
     pinpoint = _best_pinpoint(width, height, images)
     # Source: get_patch_output_size. Scaling the other side by the same number gives the grid's, but for rounding.
     scale = min(pinpoint[1] / width, pinpoint[0] / height)
-    fitted = (min(math.ceil(side * scale), most) for side, most in zip((height, width), pinpoint))
+    fit_y, fit_x = (min(math.ceil(side * scale), most) for side, most in zip((height, width), pinpoint))
     tile_rows, tile_columns = (side // images.tile_size for side in pinpoint)
     rows, columns = tile_rows * images.patches_per_side, tile_columns * images.patches_per_side
     # Source: unpad_image. It works on patches, and rounds so that 0.99999999 counts as 1.
@@ -304,7 +304,7 @@ def _grid(width: int, height: int, images: LlavaImages) -> _Grid:
         left = (columns - int(round(width * (rows / height), 7))) // 2
     kept_rows, kept_columns = range(top, rows - top), range(left, columns - left)
     num_tiles, limited = tile_rows * tile_columns, _limited(len(kept_rows), len(kept_columns), images)
-    return _Grid(*pinpoint, *fitted, tile_columns, num_tiles, kept_rows, kept_columns, *limited)
+    return _Grid(*pinpoint, fit_y, fit_x, tile_columns, num_tiles, kept_rows, kept_columns, *limited)
 
 
 def _limited(rows: int, columns: int, images: LlavaImages) -> tuple[int, int]:

@@ -75,7 +75,11 @@ class Sampler:
         scores = logits.astype(np.float64)
         with np.errstate(over="ignore"):  # at a tiny temperature all scores but the largest become -inf
             scores = (scores - scores.max()) / self._temperature
-        probabilities = _nucleus(_softmax(_most_likely(scores, self._top_k)), self._top_p)
+        if 0 < self._top_k < len(scores):
+            least = np.partition(scores, -self._top_k)[-self._top_k]
+            scores = np.where(scores >= least, scores, -np.inf)
+        weights = np.exp(scores)  # the largest score is 0
+        probabilities = _nucleus(weights / weights.sum(), self._top_p)
         return int(self._generator.choice(len(probabilities), p=probabilities))
 
 
@@ -279,18 +283,6 @@ def _checked(logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
             f"logits: expected finite numbers, got a maximum of {largest}; export with another --dtype"
         )
     return logits_V
-
-
-def _most_likely(scores_V: NDArray[np.float64], top_k: int) -> NDArray[np.float64]:
-    if top_k == 0 or top_k >= len(scores_V):
-        return scores_V
-    return np.where(scores_V >= np.partition(scores_V, -top_k)[-top_k], scores_V, -np.inf)
-
-
-def _softmax(scores_V: NDArray[np.float64]) -> NDArray[np.float64]:
-    weights_V = np.exp(scores_V - scores_V.max())
-    probabilities_V: NDArray[np.float64] = weights_V / weights_V.sum()
-    return probabilities_V
 
 
 def _nucleus(probabilities_V: NDArray[np.float64], top_p: float) -> NDArray[np.float64]:
