@@ -215,21 +215,10 @@ def has_rules(settings: GenerationSettings) -> bool:
     return any(getattr(settings, name) != getattr(neutral, name) for name in rules)
 
 
-def sampler_of(
-    settings: GenerationSettings,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    seed: int | None = None,
-) -> Sampler:
-    """Return a sampler of the checkpoint's ``settings``; arguments that are not None replace them, see ``make_sampler``."""
-    own = (settings.temperature, settings.top_p, settings.top_k) if settings.do_sample else (0.0, 1.0, 0)
-    return make_sampler(
-        own[0] if temperature is None else temperature,
-        own[1] if top_p is None else top_p,
-        own[2] if top_k is None else top_k,
-        seed,
-    )
+def sampler_of(settings: GenerationSettings, **given: Any) -> Sampler:
+    """Return a sampler of the checkpoint's ``settings``; arguments of ``make_sampler`` that are not None replace them."""
+    own = {name: getattr(settings, name) for name in SAMPLING_SETTINGS} if settings.do_sample else {}
+    return make_sampler(**own | {name: value for name, value in given.items() if value is not None})
 
 
 def with_overrides(settings: GenerationSettings, overrides: Mapping[str, object]) -> GenerationSettings:
