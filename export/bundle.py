@@ -38,6 +38,7 @@ from trio_edge.export.quantize.cache import check_cache, quantize_caches
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.export.quantize.store import quantized_bytes, store_quantized
 from trio_edge.export.tracing.graphs import trace_graphs
+from trio_edge.export.tracing.wiring import Wiring
 from trio_edge.runtime.bundle.errors import CheckpointError, TrioEdgeError, printable
 from trio_edge.runtime.bundle.files import atomic_folder
 from trio_edge.runtime.bundle.manifest import (
@@ -99,7 +100,9 @@ def export_bundle(
         if (target := options.target) is not None:
             check_target(plan, find_device(target), progress)
         quantized = partial(is_quantized, plan=options.quantize, checkpoint=source.checkpoint)
-        traced, programs = trace_graphs(plan, is_quantized=quantized, step=progress.step)
+        wiring = Wiring(plan, is_quantized=quantized)
+        programs = wiring.programs()
+        traced = trace_graphs(plan, wiring.graphs, step=progress.step)
     contents = quantize(plan, traced, scales, progress)
     with atomic_folder(
         options.out,
@@ -168,6 +171,7 @@ def quantize(
     if wanted.has_cache:
         graphs = quantize_caches(graphs, scales.cache_max)
     plain = {name: checkpoint.tensor(name) for name in sorted(plain_tensors(graphs, forms))}
+    quantization = quantization_of(forms, wanted, scales, graphs=graphs)
     # Copied files would repeat tensors that are stored in another form. CLIP's files hold a vision tower that is not used,
     # and their names may be those of the model's files.
     whole_files = not forms and plan.source.clip is None
@@ -178,7 +182,7 @@ def quantize(
         whole_files=whole_files,
         num_bytes=bytes_to_write(plain, dtype=dtype, whole_files=whole_files)
         + quantized_bytes(checkpoint, forms, dtype=dtype),
-        quantization=quantization_of(forms, wanted, scales, graphs=graphs),
+        quantization=quantization,
     )
 
 

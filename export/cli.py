@@ -289,7 +289,8 @@ def command(
         **given,
     )
     with interruptible() as check:
-        _import_exporter(quiet=quiet)
+        with ctrl_c_held():  # importing torch turns Ctrl-C into other errors
+            _import_exporter(quiet=quiet)
         manifest = _export(options, Console(stderr=True, quiet=quiet), check)
         print(_summary(manifest, options.out))
         return 0
@@ -319,10 +320,9 @@ def optimum_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _import_exporter(*, quiet: bool) -> None:
-    """Import torch and other packages, which takes seconds; Ctrl-C is held until they are complete."""
+    """Import torch and other packages, which takes seconds."""
     try:
-        with ctrl_c_held():
-            import trio_edge.export.bundle  # noqa: F401
+        import trio_edge.export.bundle  # noqa: F401
     except ModuleNotFoundError as error:
         raise CheckpointError(
             f"export: expected its packages to be installed, got no {error.name}; pip install 'trio-edge[export]'"

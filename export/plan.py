@@ -12,23 +12,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, canonical_name, read_checkpoint
+from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, read_checkpoint
 from trio_edge.export.checkpoints.text_files import read_generation, read_text_files
 from trio_edge.export.families import family_of
 from trio_edge.export.families.base import check_positions
 from trio_edge.export.families.clip import build_clip, read_clip, with_patches
 from trio_edge.export.graphs.vision.clip import KEEP_MULTIPLE
 from trio_edge.export.quantize.plan import check_packed
-from trio_edge.export.tracing.layout import Layout, vision_profiles
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.runtime.bundle.graph_io import text_buckets
+from trio_edge.runtime.bundle.graph_io import num_candidates, text_buckets
 from trio_edge.runtime.bundle.manifest import Dimensions
 from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.trio.budgets import MAX_TOPK, ScheduleRequest
 from trio_edge.trio.methods import StageMethod, all_methods, stage_method, token_method
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.checkpoints.text_files import TextFiles
@@ -90,6 +89,47 @@ class ResolvedOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """The sizes that determine the shapes of all graphs."""
+
+    vision_sizes: tuple[Mapping[str, int], ...]
+    """Sizes of the vision graph's profiles, including N."""
+    schedule: Schedule
+    token_keep: int | None
+    """K of the selector before the decoder, or None."""
+    text_buckets: tuple[int, ...]
+    max_new_tokens: int
+    num_candidates: int
+    """T, the most likely tokens that the head returns for a row."""
+    dtype: FloatType
+    opset: int
+    clip_texts: tuple[int, ...] = ()
+    """Every M of CLIP's text tower, ascending; empty without one."""
+    follow_ups: bool = False
+    """Whether the first range can run a question after the kept rows of an earlier one."""
+    max_images: int = 1
+    most_of_several: int = 0
+    """Most visual tokens of an image in a prompt with several images."""
+
+    @property
+    def vision_rows(self) -> tuple[int, ...]:
+        """Every N of the vision graph, ascending."""
+        return tuple(sorted({sizes["N"] for sizes in self.vision_sizes}))
+
+    @property
+    def visual_sizes(self) -> tuple[int, ...]:
+        """Every N of the prefix graph, ascending: of one image, and of all, half, a quarter, … of the most images."""
+        sizes = {*self.vision_rows} if self.token_keep is None else {self.token_keep}
+        of_several = self.most_of_several if self.token_keep is None else self.token_keep
+        count = self.max_images
+        while count > 1:
+            sizes.add(count * of_several)
+            count = (count + 1) // 2
+        least = self.schedule.stages[0].keep if self.schedule.stages else 1
+        return tuple(sorted({max(size, least) for size in sizes}))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ExportPlan:
     """All inputs of a bundle's graphs, weights and manifest."""
 
@@ -127,7 +167,7 @@ def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
     """
     checkpoint, family = source.checkpoint, source.family
     processing, videos, profiles = _processing(options, source, encoder_keep=None)
-    image_tokens = profiles.largest["N"]
+    image_tokens, default_template = profiles.largest["N"], family.default_chat_template(checkpoint)
     if options.encoder_keep is not None:
         keep = _encoder_keep(options.encoder_keep, profiles.largest)
         processing, videos, profiles = _processing(options, source, encoder_keep=keep)
@@ -138,12 +178,12 @@ def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
         image_tokens=image_tokens,
         token_keep=_token_keep(options, num_visual=profiles.largest["N"]),
         dtype=bundle_dtype(checkpoint, options.dtype),
+        generation=read_generation(checkpoint),
         text=read_text_files(
             checkpoint,
-            default_template=family.default_chat_template(checkpoint),
+            default_template=default_template,
             image_marks=family.image_marks,
         ),
-        generation=read_generation(checkpoint),
     )
 
 
@@ -195,7 +235,7 @@ def build(options: ExportOptions, source: ExportSource, resolved: ResolvedOption
             positions=source.family.positions,
         )
     _check_schedule(schedule, dimensions, source.family, resolved, max_images=options.num_units)
-    layout = _layout(options, source, resolved, schedule)
+    layout = _layout(options, source, resolved, schedule, dimensions)
     check_positions(
         model.text_config,
         num_visual=layout.visual_sizes[-1],
@@ -324,20 +364,11 @@ def _model(
         dtype=resolved.dtype,
         with_features=options.token_method is not None and token_method(options.token_method).reads_features,
     )
-    check_tensors(source.checkpoint, model)
+    source.checkpoint.check_parameters(model.root)
     if source.clip is None:
         return model, None
     clip_graphs = build_clip(source.clip)
     return with_patches(model, clip_graphs, dtype=resolved.dtype), clip_graphs
-
-
-def check_tensors(checkpoint: Checkpoint, model: FamilyModel) -> None:
-    """Raise CheckpointError unless the checkpoint has all tensors in the right shapes."""
-    for name, parameter in model.root.named_parameters():
-        wanted = canonical_name(name)
-        if wanted.startswith("vision_tower.") and wanted not in checkpoint.tensors:
-            continue  # unused layers may be left out; a used one that is missing is found before anything is written
-        checkpoint.check_shape(wanted, parameter.shape)
 
 
 def dimensions_of(model: FamilyModel) -> Dimensions:
@@ -378,11 +409,15 @@ def _check_schedule(
 
 
 def _layout(
-    options: ExportOptions, source: ExportSource, resolved: ResolvedOptions, schedule: Schedule
+    options: ExportOptions,
+    source: ExportSource,
+    resolved: ResolvedOptions,
+    schedule: Schedule,
+    dimensions: Dimensions,
 ) -> Layout:
     buckets = tuple(sorted({*options.text_buckets, options.max_text}))
     return Layout(
-        vision_sizes=vision_profiles(
+        vision_sizes=_vision_profiles(
             resolved.images.sizes,
             schedule=schedule,
             token_keep=resolved.token_keep,
@@ -392,10 +427,33 @@ def _layout(
         token_keep=resolved.token_keep,
         text_buckets=buckets if options.text_buckets else text_buckets(options.max_text),
         max_new_tokens=options.max_new_tokens,
+        num_candidates=num_candidates(dimensions),
         dtype=resolved.dtype,
         opset=options.opset,
         clip_texts=() if source.clip is None else source.clip.num_texts(options.max_text),
         follow_ups=options.follow_ups,
         max_images=options.num_units,
         most_of_several=resolved.images.most_of_several,
+    )
+
+
+def _vision_profiles(
+    images: Sequence[Mapping[str, int]], *, schedule: Schedule, token_keep: int | None, max_images: int
+) -> tuple[Mapping[str, int], ...]:
+    """Return the sizes that the vision graph runs at, by ascending N.
+
+    A selection needs at least as many rows as it keeps, so N is at least ``token_keep`` or the first stage's K.
+
+    Args:
+        images: The sizes of each exported image, including N.
+        schedule: Its stages.
+        token_keep: K of the selector before the decoder, or None.
+        max_images: Images of a prompt.
+    """
+    least = schedule.stages[0].keep if schedule.stages and max_images == 1 else 1
+    if token_keep is not None:
+        least = token_keep
+    raised = {tuple(sorted({**sizes, "N": max(sizes["N"], least)}.items())) for sizes in images}
+    return tuple(
+        sorted(map(dict, raised), key=lambda sizes: (sizes["N"], *(sizes[name] for name in sorted(sizes))))
     )

@@ -127,11 +127,8 @@ class Pipeline:
         self.manifest: Manifest = manifest
         self.backend_name = backend.name
         self.images = image_processing(manifest.image_processing, encoder_keep=manifest.encoder_keep)
-        self._videos = (
-            None
-            if manifest.video_processing is None
-            else video_processing(manifest.video_processing, images=self.images)
-        )
+        videos = manifest.video_processing
+        self._videos = None if videos is None else video_processing(videos, images=self.images)
         self.tokenizer = Tokenizer.from_file(bundle.path(manifest.text.tokenizer))
         self._template = bundle.read_text(manifest.text.chat_template)
         self._embedding = TokenTable(bundle, manifest.token_embedding, manifest.token_embedding_scales)
@@ -297,11 +294,12 @@ class Pipeline:
         overrides = {"repetition_penalty": repetition_penalty, "no_repeat_ngram_size": no_repeat_ngram_size}
         overrides["min_new_tokens"] = min_new_tokens
         settings = with_overrides(self.manifest.generation, overrides)
-        sampler, rules = sampler_of(settings, temperature, top_p, top_k, seed), None
+        sampler = sampler_of(settings, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         shown = self._open(messages)
         ids = self._encode(messages, [part.inset for part in shown])
         prepared = [image for part in shown for image in part.prepared]
-        self._vision.check_room(prepared)
+        self._vision.rows_for(prepared)  # refuses too many
+        rules = None
         if has_rules(settings) or constraint is not None:
             run_lengths = [length for image in prepared for length in image.layout.run_lengths]
             prompt, stops = ids.all_ids(run_lengths).tolist(), self.manifest.text.stop_token_ids
@@ -335,19 +333,16 @@ class Pipeline:
             BackendError: If the pipeline is closed, or a graph fails.
         """
         with self._lock:
-            return self._timed_tokens(count, skip=skip)
-
-    def _timed_tokens(self, count: int, *, skip: int) -> list[float]:
-        self._check_open()
-        self._running = None
-        self._decoder.skip(skip)
-        chooser, times = TokenChooser(make_sampler()), []
-        for token in range(count):  # any tokens, because the time does not depend on them
-            start = time.perf_counter()
-            top = self._decoder.decode(np.asarray(self._embedding[token]))
-            chooser.choose(top, self._decoder.logits)
-            times.append(1e3 * (time.perf_counter() - start))
-        return times
+            self._check_open()
+            self._running = None
+            self._decoder.skip(skip)
+            chooser, times = TokenChooser(make_sampler()), []
+            for token in range(count):  # any tokens, because the time does not depend on them
+                start = time.perf_counter()
+                top = self._decoder.decode(np.asarray(self._embedding[token]))
+                chooser.choose(top, self._decoder.logits)
+                times.append(1e3 * (time.perf_counter() - start))
+            return times
 
     def close(self) -> None:
         """Release all graphs and device memory; closing again does nothing."""

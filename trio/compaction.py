@@ -28,6 +28,21 @@ class CompactedRows(NamedTuple):
     visual_rows_K: Tensor
     """[K] int64, the new row of each kept token; padding comes after all real rows."""
 
+    def gathered(
+        self, rows_SD: Tensor, weights_KN: Tensor | None, visual_rows_N: Tensor, num_visual: Tensor
+    ) -> Tensor:
+        """Return the kept ones of ``rows_SD``, [R, D]; with weights, visual rows are weighted sums of tokens."""
+        kept_RD = rows_SD.index_select(0, self.rows_R)
+        if weights_KN is None:
+            return kept_RD
+        visual_ND = rows_SD.index_select(0, visual_rows_N).to(torch.float32)
+        real_N = torch.arange(visual_ND.shape[0]) < num_visual
+        merged_KD = torch.matmul(weights_KN, torch.where(real_N[:, None], visual_ND, 0.0)).to(kept_RD.dtype)
+        is_merged_K = (weights_KN > 0).to(torch.float32).sum(-1) > 1.0
+        # only rows of several tokens: a product with a single 1 may round if TensorRT uses TF32
+        takes_R = self.is_visual_R & is_merged_K.index_select(0, self.kept_R)
+        return torch.where(takes_R[:, None], merged_KD.index_select(0, self.kept_R), kept_RD)
+
 
 def compact_rows(
     kept_K: Int[Tensor, "K"],

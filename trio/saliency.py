@@ -146,6 +146,8 @@ class ProxySaliency(nn.Module):
     head: ProbeHead
     key_value_gram: Tensor
     """There in the Gram forms only."""
+    needs_keys: bool
+    """Whether the backward half needs the visual tokens' keys."""
 
     def __init__(
         self,
@@ -190,7 +192,7 @@ class ProxySaliency(nn.Module):
         self.head_size = int(attention.head_dim)
         self.num_kv_heads = attention.k_proj.weight.shape[0] // self.head_size
         self.num_heads = attention.q_proj.weight.shape[0] // self.head_size
-        self.sliding_window = sliding_window(attention)
+        self.sliding_window, has_key_norm = sliding_window(attention), key_norm(attention) is not None
         sizes = ProbeSizes(
             num_rows=max_visual,
             num_visual=max_visual,
@@ -201,17 +203,13 @@ class ProxySaliency(nn.Module):
             num_probe_rows=num_probe_rows,
         )
         self.form: SaliencyForm = cheapest_form(sizes) if form == "auto" else form
+        self.needs_keys = has_key_norm or self.form != "direct"
         if self.form != "direct":
             with torch.no_grad():
                 gram = key_value_gram(
                     attention.k_proj.weight, attention.v_proj.weight, layer.input_layernorm.weight
                 )
             self.register_buffer("key_value_gram", gram)
-
-    @property
-    def needs_keys(self) -> bool:
-        """Whether the backward half needs the visual tokens' keys."""
-        return self.form != "direct" or key_norm(self.layer.self_attn) is not None
 
     def forward(
         self,
@@ -363,13 +361,7 @@ class ProxySaliency(nn.Module):
         ds_GMN = a_GMN * (da_GMN - mean_da_GM1) / math.sqrt(self.head_size)
         dk_NGE = torch.matmul(ds_GMN.transpose(1, 2), query_GME).transpose(0, 1)
         cos_NE, sin_NE = (table.index_select(0, visual_N).to(dtype) for table in (cos_SE, sin_SE))
-        dk_NGE = _rotate_back(dk_NGE, cos_NE[:, None], sin_NE[:, None])
-        if (norm := key_norm(attention)) is not None:
-            assert state.key_NK is not None, "needs_keys"
-            key_NGE = _add_bias(_unflatten(state.key_NK, -1, (-1, self.head_size)), attention.k_proj)
-            unit_NGE, inverse_NG1, _ = _normalize(key_NGE, norm)
-            dk_NGE = _normalize_backward(dk_NGE, unit_NGE, inverse_NG1, norm)
-        dk_NK = dk_NGE.flatten(1)
+        dk_NK = self._key_gradient(_rotate_back(dk_NGE, cos_NE[:, None], sin_NE[:, None]), state.key_NK)
 
         if self.form == "direct":
             u_ND = self._input_gradient(dk_NK, a_PN.T, pull_PD)
@@ -437,6 +429,16 @@ class ProxySaliency(nn.Module):
         norm = self.layer.post_attention_layernorm
         scaled_RD, inverse_rms_R1, _ = _normalize(middle_RD, norm)
         return gradient_RD + _normalize_backward(normed_RD, scaled_RD, inverse_rms_R1, norm)
+
+    def _key_gradient(self, dk_NGE: Tensor, key_NK: Tensor | None) -> Tensor:
+        """Return the gradient [N, K] of W_k h, given that of the keys before their rotation."""
+        attention: Any = self.layer.self_attn
+        if (norm := key_norm(attention)) is not None:
+            assert key_NK is not None, "needs_keys"
+            key_NGE = _add_bias(_unflatten(key_NK, -1, (-1, self.head_size)), attention.k_proj)
+            unit_NGE, inverse_NG1, _ = _normalize(key_NGE, norm)
+            dk_NGE = _normalize_backward(dk_NGE, unit_NGE, inverse_NG1, norm)
+        return dk_NGE.flatten(1)
 
     def _input_gradient(self, dk_NK: Tensor, a_NP: Tensor, pull_PD: Tensor) -> Tensor:
         """Return u [N, D], the gradient of the visual tokens' n."""

@@ -10,8 +10,7 @@ from gpu_parts.subjects import Subject
 from gpu_parts.way import Buffers, Part, set_attention
 from torch import Tensor, nn
 
-from trio_edge.export.graphs.attention import ATTENTION_NAME, RotaryTables
-from trio_edge.export.graphs.decoder_range import DecoderRange
+from trio_edge.export.graphs.attention import ATTENTION_NAME, DecoderRange, RotaryTables
 from trio_edge.export.graphs.head import Head
 from trio_edge.export.graphs.select import Select
 from trio_edge.profiling.predict.answer import range_name

@@ -17,8 +17,7 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-from trio_edge.export.graphs.attention import ATTENTION_NAME, RotaryTables, register_attention
-from trio_edge.export.graphs.decoder_range import DecoderRange
+from trio_edge.export.graphs.attention import ATTENTION_NAME, DecoderRange, RotaryTables, register_attention
 from trio_edge.export.graphs.select import Select
 from trio_edge.profiling.predict.speed import Rates
 from trio_edge.runtime.bundle.manifest import Dimensions

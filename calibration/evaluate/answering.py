@@ -10,8 +10,8 @@ import numpy as np
 
 from trio_edge.calibration.evaluate.answer_cost import image_tokens, prefill_flops, processed_tokens
 from trio_edge.calibration.metrics import METRICS
+from trio_edge.runtime.first_token import FirstToken, first_token_kl, summary_of
 from trio_edge.runtime.images.llava import LlavaImages
-from trio_edge.runtime.model.sampling import FirstToken, first_token_kl, summary_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

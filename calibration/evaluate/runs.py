@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.questions import Question
     from trio_edge.runtime.bundle.manifest import Manifest
-    from trio_edge.runtime.model.sampling import FirstToken
+    from trio_edge.runtime.first_token import FirstToken
 
 SCHEMA_VERSION = 1
 

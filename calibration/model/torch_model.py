@@ -22,7 +22,6 @@ from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, canonical_na
 from trio_edge.export.checkpoints.text_files import read_text_files
 from trio_edge.export.families import family_of
 from trio_edge.export.graphs.attention import RotaryTables
-from trio_edge.export.plan import check_tensors
 from trio_edge.runtime.bundle.errors import BackendError, CheckpointError
 from trio_edge.runtime.prompts.tokenizer import Tokenizer
 from trio_edge.trio.saliency import ProxySaliency
@@ -111,7 +110,7 @@ def load_model(
     # real initial values would need the whole model's memory, and time
     with FakeTensorMode(allow_non_fake_inputs=True):
         parts = family.build(checkpoint, processing=images, dtype="float32", with_features=False)
-    check_tensors(checkpoint, parts)
+    checkpoint.check_parameters(parts.root)
     dtype = _compute_type(checkpoint)
     values = _Values(checkpoint, dtype=dtype, device=place)
     _fill(parts, values, checkpoint)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 from trio_edge.calibration.search.schedules.prefill_cost import PrefillCost, Situation
 from trio_edge.export.check.fit import check_fit, fit_inputs
 from trio_edge.export.families.base import check_positions, max_positions
-from trio_edge.export.plan import bundle_dtype, dimensions_of
-from trio_edge.export.tracing.layout import Layout
+from trio_edge.export.plan import Layout, bundle_dtype, dimensions_of
+from trio_edge.runtime.bundle.graph_io import num_candidates
 from trio_edge.trio.cost.devices import find_device
 
 if TYPE_CHECKING:
@@ -106,16 +106,17 @@ def memory_warning(
     model: TorchModel, shape: BundleShape, schedule: Schedule, *, target: str, quantize: QuantizePlan
 ) -> str | None:
     """Return one line with the reason why a bundle with ``schedule`` cannot fit the target's memory; None if it fits."""
+    dimensions = dimensions_of(model.parts)
     layout = Layout(
         vision_sizes=shape.profiles,
         schedule=schedule,
         token_keep=None,
         text_buckets=shape.text_buckets,
         max_new_tokens=shape.max_new_tokens,
+        num_candidates=num_candidates(dimensions),
         dtype=shape.dtype,
         opset=18,
     )
-    dimensions = dimensions_of(model.parts)
     inputs = fit_inputs(model.parts, dimensions, layout=layout, processing=model.images, quantize=quantize)
     return check_fit(inputs, find_device(target))
 

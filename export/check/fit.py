@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trio_edge.export.families.base import FamilyModel
+    from trio_edge.export.plan import Layout
     from trio_edge.export.quantize.numerics import Format
-    from trio_edge.export.tracing.layout import Layout
     from trio_edge.runtime.bundle.manifest import Dimensions
     from trio_edge.runtime.images.interface import ImageProcessing
     from trio_edge.trio.cost.devices import DeviceSpec

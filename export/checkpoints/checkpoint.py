@@ -24,6 +24,8 @@ from trio_edge.runtime.bundle.reader import read_regular
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torch import nn
+
 
 @dataclass(frozen=True, slots=True)
 class Alias:
@@ -112,6 +114,14 @@ class Checkpoint:
                 f" it; {way_out}"
             )
         return self.tensors[name]
+
+    def check_parameters(self, root: nn.Module) -> None:
+        """Raise CheckpointError unless there are tensors for all parameters of the model ``root``, in their shapes."""
+        for name, parameter in root.named_parameters():
+            wanted = canonical_name(name)
+            if wanted.startswith("vision_tower.") and wanted not in self.tensors:
+                continue  # unused layers may be left out; a used one that is missing is found before anything is written
+            self.check_shape(wanted, parameter.shape)
 
     def check_shape(self, name: str, shape: Sequence[int]) -> None:
         """Raise CheckpointError unless there is a tensor ``name`` with ``shape``."""

@@ -36,8 +36,8 @@ import torch
 from torch import Tensor, nn
 
 from trio_edge.runtime.bundle import graph_io as io
-from trio_edge.trio.compaction import CompactedRows, compact_rows
-from trio_edge.trio.selectors.interface import PromptInputs, StageInputs, other_inputs_of
+from trio_edge.trio.compaction import compact_rows
+from trio_edge.trio.selectors.interface import PromptInputs, StageInputs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,7 +90,7 @@ class Select(nn.Module):
             prompt,
             given.get(io.SALIENCY),
             image_N,
-            {name: given[name] for name in other_inputs_of(self.selector)},
+            {name: given[name] for name in getattr(self.selector, "other_inputs", {})},
         )
         selection: Selection = self.selector(inputs)
         compacted = compact_rows(
@@ -107,7 +107,7 @@ class Select(nn.Module):
         else:
             positions_AR = torch.arange(rows_R.shape[0]).to(torch.int32).expand(position_ids.shape[0], -1)
         kept_RD, *kept_planes = (
-            _kept_rows(rows_SD, compacted, selection.weights_KN, visual_rows, num_visual)[None]
+            compacted.gathered(rows_SD, selection.weights_KN, visual_rows, num_visual)[None]
             for rows_SD in (
                 hidden_SD,
                 *(given[name][0] for name in self.others if name.startswith(io.DEEPSTACK)),
@@ -123,23 +123,3 @@ class Select(nn.Module):
             *([] if image_N is None else [image_N.index_select(0, selection.kept_K)]),
             *kept_planes,
         )
-
-
-def _kept_rows(
-    rows_SD: Tensor,
-    compacted: CompactedRows,
-    weights_KN: Tensor | None,
-    visual_rows_N: Tensor,
-    num_visual: Tensor,
-) -> Tensor:
-    """Return the kept rows, [R, D]; with weights, visual rows are weighted sums of tokens."""
-    kept_RD = rows_SD.index_select(0, compacted.rows_R)
-    if weights_KN is None:
-        return kept_RD
-    visual_ND = rows_SD.index_select(0, visual_rows_N).to(torch.float32)
-    real_N = torch.arange(visual_ND.shape[0]) < num_visual
-    merged_KD = torch.matmul(weights_KN, torch.where(real_N[:, None], visual_ND, 0.0)).to(kept_RD.dtype)
-    is_merged_K = (weights_KN > 0).to(torch.float32).sum(-1) > 1.0
-    # only rows of several tokens: a product with a single 1 may round if TensorRT uses TF32
-    takes_R = compacted.is_visual_R & is_merged_K.index_select(0, compacted.kept_R)
-    return torch.where(takes_R[:, None], merged_KD.index_select(0, compacted.kept_R), kept_RD)

@@ -5,6 +5,7 @@ A tensor that several graphs read in the same form is stored once. A probe reads
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -50,15 +51,16 @@ def quantize_graphs(
     tables = [embedding_form(plan)]
     if (rows := head_rows_form(graphs, plan)) is not None:
         tables.append(rows)
-    stored = {table.stored_name: table for table in tables if not table.is_plain}
-    result = []
-    for graph in graphs:
-        forms = {
+    forms = [
+        {
             name: _form(graph, name, stored_name.tensor, plan, scales, layer_roles, checkpoint)
             for name, stored_name in graph.weights.items()
         }
-        stored |= {form.stored_name: form for form in forms.values() if not form.is_plain}
-        result.append(_rewritten(graph, forms, scales))
+        for graph in graphs
+    ]
+    every = itertools.chain(tables, *(of_graph.values() for of_graph in forms))
+    stored = {form.stored_name: form for form in every if not form.is_plain}
+    result = [_rewritten(graph, of_graph, scales) for graph, of_graph in zip(graphs, forms)]
     return result, tuple(stored.values())
 
 
@@ -92,12 +94,12 @@ def _form(
     layer_roles: Mapping[int, Role],
     checkpoint: Checkpoint,
 ) -> StoredForm:
-    layer = _LAYER.match(tensor)
+    layer, is_decoder_linear = _LAYER.match(tensor), _is_decoder_linear(tensor)
     own_role: Role = "head" if layer is None else layer_roles[int(layer[1])]
     role = own_role if is_probe(graph.spec) else graph.spec.role
     kind, packed = plan.of_role(role), checkpoint.packed.get(tensor)
     may = is_linear(graph.model.graph.initializers[name])
-    may |= (is_probe(graph.spec) or graph.spec.role == "select") and _is_decoder_linear(tensor)
+    may |= (is_probe(graph.spec) or graph.spec.role == "select") and is_decoder_linear
     keeps_integers = kind == ("int4" if plan.names(role) else "none")
     if packed is not None and packed.format.is_symmetric and may and keeps_integers:
         return StoredForm(

@@ -46,15 +46,10 @@ def is_linear(weight: ir.Value) -> bool:
 
 def _product_input(node: ir.Node, index: int) -> bool:
     if node.op_type == "Gemm":
-        return index == 1 and _is_transposed(node)
+        return index == 1 and node.attributes.get_int("transB", 0) == 1
     if node.op_type != "Transpose":
         return False
     return all(user.op_type == "MatMul" and place == 1 for user, place in node.outputs[0].uses())
-
-
-def _is_transposed(gemm: ir.Node) -> bool:
-    attribute = gemm.attributes.get("transB")
-    return attribute is not None and attribute.as_int() == 1
 
 
 def quantize_graph(
@@ -112,7 +107,7 @@ def _redirect(graph: ir.Graph, old: ir.Value, weight: ir.Value) -> None:
         if node.op_type == "Transpose":
             ir.convenience.replace_all_uses_with(node.outputs[0], weight)
             graph.remove(node, safe=True)
-        elif node.op_type == "Gemm" and index == 1 and _is_transposed(node):
+        elif node.op_type == "Gemm" and _product_input(node, index):
             node.attributes["transB"] = ir.AttrInt64("transB", 0)
             node.replace_input_with(1, weight)
             _as_matmul(graph, node)

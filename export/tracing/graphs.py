@@ -12,19 +12,18 @@ from trio_edge.export.checkpoints.checkpoint import canonical_name
 from trio_edge.export.checkpoints.weights import StoredName
 from trio_edge.export.graphs.assembly.copies import FIRST_PAST, stack_layers
 from trio_edge.export.graphs.assembly.onnx_graph import TracedGraph, dynamic_axes, example_input, trace_graph
-from trio_edge.export.graphs.decoder_range import DecoderRange
+from trio_edge.export.graphs.attention import DecoderRange
 from trio_edge.export.graphs.probe import Probe, Saliency
-from trio_edge.export.tracing.wiring import Wiring
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     import onnx_ir as ir
     from torch import nn
 
     from trio_edge.export.plan import ExportPlan
     from trio_edge.export.tracing.wiring import Outline
-    from trio_edge.runtime.bundle.manifest import GraphSpec, Program, Role
+    from trio_edge.runtime.bundle.manifest import GraphSpec
 
 # Axes are traced at their largest size plus this, by the last letter of the symbol, so that no two axes are equal for
 # torch.export, and none is 0 or 1. P stays a multiple of the four patches of a Qwen token.
@@ -34,21 +33,18 @@ _WITH_CONSTANTS = ("vision", "clip_text", "reduce", "select")
 
 
 def trace_graphs(
-    plan: ExportPlan, *, is_quantized: Callable[[Role], bool], step: Callable[[str], None]
-) -> tuple[list[TracedGraph], tuple[Program, ...]]:
-    """Return all graphs of the bundle in the order of a prefill, and their programs; called under FakeTensorMode.
+    plan: ExportPlan, outlines: Iterable[Outline], *, step: Callable[[str], None]
+) -> list[TracedGraph]:
+    """Return the graphs that ``outlines`` describe, in their order; called under FakeTensorMode.
 
-    Pieces of one graph follow each other, first the one with the joined graph's role. Weights are read only for constants
-    that are computed from them (grouped-query saliency). ``is_quantized`` tells whether the linear layers of a role are
-    going to be quantized.
+    ``step`` gets a line for each whole graph.
     """
-    wiring, tracer = Wiring(plan, is_quantized=is_quantized), Tracer(plan)
-    traced = []
-    for outline in wiring.graphs:
+    tracer, traced = Tracer(plan), []
+    for outline in outlines:
         if outline.piece in (None, "layers", "logits"):
             step(f"tracing {outline.spec.name}")
         traced.append(tracer.trace(outline))
-    return traced, wiring.programs()
+    return traced
 
 
 class Tracer:
@@ -81,7 +77,22 @@ class Tracer:
     def _model_of(self, outline: Outline) -> ir.Model:
         spec, module, vision = outline.spec, outline.module, self._model.vision
         if isinstance(module, DecoderRange):
-            return stack_layers(self._one_layer(outline), spec)
+            if DecoderRange not in self._known:  # all layers have the same structure, so the first is traced
+                structures = {
+                    (
+                        type(layer),
+                        tuple((name, tuple(value.shape)) for name, value in layer.named_parameters()),
+                    )
+                    for layer in self._model.layers
+                }
+                if len(structures) != 1:
+                    raise AssertionError(f"expected decoder layers of one structure, got {len(structures)}")
+                inputs, outputs = spec.inputs[: FIRST_PAST + 2], spec.outputs[:3]
+                self._known[DecoderRange] = self._traced(
+                    DecoderRange(self._model.layers[:1], module.rotary),
+                    msgspec.structs.replace(spec, inputs=inputs, outputs=outputs),
+                )
+            return stack_layers(self._known[DecoderRange], spec)
         if spec.role == "vision" and vision.layered is not None:
             traces = {
                 name: self._traced(
@@ -97,22 +108,6 @@ class Tracer:
                 self._known[form] = self._traced(module, spec)
             return self._known[form].clone()
         return self._traced(module, spec)
-
-    def _one_layer(self, outline: Outline) -> ir.Model:
-        """Return the trace of the first decoder layer; all layers have the same structure."""
-        if DecoderRange not in self._known:
-            structures = {
-                (type(layer), tuple((name, tuple(value.shape)) for name, value in layer.named_parameters()))
-                for layer in self._model.layers
-            }
-            if len(structures) != 1:
-                raise AssertionError(f"expected decoder layers of one structure, got {len(structures)}")
-            spec, num_inputs = outline.spec, FIRST_PAST + 2
-            spec = msgspec.structs.replace(spec, inputs=spec.inputs[:num_inputs], outputs=spec.outputs[:3])
-            whole: Any = outline.module
-            layer = DecoderRange(self._model.layers[:1], whole.rotary)
-            self._known[DecoderRange] = self._traced(layer, spec)
-        return self._known[DecoderRange]
 
     def _traced(self, module: nn.Module, spec: GraphSpec) -> ir.Model:
         """Return the trace of ``module``, whose ``forward`` takes the inputs of ``spec``."""

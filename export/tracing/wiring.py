@@ -15,8 +15,7 @@ import msgspec
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from trio_edge.export.graphs.attention import RotaryTables
-from trio_edge.export.graphs.decoder_range import DecoderRange
+from trio_edge.export.graphs.attention import DecoderRange, RotaryTables
 from trio_edge.export.graphs.head import Head
 from trio_edge.export.graphs.probe import Probe, Saliency
 from trio_edge.export.graphs.reduce import FEATURE_NAMES, Reduce
@@ -26,7 +25,7 @@ from trio_edge.runtime.bundle import graph_io as io
 from trio_edge.runtime.bundle.manifest import GraphSpec, Launch, Profile, Program, TensorSpec, shape_at
 from trio_edge.trio.methods import stage_method, token_method
 from trio_edge.trio.saliency import CandidateHead, ProbeHead, key_value_gram
-from trio_edge.trio.selectors.interface import other_inputs_of, stage_selector
+from trio_edge.trio.selectors.interface import stage_selector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import DType, PieceName, ProgramName, Role
     from trio_edge.trio.methods import TokenMethod
     from trio_edge.trio.saliency import ProxySaliency
+    from trio_edge.trio.selectors.interface import OtherInput
 
 
 class _Tensor(NamedTuple):
@@ -158,7 +158,7 @@ class Wiring:
             runs=spec.name,
             label=label or spec.name,
             profiles=tuple(profiles or graph.profiles),
-            inputs={name: places[name] for name in spec.input_names},
+            inputs={tensor.name: places[tensor.name] for tensor in spec.inputs},
             outputs={tensor.name: places[tensor.name] for tensor in spec.outputs},
             stage=stage,
             cache=f"cache.{spec.name}" if spec.num_layers else None,
@@ -259,7 +259,8 @@ class Wiring:
     # The decoder
 
     def _describe_decoder(self) -> None:
-        ranges = self._layout.layer_ranges(self._dimensions.num_layers)
+        starts = [0, *(stage.layer for stage in self._layout.schedule.stages), self._dimensions.num_layers]
+        ranges = [range(start, stop) for start, stop in zip(starts, starts[1:])]
         selectors = [self._selector(stage) for stage in range(len(ranges) - 1)]
         has_probes = self._method.has_probe and bool(selectors)
         heads = [self._head(is_shared=has_probes), *([self._gradient()] if has_probes else [])]
@@ -283,10 +284,15 @@ class Wiring:
             self._model,
             self._layout.schedule,
             stage=stage,
-            max_visual=max(self._layout.visual_rows(stage)),
+            max_visual=self._max_visual(stage),
             max_images=self._layout.max_images,
             is_quantized=self._is_quantized(self._role(stage + 1)),
         )
+
+    def _max_visual(self, index: int) -> int:
+        """Return the most visual rows of layer range ``index``: the largest N, or K of its stage."""
+        stages = self._layout.schedule.stages
+        return stages[index - 1].keep if index else self._layout.visual_sizes[-1]
 
     def _role(self, index: int) -> Role:
         """Return the role of layer range ``index``."""
@@ -333,9 +339,8 @@ class Wiring:
         past, new = ((1, dims.num_kv_heads, axis, dims.head_size) for axis in ("C", "S"))
         parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
         planes = [f"{io.DEEPSTACK}{layer}" for layer in layers if layer < self._model.num_deepstack]
-        entering = io.HIDDEN if index else io.EMBEDS
         inputs = [
-            _tensor(entering, self._at[io.HIDDEN], rows, dtype),
+            _tensor(io.HIDDEN if index else io.EMBEDS, self._at[io.HIDDEN], rows, dtype),
             _tensor(io.POSITIONS, self._at[io.POSITIONS], (self._model.position_axes, "S")),
             _tensor(io.PAST_LENGTH, "zeros.past_length", (1,)),
             *(
@@ -353,7 +358,7 @@ class Wiring:
         ]
         if index < len(layout.schedule.stages) and self._method.reads_previous:
             outputs.append(_tensor(io.PREVIOUS, f"{name}.", rows, dtype))
-        capacity = max(layout.visual_rows(index)) + layout.text_buckets[-1] + layout.max_new_tokens
+        capacity = self._max_visual(index) + layout.text_buckets[-1] + layout.max_new_tokens
         questions = [
             Profile(name=f"follow_{bucket}", sizes={"S": bucket, "C": capacity})
             for bucket in layout.text_buckets
@@ -373,10 +378,15 @@ class Wiring:
             first_layer=layers.start,
             num_layers=len(layers),
         )
+        self._run_range(index, graph, [profile.name for profile in questions])
+        self._at |= {io.HIDDEN: f"{name}.{io.HIDDEN_OUT}", io.PREVIOUS: f"{name}.{io.PREVIOUS}"}
+        return graph
 
-        def new_rows(stack: str) -> dict[str, str]:
-            return {f"{io.PRESENT_PREFIX}{part}": f"{stack}[{i}]" for i, part in enumerate(parts)}
-
+    def _run_range(self, index: int, graph: Outline, questions: Sequence[str]) -> None:
+        """Let prefill, decode and, at the profiles ``questions``, a later question run layer range ``index``."""
+        name = graph.spec.name
+        new = [tensor.name for tensor in graph.spec.outputs if tensor.name.startswith(io.PRESENT_PREFIX)]
+        planes = [tensor.name for tensor in graph.spec.inputs if tensor.name.startswith(io.DEEPSTACK)]
         no_planes = dict.fromkeys(planes, "zeros.plane")
         self._run("prefill", graph, stage=index)
         if questions:
@@ -386,21 +396,19 @@ class Wiring:
                 io.PAST_LENGTH: "question.past_length",
                 io.HIDDEN_OUT: f"after.{io.HIDDEN_OUT}",
                 io.PREVIOUS: f"after.{io.PREVIOUS}",
-                **new_rows("question_rows"),
+                **{part: f"question_rows[{i}]" for i, part in enumerate(new)},
                 **no_planes,
             }
-            names = [profile.name for profile in questions]
-            self._run("question", graph, question, profiles=names, label="question")
+            self._run("question", graph, question, profiles=questions, label="question")
+        before = {io.HIDDEN: f"{self._name(index - 1)}.{io.HIDDEN_OUT}"}
         step = {
-            entering: f"{self._name(index - 1)}.{io.HIDDEN_OUT}" if index else "step.embedding",
+            **(before if index else {io.EMBEDS: "step.embedding"}),
             io.POSITIONS: f"step.position_ids.{index}",
             io.PAST_LENGTH: f"step.past_length.{index}",
-            **new_rows(f"new_row.{name}"),
+            **{part: f"new_row.{name}[{i}]" for i, part in enumerate(new)},
             **no_planes,
         }
         self._run("decode", graph, step, profiles=["decode"], stage=index)
-        self._at |= {io.HIDDEN: f"{name}.{io.HIDDEN_OUT}", io.PREVIOUS: f"{name}.{io.PREVIOUS}"}
-        return graph
 
     def _select(self, stage: int, selector: Any) -> Outline:
         """Describe the selection of a stage."""
@@ -436,9 +444,10 @@ class Wiring:
         if schedule.budget == "image":
             inputs.append(_tensor(io.VISUAL_IMAGES, self._at[io.VISUAL_IMAGES], ("N",)))
             outputs.append(_tensor(io.KEPT_VISUAL_IMAGES, f"{name}.", (keep,)))
+        own_inputs: Mapping[str, OtherInput] = getattr(selector, "other_inputs", {})
         inputs += [
             _tensor(own, other.place, other.shape, cast("DType", other.dtype))
-            for own, other in other_inputs_of(selector).items()
+            for own, other in own_inputs.items()
         ]
         for plane in range(layer, self._model.num_deepstack):
             entering = f"{io.DEEPSTACK}{plane}"
@@ -452,8 +461,8 @@ class Wiring:
 
         others = [tensor.spec.name for tensor in inputs[5:]]
         is_preserved = schedule.positions == "preserved"
-        module = Select(selector, self._rotary(), preserve_positions=is_preserved, others=others)
         profiles, at_sizes = self._prefills(stage, sizes, by_prompt=reads_prompt)
+        module = Select(selector, self._rotary(), preserve_positions=is_preserved, others=others)
         graph = _outline(
             name, "select", inputs, outputs, profiles, module, at_sizes=at_sizes, first_layer=layer
         )
@@ -469,11 +478,7 @@ class Wiring:
 
     def _probe(self, stage: int, probe: ProxySaliency, head: Outline, gradient: Outline) -> list[Outline]:
         """Describe the halves of a stage's probe; without the layer's MLP its gradient goes around it."""
-        dims, dtype, schedule = self._dimensions, self._dtype, self._layout.schedule
-        layer, axes = schedule.stages[stage].layer, self._model.position_axes
-        constants = {}
-        if probe.form != "direct":
-            constants["saliency.key_value_gram"] = _gram(self._plan.source.checkpoint, layer)
+        dims, dtype, axes = self._dimensions, self._dtype, self._model.position_axes
         width = dims.num_heads * (dims.head_size + dims.hidden_size)
         if not probe.is_quantized:
             width += dims.hidden_size + 2 * dims.intermediate_size
@@ -488,55 +493,33 @@ class Wiring:
                 for name, result, shape in zip(names, io.PROBE_RESULTS[1:], shapes)
             ]
 
-        def half(name: PieceName, letter: str, inputs: list[_Tensor], outputs: list[_Tensor]) -> Outline:
-            def sizes(_all: int, rows: int, bucket: int) -> dict[str, int]:
-                own = {"S": rows + bucket, "N": rows, "R": schedule.num_probe_rows}
-                return {f"{letter}{symbol}": size for symbol, size in own.items()}
-
-            is_alone = name == "saliency" and self._is_quantized(self._role(stage + 1))
-            profiles, at_sizes = self._prefills(stage, sizes, label=name)
-            return _outline(
-                f"probe_{stage + 1}" if is_alone else self._name(stage + 1),
-                "probe" if is_alone else self._role(stage + 1),
-                inputs,
-                outputs,
-                profiles,
-                (Probe if name == "probe" else Saliency)(probe, self._rotary()),
-                at_sizes=at_sizes,
-                piece=None if is_alone else name,
-                first_layer=layer,
-                constants=constants,
-            )
-
+        forward_inputs = [
+            _tensor(io.PROBE_HIDDEN, self._at[io.HIDDEN], (1, "PS", dims.hidden_size), dtype),
+            _tensor(io.PROBE_POSITIONS, self._at[io.POSITIONS], (axes, "PS")),
+            _tensor(io.PROBE_VISUAL_ROWS, self._at[io.VISUAL_ROWS], ("PN",)),
+            _tensor(io.PROBE_ROWS, f"prompt.probe_rows.{stage}", ("PR",)),
+            _tensor(io.PROBE_LENGTH, f"prompt.length.{stage}", (1,)),
+        ]
+        forward_outputs = [
+            _tensor(io.PROBE_OUTPUT, "probe.", ("PR", dims.hidden_size), "float32"),
+            *state("PR", "PN", io.PROBE_RESULTS[1:]),
+        ]
+        backward_inputs = [
+            _tensor(io.GRADIENT_HIDDEN, self._at[io.HIDDEN], (1, "GS", dims.hidden_size), dtype),
+            _tensor(io.GRADIENT_POSITIONS, self._at[io.POSITIONS], (axes, "GS")),
+            _tensor(io.GRADIENT_VISUAL_ROWS, self._at[io.VISUAL_ROWS], ("GN",)),
+            _tensor(io.GRADIENT_NUM_VISUAL, f"prompt.num_visual.{stage}", (1,)),
+            _tensor(io.GRADIENT, f"probe.{io.OUTPUT_GRADIENT}", ("GR", dims.hidden_size), "float32"),
+            *state("GR", "GN", (io.GRADIENT_STATE, io.GRADIENT_ATTENTION, io.GRADIENT_KEYS)),
+        ]
+        backward_outputs = [_tensor(io.SALIENCY_SCORES, "probe.", ("GN",), "float32")]
+        constants = {}
+        if probe.form != "direct":
+            layer = self._layout.schedule.stages[stage].layer
+            constants["saliency.key_value_gram"] = _gram(self._plan.source.checkpoint, layer)
         halves = [
-            half(
-                "probe",
-                "P",
-                [
-                    _tensor(io.PROBE_HIDDEN, self._at[io.HIDDEN], (1, "PS", dims.hidden_size), dtype),
-                    _tensor(io.PROBE_POSITIONS, self._at[io.POSITIONS], (axes, "PS")),
-                    _tensor(io.PROBE_VISUAL_ROWS, self._at[io.VISUAL_ROWS], ("PN",)),
-                    _tensor(io.PROBE_ROWS, f"prompt.probe_rows.{stage}", ("PR",)),
-                    _tensor(io.PROBE_LENGTH, f"prompt.length.{stage}", (1,)),
-                ],
-                [
-                    _tensor(io.PROBE_OUTPUT, "probe.", ("PR", dims.hidden_size), "float32"),
-                    *state("PR", "PN", io.PROBE_RESULTS[1:]),
-                ],
-            ),
-            half(
-                "saliency",
-                "G",
-                [
-                    _tensor(io.GRADIENT_HIDDEN, self._at[io.HIDDEN], (1, "GS", dims.hidden_size), dtype),
-                    _tensor(io.GRADIENT_POSITIONS, self._at[io.POSITIONS], (axes, "GS")),
-                    _tensor(io.GRADIENT_VISUAL_ROWS, self._at[io.VISUAL_ROWS], ("GN",)),
-                    _tensor(io.GRADIENT_NUM_VISUAL, f"prompt.num_visual.{stage}", (1,)),
-                    _tensor(io.GRADIENT, f"probe.{io.OUTPUT_GRADIENT}", ("GR", dims.hidden_size), "float32"),
-                    *state("GR", "GN", (io.GRADIENT_STATE, io.GRADIENT_ATTENTION, io.GRADIENT_KEYS)),
-                ],
-                [_tensor(io.SALIENCY_SCORES, "probe.", ("GN",), "float32")],
-            ),
+            self._half(stage, "probe", forward_inputs, forward_outputs, probe, constants),
+            self._half(stage, "saliency", backward_inputs, backward_outputs, probe, constants),
         ]
         label = f"select_{stage + 1}"
         self._run("prefill", halves[0], label=label, stage=stage)
@@ -545,6 +528,37 @@ class Wiring:
         self._run("prefill", gradient, label=label, stage=stage)
         self._run("prefill", halves[1], label=label, stage=stage)
         return halves
+
+    def _half(
+        self,
+        stage: int,
+        name: PieceName,
+        inputs: Sequence[_Tensor],
+        outputs: Sequence[_Tensor],
+        probe: ProxySaliency,
+        constants: Mapping[str, NDArray[Any]],
+    ) -> Outline:
+        """Describe one half of a stage's probe, a piece of the next layer range or a graph of its own."""
+        layer, letter = self._layout.schedule.stages[stage].layer, "P" if name == "probe" else "G"
+
+        def sizes(_all: int, rows: int, bucket: int) -> dict[str, int]:
+            own = {"S": rows + bucket, "N": rows, "R": self._layout.schedule.num_probe_rows}
+            return {f"{letter}{symbol}": size for symbol, size in own.items()}
+
+        is_alone = name == "saliency" and self._is_quantized(self._role(stage + 1))
+        profiles, at_sizes = self._prefills(stage, sizes, label=name)
+        return _outline(
+            f"probe_{stage + 1}" if is_alone else self._name(stage + 1),
+            "probe" if is_alone else self._role(stage + 1),
+            inputs,
+            outputs,
+            profiles,
+            (Probe if name == "probe" else Saliency)(probe, self._rotary()),
+            at_sizes=at_sizes,
+            piece=None if is_alone else name,
+            first_layer=layer,
+            constants=constants,
+        )
 
     def _run_candidates(self, head: Outline, gradient: Outline, *, label: str, stage: int) -> None:
         """Let a prefill find the likeliest tokens of the probe rows and their rows of a quantized head."""
@@ -570,7 +584,7 @@ class Wiring:
     def _head(self, *, is_shared: bool) -> Outline:
         """Describe the head; one that probes share has L rows: 1, 0 while its gradient runs, or all probe rows."""
         dims, num_rows = self._dimensions, self._layout.schedule.num_probe_rows
-        count, last = io.num_candidates(dims), len(self._layout.schedule.stages)
+        count, last = self._layout.num_candidates, len(self._layout.schedule.stages)
         hidden = f"{self._name(last)}.{io.HIDDEN_OUT}"
         rows, top = ("L", ("L", count)) if is_shared else (1, (count,))
         own = {"L": 1} if is_shared else {}
@@ -603,7 +617,7 @@ class Wiring:
         inputs = [_tensor(io.PROBE_OUTPUT, "probe.", rows, "float32")]
         is_alone = self._is_quantized("head")
         if is_alone:
-            likeliest = ("GR", io.num_candidates(dims), dims.hidden_size)
+            likeliest = ("GR", self._layout.num_candidates, dims.hidden_size)
             inputs += [
                 _tensor(io.CANDIDATE_LOGITS, "likeliest.logits", likeliest[:2], "float32"),
                 _tensor(io.CANDIDATE_ROWS, "likeliest.rows", likeliest, self._dtype),

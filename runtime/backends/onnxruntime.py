@@ -150,24 +150,24 @@ class OnnxRuntimeBackend:
             options.add_session_config_entry(ACCURACY_KEY, ACCURACY_LEVELS["float32"])
         else:
             set_cpu_options(options, bundle, spec, accuracy=self._cpu_accuracy)
-        unwanted = unwanted_optimizers(bundle, spec)
         if self._layer_times is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(self._layer_times / f".{spec.name}")
-        wanted = _PROVIDERS[self.name]
         try:
             session = ort.InferenceSession(
                 file,
                 options,
                 providers=self._providers(stream, bundle.folder, spec),
-                disabled_optimizers=unwanted,
+                disabled_optimizers=unwanted_optimizers(bundle, spec),
             )
         except Exception as error:  # onnxruntime's exceptions have no common public base
             raise BackendError(
                 f"{file}: expected a graph that onnxruntime {ort.__version__} loads, got:"
                 f" {first_line(error)}; export the bundle again"
             ) from None
-        if wanted not in session.get_providers():  # without an error it falls back to the CPU
+        if (
+            wanted := _PROVIDERS[self.name]
+        ) not in session.get_providers():  # without an error it falls back to the CPU
             raise BackendError(
                 f"backend: expected {wanted} to start, onnxruntime {ort.__version__} fell back to"
                 f" {session.get_providers()[0]}; install the CUDA and cuDNN that it was built for"
@@ -235,7 +235,8 @@ class OnnxRuntimeEngine:
         num_heads: int,
     ) -> None:
         self._session: ort.InferenceSession | None = session
-        self._spec = spec
+        self.spec = spec
+        """The graph's entry in the manifest."""
         self._num_heads = num_heads
         self._layer_times = layer_times
         self._device_type = "cuda" if on_gpu else "cpu"
@@ -244,11 +245,6 @@ class OnnxRuntimeEngine:
         if on_gpu:  # the next graph is enqueued on the same stream, so there is no need to wait
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
-    @property
-    def spec(self) -> GraphSpec:
-        """The graph's entry in the manifest."""
-        return self._spec
-
     def prepare(
         self, profile: Profile, tensors: Mapping[str, DeviceTensor]
     ) -> OnnxRuntimeLaunch | ChunkedLaunch:
@@ -256,11 +252,11 @@ class OnnxRuntimeEngine:
         session = self._open_session()
         # Layer times are those of one pass.
         may_split = self._device_type == "cpu" and self._layer_times is None
-        if may_split and has_long_prefill(self._spec, profile, num_heads=self._num_heads):
-            return ChunkedLaunch(self.run, session, self._spec, tensors)
+        if may_split and has_long_prefill(self.spec, profile, num_heads=self._num_heads):
+            return ChunkedLaunch(self.run, session, self.spec, tensors)
         binding = session.io_binding()
-        for spec in self._spec.tensors:
-            bind = binding.bind_input if spec in self._spec.inputs else binding.bind_output
+        for spec in self.spec.tensors:
+            bind = binding.bind_input if spec in self.spec.inputs else binding.bind_output
             tensor = tensors[spec.name]
             bind(spec.name, self._device_type, 0, np.dtype(spec.dtype), tensor.shape, tensor.address)
         return OnnxRuntimeLaunch(self, binding)
@@ -272,7 +268,7 @@ class OnnxRuntimeEngine:
         except BackendError:
             raise
         except Exception as error:  # onnxruntime's exceptions have no common public base
-            raise BackendError(f"{self._spec.name}: onnxruntime failed: {first_line(error)}") from None
+            raise BackendError(f"{self.spec.name}: onnxruntime failed: {first_line(error)}") from None
 
     def shrink_after_runs(self) -> None:
         """Release the memory that graphs share after each run; for vision and the last stage."""
@@ -281,13 +277,13 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         """Close the session; write the layer times if they were recorded."""
         if self._session is not None and self._layer_times is not None:
-            Path(self._session.end_profiling()).replace(self._layer_times / f"{self._spec.name}.json")
+            Path(self._session.end_profiling()).replace(self._layer_times / f"{self.spec.name}.json")
         self._session = None
 
     def _open_session(self) -> ort.InferenceSession:
         if self._session is None:
             raise BackendError(
-                f"{self._spec.name}: expected an open session, got a closed one; load the bundle again"
+                f"{self.spec.name}: expected an open session, got a closed one; load the bundle again"
             )
         return self._session
 
@@ -297,12 +293,7 @@ class PiecedEngine:
     """A graph with one session for each of its pieces."""
 
     def __init__(self, spec: GraphSpec, pieces: Sequence[OnnxRuntimeEngine]) -> None:
-        self._spec, self._pieces = spec, pieces
-
-    @property
-    def spec(self) -> GraphSpec:
-        """The graph's entry in the manifest."""
-        return self._spec
+        self.spec, self._pieces = spec, pieces
 
     def prepare(
         self, profile: Profile, tensors: Mapping[str, DeviceTensor]

@@ -97,7 +97,10 @@ class TensorRTBackend:
             kernels = CompiledKernels(engines.folder / _KERNELS_NAME) if tensorrt.compiles_on_device else None
             for spec in specs:
                 engine = _read_engine(runtime, engines.path(spec.name), device, errors)
-                layers = self._layers_of(engine, spec)
+                layers = None
+                if self._layer_times is not None:
+                    times = self._layer_times / f"{spec.name}.json"
+                    layers = EngineLayerTimes(tensorrt.module, engine, times)
                 loaded.engines[spec.name] = TensorRTEngine(
                     engine, spec, tensorrt, device, workspace, errors, kernels, layers, self._cuda_graph
                 )
@@ -106,11 +109,6 @@ class TensorRTBackend:
             loaded.close()
             raise
         return loaded
-
-    def _layers_of(self, engine: Any, spec: GraphSpec) -> EngineLayerTimes | None:
-        if self._layer_times is None:
-            return None
-        return EngineLayerTimes(self._tensorrt.module, engine, self._layer_times / f"{spec.name}.json")
 
 
 def _new_runtime(tensorrt: TensorRT, errors: EngineErrors) -> Any:
@@ -175,25 +173,23 @@ class TensorRTEngine:
         layers: EngineLayerTimes | None = None,
         cuda_graph: bool = True,
     ) -> None:
-        self._engine, self._spec, self._tensorrt = engine, spec, tensorrt
-        self._cuda_graph = cuda_graph
-        self._device, self._workspace, self._errors, self._layers = device, workspace, errors, layers
-        self._kernels = kernels
+        self._engine, self._tensorrt = engine, tensorrt
+        self.spec = spec
+        """The graph's entry in the manifest."""
+        self.stream, self.errors, self.layers = device.stream, errors, layers
+        # A layer profiler waits after every run, which a CUDA graph cannot do.
+        self.may_capture = cuda_graph and layers is None
+        self._workspace, self._kernels = workspace, kernels
         self._contexts: dict[str, _Context] = {}
         """By "decode" or the name of a piece."""
         workspace.reserve(engine.device_memory_size_v2)  # of the largest profile
 
-    @property
-    def spec(self) -> GraphSpec:
-        """The graph's entry in the manifest."""
-        return self._spec
-
     def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> TensorRTLaunch:
         """Bind a profile to addresses."""
-        index = self._spec.profiles.index(profile)
+        index = self.spec.profiles.index(profile)
         # A CUDA graph holds its context's state, so decode shares its context with no other profile. Pieces take turns in
         # every prefill, and switching profiles takes time.
-        key = profile.name if profile.name in (_DECODE, CANDIDATES) else self._spec.part_at(profile).name
+        key = profile.name if profile.name in (_DECODE, CANDIDATES) else self.spec.part_at(profile).name
         if key not in self._contexts:
             self._contexts[key] = self._new_context()
         return TensorRTLaunch(self._contexts[key], index, tensors)
@@ -203,19 +199,11 @@ class TensorRTEngine:
         context = self._engine.create_execution_context(settings)
         if context is None:
             raise BackendError(
-                f"{self._spec.name}: expected {self._tensorrt.backend} to make an execution context, it did"
-                f" not{self._errors.reason()}; close other programs, or use --backend onnxruntime"
+                f"{self.spec.name}: expected {self._tensorrt.backend} to make an execution context, it did"
+                f" not{self.errors.reason()}; close other programs, or use --backend onnxruntime"
             )
         context.set_device_memory(self._workspace.address, self._workspace.num_bytes)
-        return _Context(
-            context,
-            self._spec,
-            settings=settings,
-            stream=self._device.stream,
-            errors=self._errors,
-            layers=self._layers,
-            cuda_graph=self._cuda_graph,
-        )
+        return _Context(self, context, settings)
 
     def close(self) -> None:
         """Release contexts and engine, and store the compiled kernels."""
@@ -226,8 +214,8 @@ class TensorRTEngine:
             context.close()
         self._contexts.clear()
         was_open, self._engine = self._engine is not None, None
-        if was_open and self._layers is not None:
-            self._layers.write()
+        if was_open and self.layers is not None:
+            self.layers.write()
 
 
 @final
@@ -251,42 +239,28 @@ class TensorRTLaunch:
 class _Context:
     """An execution context and the launch that it is bound to."""
 
-    def __init__(
-        self,
-        context: Any,
-        spec: GraphSpec,
-        *,
-        settings: Any,
-        stream: int,
-        errors: EngineErrors,
-        layers: EngineLayerTimes | None,
-        cuda_graph: bool,
-    ) -> None:
-        self._context, self._spec, self._stream = context, spec, stream
-        self._settings = (
-            settings  # the context refers to them, and TensorRT's bindings do not keep them alive
-        )
-        self._errors, self._layers = errors, layers
-        # A layer profiler waits after every run, which a CUDA graph cannot do.
-        self._may_capture = cuda_graph and layers is None
-        if layers is not None:
-            layers.attach(context)
+    def __init__(self, engine: TensorRTEngine, context: Any, settings: Any) -> None:
+        self._engine, self._context = engine, context
+        # The context refers to them, and TensorRT's bindings do not keep them alive.
+        self._settings = settings
+        if engine.layers is not None:
+            engine.layers.attach(context)
         self._bound: TensorRTLaunch | None = None
         self._profile_index: int | None = None
 
     def enqueue(self, launch: TensorRTLaunch) -> None:
         if launch is not self._bound:
             self._bind(launch)
-        self._check(self._context.execute_async_v3(self._stream), "to run")
-        if self._layers is not None:
-            self._layers.end_run()
+        self._check(self._context.execute_async_v3(self._engine.stream), "to run")
+        if self._engine.layers is not None:
+            self._engine.layers.end_run()
 
     def is_capturable(self) -> bool:
         """Return what tensorrt-rtx says; TensorRT has no such query and captures all engines without control flow."""
-        if not self._may_capture:
+        if not self._engine.may_capture:
             return False
         asked = getattr(self._context, "is_stream_capturable", None)
-        return True if asked is None else bool(asked(self._stream))
+        return True if asked is None else bool(asked(self._engine.stream))
 
     def close(self) -> None:
         self._context = self._bound = None
@@ -295,11 +269,11 @@ class _Context:
     def _bind(self, launch: TensorRTLaunch) -> None:
         context, index = self._context, launch.profile_index
         if index != self._profile_index:
-            switched = context.set_optimization_profile_async(index, self._stream)
-            self._check(switched, f"to take profile {self._spec.profiles[index].name}")
+            switched = context.set_optimization_profile_async(index, self._engine.stream)
+            self._check(switched, f"to take profile {self._engine.spec.profiles[index].name}")
             self._profile_index = index
-        for tensor in self._spec.inputs:
-            shape = shape_at(tensor.shape, self._spec.profiles[index])
+        for tensor in self._engine.spec.inputs:
+            shape = shape_at(tensor.shape, self._engine.spec.profiles[index])
             self._check(context.set_input_shape(tensor.name, shape), f"to take {tensor.name} {list(shape)}")
         for name, bound in launch.tensors.items():
             self._check(context.set_tensor_address(name, bound.address), f"to take the address of {name}")
@@ -309,8 +283,8 @@ class _Context:
         if not accepted:
             self._bound = None
             raise BackendError(
-                f"{self._spec.name}: expected its engine {what}, it refused{self._errors.reason()}; run trio-build again"
-                " with --force"
+                f"{self._engine.spec.name}: expected its engine {what}, it refused{self._engine.errors.reason()};"
+                " run trio-build again with --force"
             )
 
 
@@ -346,9 +320,8 @@ class CompiledKernels:
         self._file = file
         self._stored: bytes | None = None
         self._cache: Any = None
-        self._is_final = (
-            file.is_symlink()
-        )  # a link may lead out of the bundle, so it is neither read nor written
+        # A link may lead out of the bundle, so it is neither read nor written.
+        self._is_final = file.is_symlink()
         if not self._is_final:
             with suppress(OSError):
                 self._stored = file.read_bytes()

@@ -199,14 +199,13 @@ def _check_graph(spec: GraphSpec) -> None:
         raise ManifestError(
             f"graph {spec.name!r}: expected profiles and outputs, got {len(spec.profiles)} and {len(spec.outputs)}"
         )
-    parts = (spec,) if not spec.pieces else spec.split()
     for field_name in ("inputs", "outputs", "profiles"):
         whole = sorted(entry.name for entry in getattr(spec, field_name))
         if spec.pieces and sorted(n for piece in spec.pieces for n in getattr(piece, field_name)) != whole:
             raise ManifestError(
                 f"graph {spec.name!r}: expected each input, output and profile in one of its pieces, got others"
             )
-    for part in parts:
+    for part in spec.split():
         symbols = {axis for tensor in part.tensors for axis in tensor.shape if isinstance(axis, str)}
         for profile in part.profiles:
             place = f"graph {part.name!r}, profile {profile.name!r}"

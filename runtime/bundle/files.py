@@ -239,11 +239,8 @@ def _data_errors(option: str, path: Path) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # the last two: a link to itself, a null byte in the name
+    # The last two: a link to itself, a null byte in the name.
+    except (OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"{option} {path}: cannot be written ({reason}); choose another folder") from None
 

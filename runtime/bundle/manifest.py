@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
-from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.generation import GenerationSettings
 from trio_edge.runtime.bundle.limits import (
     Axis,
@@ -182,21 +181,6 @@ class GraphSpec(_Spec, frozen=True):
     def tensor(self, name: str) -> TensorSpec:
         """Return the input or output called ``name``."""
         return next(tensor for tensor in self.tensors if tensor.name == name)
-
-
-def find_profile(spec: GraphSpec, sizes: Mapping[str, int]) -> Profile:
-    """Return the profile of ``spec`` with exactly ``sizes``.
-
-    Raises:
-        BackendError: If there is none.
-    """
-    for profile in spec.profiles:
-        if profile.sizes == sizes:
-            return profile
-    known = ", ".join(profile.name for profile in spec.profiles)
-    raise BackendError(
-        f"{spec.name}: expected one of the profiles {known}, got sizes {dict(sizes)}; export the bundle again"
-    )
 
 
 def shape_at(shape: tuple[int | str, ...], profile: Profile) -> tuple[int, ...]:
@@ -363,10 +347,6 @@ class Program(_Spec, frozen=True):
     sizes: tuple[dict[Symbol, Extent], ...]
     """The sizes that it runs at: N visual tokens and T text tokens of a prefill, or those of the vision or reduce graph."""
     launches: tuple[Launch, ...]
-
-    def at(self, sizes: Mapping[str, int]) -> int:
-        """Return the index of ``sizes``."""
-        return self.sizes.index(dict(sizes))
 
 
 def stack_of(place: str) -> tuple[str, int] | None:

@@ -24,7 +24,9 @@ _MODEL_GRAPH, _GRAPH_INITIALIZER = 7, 5
 _DIMS, _DATA_TYPE, _NAME, _EXTERNAL_DATA, _DATA_LOCATION = 1, 2, 8, 13, 14
 _KEY, _VALUE = 1, 2
 _EXTERNAL = 1
-_VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5
+_VARINT, _LENGTH = 0, 2
+_FIXED = {1: 8, 5: 4}
+"""Bytes of a value by the number of its type."""
 # Bits of an element by TensorProto.DataType.
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16}
 _BITS |= dict.fromkeys((17, 18, 19, 20), 8) | {21: 4, 22: 4, 23: 4}
@@ -97,9 +99,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, _Value]]:
             continue
         if kind == _LENGTH:
             length, place = _varint(message, place)
-        elif kind in (_EIGHT_BYTES, _FOUR_BYTES):
-            length = 8 if kind == _EIGHT_BYTES else 4
-        else:
+        elif (length := _FIXED.get(kind, 0)) == 0:
             raise ValueError("a field of unknown type")
         if length > end - place:
             raise IndexError("a field that is cut short")

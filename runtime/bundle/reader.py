@@ -54,14 +54,10 @@ class Bundle:
         """Return a stored tensor as a read-only memory map."""
         path = self.path(tensor.file)
         try:
-            size = path.stat().st_size
-            if tensor.offset + tensor.num_bytes > size:
-                raise BundleError(
-                    f"{path}: expected {tensor.offset + tensor.num_bytes} bytes, got {size}; export again"
-                )
             return np.memmap(path, dtype=tensor.dtype, mode="r", offset=tensor.offset, shape=tensor.shape)
-        except OSError as error:
-            raise BundleError(f"{path}: cannot be read ({error.strerror}); export the bundle again") from None
+        except (OSError, ValueError) as error:  # the second if the file has become shorter
+            reason = getattr(error, "strerror", error)
+            raise BundleError(f"{path}: cannot be read ({reason}); export the bundle again") from None
 
 
 @final

@@ -225,14 +225,14 @@ def _bars(console: Console, *, count: int, check_interrupt: Callable[[], None]) 
         rich_progress.MofNCompleteColumn(),
         rich_progress.TimeElapsedColumn(),
     )
-    is_shown = console.is_terminal
-    with rich_progress.Progress(*columns, console=console, transient=True, disable=not is_shown) as bars:
+    is_hidden = not console.is_terminal
+    with rich_progress.Progress(*columns, console=console, transient=True, disable=is_hidden) as bars:
         graphs, phases = bars.add_task("", total=count), bars.add_task("", total=None)
 
         def graph(planned: PlannedGraph) -> None:
             spec, peak = planned.spec, planned.peak_bytes / 1e9
-            weights = _gb(spec.weight_bytes)
-            _tell(console, f"{spec.name}: {weights} of weights, needs about {peak:.1f} GB of memory")
+            text = f"{_gb(spec.weight_bytes)} of weights, needs about {peak:.1f} GB of memory"
+            _tell(console, f"{spec.name}: {text}")
             bars.update(graphs, description=spec.name)
             bars.reset(phases, description="loading TensorRT")
 

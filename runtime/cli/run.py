@@ -171,7 +171,7 @@ def _draw(pipeline: Pipeline, answer: Generation, target: Path) -> None:
 
 
 def _print_comparison(answer: Generation, reference: Generation) -> None:
-    from trio_edge.runtime.model.sampling import first_token_kl, summary_of
+    from trio_edge.runtime.first_token import first_token_kl, summary_of
 
     reduced, full = answer.statistics, reference.statistics
 

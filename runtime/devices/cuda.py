@@ -45,6 +45,8 @@ def load_cuda() -> Any:
 class CudaDevice:
     """The first GPU, with a stream of its own."""
 
+    name = "GPU"
+
     def __init__(self, cuda: Any) -> None:
         """Open the GPU with ``cuda``, the module ``cuda.bindings.runtime``.
 
@@ -61,11 +63,6 @@ class CudaDevice:
         # Non-blocking, so that it does not wait for other libraries' work on the default stream.
         self._stream = self._call("cudaStreamCreateWithFlags", cuda.cudaStreamNonBlocking)
         self._open = True
-
-    @property
-    def name(self) -> str:
-        """Name for messages."""
-        return "GPU"
 
     @property
     def stream(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
@@ -44,19 +45,21 @@ class HostDevice:
 
     def upload(self, target: DeviceTensor, source: NDArray[Any]) -> None:
         """Copy an array to the device."""
-        _bytes_at(target.address, source.nbytes)[:] = source.reshape(-1).view(np.uint8)
+        array_at(target.address, shape=(source.nbytes,))[:] = source.reshape(-1).view(np.uint8)
 
     def download(self, target: NDArray[Any], source: DeviceTensor) -> None:
         """Copy to an array on the host."""
-        target.reshape(-1).view(np.uint8)[:] = _bytes_at(source.address, target.nbytes)
+        target.reshape(-1).view(np.uint8)[:] = array_at(source.address, shape=(target.nbytes,))
 
     def copy_rows(self, target: PitchedRows, source: PitchedRows, *, row_bytes: int, num_rows: int) -> None:
         """Copy rows within the device."""
-        _rows_at(target, row_bytes, num_rows)[...] = _rows_at(source, row_bytes, num_rows)
+        shape = (num_rows, row_bytes)
+        rows = array_at(source.address, shape=shape, strides=(source.pitch_bytes, 1))
+        array_at(target.address, shape=shape, strides=(target.pitch_bytes, 1))[...] = rows
 
     def clear(self, target: DeviceTensor) -> None:
         """Write zeros."""
-        _bytes_at(target.address, target.num_bytes)[:] = 0
+        array_at(target.address, shape=(target.num_bytes,))[:] = 0
 
     def event(self) -> Event:
         """Return a new event."""
@@ -97,24 +100,9 @@ class _HostEvent:
         return 1e3 * (self.seconds - earlier.seconds)
 
 
-def _bytes_at(address: int, num_bytes: int) -> NDArray[np.uint8]:
-    return array_at(address, shape=(num_bytes,))
-
-
-def _rows_at(rows: PitchedRows, row_bytes: int, num_rows: int) -> NDArray[np.uint8]:
-    return array_at(rows.address, shape=(num_rows, row_bytes), strides=(rows.pitch_bytes, 1))
-
-
 def array_at(
     address: int, *, shape: tuple[int, ...], strides: tuple[int, ...] | None = None
 ) -> NDArray[np.uint8]:
     """Return the host's bytes at ``address`` as an array; their owner must outlive it."""
-    return np.asarray(_Memory(address, shape=shape, strides=strides))
-
-
-class _Memory:
-    """Bytes at an address, as numpy's array interface describes them."""
-
-    def __init__(self, address: int, *, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> None:
-        memory = {"version": 3, "data": (address, False), "typestr": "|u1"}
-        self.__array_interface__ = {**memory, "shape": shape, "strides": strides}
+    memory = {"version": 3, "data": (address, False), "typestr": "|u1", "shape": shape, "strides": strides}
+    return np.asarray(SimpleNamespace(__array_interface__=memory))

@@ -59,11 +59,16 @@ def is_jetson() -> bool:
 
 def l4t_release() -> str | None:
     """Return the release of Jetson Linux, such as "36.4.3" (JetPack 6.2); None on other machines."""
+    return _found_in(_TEGRA, r"R(\d+) \(release\), REVISION: ([\d.]+)")
+
+
+def _found_in(file: Path, pattern: str) -> str | None:
+    """Return the groups of the first match in a text, with dots between them; None without the file or a match."""
     try:
-        found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", _TEGRA.read_text())
+        found = re.search(pattern, file.read_text())
     except OSError:
         return None
-    return None if found is None else f"{found[1]}.{found[2]}"
+    return None if found is None else ".".join(found.groups())
 
 
 def available_memory_bytes() -> int | None:
@@ -128,8 +133,4 @@ def find_gpu(library: str = _CUDA_LIBRARY) -> Gpu | None:
 
 
 def _kernel_driver() -> str | None:
-    try:
-        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", _DRIVER.read_text())
-    except OSError:
-        return None
-    return None if found is None else found[1]
+    return _found_in(_DRIVER, r"Kernel Module.*?\s(\d+\.[\d.]+)")

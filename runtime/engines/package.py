@@ -137,9 +137,7 @@ def load_tensorrt(backend: EngineBackend, *, folders: Sequence[Path] | None = No
 
 
 def _spec(name: str, folders: Sequence[Path]) -> ModuleSpec | None:
-    if (spec := find_spec(name)) is not None:
-        return spec
-    return PathFinder.find_spec(name, [str(folder) for folder in folders])
+    return find_spec(name) or PathFinder.find_spec(name, [str(folder) for folder in folders])
 
 
 def _missing(backend: EngineBackend) -> BackendError:

@@ -61,8 +61,15 @@ class Network:
 
     def maker(self, tensor: Any) -> Any | None:
         """Return the layer that makes ``tensor``, as the class of its type; None for an input of the network."""
-        layer = self._makers.get(tensor.name)
-        return None if layer is None else self._typed(layer)
+        layer, types = self._makers.get(tensor.name), self.trt.LayerType
+        classes = {  # get_layer gives the base class, which lacks most attributes
+            types.CONSTANT: self.trt.IConstantLayer,
+            types.SHUFFLE: self.trt.IShuffleLayer,
+            types.ELEMENTWISE: self.trt.IElementWiseLayer,
+        }
+        if layer is not None and layer.type in classes:
+            layer.__class__ = classes[layer.type]
+        return layer
 
     def users(self, tensor: Any) -> list[Any]:
         """Return the layers that used ``tensor`` when the network was parsed."""
@@ -117,17 +124,6 @@ class Network:
             tensor = source
         is_weight = layer is not None and layer.type == self.trt.LayerType.CONSTANT and len(tensor.shape) == 2
         return (layer, transposed) if is_weight else (None, False)
-
-    def _typed(self, layer: Any) -> Any:
-        """Return ``layer`` as the class of its type: get_layer gives the base class, which lacks most attributes."""
-        classes = {
-            self.trt.LayerType.CONSTANT: self.trt.IConstantLayer,
-            self.trt.LayerType.SHUFFLE: self.trt.IShuffleLayer,
-            self.trt.LayerType.ELEMENTWISE: self.trt.IElementWiseLayer,
-        }
-        if (wanted := classes.get(layer.type)) is not None:
-            layer.__class__ = wanted
-        return layer
 
 
 def join_attention(network: Network) -> int:

@@ -291,7 +291,9 @@ def _grid(width: int, height: int, images: LlavaImages) -> _Grid:
     if images.is_one_of_several:
         return _Grid(0, 0, 1, 1, 0, 0, range(0), range(0), lines=1, line_tokens=0)
     pinpoint = _best_pinpoint(width, height, images)
-    fitted = _fitted_size(width, height, pinpoint)
+    # Source: get_patch_output_size. Scaling the other side by the same number gives the grid's, but for rounding.
+    scale = min(pinpoint[1] / width, pinpoint[0] / height)
+    fit_y, fit_x = (min(math.ceil(side * scale), most) for side, most in zip((height, width), pinpoint))
     tile_rows, tile_columns = (side // images.tile_size for side in pinpoint)
     rows, columns = tile_rows * images.patches_per_side, tile_columns * images.patches_per_side
     # Source: unpad_image. It works on patches, and rounds so that 0.99999999 counts as 1.
@@ -302,7 +304,7 @@ def _grid(width: int, height: int, images: LlavaImages) -> _Grid:
         left = (columns - int(round(width * (rows / height), 7))) // 2
     kept_rows, kept_columns = range(top, rows - top), range(left, columns - left)
     num_tiles, limited = tile_rows * tile_columns, _limited(len(kept_rows), len(kept_columns), images)
-    return _Grid(*pinpoint, *fitted, tile_columns, num_tiles, kept_rows, kept_columns, *limited)
+    return _Grid(*pinpoint, fit_y, fit_x, tile_columns, num_tiles, kept_rows, kept_columns, *limited)
 
 
 def _limited(rows: int, columns: int, images: LlavaImages) -> tuple[int, int]:
@@ -361,14 +363,6 @@ def _best_pinpoint(width: int, height: int, images: LlavaImages) -> tuple[int, i
         return effective, effective - pinpoint[0] * pinpoint[1]
 
     return max(images.grid_pinpoints, key=shown_and_wasted)  # of equal grids the first one in the file
-
-
-def _fitted_size(width: int, height: int, pinpoint: tuple[int, int]) -> tuple[int, int]:
-    """Return the (height, width) of the image scaled into the grid. Source: get_patch_output_size."""
-    scale_x, scale_y = pinpoint[1] / width, pinpoint[0] / height
-    if scale_x < scale_y:
-        return min(math.ceil(height * scale_x), pinpoint[0]), pinpoint[1]
-    return pinpoint[0], min(math.ceil(width * scale_y), pinpoint[1])
 
 
 # Pixels

@@ -125,9 +125,8 @@ def _drawn(
     dark = ImageEnhance.Brightness(ImageEnhance.Color(bright).enhance(0.2)).enhance(0.36)
     drawn = Image.composite(bright, dark, mask)
     draw = ImageDraw.Draw(drawn)
-    for x0, y0, x1, y1 in _pixel_boxes(
-        boxes[indices[outlined]], scale
-    ):  # inset, so that neighbours stay apart
+    # Inset, so that neighbours stay apart.
+    for x0, y0, x1, y1 in _pixel_boxes(boxes[indices[outlined]], scale):
         draw.rectangle((x0 + 1, y0 + 1, max(x0 + 1, x1 - 1), max(y0 + 1, y1 - 1)), outline=_BASE_COLOUR)
     return drawn
 

@@ -91,8 +91,7 @@ class Decoder:
         self._positions = [host(f"step.position_ids.{index}")[:, 0] for index in ranges]
         self._past_lengths = [host(f"step.past_length.{index}") for index in ranges]
         self._step_top = host(f"top.{TOP_IDS}").reshape(-1), host(f"top.{TOP_LOGITS}").reshape(-1)
-        self._captured: Callable[[], None] | None = None
-        self._num_steps = 0
+        self._enqueue_step: Callable[[], None] = self._first_step
         self._done = self._device.event()
         self._logits: NDArray[np.float32] | None = None
         self._next_position = 0
@@ -193,10 +192,8 @@ class Decoder:
         embeds, text = memory.tensor("rows.embeds"), self._text
         text[: len(prompt.text)] = prompt.text
         row, sent = 0, 0
-        for run in (
-            *rows.runs,
-            range(rows.length, rows.length),
-        ):  # text lies before, between and after the runs
+        # Text lies before, between and after the runs.
+        for run in (*rows.runs, range(rows.length, rows.length)):
             if count := run.start - row:
                 device.upload(embeds.rows(row, count), text[sent : sent + count])
             row, sent = run.stop, sent + count
@@ -301,9 +298,8 @@ class Decoder:
             kept = kept_of[stage] = host.exact(selection, tokens, spans[stage])
             host.replace(selection, kept, tokens, spans[stage], num_text=prompt.text_bucket)
             self._run(_after(launches, stage), prompt, rows)
-            memory.fetch(
-                self._device, "results"
-            )  # later stages saw other tokens, so their counters have changed
+            # Later stages saw other tokens, so their counters have changed.
+            memory.fetch(self._device, "results")
             self._device.synchronize()
             tokens = tokens.kept(kept)
         return kept_of
@@ -331,26 +327,22 @@ class Decoder:
 
     # Decode
 
-    def _enqueue_step(self) -> None:
-        """Enqueue the decode program: launch by launch the first time, later as one captured sequence."""
-        # The first run warms up the engines, because lazy work such as compiling kernels cannot be captured.
-        self._num_steps += 1
-        if self._num_steps > 1 and self._captured is None:
-            self._captured = self._capture_step()
-        if self._captured is not None:
-            self._captured()
-        else:
-            self._launch_step()
+    def _first_step(self) -> None:
+        """Enqueue the decode program launch by launch; later it is one captured sequence."""
+        # This run warms up the engines, because lazy work such as compiling kernels cannot be captured.
+        self._launch_step()
+        self._enqueue_step = self._second_step
 
-    def _capture_step(self) -> Callable[[], None]:
-        """Return a function that enqueues the step, as one captured sequence where the device and all engines can."""
-        if not all(launch.launch.capturable for launch in self._step):
-            return self._launch_step
-        try:
-            return self._device.capture(self._launch_step)
-        except BackendError as error:  # TensorRT does not say beforehand whether it can be captured
-            self._programs.notes.append(f"decode runs without a CUDA graph, which costs time: {error}")
-            return self._launch_step
+    def _second_step(self) -> None:
+        """Capture the step where the device and all engines can, and enqueue it."""
+        self._enqueue_step = self._launch_step
+        if all(launch.launch.capturable for launch in self._step):
+            try:
+                self._enqueue_step = self._device.capture(self._launch_step)
+            except BackendError as error:  # TensorRT does not say beforehand whether it can be captured
+                note = f"decode runs without a CUDA graph, which costs time: {error}"
+                self._programs.notes.append(note)
+        self._enqueue_step()
 
     def _launch_step(self) -> None:
         for launch in self._step:

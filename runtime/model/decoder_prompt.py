@@ -218,9 +218,8 @@ def write_prompt(
         runs = [RunPositions(*where, before) for where, before in zip(visual.positions, ids.text_before)]
         positions = mrope_positions(runs, num_text=ids.num_tokens, num_rows=num_rows)
     key = b""
-    if kept_images and all(
-        image.key for image in kept_images
-    ):  # shapes and content up to the last visual token
+    # Shapes and content up to the last visual token.
+    if kept_images and all(image.key for image in kept_images):
         shapes = visual.rows, text_bucket, ids.text_before, visual_rows.tolist()
         digest = hashlib.blake2b(repr(shapes).encode(), digest_size=32)
         digest.update(ids.text[: ids.text_before[-1]].tobytes())

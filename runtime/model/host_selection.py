@@ -65,7 +65,8 @@ class HostSelection:
             span: Its rows.
             num_text: Rows reserved for text.
         """
-        num_rows = self._keep(launch) + num_text
+        keep = self._keep(launch)
+        num_rows = keep + num_text
         rows = np.delete(np.arange(span.length), np.delete(tokens.rows, kept))
         for name, place in launch.outputs.items():
             source = launch.inputs.get(name.removeprefix("kept_"))
@@ -74,38 +75,26 @@ class HostSelection:
                 gathered = np.zeros((num_rows, entering.shape[1]), entering.dtype)
                 gathered[: len(rows)] = self._download(entering)[rows]
                 self._upload(place, gathered)
-        self._upload(
-            launch.outputs[KEPT_POSITIONS],
-            self._positions(
-                launch.inputs[POSITIONS], rows, num_entering=span.rows + num_text, num_rows=num_rows
-            ),
-        )
-        self._send_marks(launch, tokens.kept(kept), num_rows=num_rows)
-
-    def _keep(self, launch: Launch) -> int:
-        return self._manifest.schedule.stages[launch.stage].keep
-
-    def _positions(
-        self, entering: str, rows: NDArray[np.intp], *, num_entering: int, num_rows: int
-    ) -> NDArray[np.int32]:
-        """Return the position ids of the kept rows: counted again ("compact") or unchanged ("preserved")."""
+        # The position ids of the kept rows: counted again ("compact") or unchanged ("preserved").
         axes = self._manifest.position_axes
         positions = np.broadcast_to(np.arange(num_rows, dtype=np.int32), (axes, num_rows)).copy()
         if self._manifest.schedule.positions == "preserved":
-            ids = self._download(self._memory.tensor(entering, (axes, num_entering)))
+            shape = (axes, span.rows + num_text)
+            ids = self._download(self._memory.tensor(launch.inputs[POSITIONS], shape))
             positions[:, : len(rows)] = ids[:, rows]
-        return positions
-
-    def _send_marks(self, launch: Launch, kept: VisualTokens, *, num_rows: int) -> None:
-        """Write the kept visual tokens' rows and images; padding gets the last rows."""
-        keep = self._keep(launch)
-        rows = num_rows - keep + np.arange(keep, dtype=np.int32)
-        rows[: len(kept.rows)] = kept.rows
-        self._upload(launch.outputs[KEPT_VISUAL_ROWS], rows)
+        self._upload(launch.outputs[KEPT_POSITIONS], positions)
+        # Rows and images of the kept visual tokens; padding gets the last rows.
+        visual = tokens.kept(kept)
+        visual_rows = num_rows - keep + np.arange(keep, dtype=np.int32)
+        visual_rows[: len(visual.rows)] = visual.rows
+        self._upload(launch.outputs[KEPT_VISUAL_ROWS], visual_rows)
         if KEPT_VISUAL_IMAGES in launch.outputs:
             images = np.zeros(keep, np.int32)
-            images[: len(kept.rows)] = kept.images
+            images[: len(visual.rows)] = visual.images
             self._upload(launch.outputs[KEPT_VISUAL_IMAGES], images)
+
+    def _keep(self, launch: Launch) -> int:
+        return self._manifest.schedule.stages[launch.stage].keep
 
     def _upload(self, place: str, array: NDArray[Any]) -> None:
         self._device.upload(self._memory.tensor(place, array.shape), array)

@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.bundle.generation import GenerationSettings
 
-NUM_SUMMED_UP = 256
-"""Tokens of a ``FirstToken``."""
-_SMALLEST = 1e-30  # smaller probabilities of all other tokens are rounding errors
-
 
 class TopTokens(NamedTuple):
     """The most likely tokens, descending; equal logits come in any order."""
@@ -79,7 +75,11 @@ class Sampler:
         scores = logits.astype(np.float64)
         with np.errstate(over="ignore"):  # at a tiny temperature all scores but the largest become -inf
             scores = (scores - scores.max()) / self._temperature
-        probabilities = _nucleus(_softmax(_most_likely(scores, self._top_k)), self._top_p)
+        if 0 < self._top_k < len(scores):
+            least = np.partition(scores, -self._top_k)[-self._top_k]
+            scores = np.where(scores >= least, scores, -np.inf)
+        weights = np.exp(scores)  # the largest score is 0
+        probabilities = _nucleus(weights / weights.sum(), self._top_p)
         return int(self._generator.choice(len(probabilities), p=probabilities))
 
 
@@ -215,21 +215,10 @@ def has_rules(settings: GenerationSettings) -> bool:
     return any(getattr(settings, name) != getattr(neutral, name) for name in rules)
 
 
-def sampler_of(
-    settings: GenerationSettings,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    seed: int | None = None,
-) -> Sampler:
-    """Return a sampler of the checkpoint's ``settings``; arguments that are not None replace them, see ``make_sampler``."""
-    own = (settings.temperature, settings.top_p, settings.top_k) if settings.do_sample else (0.0, 1.0, 0)
-    return make_sampler(
-        own[0] if temperature is None else temperature,
-        own[1] if top_p is None else top_p,
-        own[2] if top_k is None else top_k,
-        seed,
-    )
+def sampler_of(settings: GenerationSettings, **given: Any) -> Sampler:
+    """Return a sampler of the checkpoint's ``settings``; arguments of ``make_sampler`` that are not None replace them."""
+    own = {name: getattr(settings, name) for name in SAMPLING_SETTINGS} if settings.do_sample else {}
+    return make_sampler(**own | {name: value for name, value in given.items() if value is not None})
 
 
 def with_overrides(settings: GenerationSettings, overrides: Mapping[str, object]) -> GenerationSettings:
@@ -285,18 +274,6 @@ def _checked(logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
     return logits_V
 
 
-def _most_likely(scores_V: NDArray[np.float64], top_k: int) -> NDArray[np.float64]:
-    if top_k == 0 or top_k >= len(scores_V):
-        return scores_V
-    return np.where(scores_V >= np.partition(scores_V, -top_k)[-top_k], scores_V, -np.inf)
-
-
-def _softmax(scores_V: NDArray[np.float64]) -> NDArray[np.float64]:
-    weights_V = np.exp(scores_V - scores_V.max())
-    probabilities_V: NDArray[np.float64] = weights_V / weights_V.sum()
-    return probabilities_V
-
-
 def _nucleus(probabilities_V: NDArray[np.float64], top_p: float) -> NDArray[np.float64]:
     """Return the probabilities without the tail beyond ``top_p``; of equal tokens the lower id stays."""
     if top_p == 1.0:
@@ -307,47 +284,3 @@ def _nucleus(probabilities_V: NDArray[np.float64], top_p: float) -> NDArray[np.f
     kept_V[order_V[:num_kept]] = probabilities_V[order_V[:num_kept]]
     normalized_V: NDArray[np.float64] = kept_V / kept_V.sum()
     return normalized_V
-
-
-# Distributions of first tokens, by which bundles are compared.
-
-
-class FirstToken(msgspec.Struct, frozen=True, kw_only=True):
-    """The most likely first tokens of an answer, in a form that fits into a line of text."""
-
-    ids: bytes
-    """int32, little-endian, ascending ids."""
-    log_probs: bytes
-    """float32, little-endian, natural logarithms."""
-
-
-def summary_of(logits: NDArray[np.float32], *, num_tokens: int = NUM_SUMMED_UP) -> FirstToken:
-    """Return the ``num_tokens`` most likely tokens of ``logits`` [V]; V of them give the exact divergence."""
-    kept = np.sort(np.argsort(-logits, kind="stable")[:num_tokens])
-    return FirstToken(
-        ids=kept.astype("<i4").tobytes(),
-        log_probs=_log_probs(logits)[kept].astype("<f4").tobytes(),
-    )
-
-
-def first_token_kl(reference: FirstToken, logits: NDArray[np.float32]) -> float:
-    """Return the KL divergence of ``logits`` [V] from the reference's distribution, in nats; at least 0.
-
-    All tokens that the summary lacks count as one. Joining events can only lower a KL divergence, so this is a lower bound:
-
-        KL = Σ_{i in summary} p_i ln(p_i / q_i) + r_p ln(r_p / r_q),    r = 1 - Σ in summary
-    """
-    ids = np.frombuffer(reference.ids, "<i4")
-    log_p = np.frombuffer(reference.log_probs, "<f4").astype(np.float64)
-    log_q = _log_probs(logits)[ids]
-    divergence = float((np.exp(log_p) * (log_p - log_q)).sum())
-    rest_p, rest_q = 1.0 - float(np.exp(log_p).sum()), 1.0 - float(np.exp(log_q).sum())
-    if len(ids) < len(logits) and rest_p > _SMALLEST:
-        divergence += rest_p * float(np.log(rest_p / max(rest_q, _SMALLEST)))
-    return max(divergence, 0.0)
-
-
-def _log_probs(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - float(logits.max())
-    log_probs: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
-    return log_probs

@@ -120,7 +120,8 @@ class Vision:
         """Indices that each graph kept of the last image, by role; valid once the host has waited for the device."""
         self._layouts: list[tuple[ImageLayout, dict[str, NDArray[np.int32]]]] = []
         """Layout before any selection and ``_kept``, for each image of the last prompt."""
-        self._recent = Recent([self._slot() for _ in range(keep_images)]) if keep_images else None
+        self._keeps_images = keep_images > 0
+        self._recent = Recent([self._slot() for _ in range(keep_images)])
         """Outputs of the vision graph for recent images, by their pixels."""
 
     def _slot(self) -> dict[str, DeviceTensor]:
@@ -163,7 +164,7 @@ class Vision:
             self._profile_of(layout),
             partial(images.prepare, image),
             clip_texts=None if self._clip_texts is None else self._clip_texts.arrays(question),
-            key=b"" if self._recent is None else _key_of(image, images),
+            key=_key_of(image, images) if self._keeps_images else b"",
         )
 
     def prepare_video(self, video: Video, question: str, *, videos: VideoProcessing) -> list[PreparedImage]:
@@ -210,46 +211,44 @@ class Vision:
         """
         self._layouts = []
         self._timeline.recorded.clear()
-        rows = self._rows_of(images)
+        rows = self.rows_for(images)
         if not images:
             tokens = np.empty((0, self._manifest.dimensions.hidden_size), self._manifest.dtype)
             return VisualInput(tokens, 0, rows)
         encoded: list[list[DeviceTensor]] = []
-        were_kept, num_tokens = [], 0
+        image_lengths: list[int] = []
+        run_lengths: list[int] = []
+        were_kept = []
         for prepared in images:
             outputs, was_kept = self._encode(prepared, after=after, text_bucket=text_bucket)
             if len(images) > 1:  # the next image overwrites the graphs' outputs
-                outputs = self._collected(outputs, first=num_tokens)
-            num_tokens += outputs[0].shape[0]
+                outputs = self._collected(outputs, first=sum(image_lengths))
             encoded.append(outputs)
+            image_lengths.append(outputs[0].shape[0])
+            # Only an image with several runs needs the kept indices.
+            one_run = len(prepared.layout.runs) < 2
+            run_lengths.extend(image_lengths[-1:] if one_run else self.entering(-1).run_lengths)
             were_kept.append(was_kept)
-        whole, *planes = (first._replace(shape=(num_tokens, *first.shape[1:])) for first in encoded[0])
+        whole, *planes = (
+            first._replace(shape=(sum(image_lengths), *first.shape[1:])) for first in encoded[0]
+        )
         return VisualInput(
             tokens=whole,
             num_visual=sum(prepared.layout.num_visual for prepared in images),
             rows=rows,
-            # Only an image with several runs needs the kept indices.
-            run_lengths=tuple(
-                length
-                for index, (prepared, outputs) in enumerate(zip(images, encoded))
-                for length in (
-                    (outputs[0].shape[0],)
-                    if len(prepared.layout.runs) < 2
-                    else self.entering(index).run_lengths
-                )
-            ),
-            image_lengths=tuple(outputs[0].shape[0] for outputs in encoded),
+            run_lengths=tuple(run_lengths),
+            image_lengths=tuple(image_lengths),
             positions=self._positions() if self._manifest.position_axes == 3 else (),
             planes=tuple(planes),
             was_kept=all(were_kept),
         )
 
-    def check_room(self, images: Sequence[PreparedImage]) -> None:
-        """Raise PromptTooLongError if all images together have more visual tokens than the exported shapes."""
-        self._rows_of(images)
+    def rows_for(self, images: Sequence[PreparedImage]) -> int:
+        """Return the smallest N with room for all images.
 
-    def _rows_of(self, images: Sequence[PreparedImage]) -> int:
-        """Return the smallest N with room for all images."""
+        Raises:
+            PromptTooLongError: If all images together have more visual tokens than the exported shapes.
+        """
         keep, sizes = self._manifest.token_keep, self._manifest.visual_sizes
         counts = [prepared.layout.num_visual for prepared in images]
         total = sum(counts if keep is None else (min(count, keep) for count in counts))
@@ -270,13 +269,19 @@ class Vision:
         must_know = has_mrope or len(prepared.layout.runs) > 1
         if prepared.has_previous:
             self._keep_previous(prepared)
-        slot = None if self._recent is None else self._recent.find(prepared.key)
+        (launch,) = self._programs.at("vision", prepared.profile.sizes)
+        slot = self._recent.find(prepared.key)
         was_kept = slot is not None
         if slot is not None:
-            self._bring_back(prepared, slot)
+            for name in launch.spec.outputs:
+                copy_tensor(self._device, launch.tensors[name], slot[name])
+            self._kept = {}
+            self._fetch_kept(launch, role="vision")
         else:
             self.run_vision(prepared.inputs, prepared.profile)
-            self._keep(prepared)
+            if (slot := self._recent.take(prepared.key)) is not None:
+                for name in launch.spec.outputs:
+                    copy_tensor(self._device, slot[name], launch.tensors[name])
         outputs = [tensor.rows(0, num_visual) for tensor in self._vision_tokens(prepared.profile)]
         if manifest.encoder_keep is not None and (must_know or keep is not None):
             self._device.synchronize()
@@ -307,27 +312,9 @@ class Vision:
         self._layouts[-1] = layout, {role: indices.copy() for role, indices in kept.items()}
         return places
 
-    def _bring_back(self, prepared: PreparedImage, slot: Mapping[str, DeviceTensor]) -> None:
-        """Enqueue copies of the vision graph's outputs for a kept image."""
-        launch = self._vision_launch(prepared.profile)
-        for name in launch.spec.outputs:
-            copy_tensor(self._device, launch.tensors[name], slot[name])
-        self._kept = {}
-        self._fetch_kept(launch, role="vision")
-
-    def _keep(self, prepared: PreparedImage) -> None:
-        """Enqueue copies of the vision graph's outputs; an image without a key is not kept."""
-        if self._recent is not None and (slot := self._recent.take(prepared.key)) is not None:
-            launch = self._vision_launch(prepared.profile)
-            for name in launch.spec.outputs:
-                copy_tensor(self._device, slot[name], launch.tensors[name])
-
-    def _vision_launch(self, profile: Profile) -> BoundLaunch:
-        (launch,) = self._programs.at("vision", profile.sizes)
-        return launch
-
     def _vision_tokens(self, profile: Profile) -> tuple[DeviceTensor, ...]:
-        return self._with_planes(self._vision_launch(profile), VISUAL_TOKENS, DEEPSTACK_TOKENS)
+        (launch,) = self._programs.at("vision", profile.sizes)
+        return self._with_planes(launch, VISUAL_TOKENS, DEEPSTACK_TOKENS)
 
     @property
     def layouts(self) -> tuple[ImageLayout, ...]:
@@ -336,13 +323,10 @@ class Vision:
 
     def entering(self, index: int) -> ImageLayout:
         """Return one of ``layouts``."""
-        layout, kept = self._encoded(index), self._layouts[index][1].get("reduce")
-        return layout if kept is None else layout.taken(kept[: layout.num_visual])
-
-    def _encoded(self, index: int) -> ImageLayout:
-        """Return the layout of the tokens that the vision graph returned."""
         layout, kept = self._layouts[index]
-        return layout.kept(kept["vision"]) if "vision" in kept else layout
+        if "vision" in kept:
+            layout = layout.kept(kept["vision"])
+        return layout.taken(kept["reduce"][: layout.num_visual]) if "reduce" in kept else layout
 
     def _positions(self) -> tuple[tuple[NDArray[np.int32], int], ...]:
         result = []
@@ -392,9 +376,8 @@ class Vision:
             ShapeError: If an input is missing, unknown or of another shape or dtype.
         """
         self._kept = {}
-        launch = self._vision_launch(profile)
-        self._run((launch,), inputs)
-        return self._with_planes(launch, VISUAL_TOKENS, DEEPSTACK_TOKENS)
+        self._run(self._programs.at("vision", profile.sizes), inputs)
+        return self._vision_tokens(profile)
 
     def reduce_tokens(
         self, inputs: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]

@@ -359,9 +359,17 @@ def tokenizer_from(content: bytes, *, where: str) -> tuple[tokenizers.Tokenizer,
     """
     with only_bundle_errors(where):
         try:
-            growth = _checked_growth(content)
+            file = msgspec.json.decode(content, type=_File)
+            growth = _growth(file.normalizer) * _growth(file.pre_tokenizer)
+            num_characters = sum(1 + len(token["content"]) for token in file.added_tokens)
+            times = _growth(file.decoder)
         except (TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"a rule of another form ({type(error).__name__})") from None
+        # The library normalizes added tokens when it loads the file.
+        if num_characters * growth > MAX_CHARACTERS:
+            raise ValueError(f"rules that make added tokens longer than {MAX_CHARACTERS} characters")
+        if times > _MOST_DECODER_GROWTH:
+            raise ValueError(f"a decoder that can make a text {times} times as long")
         return tokenizers.Tokenizer.from_buffer(content), growth
 
 
@@ -379,18 +387,6 @@ def only_bundle_errors(where: str) -> Iterator[None]:
         raise BundleError(
             f"{where}: expected a tokenizer.json, got {reason}; export the bundle again"
         ) from None
-
-
-def _checked_growth(content: bytes) -> int:
-    """Return the factor by which the rules of a ``tokenizer.json`` can make a text longer; raise ValueError if it is too large."""
-    file = msgspec.json.decode(content, type=_File)
-    growth = _growth(file.normalizer) * _growth(file.pre_tokenizer)
-    # The library normalizes added tokens when it loads the file.
-    if sum(1 + len(token["content"]) for token in file.added_tokens) * growth > MAX_CHARACTERS:
-        raise ValueError(f"rules that make added tokens longer than {MAX_CHARACTERS} characters")
-    if (times := _growth(file.decoder)) > _MOST_DECODER_GROWTH:
-        raise ValueError(f"a decoder that can make a text {times} times as long")
-    return growth
 
 
 def _growth(rule: dict[str, Any] | None) -> int:

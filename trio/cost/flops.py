@@ -62,17 +62,14 @@ def count_prefill(
         bytes_per_cached: Bytes per element of the KV caches.
     """
     kept = schedule.tokens_per_layer(num_layers=decoder.num_layers, num_visual=num_visual)
-    select = 0.0
+    rows = [count + num_text for count in kept]
+    row_bytes = kv_row_bytes(decoder, bytes_per_cached=bytes_per_cached)
+    layers, select = decoder_flops(decoder, rows), 0.0
     for place, stage in enumerate(schedule.stages):
         entering = kept[stage.layer - 1]
         sizes = StageSizes(entering, stage.keep, num_text, num_visual, one_size or place > 0)
         select += stage_flops(decoder, schedule, sizes)
-    rows = [count + num_text for count in kept]
-    return CountedPrefill(
-        decoder_flops=decoder_flops(decoder, rows),
-        select_flops=select,
-        kv_bytes=kv_row_bytes(decoder, bytes_per_cached=bytes_per_cached) * sum(rows),
-    )
+    return CountedPrefill(decoder_flops=layers, select_flops=select, kv_bytes=row_bytes * sum(rows))
 
 
 def decoder_flops(decoder: Dimensions, rows_per_layer: list[int]) -> float:

@@ -136,9 +136,10 @@ def trio_work(
         head_size=decoder.head_size,
         num_probe_rows=schedule.num_probe_rows,
     )
-    return sum_of(
+    works = [
         _trio_piece(piece, decoder, schedule, sizes, probe, is_quantized=is_quantized) for piece in pieces
-    )
+    ]
+    return sum_of(works)
 
 
 def _trio_piece(

@@ -152,7 +152,7 @@ class StageParts(NamedTuple):
 class StageSelector(Protocol):
     """A selector before a decoder layer; a ``torch.nn.Module``. Its row in ``trio_edge.trio.methods`` says what it reads.
 
-    It may have ``other_inputs``, a mapping of names to ``OtherInput``: see ``other_inputs_of``.
+    It may have ``other_inputs``, a mapping of names to ``OtherInput``: inputs that it adds to its select graph.
     """
 
     num_keep: int
@@ -215,12 +215,6 @@ def stage_selector(
         is_quantized=is_quantized,
     )
     return stage_method(schedule.method).load().for_stage(parts)
-
-
-def other_inputs_of(selector: Any) -> Mapping[str, OtherInput]:
-    """Return the inputs that a selector adds to its select graph."""
-    found: Mapping[str, OtherInput] = getattr(selector, "other_inputs", {})
-    return found
 
 
 def best_tokens(

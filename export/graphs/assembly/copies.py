@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import onnx_ir as ir
 from torch import nn
 
-from trio_edge.export.graphs.assembly.onnx_graph import add_node, graph_value
+from trio_edge.export.graphs.assembly.onnx_graph import IR_FROM_DTYPE, add_node
 from trio_edge.runtime.bundle.graph_io import DEEPSTACK, PREVIOUS
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Copies:
     """A graph under construction."""
 
     def __init__(self, inputs: Sequence[TensorSpec]) -> None:
-        self.inputs = [graph_value(spec) for spec in inputs]
+        self.inputs = [_graph_value(spec) for spec in inputs]
         self.graph = ir.Graph(self.inputs, [], nodes=[])
         self._shared: dict[int, dict[ir.Value, ir.Value]] = {}
         """Values that all copies of a trace share, by the trace's id."""
@@ -174,7 +174,7 @@ class Copies:
         """Return the graph with ``values`` as its outputs; opset and name are those of ``like``."""
         results = list(values)
         for value, spec in zip(results, outputs):
-            named = graph_value(spec)
+            named = _graph_value(spec)
             value.name, value.shape, value.type = named.name, named.shape, named.type
         self.graph.outputs.extend(results)
         self.graph.opset_imports.update(like.opset_imports)
@@ -221,3 +221,9 @@ def _repeat(node: ir.Node, values: dict[ir.Value, ir.Value], *, suffix: str) -> 
         outputs=outputs,
         name=f"{node.name}{suffix}",
     )
+
+
+def _graph_value(spec: TensorSpec) -> ir.Value:
+    """Return the graph input or output that ``spec`` describes."""
+    kind = ir.TensorType(ir.DataType[IR_FROM_DTYPE[spec.dtype]])
+    return ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=kind)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Number of elements: arithmetic on shapes and small tables is folded, but nothing as large as a weight.
 _FOLD_INPUT_SIZE = 512
 _FOLD_OUTPUT_SIZE = 4096
-_IR_FROM_DTYPE = {
+IR_FROM_DTYPE = {
     "float32": "FLOAT",
     "float16": "FLOAT16",
     "int32": "INT32",
@@ -76,12 +76,6 @@ def dynamic_axes(spec: TensorSpec, *, dims: Mapping[str, Any]) -> dict[int, Any]
     return {
         axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str) and size in dims
     }
-
-
-def graph_value(spec: TensorSpec) -> ir.Value:
-    """Return the graph input or output that ``spec`` describes."""
-    kind = ir.TensorType(ir.DataType[_IR_FROM_DTYPE[spec.dtype]])
-    return ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=kind)
 
 
 def trace_graph(
@@ -149,7 +143,7 @@ def _name_values(values: Sequence[ir.Value], specs: Sequence[TensorSpec]) -> Non
             f"expected {len(specs)} I/O tensors, the trace has {[value.name for value in values]}"
         )
     for value, spec in zip(values, specs):
-        if value.dtype != ir.DataType[_IR_FROM_DTYPE[spec.dtype]]:
+        if value.dtype != ir.DataType[IR_FROM_DTYPE[spec.dtype]]:
             raise AssertionError(f"{spec.name}: expected {spec.dtype}, the trace has {value.dtype}")
         value.name = spec.name
         value.shape = ir.Shape(spec.shape)
@@ -178,7 +172,7 @@ def attach_weights(
             tensor.file,
             tensor.offset,
             tensor.num_bytes,
-            ir.DataType[_IR_FROM_DTYPE[tensor.dtype]],
+            ir.DataType[IR_FROM_DTYPE[tensor.dtype]],
             shape=ir.Shape(tensor.shape),
             name=name,
             base_dir=bundle,

@@ -105,7 +105,7 @@ def with_pieces(spec: GraphSpec, pieces: Sequence[TracedGraph], written: Sequenc
         Piece(
             name=piece.piece,
             file=one.file,
-            inputs=one.input_names,
+            inputs=tuple(tensor.name for tensor in one.inputs),
             outputs=tuple(tensor.name for tensor in one.outputs),
             profiles=tuple(profile.name for profile in one.profiles),
             weight_bytes=one.weight_bytes,
