@@ -144,10 +144,8 @@ def _check_tables(manifest: Manifest) -> None:
     for name, are_scales, tensor, has_scales in _stored(manifest):
         wanted = ("float32", "float16") if are_scales or not has_scales else ("int8",)
         if tensor.dtype not in wanted:
-            raise ManifestError(
-                f"{name}: expected float32 or float16 rows, or int8 rows with scales in one of these, got {tensor.dtype}"
-                f" {'with' if has_scales else 'without'} scales"
-            )
+            rows = "" if are_scales else " rows, or int8 rows with scales"
+            raise ManifestError(f"{name}: expected float32 or float16{rows}, got {tensor.dtype}")
         shape = (dims.vocab_size,) if are_scales else (dims.vocab_size, dims.hidden_size)
         end = tensor.offset + tensor.num_bytes
         if tensor.shape != shape or end > sizes[tensor.file]:

@@ -177,11 +177,14 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
         whole, order = self.whole_sizes(*grid), self.token_order(*grid)
         room = room_for(self._reduced(whole), sizes, image=frames[0])
         positions = padded_rows(patch_positions(order, grid[1], self), room["P"])
+        own = self.family_inputs(grid, order, positions, room)
+        token_index = own.pop("token_index")
         return {
             "pixel_values": padded_rows(patches(frames, self, grid=grid, token_order=order), room["P"]),
             "patch_positions": positions.T.copy(),
+            **own,
             "num_patches": np.array([whole["P"]], np.int32),
-            **self.family_inputs(grid, order, positions, room),
+            "token_index": token_index,
         }
 
 
@@ -244,8 +247,9 @@ class QwenImages(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag="
         slots = np.where(slot < counts[:, None], starts[:, None] + slot, -1)
         slot_of_patch = np.arange(len(window_of_patch)) - starts[window_of_patch]
         patch_slot = window_of_patch * self.slots_per_window + slot_of_patch
-        token_index = padded_rows(np.argsort(order).astype(np.int32), room["N"])
-        if self.encoder_keep is not None:  # the graph's rows are the kept tokens, in raster order
+        if self.encoder_keep is None:
+            token_index = padded_rows(np.argsort(order).astype(np.int32), room["N"])
+        else:  # the graph's rows are the kept tokens, in raster order
             token_index = padded_index(np.arange(min(len(order), self.encoder_keep)), room["N"])
         return {
             "window_slots": slots.astype(np.int32),

@@ -346,7 +346,7 @@ def test_too_little_memory_is_told_before_anything_is_loaded(folder: Path, cuda:
 def test_an_allocation_that_fails_says_what_it_was_for_and_releases_the_rest(
     folder: Path, cuda: CudaOnHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend_tensorrt, "check_memory", lambda *_: None)
+    monkeypatch.setattr(backend_tensorrt, "check_memory", lambda *_, **__: {})
     with Pipeline.from_bundle(folder, backend="tensorrt"):
         cuda.memory_bytes = cuda.used_bytes - 1
     with pytest.raises(
