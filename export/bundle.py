@@ -315,7 +315,7 @@ def record(
         cost=cost_of(plan, graphs),
         vision=model.vision_dimensions,
         clip_text=None if clip is None else clip.spec,
-        num_deepstack=model.num_deepstack,
+        num_deepstack=model.vision.num_deepstack,
         tools={
             name: version(name) for name in ("trio-edge", "torch", "transformers", "onnx-ir", "onnxscript")
         },

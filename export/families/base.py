@@ -98,8 +98,6 @@ class FamilyModel:
     text_config: Any
     position_axes: Literal[1, 3]
     """A: 3 with M-RoPE, else 1."""
-    num_deepstack: int
-    """Number of DeepStack planes."""
 
 
 class Family(ABC):
@@ -253,7 +251,6 @@ class Family(ABC):
             attention_scaling=float(rotary.attention_scaling),
             text_config=decoder.config,
             position_axes=3 if self.has_mrope else 1,
-            num_deepstack=vision.num_deepstack,
         )
 
     @abstractmethod

@@ -59,7 +59,7 @@ def quantize_graphs(
         for graph in graphs
     ]
     every = itertools.chain(tables, *(of_graph.values() for of_graph in forms))
-    stored = {form.stored_name: form for form in every if not form.is_plain}
+    stored = {name: form for form in every if (name := form.stored_name).changes}
     result = [_rewritten(graph, of_graph, scales) for graph, of_graph in zip(graphs, forms)]
     return result, tuple(stored.values())
 

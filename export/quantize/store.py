@@ -62,11 +62,6 @@ class StoredForm:
             changes.append(Change.UNPACKED)
         return StoredName(self.name, tuple(changes))
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the checkpoint's own values are stored."""
-        return not self.stored_name.changes
-
 
 def store_quantized(
     checkpoint: Checkpoint,

@@ -87,7 +87,7 @@ class Wiring:
         self._plan, self._model, self._layout = plan, plan.model, plan.layout
         self._dimensions, self._dtype = plan.dimensions, plan.layout.dtype
         self._is_quantized = is_quantized
-        layout, num_planes = plan.layout, plan.model.num_deepstack
+        layout, num_planes = plan.layout, plan.model.vision.num_deepstack
         self._method = stage_method(plan.layout.schedule.method)
         """Of all stages."""
         self._prompts = [(rows, bucket) for rows in layout.visual_sizes for bucket in layout.text_buckets]
@@ -232,7 +232,7 @@ class Wiring:
         if row.reads_previous:
             inputs.append(_tensor(io.PREVIOUS_TOKENS, "image.", ("N", width), dtype))
             inputs.append(_tensor(io.HAS_PREVIOUS, "image.", (1,)))
-        planes = range(self._model.num_deepstack)
+        planes = range(self._model.vision.num_deepstack)
         inputs += [before[f"{io.DEEPSTACK_TOKENS}{plane}"] for plane in planes]
         counts = [{"M": count} for count in layout.clip_texts]
         if not counts and reads_text:
@@ -338,7 +338,7 @@ class Wiring:
         rows = (1, "S", dims.hidden_size)
         past, new = ((1, dims.num_kv_heads, axis, dims.head_size) for axis in ("C", "S"))
         parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
-        planes = [f"{io.DEEPSTACK}{layer}" for layer in layers if layer < self._model.num_deepstack]
+        planes = [f"{io.DEEPSTACK}{layer}" for layer in layers if layer < self._model.vision.num_deepstack]
         inputs = [
             _tensor(io.HIDDEN if index else io.EMBEDS, self._at[io.HIDDEN], rows, dtype),
             _tensor(io.POSITIONS, self._at[io.POSITIONS], (self._model.position_axes, "S")),
@@ -449,7 +449,7 @@ class Wiring:
             _tensor(own, other.place, other.shape, cast("DType", other.dtype))
             for own, other in own_inputs.items()
         ]
-        for plane in range(layer, self._model.num_deepstack):
+        for plane in range(layer, self._model.vision.num_deepstack):
             entering = f"{io.DEEPSTACK}{plane}"
             inputs.append(_tensor(entering, self._at[entering], rows, dtype))
             outputs.append(_tensor(f"{io.KEPT_DEEPSTACK}{plane}", f"{name}.", kept, dtype))
