@@ -88,7 +88,8 @@ def rows(options: argparse.Namespace) -> list[tuple[str, ...]]:
                     parts["head and vision weights"],
                     parts["repeated weights"],
                     parts["KV caches"],
-                    parts["activations"],
+                    parts["buffers"],
+                    parts["workspace"],
                     run.total_bytes,
                     *peaks,
                 )

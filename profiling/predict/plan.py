@@ -18,16 +18,14 @@ from trio_edge.runtime.bundle.errors import ScheduleError, TargetError
 from trio_edge.runtime.bundle.graph_io import CLIP_TEXT, MAX_TEXT, bucket_of, num_clip_texts, text_buckets
 from trio_edge.runtime.bundle.limits import MOST_TOKENS
 from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.runtime.devices.memory import estimate
 from trio_edge.trio.cost.bundle_work import (
     clip_text_flops,
     fixed_sizes,
-    input_widths,
     reduce_cost,
     vision_flops,
 )
-from trio_edge.trio.cost.memory import Texts, TokenSelection, scratch_before
 from trio_edge.trio.cost.work import counted_work, sum_of
-from trio_edge.trio.methods import token_method as method_row
 
 if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import Manifest
@@ -92,7 +90,18 @@ class Plan:
         )
         if self.manifest is None:
             return setting
-        return dataclasses.replace(setting, **_from_manifest(self.manifest, setting))
+        more = _from_manifest(self.manifest, setting)
+        if self._is_of_bundle(self.manifest, setting.text_bucket):
+            graphs = self.manifest.graphs
+            weight_bytes = sum(graph.weight_bytes for graph in graphs)
+            more["memory"] = estimate(self.manifest, graphs, weight_bytes=weight_bytes)
+        return dataclasses.replace(setting, **more)
+
+    def _is_of_bundle(self, manifest: Manifest, text_rows: int) -> bool:
+        """Return whether the bundle has this schedule, these shapes and this precision."""
+        fits = text_rows <= manifest.text_buckets[-1] and self.num_new <= manifest.max_new_tokens
+        is_own = self.keep is None and self.image_size is None and self.precision == _precision_of(manifest)
+        return fits and is_own and self.num_images <= manifest.cost.num_images
 
     def _check_entering(self, num_visual: int, token_keep: int | None) -> None:
         if token_keep is not None and self.image_size is not None and num_visual <= token_keep:
@@ -204,33 +213,27 @@ def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
     if manifest.vision is None:
         flops = vision_flops(manifest, num_visual=num_visual)
         more["vision"] = counted_work(flops, rows=num_visual)
-    if manifest.token_method is not None and manifest.token_keep is not None:
-        more |= _before_decoder(manifest, setting, manifest.token_method, manifest.token_keep)
+    if manifest.token_method is not None:
+        more["before"] = _before_decoder(manifest, setting)
     return more
 
 
-def _before_decoder(manifest: Manifest, setting: Setting, method: str, num_keep: int) -> dict[str, Any]:
-    """Return the work and scratch memory of the graphs between vision and decoder."""
-    graph, num_visual, num_text = manifest.graph("reduce"), setting.sizes["N"], setting.text_bucket
-    widths, texts = input_widths(graph), None
+def _before_decoder(manifest: Manifest, setting: Setting) -> tuple[tuple[str, Work], ...]:
+    """Return the names and work of the graphs between vision and decoder."""
+    num_visual, num_text = setting.sizes["N"], setting.text_bucket
     works: list[tuple[str, Work]] = []
     if manifest.clip_text is not None:
         length = manifest.clip_text.length
         counts = sorted(profile.sizes["M"] for profile in manifest.graph(CLIP_TEXT).profiles)
         count = bucket_of(num_clip_texts(setting.num_text, length=length), counts)
-        texts = Texts(max(count, counts[-1]), length, widths["clip_texts"])
         flops = clip_text_flops(manifest, num_texts=count)
         works.append((CLIP_TEXT, counted_work(flops, rows=count * length)))
         num_text = count * (length - 2)
     cost = reduce_cost(manifest, num_visual=num_visual, num_text=num_text)
     # the greedy loop is always in float32
     again = cost.read_again * 4 / setting.formats.bytes_per_element
-    works += [
-        ("reduce", sum_of([counted_work(cost.flops, rows=num_visual, other=again)] * setting.num_images))
-    ]
-    selection = TokenSelection(method, num_keep, widths[method_row(method).compares or "visual_tokens"])
-    scratch = scratch_before(selection, texts, num_visual=num_visual, element_bytes=2)
-    return {"before": tuple(works), "scratch_before": scratch}
+    reduced = sum_of([counted_work(cost.flops, rows=num_visual, other=again)] * setting.num_images)
+    return (*works, ("reduce", reduced))
 
 
 def _rounded_inputs(manifest: Manifest, setting: Setting) -> frozenset[WeightKind]:

@@ -100,7 +100,7 @@ def _memory(prediction: Prediction) -> str:
     verdict = "fits" if memory.fits else "does NOT fit"
     return (
         f"{_size(memory.total)} ({_size(memory.weights)} weights, {_size(memory.kv_caches)} KV caches,"
-        f" {_size(memory.activations)} activations) of {_size(memory.usable)}: {verdict}"
+        f" {_size(memory.buffers)} buffers, {_size(memory.workspace)} workspace) of {_size(memory.usable)}: {verdict}"
     )
 
 

@@ -91,7 +91,9 @@ def test_a_prediction_counts_the_text_towers_memory(checkpoint: Path, clip: Clip
         clip_text=None,
         graphs=tuple(graph for graph in manifest.graphs if graph.role != "clip_text"),
     )
-    with_it, without = (memory_of(plan_for(manifest=one).setting(), usable=0) for one in (manifest, plain))
+    with_it, without = (
+        memory_of(plan_for(manifest=one, keep="all").setting(), usable=0) for one in (manifest, plain)
+    )
     assert 2 * (with_it.weights - without.weights) == manifest.graph("clip_text").weight_bytes > 0
 
 
