@@ -176,15 +176,14 @@ def _predict(
     # by name, because a device that is named twice is predicted once
     found = {device.name: device for device in (find_device(name, option="--predict") for name in names)}
     manifest = None if bundle is None else open_bundle(bundle).manifest
-    plan = plan_for(manifest=manifest, model=model, **wishes)
-    setting = plan.setting()
+    setting = plan_for(manifest=manifest, model=model, **wishes)
     predictions = [predict(setting, device) for device in found.values()]
     if json_file is not None:
-        values = {"prediction": True, "found": [summary_of(plan, one) for one in predictions]}
+        values = {"prediction": True, "found": [summary_of(one) for one in predictions]}
         write_output("--json", json_file, _json(values))
     console = wide_console()  # last, so that the file is there if the output is closed early
     for prediction in predictions:
-        print_prediction(console, plan, prediction)
+        print_prediction(console, prediction)
 
 
 def _profile(outputs: dict[str, Path], **settings: Any) -> None:

@@ -41,6 +41,10 @@ class Setting:
     """A model, its export settings, and the question."""
 
     model: Model
+    keep: str | None = None
+    """Average keep as ``11.1%``; None for the bundle's own schedule."""
+    image_size: tuple[int, int] | None = None
+    """Width and height; None for the bundle's largest shapes."""
     schedule: Schedule
     sizes: Mapping[str, int]
     """Sizes of the vision profile for one image: N visual tokens, and B tiles or P patches."""

@@ -109,7 +109,7 @@ def test_a_selection_before_the_decoder_has_the_products_that_are_counted(checkp
 
 def test_a_bundle_is_predicted_at_another_keep_with_its_own_method(checkpoint: Path) -> None:
     manifest = open_bundle(export(checkpoint, schedule=STAGE_METHODS["fastv"])).manifest
-    setting = plan_for(manifest=manifest, keep="50%").setting()
+    setting = plan_for(manifest=manifest, keep="50%")
     assert setting.schedule == schedule_for(0.5, method="fastv", num_layers=3, num_visual=setting.sizes["N"])
     assert setting.schedule != manifest.schedule
 
@@ -137,7 +137,7 @@ def test_work_that_is_only_known_as_flops_keeps_them() -> None:
 def test_memory_is_what_the_exporter_estimates(name: str, keep: str) -> None:
     model = MODELS[name]
     assert model.vision is not None
-    setting = plan_for(model=name, keep=keep, num_text=256, num_new=256).setting()
+    setting = plan_for(model=name, keep=keep, num_text=256, num_new=256)
     pixel_bytes = pixel_bytes_of(model.images.to_dict(), setting.sizes)
     tiles = tiles_of(model.vision, setting.sizes)
     inputs = FitInputs(
@@ -167,7 +167,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_memory_without_a_bundle_is_nearly_what_loading_the_bundle_takes(kind: str) -> None:
     """The bound is 3 % of the whole: norms, biases, and results of selections are all that the plan leaves out."""
     manifest = open_bundle(export("tiny", **KINDS[kind])).manifest
-    setting = plan_for(manifest=manifest, num_new=1).setting()
+    setting = plan_for(manifest=manifest, num_new=1)
     exact = memory_of(setting, usable=0)
     weight_bytes = sum(graph.weight_bytes for graph in manifest.graphs)
     assert setting.memory == loading_estimate(manifest, manifest.graphs, weight_bytes=weight_bytes)
@@ -186,8 +186,8 @@ def test_memory_without_a_bundle_is_nearly_what_loading_the_bundle_takes(kind: s
 )
 def test_another_bundle_is_not_counted_as_this_one(wish: dict[str, Any], reduced_bundle: Path) -> None:
     manifest = open_bundle(reduced_bundle).manifest
-    assert plan_for(manifest=manifest).setting().memory is not None
-    assert plan_for(manifest=manifest, **wish).setting().memory is None
+    assert plan_for(manifest=manifest).memory is not None
+    assert plan_for(manifest=manifest, **wish).memory is None
 
 
 @pytest.mark.parametrize("keep", ["50%", "100%"])
@@ -196,11 +196,11 @@ def test_a_keep_above_what_enters_the_decoder_is_refused_as_by_the_exporter(
 ) -> None:
     manifest = open_bundle(export(checkpoint, token_method="visionzip", token_keep=15)).manifest
     with pytest.raises(ScheduleError, match=r"--keep: expected at most 29\.4%, which is what enters"):
-        plan_for(manifest=manifest, keep=keep).setting()
-    assert plan_for(manifest=manifest, keep="all").setting().schedule.stages == ()
+        plan_for(manifest=manifest, keep=keep)
+    assert plan_for(manifest=manifest, keep="all").schedule.stages == ()
 
 
 def test_a_keep_gives_the_exporters_stages() -> None:
-    setting = plan_for(model="llava-1.5-7b", keep="11.1%").setting()
+    setting = plan_for(model="llava-1.5-7b", keep="11.1%")
     assert setting.schedule == schedule_of("1:92,10:54,15:22")
     assert setting.visual_rows == (576, 92, 54, 22)
