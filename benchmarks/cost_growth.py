@@ -50,10 +50,9 @@ def print_table(title: str, rows: dict[str, list[float]], *, digits: int = 1) ->
 
 def counted(keep: float) -> dict[str, list[float]]:
     """Return FLOPs, KV bytes and predicted times by N at one average keep, for the decoder alone."""
-    plan = plan_for(model=MODEL, num_text=NUM_TEXT, precision="float16")
+    setting = plan_for(model=MODEL, num_text=NUM_TEXT, precision="float16")
     rows: dict[str, list[float]] = {}
     for size in SIZES:
-        setting = plan.setting()
         schedule = ScheduleRequest(average=keep).schedule(
             num_layers=setting.model.decoder.num_layers, num_visual=size
         )

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_memory.py
 
-"Run" is the estimate of ``trio-export --target``: weights with those that stages repeat, KV caches at full capacity, activations.
+"Run" is the estimate of ``trio-export --target``: weights with those that stages repeat, KV caches, buffers, workspace.
 "Build" is ``trio-build --dry-run``'s estimate of the largest graph's peak, without mapped weight files, which the system can drop.
 JetPack's TensorRT 10.3 (6.2) cannot write an engine in pieces, 10.16 (7.2) can. Rows with int4 assume 4-bit blocks for the
 decoder's products.
@@ -34,7 +34,11 @@ def fit_inputs(sizes: Sizes, schedule: Schedule, options: argparse.Namespace, *,
         decoder=sizes.decoder,
         element_bytes=sizes.element_bytes,
         vision_params=sizes.vision_weights,
-        image=FitImage(num_visual=sizes.num_visual, tiles=tiles_of(sizes.tower, sizes.vision_sizes)),
+        image=FitImage(
+            num_visual=sizes.num_visual,
+            tiles=tiles_of(sizes.tower, sizes.vision_sizes),
+            pixel_bytes=sizes.pixel_bytes,
+        ),
         schedule=schedule,
         max_text=options.max_text,
         max_new_tokens=options.max_new_tokens,
@@ -88,7 +92,8 @@ def rows(options: argparse.Namespace) -> list[tuple[str, ...]]:
                     parts["head and vision weights"],
                     parts["repeated weights"],
                     parts["KV caches"],
-                    parts["activations"],
+                    parts["buffers"],
+                    parts["workspace"],
                     run.total_bytes,
                     *peaks,
                 )
@@ -110,8 +115,8 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     options = parser.parse_args()
     heads = (
-        "model", "keep", "weights", "decoder weights", "head, vision", "repeated", "KV caches", "activations", "**run**",
-        "**build** 10.3", "**build** 10.16", "runs on",
+        "model", "keep", "weights", "decoder weights", "head, vision", "repeated", "KV caches", "buffers", "workspace",
+        "**run**", "**build** 10.3", "**build** 10.16", "runs on",
     )  # fmt: skip
     print(f"GiB; {options.max_text} text tokens, {options.max_new_tokens} new ones\n")
     print(markdown(heads, rows(options)))

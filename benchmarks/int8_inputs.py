@@ -71,8 +71,8 @@ def main() -> None:
         for model in options.model:
             lines = []
             for keep in options.keep:
-                plan = plan_for(model=model, keep=keep, image_size=options.image_size)
-                lines += rows(plan.setting(), keep, options.device)
+                setting = plan_for(model=model, keep=keep, image_size=options.image_size)
+                lines += rows(setting, keep, options.device)
             heads = ["`--quantize`", "keep", "GiB", *options.device]
             print(f"\n**{model}, {'x'.join(map(str, options.image_size))}**\n\n{markdown(heads, lines)}")
 

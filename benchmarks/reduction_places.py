@@ -86,7 +86,7 @@ def main() -> None:
             image_size=options.image_size,
             precision=options.dtype,
             num_new=options.new_tokens,
-        ).setting()
+        )
         for device in options.device:
             for keep in options.keep:
                 found = settings(whole, parse_keep(keep))

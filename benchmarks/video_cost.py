@@ -59,7 +59,7 @@ def main() -> None:
                 precision=options.dtype,
                 num_new=options.new_tokens,
                 num_images=-(-frames // 2),
-            ).setting()
+            )
             found = settings(whole, share=parse_keep(options.keep), evs_share=parse_keep(options.evs_keep))
             rows = [row(name, setting, options.device) for name, setting in found.items()]
             title = f"{options.model}, {frames} frames of {'x'.join(map(str, options.frame_size))}"

@@ -1,9 +1,8 @@
-"""``trio-profile BUNDLE``: time, memory and energy of a bundle on this machine, as tables, JSON, a trace and a page."""
+"""``trio-profile BUNDLE``: time, memory and energy of a bundle on this machine, as tables, JSON and a page."""
 
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from trio_edge.profiling.predict.plan import parse_size, plan_for
 from trio_edge.profiling.predict.printing import print_prediction, summary_of
 from trio_edge.profiling.report.summary import report_of
 from trio_edge.profiling.report.table import print_profile
-from trio_edge.profiling.report.trace import trace_json
 from trio_edge.runtime.bundle.errors import BundleError, TargetError
 from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.bundle.reader import open_bundle
@@ -74,8 +72,6 @@ def _parsed_size(
 @click.option(
     "--html", "html_file", type=PATH, metavar="FILE", help="Write a page with plots (needs matplotlib)."
 )
-@click.option("--trace", "trace_file", type=PATH, metavar="FILE",
-              help="Write a trace for Perfetto or chrome://tracing.")  # fmt: skip
 @click.option(
     "--predict",
     "devices",
@@ -117,7 +113,6 @@ def command(
     new_tokens: int | None,
     json_file: Path | None,
     html_file: Path | None,
-    trace_file: Path | None,
     **settings: Any,
 ) -> int:
     """Measure BUNDLE on this machine: time per graph, memory, energy, and the share of the machine's peak rates.
@@ -126,7 +121,7 @@ def command(
     """
     predicting = {name: settings.pop(name) for name in _PREDICTING}
     _check_given(predicting=predicting["devices"] is not None)
-    named = {"--json": json_file, "--html": html_file, "--trace": trace_file}
+    named = {"--json": json_file, "--html": html_file}
     outputs = {option: path for option, path in named.items() if path is not None}
     check_outputs(outputs)
     if html_file is not None:
@@ -181,15 +176,14 @@ def _predict(
     # by name, because a device that is named twice is predicted once
     found = {device.name: device for device in (find_device(name, option="--predict") for name in names)}
     manifest = None if bundle is None else open_bundle(bundle).manifest
-    plan = plan_for(manifest=manifest, model=model, **wishes)
-    setting = plan.setting()
+    setting = plan_for(manifest=manifest, model=model, **wishes)
     predictions = [predict(setting, device) for device in found.values()]
     if json_file is not None:
-        values = {"prediction": True, "found": [summary_of(plan, one) for one in predictions]}
+        values = {"prediction": True, "found": [summary_of(one) for one in predictions]}
         write_output("--json", json_file, _json(values))
     console = wide_console()  # last, so that the file is there if the output is closed early
     for prediction in predictions:
-        print_prediction(console, plan, prediction)
+        print_prediction(console, prediction)
 
 
 def _profile(outputs: dict[str, Path], **settings: Any) -> None:
@@ -199,11 +193,7 @@ def _profile(outputs: dict[str, Path], **settings: Any) -> None:
             settings["on_step"] = status.update
         measurement = measure(MeasureOptions(**settings))
     report = report_of(measurement)
-    contents: dict[str, Callable[[ProfileReport], bytes]] = {
-        "--json": _json,
-        "--html": page_html,
-        "--trace": partial(trace_json, measurement),
-    }
+    contents: dict[str, Callable[[ProfileReport], bytes]] = {"--json": _json, "--html": page_html}
     for option, path in outputs.items():
         write_output(option, path, contents[option](report))
     print_profile(report)

@@ -31,6 +31,7 @@ from trio_edge.runtime.bundle.manifest import Dimensions, FloatType, VisionDimen
 from trio_edge.runtime.bundle.schedule import Positions, Schedule
 from trio_edge.runtime.images.interface import ImageProcessing
 from trio_edge.trio.budgets import ScheduleRequest
+from trio_edge.trio.cost.memory import pixel_bytes_of
 
 BUDGETS = (1.0, 1 / 3, 2 / 9, 0.111)
 
@@ -117,6 +118,7 @@ class Sizes:
     tower: VisionDimensions
     vision_sizes: dict[str, int]
     """Sizes of the vision graph's axes for the picture."""
+    pixel_bytes: int
     element_bytes: int
     num_visual: int
     """N."""
@@ -179,11 +181,17 @@ def sizes_of(shapes: Shapes, *, dtype: FloatType) -> Sizes:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = describe(shapes, Path(folder))
         model, processing = empty_model(checkpoint, dtype=dtype)
-        return _sizes(model, processing.sizes(*shapes.picture), dtype=dtype, checkpoint=checkpoint)
+        sizes = processing.sizes(*shapes.picture)
+        return _sizes(model, processing, sizes, dtype=dtype, checkpoint=checkpoint)
 
 
 def _sizes(
-    model: FamilyModel, vision_sizes: dict[str, int], *, dtype: FloatType, checkpoint: Checkpoint
+    model: FamilyModel,
+    processing: ImageProcessing,
+    vision_sizes: dict[str, int],
+    *,
+    dtype: FloatType,
+    checkpoint: Checkpoint,
 ) -> Sizes:
     text, layer = model.text_config, cast("Any", model.layers[0])
     attention = layer.self_attn
@@ -201,6 +209,7 @@ def _sizes(
         decoder=decoder,
         tower=model.vision_dimensions,
         vision_sizes=vision_sizes,
+        pixel_bytes=pixel_bytes_of(processing.to_dict(), vision_sizes),
         element_bytes=2 if dtype == "float16" else 4,
         num_visual=vision_sizes["N"],
         vision_weights=sum(weight.numel() for weight in model.vision.module.parameters()),
@@ -255,7 +264,7 @@ def subject_of(
         processing, picture, mrope=model.position_axes == 3, num_text=num_text, num_rows=sizes["N"] + num_text
     )  # fmt: skip
     return Subject(
-        sizes=_sizes(model, sizes, dtype=dtype, checkpoint=checkpoint),
+        sizes=_sizes(model, processing, sizes, dtype=dtype, checkpoint=checkpoint),
         root=root,
         model=model,
         device=device,

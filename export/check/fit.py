@@ -1,7 +1,8 @@
 """Estimates before an export whether the bundle fits a device's memory, and which changes would make it fit.
 
-Pure functions of numbers. The following is in memory at the same time. Letters as in ``trio.saliency``; I intermediate
-size, b bytes per element, w bytes per weight of a part (INT4: 0.30 of float16, scales and padding included; INT8, FP8: 1):
+Pure functions of numbers. The following is in memory at the same time, by ``trio/cost/memory.py``. Letters as in
+``trio.saliency``; I intermediate size, b bytes per element, w bytes per weight of a part (INT4: 0.30 of float16, scales and
+padding included; INT8, FP8: 1):
 
     decoder weights     L (2 D H E + 2 D G E + 3 D I) w
     head, vision        V D w, and the parameters of vision tower and projector times w
@@ -9,11 +10,12 @@ size, b bytes per element, w bytes per weight of a part (INT4: 0.30 of float16, 
                         with other methods those of a layer's keys and queries
     KV caches           per layer 2 G E b times its rows: visual rows of its range + largest text + new tokens;
                         b is 1 for INT8 caches
-    activations         those of the largest graph, by ``trio/cost/memory.py``
+    buffers             inputs, results and new KV rows of the layer ranges, visual tokens, and pixels
+    workspace           the largest graph's activations without fused attention. The runtime and ``trio-profile --predict`` count
+                        fused attention; which kernels TensorRT will choose is not known here
 
-A selector before the decoder leaves K visual rows for the first range. Graphs run one after the other, so their
-activations share one buffer. Not counted: the workspace of TensorRT's tactics, building (several times an engine's
-weights), and the token embeddings, which stay in a mapped file.
+A selector before the decoder leaves K visual rows for the first range. Not counted: the workspace of TensorRT's tactics,
+building (several times an engine's weights), and the token embeddings, which stay in a mapped file.
 """
 
 from __future__ import annotations
@@ -35,8 +37,10 @@ from trio_edge.trio.cost.memory import (
     WeightBytes,
     bundle_bytes,
     layers_and_rows,
+    pixel_bytes_of,
     scratch_before,
     tiles_of,
+    unfused_bytes,
 )
 from trio_edge.trio.methods import token_method as method_row
 
@@ -67,6 +71,7 @@ class FitImage:
     num_visual: int
     """N, rows of the visual span."""
     tiles: Tiles
+    pixel_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,12 +152,23 @@ def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
         ranges=inputs.layers_and_rows,
         text_rows=inputs.max_text,
         new_rows=inputs.max_new_tokens,
+        num_visual=inputs.image.num_visual + inputs.most_visual,
+        pixel_bytes=inputs.image.pixel_bytes,
         bytes_per_cached=1 if plan.has_cache else size,
+        element_bytes=size,
+    )
+    workspace = unfused_bytes(
+        inputs.decoder,
+        inputs.schedule,
+        ranges=inputs.layers_and_rows,
+        text_rows=inputs.max_text,
         tiles=inputs.image.tiles,
         before=before,
         element_bytes=size,
     )
-    names = ("decoder weights", "head and vision weights", "repeated weights", "KV caches", "activations")
+    found = found._replace(workspace=workspace)
+    weights = ("decoder weights", "head and vision weights", "repeated weights")
+    names = (*weights, "KV caches", "buffers", "workspace")
     return Fit(parts=dict(zip(names, map(round, found))), usable_bytes=usable_bytes)
 
 
@@ -277,14 +293,19 @@ def fit_inputs(
     towers = [model.vision.module] if text_tower is None else [model.vision.module, text_tower]
     largest = max(layout.vision_sizes, key=lambda sizes: (sizes["N"], *sizes.values()))
     tower = model.vision_dimensions
-    image = FitImage(num_visual=largest["N"], tiles=tiles_of(tower, largest))
+    image, small = (
+        FitImage(
+            num_visual=sizes["N"],
+            tiles=tiles_of(tower, sizes),
+            pixel_bytes=pixel_bytes_of(processing.to_dict(), sizes),
+        )
+        for sizes in (largest, processing.sizes(*SMALL_IMAGE))
+    )
     selection = None
     if token_method is not None and layout.token_keep is not None:
         by_features = method_row(token_method).compares == "features"
         width = tower.hidden_size if by_features else dimensions.hidden_size
         selection = TokenSelection(token_method, layout.token_keep, width)
-    sizes = processing.sizes(*SMALL_IMAGE)
-    small = FitImage(num_visual=sizes["N"], tiles=tiles_of(tower, sizes))
     return FitInputs(
         decoder=dimensions,
         element_bytes=2 if layout.dtype == "float16" else 4,

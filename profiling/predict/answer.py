@@ -20,7 +20,7 @@ from trio_edge.profiling.predict.speed import (
 )
 from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.trio.cost.flops import stage_work
-from trio_edge.trio.cost.memory import WeightBytes, bundle_bytes, layers_and_rows, tiles_of
+from trio_edge.trio.cost.memory import WeightBytes, bundle_bytes, layers_and_rows, pixel_bytes_of
 from trio_edge.trio.cost.selections import StageSizes
 from trio_edge.trio.cost.work import Work, head_work, range_work, sum_of, tower_weights, vision_work
 
@@ -41,6 +41,10 @@ class Setting:
     """A model, its export settings, and the question."""
 
     model: Model
+    keep: str | None = None
+    """Average keep as ``11.1%``; None for the bundle's own schedule."""
+    image_size: tuple[int, int] | None = None
+    """Width and height; None for the bundle's largest shapes."""
     schedule: Schedule
     sizes: Mapping[str, int]
     """Sizes of the vision profile for one image: N visual tokens, and B tiles or P patches."""
@@ -62,8 +66,8 @@ class Setting:
     """Names and work of the graphs between vision and decoder, for all images."""
     other_weight_bytes: int = 0
     """Weights of graphs that the model does not describe, such as CLIP's text tower."""
-    scratch_before: int = 0
-    """Largest scratch memory of a graph between vision and decoder, in bytes."""
+    memory: Mapping[str, int] | None = None
+    """Bytes for loading the bundle by purpose, the runtime's ``estimate``; None without a bundle that has this setting."""
     largest_text: int | None = None
     """Text rows of the largest bucket; None for ``text_bucket``."""
     most_new: int | None = None
@@ -116,14 +120,15 @@ class MemoryNeed:
 
     weights: int
     kv_caches: int
-    activations: int
+    buffers: int
+    workspace: int
     usable: int
     """Bytes that the device offers."""
 
     @property
     def total(self) -> int:
-        """Sum of the three."""
-        return self.weights + self.kv_caches + self.activations
+        """Sum of the four."""
+        return self.weights + self.kv_caches + self.buffers + self.workspace
 
     @property
     def fits(self) -> bool:
@@ -212,10 +217,10 @@ def range_name(index: int, count: int) -> str:
 
 
 def memory_of(setting: Setting, *, usable: int) -> MemoryNeed:
-    """Return the memory of weights, KV caches at full capacity, and the largest graph's activations.
-
-    ``trio-export --target`` uses the same formulas, ``bundle_bytes``.
-    """
+    """Return the memory for loading a bundle, or by ``bundle_bytes`` that of a bundle which does not exist."""
+    if setting.memory is not None:
+        parts = {name.lower().replace(" ", "_"): count for name, count in setting.memory.items()}
+        return MemoryNeed(**parts, usable=usable)
     decoder, tower, sizes = setting.model.decoder, setting.model.vision, setting.formats.bytes_per_weight()
     found = bundle_bytes(
         decoder,
@@ -225,14 +230,17 @@ def memory_of(setting: Setting, *, usable: int) -> MemoryNeed:
         ranges=setting.ranges,
         text_rows=setting.text_rows,
         new_rows=setting.room - setting.text_rows,
+        num_visual=setting.sizes["N"] + (setting.visual_rows[0] if setting.num_images > 1 else 0),
+        pixel_bytes=pixel_bytes_of(setting.model.images.to_dict(), setting.sizes),
         bytes_per_cached=setting.formats.bytes_per_cached,
-        tiles=None if tower is None else tiles_of(tower, setting.sizes),
-        before=setting.scratch_before,
         element_bytes=2,
     )
-    weights = round(found.layers + found.head_and_vision + found.repeated) + setting.other_weight_bytes
     return MemoryNeed(
-        weights=weights, kv_caches=found.kv_caches, activations=found.activations, usable=usable
+        weights=round(found.layers + found.head_and_vision + found.repeated) + setting.other_weight_bytes,
+        kv_caches=found.kv_caches,
+        buffers=found.buffers,
+        workspace=found.workspace,
+        usable=usable,
     )
 
 

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.profiling.predict.answer import Precision, Setting
-from trio_edge.profiling.predict.models import Model, find_model, model_of
+from trio_edge.profiling.predict.models import find_model, model_of
 from trio_edge.profiling.predict.speed import Formats
 from trio_edge.runtime.bundle.errors import ScheduleError, TargetError
 from trio_edge.runtime.bundle.graph_io import CLIP_TEXT, MAX_TEXT, bucket_of, num_clip_texts, text_buckets
 from trio_edge.runtime.bundle.limits import MOST_TOKENS
 from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.runtime.devices.memory import estimate
 from trio_edge.trio.cost.bundle_work import (
     clip_text_flops,
     fixed_sizes,
-    input_widths,
     reduce_cost,
     vision_flops,
 )
-from trio_edge.trio.cost.memory import Texts, TokenSelection, scratch_before
 from trio_edge.trio.cost.work import counted_work, sum_of
-from trio_edge.trio.methods import token_method as method_row
 
 if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import Manifest
@@ -40,95 +37,6 @@ USUAL_PICTURE = (672, 672)
 """Default image width and height for a released model."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """One combination of inputs."""
-
-    model: Model
-    manifest: Manifest | None
-    """The bundle's; None for a released model by name."""
-    keep: str | None
-    """Average keep as ``11.1%``; None for the bundle's own schedule."""
-    image_size: tuple[int, int] | None
-    """Width and height; None for the bundle's largest shapes."""
-    precision: Precision
-    num_text: int
-    num_new: int
-    num_images: int = 1
-    """Images of a prompt, or pairs of a video's frames."""
-
-    def described(self) -> str:
-        """Return the plan in words."""
-        keep = "the bundle's schedule" if self.keep is None else f"keep {self.keep}"
-        image = "its largest image" if self.image_size is None else "{}x{}".format(*self.image_size)
-        images = "" if self.num_images == 1 else f"{self.num_images} times "
-        return f"{keep}, {images}{image}, {self.precision}"
-
-    def setting(self) -> Setting:
-        """Return the setting of this plan.
-
-        Raises:
-            ScheduleError: If the model cannot keep so little, or the image has fewer tokens than the bundle keeps.
-            ImageError: If the model cannot process images of this size.
-        """
-        sizes = self._sizes()
-        entering = None if self.manifest is None else self.manifest.token_keep
-        self._check_entering(sizes["N"], entering)
-        schedule = self._schedule(sizes["N"], entering)
-        buckets = text_buckets(MAX_TEXT) if self.manifest is None else self.manifest.text_buckets
-        schedule.check_fits(
-            num_layers=self.model.decoder.num_layers, max_visual=self.num_images * (entering or sizes["N"])
-        )
-        setting = Setting(
-            model=self.model,
-            schedule=schedule,
-            sizes=sizes,
-            num_images=self.num_images,
-            num_text=self.num_text,
-            text_bucket=bucket_of(self.num_text, buckets),
-            num_new=self.num_new,
-            formats=Formats(layer=self.precision),
-            entering=entering,
-        )
-        if self.manifest is None:
-            return setting
-        return dataclasses.replace(setting, **_from_manifest(self.manifest, setting))
-
-    def _check_entering(self, num_visual: int, token_keep: int | None) -> None:
-        if token_keep is not None and self.image_size is not None and num_visual <= token_keep:
-            raise ScheduleError(
-                f"--image-size: expected an image of more than {token_keep} visual tokens, as many as the bundle keeps before"
-                f" the decoder, got {num_visual}; choose a larger one"
-            )
-
-    def _sizes(self) -> dict[str, int]:
-        if self.image_size is not None or self.manifest is None:
-            return self.model.images.sizes(*(self.image_size or USUAL_PICTURE))
-        graph = self.manifest.graph("vision")
-        return {**fixed_sizes(graph), **graph.profiles[-1].sizes}
-
-    def _schedule(self, num_visual: int, token_keep: int | None) -> Schedule:
-        if self.keep is None:
-            return Schedule() if self.manifest is None else self.manifest.schedule
-        # the exporter's own arithmetic, which needs no torch: predictions must have its stages
-        from trio_edge.trio.budgets import ScheduleRequest, parse_keep
-
-        own = Schedule() if self.manifest is None else self.manifest.schedule
-        average = None if self.keep == WITHOUT_STAGES else parse_keep(self.keep)
-        return ScheduleRequest.like(own, average=average, is_strict=True).schedule(
-            num_layers=self.model.decoder.num_layers,
-            num_visual=self.num_images * (num_visual if token_keep is None else min(token_keep, num_visual)),
-            image_tokens=self.num_images * self._picture_tokens(num_visual),
-        )
-
-    def _picture_tokens(self, num_visual: int) -> int:
-        """Return the image's visual tokens before the encoder removes any; a keep is a share of these."""
-        whole = None if self.manifest is None else self.manifest.cost.image_tokens
-        if self.manifest is None or whole is None:
-            return num_visual
-        return round(num_visual * whole / self.manifest.cost.num_visual)
-
-
 def plan_for(
     *,
     manifest: Manifest | None = None,
@@ -139,15 +47,17 @@ def plan_for(
     num_text: int = 40,
     num_new: int = 16,
     num_images: int | None = None,
-) -> Plan:
-    """Return the plan for a bundle's manifest, or for a released model by name.
+) -> Setting:
+    """Return the setting for a bundle's manifest, or for a released model by name.
 
-    The defaults of ``keep``, ``precision`` and ``num_images`` are the bundle's schedule, precision and most images; for a
-    released model 100 %, float16 and one image.
+    The defaults of ``keep``, ``image_size``, ``precision`` and ``num_images`` are the bundle's schedule, largest shapes,
+    precision and most images; for a released model 100 %, ``USUAL_PICTURE``, float16 and one image.
 
     Raises:
         TargetError: If no released model has the name.
-        ScheduleError: If a number of tokens is out of range.
+        ScheduleError: If a number of tokens is out of range, the model cannot keep so little, or the image has fewer tokens
+            than the bundle keeps.
+        ImageError: If the model cannot process images of this size.
     """
     for name, value in (("--text", num_text), ("--new-tokens", num_new)):
         if not 1 <= value <= MOST_TOKENS:
@@ -155,21 +65,67 @@ def plan_for(
                 f"{name}: expected 1..{MOST_TOKENS} tokens, got {value}; choose a number in this range"
             )
     if manifest is None:
-        known, keep = find_model(model or ""), keep or KEEP_ALL
-        image_size = image_size or USUAL_PICTURE
+        known, keep, image_size = find_model(model or ""), keep or KEEP_ALL, image_size or USUAL_PICTURE
     else:
         known = model_of(manifest)
-    return Plan(
+    is_own = keep is None and image_size is None and precision in (None, _precision_of(manifest))
+    if num_images is None:
+        num_images = 1 if manifest is None or image_size is not None else manifest.cost.num_images
+    entering = None if manifest is None else manifest.token_keep
+    if image_size is None:
+        assert manifest is not None
+        graph = manifest.graph("vision")
+        sizes = {**fixed_sizes(graph), **graph.profiles[-1].sizes}
+    else:
+        sizes = known.images.sizes(*image_size)
+        if entering is not None and sizes["N"] <= entering:
+            raise ScheduleError(
+                f"--image-size: expected an image of more than {entering} visual tokens, as many as the bundle keeps before"
+                f" the decoder, got {sizes['N']}; choose a larger one"
+            )
+    num_layers, num_visual = known.decoder.num_layers, num_images * min(sizes["N"], entering or sizes["N"])
+    schedule = Schedule() if manifest is None else manifest.schedule
+    if keep is not None:
+        # the exporter's own arithmetic, which needs no torch: predictions must have its stages
+        from trio_edge.trio.budgets import ScheduleRequest, parse_keep
+
+        average = None if keep == WITHOUT_STAGES else parse_keep(keep)
+        schedule = ScheduleRequest.like(schedule, average=average, is_strict=True).schedule(
+            num_layers=num_layers,
+            num_visual=num_visual,
+            image_tokens=num_images * _picture_tokens(manifest, sizes["N"]),
+        )
+    schedule.check_fits(num_layers=num_layers, max_visual=num_images * (entering or sizes["N"]))
+    buckets = text_buckets(MAX_TEXT) if manifest is None else manifest.text_buckets
+    setting = Setting(
         model=known,
-        manifest=manifest,
         keep=keep,
         image_size=image_size,
-        precision=precision or _precision_of(manifest),
+        schedule=schedule,
+        sizes=sizes,
+        num_images=num_images,
         num_text=num_text,
+        text_bucket=bucket_of(num_text, buckets),
         num_new=num_new,
-        num_images=num_images
-        or (1 if manifest is None or image_size is not None else manifest.cost.num_images),
+        formats=Formats(layer=precision or _precision_of(manifest)),
+        entering=entering,
     )
+    if manifest is None:
+        return setting
+    more = _from_manifest(manifest, setting)
+    fits = setting.text_bucket <= buckets[-1] and num_new <= manifest.max_new_tokens
+    if is_own and fits and num_images <= manifest.cost.num_images:
+        weight_bytes = sum(graph.weight_bytes for graph in manifest.graphs)
+        more["memory"] = estimate(manifest, manifest.graphs, weight_bytes=weight_bytes)
+    return dataclasses.replace(setting, **more)
+
+
+def _picture_tokens(manifest: Manifest | None, num_visual: int) -> int:
+    """Return the image's visual tokens before the encoder removes any; a keep is a share of these."""
+    whole = None if manifest is None else manifest.cost.image_tokens
+    if manifest is None or whole is None:
+        return num_visual
+    return round(num_visual * whole / manifest.cost.num_visual)
 
 
 def _precision_of(manifest: Manifest | None) -> Precision:
@@ -204,33 +160,27 @@ def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
     if manifest.vision is None:
         flops = vision_flops(manifest, num_visual=num_visual)
         more["vision"] = counted_work(flops, rows=num_visual)
-    if manifest.token_method is not None and manifest.token_keep is not None:
-        more |= _before_decoder(manifest, setting, manifest.token_method, manifest.token_keep)
+    if manifest.token_method is not None:
+        more["before"] = _before_decoder(manifest, setting)
     return more
 
 
-def _before_decoder(manifest: Manifest, setting: Setting, method: str, num_keep: int) -> dict[str, Any]:
-    """Return the work and scratch memory of the graphs between vision and decoder."""
-    graph, num_visual, num_text = manifest.graph("reduce"), setting.sizes["N"], setting.text_bucket
-    widths, texts = input_widths(graph), None
+def _before_decoder(manifest: Manifest, setting: Setting) -> tuple[tuple[str, Work], ...]:
+    """Return the names and work of the graphs between vision and decoder."""
+    num_visual, num_text = setting.sizes["N"], setting.text_bucket
     works: list[tuple[str, Work]] = []
     if manifest.clip_text is not None:
         length = manifest.clip_text.length
         counts = sorted(profile.sizes["M"] for profile in manifest.graph(CLIP_TEXT).profiles)
         count = bucket_of(num_clip_texts(setting.num_text, length=length), counts)
-        texts = Texts(max(count, counts[-1]), length, widths["clip_texts"])
         flops = clip_text_flops(manifest, num_texts=count)
         works.append((CLIP_TEXT, counted_work(flops, rows=count * length)))
         num_text = count * (length - 2)
     cost = reduce_cost(manifest, num_visual=num_visual, num_text=num_text)
     # the greedy loop is always in float32
     again = cost.read_again * 4 / setting.formats.bytes_per_element
-    works += [
-        ("reduce", sum_of([counted_work(cost.flops, rows=num_visual, other=again)] * setting.num_images))
-    ]
-    selection = TokenSelection(method, num_keep, widths[method_row(method).compares or "visual_tokens"])
-    scratch = scratch_before(selection, texts, num_visual=num_visual, element_bytes=2)
-    return {"before": tuple(works), "scratch_before": scratch}
+    reduced = sum_of([counted_work(cost.flops, rows=num_visual, other=again)] * setting.num_images)
+    return (*works, ("reduce", reduced))
 
 
 def _rounded_inputs(manifest: Manifest, setting: Setting) -> frozenset[WeightKind]:

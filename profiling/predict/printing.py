@@ -13,21 +13,20 @@ from trio_edge.runtime.cli.tables import whole_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trio_edge.profiling.predict.answer import Prediction
-    from trio_edge.profiling.predict.plan import Plan
+    from trio_edge.profiling.predict.answer import Prediction, Setting
 
 MIB, GIB = 1 << 20, 1 << 30
 NOTE = "PREDICTED, nothing was measured: counted work, the device's rates, and efficiencies of tuned runtimes"
 
 
-def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
+def summary_of(prediction: Prediction) -> dict[str, Any]:
     """Return a prediction as JSON types: times in milliseconds, sizes in bytes, errors as fractions."""
     setting, fitted, memory = prediction.setting, fitted_for(prediction.device), prediction.memory
     return {
         "device": prediction.device.name,
         "model": setting.model.name,
-        "keep": plan.keep,
-        "picture": None if plan.image_size is None else list(plan.image_size),
+        "keep": setting.keep,
+        "picture": None if setting.image_size is None else list(setting.image_size),
         "precision": setting.formats.layer,
         "visual_tokens": list(setting.visual_rows),
         "stages": [{"layer": stage.layer, "keep": stage.keep} for stage in setting.schedule.stages],
@@ -58,7 +57,7 @@ def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> None:
+def print_prediction(console: Console, prediction: Prediction) -> None:
     """Print the time of every graph, and a summary."""
     setting, device = prediction.setting, prediction.device
     table = whole_table(
@@ -71,7 +70,7 @@ def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> No
         )
     console.print(table)
     lines = {
-        "setting": f"{plan.described()}: {' > '.join(map(str, setting.visual_rows))} visual tokens,"
+        "setting": f"{_described(setting)}: {' > '.join(map(str, setting.visual_rows))} visual tokens,"
         f" {setting.num_text} text in {setting.text_bucket} rows, {setting.num_new} new",
         "first token": f"{_milliseconds(prediction.seconds('prefill'))} ms, up to"
         f" {_milliseconds(prediction.seconds('prefill') + prediction.unfused_seconds)} ms if attention is not one kernel",
@@ -90,6 +89,13 @@ def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> No
         console.print(note, highlight=False, soft_wrap=True)
 
 
+def _described(setting: Setting) -> str:
+    keep = "the bundle's schedule" if setting.keep is None else f"keep {setting.keep}"
+    image = "its largest image" if setting.image_size is None else "{}x{}".format(*setting.image_size)
+    images = "" if setting.num_images == 1 else f"{setting.num_images} times "
+    return f"{keep}, {images}{image}, {setting.formats.layer}"
+
+
 def _milliseconds(seconds: float) -> str:
     """Return a time in milliseconds with at least two digits."""
     return f"{1e3 * seconds:.0f}" if seconds >= 0.01 else f"{1e3 * seconds:.2g}"
@@ -100,7 +106,7 @@ def _memory(prediction: Prediction) -> str:
     verdict = "fits" if memory.fits else "does NOT fit"
     return (
         f"{_size(memory.total)} ({_size(memory.weights)} weights, {_size(memory.kv_caches)} KV caches,"
-        f" {_size(memory.activations)} activations) of {_size(memory.usable)}: {verdict}"
+        f" {_size(memory.buffers)} buffers, {_size(memory.workspace)} workspace) of {_size(memory.usable)}: {verdict}"
     )
 
 

@@ -239,6 +239,12 @@ class Dimensions(_Spec, frozen=True):
     intermediate_size: Axis
     vocab_size: Axis
 
+    def workspace_bytes(self, rows: int, *, element_bytes: int, score_bytes: int = 0) -> int:
+        """Return the activations of a layer range at ``rows`` rows; ``score_bytes`` are 0 with fused attention."""
+        hidden, mlp = rows * self.hidden_size, rows * self.intermediate_size
+        heads = rows * (self.num_heads + 2 * self.num_kv_heads) * self.head_size
+        return 3 * hidden * element_bytes + max(heads * element_bytes + score_bytes, 3 * mlp * element_bytes)
+
 
 class VisionDimensions(_Spec, frozen=True):
     """Sizes of the vision tower and its projector that determine the cost of the vision graph."""

@@ -180,11 +180,9 @@ def check_memory(
 
 def estimate(manifest: Manifest, specs: Sequence[GraphSpec], *, weight_bytes: int) -> dict[str, int]:
     """Return the bytes by purpose for loading ``specs``; buffers and KV caches only if these are all graphs."""
-    dims, size = manifest.dimensions, np.dtype(manifest.dtype).itemsize
     rows = max((profile.sizes.get("S", 0) for spec in specs for profile in spec.profiles), default=0)
-    attention = (dims.num_heads + 2 * dims.num_kv_heads) * dims.head_size
-    activations = rows * size * (3 * dims.hidden_size + max(attention, 3 * dims.intermediate_size))
-    memory = {"weights": weight_bytes, "workspace": activations}
+    workspace = manifest.dimensions.workspace_bytes(rows, element_bytes=np.dtype(manifest.dtype).itemsize)
+    memory = {"weights": weight_bytes, "workspace": workspace}
     # Single graphs are loaded for comparisons and bring their own buffers.
     if len(specs) == len(manifest.graphs):
         buffers = memory_plan(manifest).num_bytes - manifest.kv_bytes

@@ -18,25 +18,36 @@ _MEMORY = 0.8  # weight of the old mean service time: the last five answers coun
 class ModelWorker(Protocol):
     """Answers requests for one model."""
 
-    @property
-    def name(self) -> str:
-        """The model's name in requests."""
-
-    @property
-    def loaded(self) -> Future[Any]:
-        """Done when the model is loaded; holds the exception if loading failed."""
+    name: str
+    """The model's name in requests."""
+    loaded: Future[Any]
+    """Done when the model is loaded; holds the pipeline or a replica's description, or the exception if loading failed."""
 
     @property
     def is_ready(self) -> bool:
         """Whether the worker can answer now."""
 
     @property
+    def has_loaded(self) -> bool:
+        """Whether loading has ended without an exception."""
+        return self.loaded.done() and self.loaded.exception() is None
+
+    def _loaded(self) -> Any:
+        if not self.has_loaded:
+            message = f"model {self.name}: still loading; try again later"
+            raise RequestError(503, message, code="loading", retry_after_s=5.0)
+        return self.loaded.result()
+
+    @property
     def manifest(self) -> Manifest:
         """The bundle's manifest; raises ``RequestError`` if the model is not loaded."""
+        manifest: Manifest = self._loaded().manifest
+        return manifest
 
     @property
     def backend_name(self) -> str:
         """The backend that runs the graphs; raises ``RequestError`` if the model is not loaded."""
+        return str(self._loaded().backend_name)
 
     def start(self) -> None:
         """Load the model and begin to answer. Called on the event loop."""
@@ -61,12 +72,6 @@ class ModelWorker(Protocol):
 def smoothed(mean_s: float, seconds: float) -> float:
     """Return the running mean of the service time after an answer of ``seconds``; 0.0 means no answer yet."""
     return seconds if mean_s == 0.0 else _MEMORY * mean_s + (1 - _MEMORY) * seconds
-
-
-def still_loading(model: str) -> RequestError:
-    """Return the error for a request that comes before the model is loaded."""
-    message = f"model {model}: still loading; try again later"
-    return RequestError(503, message, code="loading", retry_after_s=5.0)
 
 
 def stopping() -> RequestError:

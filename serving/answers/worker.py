@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import BackendError
-from trio_edge.serving.answers.interface import cut_short, queue_full, smoothed, still_loading, stopping
+from trio_edge.serving.answers.interface import ModelWorker, cut_short, queue_full, smoothed, stopping
 from trio_edge.serving.answers.job import AnswerJob, Failed, Finished, Kept, NewText
 from trio_edge.serving.answers.structured import Constraints
 from trio_edge.serving.requests.errors import RequestError, request_error_from
@@ -40,7 +40,7 @@ _MAX_FAILURES = 3  # in a row; after these the worker is not ready
 
 
 @final
-class Worker:
+class Worker(ModelWorker):
     """Answers requests with one bundle."""
 
     def __init__(
@@ -67,28 +67,7 @@ class Worker:
     @property
     def is_ready(self) -> bool:
         """Whether the bundle is loaded, the server runs on, and the last answers did not all fail."""
-        return self._is_loaded and not self._is_stopping and self._num_failures < _MAX_FAILURES
-
-    @property
-    def _is_loaded(self) -> bool:
-        return self.loaded.done() and self.loaded.exception() is None
-
-    @property
-    def pipeline(self) -> Pipeline:
-        """The open pipeline; raises ``RequestError`` if it is not loaded."""
-        if not self._is_loaded:
-            raise still_loading(self.name)
-        return self.loaded.result()
-
-    @property
-    def manifest(self) -> Manifest:
-        """The bundle's manifest; raises ``RequestError`` if it is not loaded."""
-        return self.pipeline.manifest
-
-    @property
-    def backend_name(self) -> str:
-        """The backend that runs the graphs; raises ``RequestError`` if it is not loaded."""
-        return self.pipeline.backend_name
+        return self.has_loaded and not self._is_stopping and self._num_failures < _MAX_FAILURES
 
     def submit(self, job: AnswerJob) -> None:
         """Put a job into the queue.

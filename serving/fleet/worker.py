@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, NamedTuple, final
 
 from ray import serve
 from ray.exceptions import RayActorError, RayError
@@ -19,7 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from trio_edge.runtime.bundle.checks import manifest_from_json
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.manifest import Manifest
-from trio_edge.serving.answers.interface import cut_short, queue_full, smoothed, still_loading, stopping
+from trio_edge.serving.answers.interface import ModelWorker, cut_short, queue_full, smoothed, stopping
 from trio_edge.serving.answers.job import AnswerJob, Event, Failed, Finished
 from trio_edge.serving.fleet.replica import STARTED
 from trio_edge.serving.fleet.wire import packed_request, unpacked_events
@@ -35,8 +35,15 @@ if TYPE_CHECKING:
 _WATCH_S = 2.0  # between two looks at the number of replicas
 
 
+class Description(NamedTuple):
+    """What a replica tells about its pipeline."""
+
+    backend_name: str
+    manifest: Manifest
+
+
 @final
-class FleetWorker:
+class FleetWorker(ModelWorker):
     """Answers requests with the replicas of one model. Only ``loaded`` and ``stop`` are thread-safe."""
 
     def __init__(
@@ -44,8 +51,8 @@ class FleetWorker:
     ) -> None:
         """Prepare the worker for the replicas of the model ``name``."""
         self.name = name
-        self.loaded: Future[tuple[str, Manifest]] = Future()
-        """The backend's name and the manifest, or the exception if no replica could start."""
+        self.loaded: Future[Description] = Future()
+        """A replica's description, or the exception if no replica could start."""
         self._replicas = replicas
         self._settings, self._metrics = settings, metrics
         self._answering: dict[AnswerJob, asyncio.Task[None]] = {}
@@ -62,26 +69,7 @@ class FleetWorker:
     @property
     def is_ready(self) -> bool:
         """Whether a replica runs and the server does not stop."""
-        return self._is_loaded and not self._is_stopping and self._num_replicas > 0
-
-    @property
-    def _is_loaded(self) -> bool:
-        return self.loaded.done() and self.loaded.exception() is None
-
-    @property
-    def manifest(self) -> Manifest:
-        """The bundle's manifest; raises ``RequestError`` if no replica has been loaded."""
-        return self._description()[1]
-
-    @property
-    def backend_name(self) -> str:
-        """The backend that runs the graphs; raises ``RequestError`` if no replica has been loaded."""
-        return self._description()[0]
-
-    def _description(self) -> tuple[str, Manifest]:
-        if not self._is_loaded:
-            raise still_loading(self.name)
-        return self.loaded.result()
+        return self.has_loaded and not self._is_stopping and self._num_replicas > 0
 
     def submit(self, job: AnswerJob) -> None:
         """Pass a job to Ray Serve. If its queue is full, the job's event is an error.
@@ -136,8 +124,8 @@ class FleetWorker:
         app = serve.status().applications[self._replicas.app_name]
         return app.deployments[self._replicas.deployment_name]
 
-    async def _first_description(self) -> tuple[str, Manifest]:
-        """Return the backend's name and the manifest of the first replica."""
+    async def _first_description(self) -> Description:
+        """Return the description of the first replica."""
         asking: asyncio.Future[tuple[str, bytes]] = asyncio.ensure_future(self._replicas.describe.remote())
         # A handle waits for ever for replicas whose deployment has failed (Ray 2.60).
         while not (await asyncio.wait({asking}, timeout=_WATCH_S))[0]:
@@ -147,7 +135,7 @@ class FleetWorker:
                 raise BackendError(_last_error(str(status.message)))
         backend_name, manifest = asking.result()
         await self._count_replicas()
-        return backend_name, manifest_from_json(manifest, where=self.name)
+        return Description(backend_name, manifest_from_json(manifest, where=self.name))
 
     async def _count_replicas(self) -> None:
         try:

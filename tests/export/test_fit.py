@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 CLIP = Tiles(num_tiles=5, patches=577, hidden_size=1024, intermediate_size=4096)
-SMALL = FitImage(num_visual=1176, tiles=CLIP._replace(num_tiles=2))
+SMALL = FitImage(num_visual=1176, tiles=CLIP._replace(num_tiles=2), pixel_bytes=8 * 3 * 336**2)
 
 
 def llava_next_7b(**changes: Any) -> FitInputs:
@@ -32,7 +32,7 @@ def llava_next_7b(**changes: Any) -> FitInputs:
     inputs = FitInputs(
         decoder=MODELS["llava-next-7b"].decoder,
         vision_params=325_000_000,
-        image=FitImage(num_visual=2880, tiles=CLIP),
+        image=FitImage(num_visual=2880, tiles=CLIP, pixel_bytes=20 * 3 * 336**2),
         schedule=schedule_of("1:460,10:270,15:110"),
         max_text=256,
         max_new_tokens=256,
@@ -52,13 +52,13 @@ def test_float16_7b_does_not_fit_orin_nano_and_int4_alone_would_not_either() -> 
     assert warning.startswith(
         "--target jetson-orin-nano-8: expected at most 5.9 GiB (8.0 less 2.1 for the system)"
     )
-    assert "--quantize all=int4 alone would not fit (6.4)" in warning
+    assert "--quantize all=int4 alone would not fit (6.5)" in warning
 
 
 def test_float16_7b_does_not_fit_orin_nx_and_int4_would() -> None:
     warning = check_fit(llava_next_7b(), find_device("orin-nx-16"))
     assert warning is not None
-    assert warning.endswith("--quantize all=int4 would fit (6.4)")
+    assert warning.endswith("--quantize all=int4 would fit (6.5)")
 
 
 @pytest.mark.parametrize("name", ["agx-orin-64", "agx-orin-32", "rtx-4090"])
@@ -69,7 +69,7 @@ def test_float16_7b_fits_large_devices(name: str) -> None:
 def test_combination_is_offered_where_no_single_change_fits() -> None:
     warning = check_fit(llava_next_7b(), find_device("orin-nano-8"))
     assert warning is not None
-    assert warning.endswith("; --quantize all=int4 + --image-size 336x336 --only-image-sizes would fit (4.7)")
+    assert warning.endswith("; --quantize all=int4 + --image-size 336x336 --only-image-sizes would fit (4.8)")
 
 
 def test_model_that_nothing_makes_small_enough_is_said_so() -> None:
@@ -140,7 +140,7 @@ def test_quantized_parts_are_smaller_and_leave_the_rest() -> None:
 
 def test_activations_hold_the_attention_scores_of_the_first_range() -> None:
     rows = 2880 + 256
-    assert estimate(llava_next_7b(), usable_bytes=0).parts["activations"] > 32 * rows**2 * (4 + 2)
+    assert estimate(llava_next_7b(), usable_bytes=0).parts["workspace"] > 32 * rows**2 * (4 + 2)
 
 
 def test_a_whole_image_needs_the_scores_of_one_block_of_heads() -> None:
@@ -149,10 +149,11 @@ def test_a_whole_image_needs_the_scores_of_one_block_of_heads() -> None:
     )
     tiles = tiles_of(tower, {"P": 5184, "N": 1296})
     inputs = dataclasses.replace(
-        llava_next_7b(schedule=Schedule(), max_text=8), image=FitImage(num_visual=8, tiles=tiles)
+        llava_next_7b(schedule=Schedule(), max_text=8),
+        image=FitImage(num_visual=8, tiles=tiles, pixel_bytes=0),
     )
     scores = 5184**2 * 2 * 2
-    assert estimate(inputs, usable_bytes=0).parts["activations"] == 6 * 5184 * 1280 * 2 + scores
+    assert estimate(inputs, usable_bytes=0).parts["workspace"] == 6 * 5184 * 1280 * 2 + scores
 
 
 @pytest.mark.parametrize(
@@ -179,9 +180,9 @@ def test_a_selection_before_the_decoder_leaves_small_caches_and_needs_its_own_sc
     parts, before = (estimate(inputs, usable_bytes=0).parts for inputs in (chosen, whole))
     rows = [inputs.entering + 64 + 256 for inputs in (chosen, whole)]
     assert parts["KV caches"] * rows[1] == before["KV caches"] * rows[0]
-    assert parts["activations"] == 8 * 2880 * 4096 + 12 * 2880**2 < before["activations"]
+    assert parts["workspace"] == 8 * 2880 * 4096 + 12 * 2880**2 < before["workspace"]
     clip = 400 * (6 * 77 * 768 * 2 + 2 * 77 * 4 * 768 * 2)
-    assert estimate(with_clip, usable_bytes=0).parts["activations"] == clip > parts["activations"]
+    assert estimate(with_clip, usable_bytes=0).parts["workspace"] == clip > parts["workspace"]
 
 
 @pytest.mark.parametrize("fixture", ["keep_all_bundle", "reduced_bundle"])
@@ -194,7 +195,7 @@ def test_weights_and_caches_are_those_of_the_exported_bundle(
         decoder=manifest.dimensions,
         element_bytes=4,
         vision_params=manifest.graph("vision").weight_bytes // 4,
-        image=FitImage(num_visual=manifest.visual_sizes[-1], tiles=tiles),
+        image=FitImage(num_visual=manifest.visual_sizes[-1], tiles=tiles, pixel_bytes=0),
         schedule=manifest.schedule,
         max_text=manifest.text_buckets[-1],
         max_new_tokens=manifest.max_new_tokens,

@@ -336,7 +336,7 @@ def test_a_prediction_for_a_device_without_fp8_is_refused(
 def test_inputs_in_fp8_are_predicted_at_the_rate_of_fp8(bundle: Bundle) -> None:
     target, manifest = find_device("rtx-4090"), bundle.manifest
     assert target.fp8_flops == pytest.approx(2 * target.fp16_flops, rel=1e-3)
-    setting = plan_for(manifest=manifest).setting()
+    setting = plan_for(manifest=manifest)
     fast = predict(setting, target)
     half = dataclasses.replace(setting.formats, inputs=frozenset())
     slow = predict(dataclasses.replace(setting, formats=half), target)

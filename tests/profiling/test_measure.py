@@ -41,7 +41,6 @@ class Profile(NamedTuple):
     printed: str
     report: ProfileReport
     values: dict[str, Any]
-    trace: list[dict[str, Any]]
     page: str
 
 
@@ -64,7 +63,7 @@ def profile(reduced_bundle: Path, keep_all_bundle: Path, tmp_path_factory: pytes
     """A profile of the reduced bundle, under a name that HTML must escape, and of the one that keeps all."""
     folder = tmp_path_factory.mktemp("profile")
     bundle = copy_bundle(reduced_bundle, folder / ODD_NAME)
-    files = {kind: folder / f"profile.{kind}" for kind in ("json", "html", "trace")}
+    files = {kind: folder / f"profile.{kind}" for kind in ("json", "html")}
     options = [argument for kind, file in files.items() for argument in (f"--{kind}", str(file))]
     with pytest.MonkeyPatch.context() as patch, (folder / "printed").open("w") as printed:
         patch.setattr("sys.stdout", printed)
@@ -77,7 +76,6 @@ def profile(reduced_bundle: Path, keep_all_bundle: Path, tmp_path_factory: pytes
         printed=(folder / "printed").read_text(),
         report=msgspec.json.decode(content, type=ProfileReport),
         values=json.loads(content),
-        trace=json.loads(files["trace"].read_bytes())["traceEvents"],
         page=files["html"].read_text(encoding="utf-8"),
     )
 
@@ -237,49 +235,6 @@ def test_the_terminal_shows_bundles_graphs_and_what_is_missing(profile: Profile)
     ]
 
 
-def test_the_trace_has_graphs_within_their_answers(profile: Profile) -> None:
-    complete = [event for event in profile.trace if event["ph"] == "X"]
-    names = {
-        event["pid"]: event["args"]["name"] for event in profile.trace if event["name"] == "process_name"
-    }
-    assert ODD_NAME in names.values()
-    for process in (1, 2):
-        tokens = [event for event in complete if (event["pid"], event["tid"]) == (process, 1)]
-        assert len(tokens) == RUNS * NEW_TOKENS
-        spans: dict[int, list[float]] = {}
-        for event in tokens:
-            spans.setdefault(event["args"]["answer"], []).extend((event["ts"], event["ts"] + event["dur"]))
-        for event in complete:
-            if (event["pid"], event["tid"]) == (process, 2):
-                span = spans[event["args"]["answer"]]
-                assert min(span) - 1 <= event["ts"]
-                assert event["ts"] + event["dur"] <= max(span) + 1
-
-
-KEYS = {"X": {"tid", "ts", "dur"}, "C": {"ts"}, "M": {"tid"}}
-
-
-def test_the_trace_is_one_that_perfetto_takes_whole(profile: Profile) -> None:
-    named, tracks = set(), {}
-    for event in profile.trace:
-        assert event.keys() == {"ph", "name", "pid", "args"} | KEYS[event["ph"]]
-        if event["ph"] == "M":
-            named.add((event["name"], event["pid"], event["tid"]))
-            assert event["args"].keys() == {"name"}
-        elif event["ph"] == "C":
-            assert all(isinstance(value, (int, float)) for value in event["args"].values())
-        else:
-            begin, length = round(1e3 * event["ts"]), round(1e3 * event["dur"])
-            assert (begin / 1e3, length / 1e3) == (event["ts"], event["dur"])  # whole nanoseconds
-            assert begin >= 0 and length > 0
-            tracks.setdefault((event["pid"], event["tid"]), []).append((begin, begin + length))
-    assert {process for process, _ in tracks} == {1, 2}
-    for (process, thread), slices in tracks.items():
-        assert {("process_name", process, 0), ("thread_name", process, thread)} <= named
-        assert slices == sorted(slices)
-        assert all(end <= start for (_, end), (start, _) in zip(slices, slices[1:]))
-
-
 def test_recording_changes_neither_logits_nor_ids_nor_kept_tokens(reduced_bundle: Path) -> None:
     backend = make_backend("onnxruntime", threads=1)
     uncaptured = RecordingBackend(backend, capture=False)
@@ -384,7 +339,7 @@ def test_an_image_of_the_users_is_asked_about(keep_all_bundle: Path, tmp_path: P
     assert (conditions["picture"], conditions["prompt"]) == (image.name, "w1 w2")
 
 
-@pytest.mark.parametrize("option", ["--json", "--html", "--trace"])
+@pytest.mark.parametrize("option", ["--json", "--html"])
 def test_an_output_that_cannot_be_written_is_told_before_anything_is_measured(
     option: str,
     keep_all_bundle: Path,
@@ -423,8 +378,8 @@ def test_two_outputs_cannot_be_one_file(
     keep_all_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(tmp_path / "file")
-    assert main([str(keep_all_bundle), "--json", path, "--trace", path]) == 2
-    assert "--trace: expected another file than --json's" in capsys.readouterr().err
+    assert main([str(keep_all_bundle), "--json", path, "--html", path]) == 2
+    assert "--html: expected another file than --json's" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -41,7 +41,7 @@ HALF = Formats()
 def predicted(**wishes: Any) -> Prediction:
     """LLaVA-NeXT-7B on an AGX Orin, or as wished."""
     target = wishes.pop("target", ORIN)
-    return predict(plan_for(**{"model": "llava-next-7b", **wishes}).setting(), target)
+    return predict(plan_for(**{"model": "llava-next-7b", **wishes}), target)
 
 
 def layer_seconds(*, rows: int, past: int = 0, rates: Rates | None = None) -> float:
@@ -133,7 +133,7 @@ def test_published_times_are_within_the_errors_that_are_stated(
 
 def test_a_bundle_is_predicted_with_its_own_graphs_in_their_order(reduced_bundle: Path) -> None:
     manifest = open_bundle(reduced_bundle).manifest
-    prediction = predict(plan_for(manifest=manifest).setting(), ORIN)
+    prediction = predict(plan_for(manifest=manifest), ORIN)
     prefill = [timed.run.name for timed in prediction.runs if timed.run.phase == "prefill"]
     assert prefill == [graph.name for graph in manifest.graphs]
     assert prediction.setting.visual_rows == manifest.visual_rows
@@ -145,7 +145,7 @@ def test_a_bundle_is_predicted_at_the_profiles_that_a_prompt_runs_at(
 ) -> None:
     manifest = open_bundle(reduced_bundle).manifest
     bucket = 32 if num_text <= 32 else 64
-    for run in graph_runs(plan_for(manifest=manifest, num_text=num_text).setting()):
+    for run in graph_runs(plan_for(manifest=manifest, num_text=num_text)):
         graph = manifest.graph(run.name)
         wanted = "decode" if run.phase == "decode" else f"prefill_{bucket}"
         profile = next((entry for entry in graph.profiles if entry.name == wanted), graph.profiles[-1])
@@ -171,7 +171,7 @@ def test_an_image_with_fewer_tokens_than_a_bundle_keeps_is_refused(reduced_bundl
     manifest = open_bundle(reduced_bundle).manifest
     keeps_most = msgspec.structs.replace(manifest, schedule=schedule_of("1:40,2:6"))
     with pytest.raises(ScheduleError, match=r"layer 1: expected to keep <= 24 .* got 40"):
-        plan_for(manifest=keeps_most, image_size=(24, 24)).setting()
+        plan_for(manifest=keeps_most, image_size=(24, 24))
 
 
 # The command
@@ -215,11 +215,11 @@ def test_a_device_that_is_named_twice_is_predicted_once(capsys: pytest.CaptureFi
 
 def test_a_bundle_fills_its_own_buffers_whatever_is_asked(reduced_bundle: Path) -> None:
     manifest = open_bundle(reduced_bundle).manifest
-    short, longer = (plan_for(manifest=manifest, num_text=text).setting() for text in (4, 33))
+    short, longer = (plan_for(manifest=manifest, num_text=text) for text in (4, 33))
     assert short.room == longer.room == manifest.text_buckets[-1] + manifest.max_new_tokens
     assert predict(short, ORIN).seconds("decode") == predict(longer, ORIN).seconds("decode")
     assert predict(short, ORIN).seconds("prefill") < predict(longer, ORIN).seconds("prefill")
-    assert plan_for(manifest=manifest, num_new=4000).setting().room == manifest.text_buckets[-1] + 4000
+    assert plan_for(manifest=manifest, num_new=4000).room == manifest.text_buckets[-1] + 4000
 
 
 MODEL = ["--model", "llava-1.5-7b", "--predict", "agx-orin-64"]

@@ -299,7 +299,7 @@ def test_a_pipeline_that_fails_is_a_server_error_and_the_other_model_answers(
     bundles = {"reduced": reduced_bundle, "full": keep_all_bundle}
     with running({name: partial(Pipeline.from_bundle, path) for name, path in bundles.items()}) as server:
         worker = server.workers["reduced"]
-        worker.pipeline.close()
+        worker.loaded.result().close()
         for _ in range(3):
             assert_refused(server.ask(), 500, "pipeline: expected an open one")
         assert not worker.is_ready

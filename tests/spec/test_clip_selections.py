@@ -91,13 +91,13 @@ def test_a_prediction_counts_the_text_towers_memory(checkpoint: Path, clip: Clip
         clip_text=None,
         graphs=tuple(graph for graph in manifest.graphs if graph.role != "clip_text"),
     )
-    with_it, without = (memory_of(plan_for(manifest=one).setting(), usable=0) for one in (manifest, plain))
+    with_it, without = (memory_of(plan_for(manifest=one, keep="all"), usable=0) for one in (manifest, plain))
     assert 2 * (with_it.weights - without.weights) == manifest.graph("clip_text").weight_bytes > 0
 
 
 def test_a_prediction_runs_the_texts_that_there_are_shapes_for(checkpoint: Path, clip: Clip) -> None:
     manifest = open_bundle(bundle_of("eadp", checkpoint, clip)).manifest
-    one, two = (plan_for(manifest=manifest, num_text=ROOM + more).setting() for more in (0, 1))
+    one, two = (plan_for(manifest=manifest, num_text=ROOM + more) for more in (0, 1))
     rows = [dict(setting.before)["clip_text"].products[0].rows for setting in (one, two)]
     assert rows == [LENGTH, 8 * LENGTH]
     for setting, index in ((one, 0), (two, 1)):
@@ -178,7 +178,7 @@ def test_every_graph_before_the_decoder_computes_what_the_formulas_count(
         assert work.flops == pytest.approx(looked + steps, rel=1e-6)
         if name == "reduce":
             assert work.other_elements == steps / 2  # each is read once, for two FLOPs
-            setting = plan_for(manifest=manifest).setting()
+            setting = plan_for(manifest=manifest)
             read_bytes = dict(setting.before)["reduce"].other_elements * setting.formats.bytes_per_element
             assert read_bytes == 4 * steps / 2  # in float32
         if name == "clip_text":

@@ -1,22 +1,27 @@
-"""Memory of a bundle: weights that stages repeat, KV caches, and the largest scratch buffer.
+"""Memory of a bundle before it exists: the same parts as ``runtime/devices/memory.py`` counts from the programs of one.
 
-Graphs run one after the other and share one scratch buffer. Each needs the following bytes besides its inputs and results.
-Letters as in ``trio_edge.trio.saliency``; I intermediate size, S rows of the largest prefill, b bytes per element:
+weights      with those that stages repeat
+KV caches    at full capacity
+buffers      input and result of each layer range, 2 S D b, visual tokens, pixels, and new KV rows, for which all ranges share
+             one place; not what is smaller: DeepStack's planes, positions, results of selections, padding of KV heads
+workspace    the largest activations of a layer range, ``Dimensions.workspace_bytes``: the runtime's, with fused attention
 
-    layer range   3 S D b + new KV rows + 4 S² + max(S (H + 2 G) E b + H S² (4 + b), 3 S I b)
+``trio-export --target`` asks what surely fits, before TensorRT has chosen its kernels, so its workspace is ``unfused_bytes``:
+it counts attention scores, in float32 and again in the model's type, and graphs outside of the layer ranges, which may need more.
+Graphs run one after the other and share one workspace. Each needs the following bytes besides its inputs and results. Letters as
+in ``trio_edge.trio.saliency``; I intermediate size, S rows of the largest prefill, b bytes per element:
+
+    layer range   3 S D b + 4 S² + max(S (H + 2 G) E b + H S² (4 + b), 3 S I b)
     select        3 S D b + 8 S D + 8 N² + R V (4 + b)
     vision        6 P F b + max((F / 64) P² 2 b / A, 2 P J b) per tile of P patches, width F, MLP width J; attention over
                   a whole image is computed in A = ``num_head_blocks`` parts, over a tile in one
-    head          S D b + 4 V
     clip_text     as vision, for M texts of L tokens, width Z, MLP width 4 Z
     reduce        8 N W + 12 N² if rows of width W are compared, else 5 K N
-
-Attention scores are counted in float32 and again in the model's type; TensorRT may fuse them away.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trio_edge.trio.cost.flops import kv_row_bytes
 from trio_edge.trio.cost.work import VISION_HEAD_SIZE, layer_matrices, layer_weights, tiles_and_patches
@@ -82,7 +87,9 @@ class BundleBytes(NamedTuple):
     head_and_vision: float
     repeated: float
     kv_caches: int
-    activations: int
+    buffers: int
+    workspace: int
+    """With fused attention."""
 
 
 def bundle_bytes(
@@ -94,9 +101,9 @@ def bundle_bytes(
     ranges: Sequence[tuple[int, int]],
     text_rows: int,
     new_rows: int,
+    num_visual: int,
+    pixel_bytes: int,
     bytes_per_cached: int,
-    tiles: Tiles | None,
-    before: int,
     element_bytes: int,
 ) -> BundleBytes:
     """Return the memory of a bundle with KV caches at full capacity.
@@ -109,27 +116,50 @@ def bundle_bytes(
         ranges: Layers and visual rows of each layer range.
         text_rows: Rows of the longest prompt besides the visual ones.
         new_rows: Rows for new tokens.
+        num_visual: Visual tokens outside of the decoder: of an image, and again of all images if there are several.
+        pixel_bytes: Those of an image.
         bytes_per_cached: Bytes of an element of the KV caches.
-        tiles: Those of the largest image; None if the vision tower is unknown.
-        before: Bytes of ``scratch_before``; 0 if nothing is between vision and decoder.
         element_bytes: b.
     """
     row_bytes, size = kv_row_bytes(decoder, bytes_per_cached=bytes_per_cached), element_bytes
     probed = weights.layers[-1] if stage_method(schedule.method).has_probe else weights.select
     repeated = repeated_weights(schedule, decoder, layers_quantized=weights.layers[-1] < size)
     rows_of = [(layers, rows + text_rows) for layers, rows in ranges]
-    head = rows_of[-1][1] * decoder.hidden_size * size + 4 * decoder.vocab_size
-    # The bytes of each graph at the largest prefill; a selection precedes each layer range but the first.
-    graphs = [head, before, 0 if tiles is None else _vision_bytes(tiles, size)]
-    graphs += [_range_bytes(decoder, rows, size) + layers * rows * row_bytes for layers, rows in rows_of]
-    graphs += [_select_bytes(decoder, rows, text_rows, schedule, size) for _, rows in ranges[:-1]]
+    hidden_rows = num_visual + 2 * sum(rows for _, rows in rows_of)
+    # One row of each layer is that of a decode step.
+    cached_rows = decoder.num_layers + max(layers * rows for layers, rows in rows_of)
     return BundleBytes(
         layers=layer_weights(decoder) * sum(weights.layers),
         head_and_vision=decoder.vocab_size * decoder.hidden_size * weights.head
         + vision_params * weights.vision,
         repeated=repeated * probed,
         kv_caches=row_bytes * sum(layers * (rows + new_rows) for layers, rows in rows_of),
-        activations=max(graphs),
+        buffers=pixel_bytes + hidden_rows * decoder.hidden_size * size + cached_rows * row_bytes,
+        workspace=max(decoder.workspace_bytes(rows, element_bytes=size) for _, rows in rows_of),
+    )
+
+
+def unfused_bytes(
+    decoder: Dimensions,
+    schedule: Schedule,
+    *,
+    ranges: Sequence[tuple[int, int]],
+    text_rows: int,
+    tiles: Tiles,
+    before: int,
+    element_bytes: int,
+) -> int:
+    """Return the workspace of the largest graph without fused attention.
+
+    ``tiles`` are those of the largest image, ``before`` is ``scratch_before``, or 0 if nothing is between vision and decoder,
+    and the rest is as in ``bundle_bytes``.
+    """
+    # A selection precedes each layer range but the first.
+    return max(
+        before,
+        _vision_bytes(tiles, element_bytes),
+        *(_range_bytes(decoder, rows + text_rows, element_bytes) for _, rows in ranges),
+        *(_select_bytes(decoder, rows, text_rows, schedule, element_bytes) for _, rows in ranges[:-1]),
     )
 
 
@@ -153,6 +183,15 @@ def layers_and_rows(schedule: Schedule, *, num_layers: int, entering: int) -> tu
     # If there are fewer tokens than a stage keeps, it keeps all of them.
     rows = [entering, *(min(stage.keep, entering) for stage in schedule.stages)]
     return tuple((stop - start, count) for start, stop, count in zip(starts, starts[1:], rows))
+
+
+def pixel_bytes_of(processing: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
+    """Return the bytes of an image's pixels, float32, by its processing's constants and ``sizes`` of a vision profile."""
+    if "P" in sizes:
+        return (
+            4 * sizes["P"] * 6 * int(processing["patch_size"]) ** 2
+        )  # of two frames, equal ones in an image
+    return 4 * sizes["B"] * 3 * int(processing["tile_size"]) ** 2
 
 
 def tiles_of(tower: VisionDimensions, sizes: Mapping[str, int]) -> Tiles:
@@ -190,10 +229,8 @@ def scratch_before(
 
 
 def _range_bytes(decoder: Dimensions, rows: int, size: int) -> int:
-    heads = decoder.num_heads + 2 * decoder.num_kv_heads
-    attention = rows * heads * decoder.head_size * size + decoder.num_heads * rows**2 * (4 + size)
-    mlp = 3 * rows * decoder.intermediate_size * size
-    return 3 * rows * decoder.hidden_size * size + 4 * rows**2 + max(attention, mlp)
+    scores = decoder.num_heads * rows**2 * (4 + size)
+    return 4 * rows**2 + decoder.workspace_bytes(rows, element_bytes=size, score_bytes=scores)
 
 
 def _select_bytes(decoder: Dimensions, num_visual: int, text_rows: int, schedule: Schedule, size: int) -> int:
