@@ -222,10 +222,9 @@ def _check_graph(spec: GraphSpec) -> None:
 
 
 def sent_by_host(manifest: Manifest, program: str, sizes: Mapping[str, int]) -> dict[str, Array]:
-    """Return what the host sends before ``program`` runs at ``sizes``, or between its launches.
+    """Return what the host sends before ``program`` runs at ``sizes``, or between its launches, except the images.
 
-    ``rows`` are put together on the device from text and visual tokens. Inputs of the vision graph, ``image``, differ by
-    family and are not listed.
+    ``rows`` are put together on the device from text and visual tokens.
     """
     width, dtype, axes = manifest.dimensions.hidden_size, manifest.dtype, manifest.position_axes
     if program == "decode":

@@ -150,23 +150,24 @@ class GraphSpec(_Spec, frozen=True):
 
     def split(self) -> tuple[GraphSpec, ...]:
         """Return each piece as a separate graph, called ``graph.piece``; the graph itself if it has no pieces."""
-        return tuple(map(self._alone, self.pieces)) or (self,)
+        parts = (
+            msgspec.structs.replace(
+                self,
+                name=f"{self.name}.{piece.name}",
+                file=piece.file,
+                inputs=tuple(tensor for tensor in self.inputs if tensor.name in piece.inputs),
+                outputs=tuple(tensor for tensor in self.outputs if tensor.name in piece.outputs),
+                profiles=tuple(profile for profile in self.profiles if profile.name in piece.profiles),
+                weight_bytes=piece.weight_bytes,
+                pieces=(),
+            )
+            for piece in self.pieces
+        )
+        return tuple(parts) or (self,)
 
     def part_at(self, profile: Profile) -> GraphSpec:
         """Return the graph of ``split()`` that runs at ``profile``, one of this graph's profiles."""
         return next(part for part in self.split() if profile in part.profiles)
-
-    def _alone(self, piece: Piece) -> GraphSpec:
-        return msgspec.structs.replace(
-            self,
-            name=f"{self.name}.{piece.name}",
-            file=piece.file,
-            inputs=tuple(tensor for tensor in self.inputs if tensor.name in piece.inputs),
-            outputs=tuple(tensor for tensor in self.outputs if tensor.name in piece.outputs),
-            profiles=tuple(profile for profile in self.profiles if profile.name in piece.profiles),
-            weight_bytes=piece.weight_bytes,
-            pieces=(),
-        )
 
     @property
     def input_names(self) -> tuple[str, ...]:

@@ -83,12 +83,7 @@ def _check(tensor: bytes, sizes: Mapping[str, int], *, where: Path) -> None:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, _Value]]:
-    """Yield the number and the value of each field: an int, or the bytes of any other type.
-
-    Raises:
-        ValueError: If ``message`` is no protobuf message.
-        IndexError: If it is cut short.
-    """
+    """Yield the number and the value of each field, an int or bytes; raise ValueError or IndexError for a broken message."""
     place, end = 0, len(message)
     while place < end:
         tag, place = _varint(message, place)

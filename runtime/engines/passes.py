@@ -232,7 +232,10 @@ def split_lm_head(network: Network, *, vocab_size: int, hidden_size: int, num_bl
     for product in products:
         name = product.weight.get_output(0).name
         if name not in blocks:
-            blocks[name] = _blocks(network, product, block_sizes(vocab_size, num_blocks))
+            ends = np.cumsum(block_sizes(vocab_size, num_blocks))
+            # Views of the parsed weight, no copies.
+            parts = np.split(network.values(product.weight), ends[:-1])
+            blocks[name] = [network.constant(part) for part in parts]
         split = _split_outputs if product.transposed else _split_inputs
         network.connect(product.layer.get_output(0), split(network, product.layer, blocks[name]))
     return len(products)
@@ -243,13 +246,6 @@ def block_sizes(total: int, num_blocks: int, *, multiple: int = 8) -> Sequence[i
     size = -(-total // num_blocks)
     size = -(-size // multiple) * multiple
     return [min(size, total - start) for start in range(0, total, size)]
-
-
-def _blocks(network: Network, product: WeightProduct, sizes: Sequence[int]) -> list[Any]:
-    weight = network.values(product.weight)
-    starts = np.cumsum([0, *sizes[:-1]])
-    # Views of the parsed weight, no copies.
-    return [network.constant(weight[start : start + size]) for start, size in zip(starts, sizes)]
 
 
 def _split_outputs(network: Network, layer: Any, blocks: list[Any]) -> Any:

@@ -352,17 +352,16 @@ def _between(size: int, wanted: int) -> tuple[NDArray[np.int64], NDArray[np.floa
 
 
 def _best_pinpoint(width: int, height: int, images: LlavaImages) -> tuple[int, int]:
-    """Return the (height, width) of the grid that shows most of the image's pixels and then wastes least.
-
-    Source: select_best_resolution. An image so thin that no grid shows a pixel of it gets the first grid.
-    """
+    """Return the (height, width) of the grid that shows most of the image and wastes least. Source: select_best_resolution."""
 
     def shown_and_wasted(pinpoint: tuple[int, int]) -> tuple[int, int]:
         scale = min(pinpoint[1] / width, pinpoint[0] / height)
         effective = min(int(width * scale) * int(height * scale), width * height)
         return effective, effective - pinpoint[0] * pinpoint[1]
 
-    return max(images.grid_pinpoints, key=shown_and_wasted)  # of equal grids the first one in the file
+    return max(
+        images.grid_pinpoints, key=shown_and_wasted
+    )  # of equal grids the first, as for an image too thin to be shown
 
 
 # Pixels
@@ -435,10 +434,7 @@ def _single_resized_size(width: int, height: int, images: LlavaImages) -> tuple[
 
 
 def _token_boxes(width: int, height: int, images: LlavaImages) -> NDArray[np.float32]:
-    """Return the box of each visual token's patch in image pixels, clipped to the image: float32 [N, 4], as ``token_index``.
-
-    Newlines are NaN. A patch of padding has no area.
-    """
+    """Return the box of each visual token's patch in image pixels: float32 [N, 4]. Newlines are NaN; padding has no area."""
     edges = np.arange(images.patches_per_side + 1) * images.patch_size
     if images.kind == "single":
         return _clipped(boxes_between(*_single_edges(edges, width, height, images)), width, height)

@@ -108,10 +108,7 @@ def _weighted_sums(
 def _integer_weights(
     size_from: int, size_to: int, *, wanted: range, resample: Resample
 ) -> tuple[list[int], list[NDArray[np.float64]], int]:
-    """Return the first input line and the integer weights of each wanted line, and the number of fractional bits.
-
-    The number of bits follows from the largest weight of any line, wanted or not, which must fit into 16 bits.
-    """
+    """Return the first input line and the integer weights of each wanted line, and the number of fractional bits."""
     kernel, radius = _FILTERS[resample]
     scale = size_from / size_to
     stretch = max(scale, 1.0)
@@ -122,7 +119,7 @@ def _integer_weights(
     weights = kernel(np.abs((taps + firsts[:, None] - centers[:, None] + 0.5) / stretch))
     weights[taps >= counts[:, None]] = 0.0
     weights /= weights.sum(axis=1, keepdims=True)
-    # As in torchvision: the largest shift for which the largest weight still fits into 16 bits.
+    # As in torchvision: the largest shift for which the largest weight of any line still fits into 16 bits.
     num_bits = 0
     while num_bits < 22 and int(0.5 + weights.max() * 2 ** (num_bits + 1)) < 2**15:
         num_bits += 1

@@ -128,11 +128,7 @@ class DecoderPrompt:
     def _values(
         self, schedule: Schedule, spans: Sequence[Span], images: NDArray[np.int32], *, num_after: int
     ) -> dict[str, NDArray[np.int32]]:
-        """Return ``PromptRows.values``.
-
-        Probe rows carry a probe's loss. Rows up to the last image's end are replaced by the first row after it: the graphs
-        would not count a visual token's direct contribution to the loss at its own row.
-        """
+        """Return ``PromptRows.values``."""
         num_visual, padded = len(self.visual_rows), self.max_visual + self.text_bucket
         rows = len(self.text) + np.arange(self.max_visual, dtype=np.int32)  # rows of padding tokens
         rows[:num_visual] = self.visual_rows
@@ -146,6 +142,8 @@ class DecoderPrompt:
         }
         for stage, span in enumerate(spans[:-1]):
             last = span.length - schedule.last_probe_offset
+            # Probe rows carry a probe's loss, and follow the last image: the graphs would not count a visual token's direct
+            # contribution to the loss at its own row.
             probes = np.arange(last - schedule.num_probe_rows + 1, last + 1, dtype=np.int32)
             found[f"prompt.length.{stage}"] = np.array([span.length], np.int32)
             found[f"prompt.num_visual.{stage}"] = np.array([span.num_visual], np.int32)

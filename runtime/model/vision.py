@@ -120,8 +120,7 @@ class Vision:
         """Indices that each graph kept of the last image, by role; valid once the host has waited for the device."""
         self._layouts: list[tuple[ImageLayout, dict[str, NDArray[np.int32]]]] = []
         """Layout before any selection and ``_kept``, for each image of the last prompt."""
-        self._keeps_images = keep_images > 0
-        self._recent = Recent([self._slot() for _ in range(keep_images)])
+        self._recent = Recent([self._slot() for _ in range(keep_images)]) if keep_images else None
         """Outputs of the vision graph for recent images, by their pixels."""
 
     def _slot(self) -> dict[str, DeviceTensor]:
@@ -164,7 +163,7 @@ class Vision:
             self._profile_of(layout),
             partial(images.prepare, image),
             clip_texts=None if self._clip_texts is None else self._clip_texts.arrays(question),
-            key=_key_of(image, images) if self._keeps_images else b"",
+            key=b"" if self._recent is None else _key_of(image, images),
         )
 
     def prepare_video(self, video: Video, question: str, *, videos: VideoProcessing) -> list[PreparedImage]:
@@ -270,7 +269,7 @@ class Vision:
         if prepared.has_previous:
             self._keep_previous(prepared)
         (launch,) = self._programs.at("vision", prepared.profile.sizes)
-        slot = self._recent.find(prepared.key)
+        slot = None if self._recent is None else self._recent.find(prepared.key)
         was_kept = slot is not None
         if slot is not None:
             for name in launch.spec.outputs:
@@ -279,7 +278,7 @@ class Vision:
             self._fetch_kept(launch, role="vision")
         else:
             self.run_vision(prepared.inputs, prepared.profile)
-            if (slot := self._recent.take(prepared.key)) is not None:
+            if self._recent is not None and (slot := self._recent.take(prepared.key)) is not None:
                 for name in launch.spec.outputs:
                     copy_tensor(self._device, slot[name], launch.tensors[name])
         outputs = [tensor.rows(0, num_visual) for tensor in self._vision_tokens(prepared.profile)]

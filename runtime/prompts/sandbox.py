@@ -102,12 +102,7 @@ class _Weight(NamedTuple):
 
 
 def _weight(value: Any) -> _Weight:
-    """Return the size of a value.
-
-    Raises:
-        TooMuchError: If it is larger than a prompt may be.
-        TypeError: If it holds a namespace.
-    """
+    """Return the size of a value; raise TooMuchError if no prompt may be as large, and TypeError if it holds a namespace."""
     characters, elements, values = 0, 0, [value]
     while values:
         item = values.pop()

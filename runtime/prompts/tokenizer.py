@@ -231,10 +231,8 @@ class Tokenizer:
             )
         if is_run.all():
             raise ShapeError("prompt: expected some text, got none; write a question")
-        run_ids: list[int] = []
-        for inset in insets:
-            token_id = video[1] if video is not None and inset.is_video else image_token_id
-            run_ids += [token_id] * (len(inset.text) - 1)
+        video_id = image_token_id if video is None else video[1]
+        run_ids = [video_id if inset.is_video else image_token_id for inset in insets for _ in inset.text[1:]]
         text_before = tuple((places - np.arange(num_runs)).tolist())
         return PromptIds(text=ids[~is_run], text_before=text_before, run_ids=tuple(run_ids))
 
@@ -390,11 +388,7 @@ def only_bundle_errors(where: str) -> Iterator[None]:
 
 
 def _growth(rule: dict[str, Any] | None) -> int:
-    """Return the factor by which a normalizer, pre-tokenizer or decoder can make a text longer.
-
-    Raises:
-        ValueError: If there are too many rules, or a pattern has a form that is not allowed.
-    """
+    """Return the factor by which rules can make a text longer; raise ValueError for too many rules or odd patterns."""
     growth = 1
     for count, part in enumerate(_flat(rule)):
         if count >= _MOST_RULES:

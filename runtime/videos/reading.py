@@ -15,6 +15,7 @@ Source: read_video_pyav of transformers 5.23, which has the same frames and rate
 from __future__ import annotations
 
 import math
+import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,19 +124,12 @@ def open_video(
             kind = type(source).__name__
             raise ImageError(f"video: expected a path or a list of images, got {kind}; give one")
         return _from_images(source, chosen, source_fps, name="video", max_pixels=max_pixels)
-    if _is_folder(source):
+    if os.path.isdir(source):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
         name = f"video {short_name(source)}"
         return _from_images(_images_in(Path(source)), chosen, source_fps, name=name, max_pixels=max_pixels)
     if source_fps is not None:
         raise ImageError(f"source_fps: expected none with a video file, got {source_fps}; leave it out")
     return _from_file(source, chosen, max_pixels=max_pixels)
-
-
-def _is_folder(source: str | Path) -> bool:
-    try:
-        return Path(source).is_dir()
-    except OSError:  # a name that is too long, which reading it as a file reports
-        return False
 
 
 def _from_images(
