@@ -17,6 +17,7 @@ from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle import graph_io
 from trio_edge.runtime.bundle.checks import manifest_from_json
 from trio_edge.runtime.bundle.errors import ManifestError
+from trio_edge.runtime.bundle.manifest import json_from_manifest
 from trio_edge.runtime.bundle.reader import TokenTable, open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.model.head_candidates import ordered
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.bundle.manifest import Manifest, json_from_manifest
+    from trio_edge.runtime.bundle.manifest import Manifest
 
 EPSILON = 1e-5
 """Epsilon of the packaged model's final norm."""
