@@ -19,7 +19,8 @@ from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.budgets import ScheduleRequest, parse_keep
 from trio_edge.trio.cost.devices import find_device
 from trio_edge.trio.cost.flops import kv_row_bytes
-from trio_edge.trio.cost.selections import NUM_DART_PIVOTS, TokenCost
+from trio_edge.trio.cost.selections import NUM_DART_PIVOTS
+from trio_edge.trio.cost.work import counted_work
 
 INSIDE = {"TRIO": "trio", "DART inside": "dart", "FastV": "fastv"}
 _TIMES = ("decoder's prefill, ms", "first token, ms", "a token, ms", "answer, s")
@@ -30,10 +31,11 @@ def settings(whole: Setting, share: float) -> dict[str, Setting]:
     """Return the settings to compare, without methods that cannot keep so little."""
     decoder, num_visual = whole.model.decoder, whole.sizes["N"]
     pivots = 2 * 2 * NUM_DART_PIVOTS * num_visual * decoder.hidden_size
+    before = (("reduce", counted_work(float(pivots), rows=num_visual)),)
     found = {
         "all tokens": whole,
         "DART before the decoder": dataclasses.replace(
-            whole, entering=max(1, int(share * num_visual)), reduce_cost=TokenCost(products=float(pivots))
+            whole, entering=max(1, int(share * num_visual)), before=before
         ),
     }
     for name, method in INSIDE.items():

@@ -18,6 +18,7 @@ from trio_edge.profiling.predict.answer import Setting
 from trio_edge.profiling.predict.plan import parse_size, plan_for
 from trio_edge.trio.budgets import ScheduleRequest, parse_keep
 from trio_edge.trio.cost.selections import TokenSizes
+from trio_edge.trio.cost.work import counted_work, sum_of
 from trio_edge.trio.methods import token_method
 
 
@@ -26,7 +27,9 @@ def settings(whole: Setting, *, share: float, evs_share: float) -> dict[str, Set
     decoder, num_visual = whole.model.decoder, whole.sizes["N"]
     kept = max(1, int(evs_share * num_visual))
     sizes = TokenSizes(num_visual, kept, whole.num_text, {"visual_tokens": decoder.hidden_size})
-    evs = dataclasses.replace(whole, entering=kept, reduce_cost=token_method("evs").cost(sizes))
+    cost = token_method("evs").cost(sizes)
+    reduced = sum_of([counted_work(cost.flops, rows=num_visual)] * whole.num_images)
+    evs = dataclasses.replace(whole, entering=kept, before=(("reduce", reduced),))
     found = {"all tokens": whole, f"EVS {evs_share:.0%}": evs}
     for name, setting in (("", whole), (f"EVS {evs_share:.0%} and ", evs)):
         entering = setting.num_images * (setting.entering or num_visual)
