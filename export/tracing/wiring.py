@@ -89,7 +89,7 @@ class Wiring:
         self._is_quantized = is_quantized
         layout, num_planes = plan.layout, plan.model.vision.num_deepstack
         self._method = stage_method(plan.layout.schedule.method)
-        """Of all stages."""
+        """The method of all stages."""
         self._prompts = [(rows, bucket) for rows in layout.visual_sizes for bucket in layout.text_buckets]
         """Visual rows and text bucket of each prefill."""
         self._at = {

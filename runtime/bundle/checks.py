@@ -351,9 +351,9 @@ class _Run:
     """Element type of the KV caches, and the rows of each layer range's."""
     program: Program
     index: int
-    """Of the sizes."""
+    """Index of the size."""
     earlier: Mapping[str, set[Array]]
-    """What earlier programs wrote to each place."""
+    """The arrays that earlier programs wrote, by place."""
     sent: dict[str, Array] = field(default_factory=dict)
     written: dict[str, Array] = field(default_factory=dict)
     launch: Launch | None = None

@@ -70,7 +70,7 @@ class Decoder:
         self._programs, self._device, self._memory = programs, programs.device, programs.memory
         self._manifest, self._schedule = manifest, manifest.schedule
         self.caches: list[KVCache] = [*self._memory.caches.values()]
-        """Of the layer ranges, in order."""
+        """One for each layer range, in order."""
         self._selections = programs.launches.get("exact", ())
         """The selection of each stage, with the places of its select graph."""
         has_follow_ups = "question" in programs.launches
