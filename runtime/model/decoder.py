@@ -10,6 +10,7 @@ The decoder knows embeddings and rows, but no images, prompts or sampling. docs/
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, final
 
@@ -91,7 +92,8 @@ class Decoder:
         self._positions = [host(f"step.position_ids.{index}")[:, 0] for index in ranges]
         self._past_lengths = [host(f"step.past_length.{index}") for index in ranges]
         self._step_top = host(f"top.{TOP_IDS}").reshape(-1), host(f"top.{TOP_LOGITS}").reshape(-1)
-        self._enqueue_step: Callable[[], None] = self._first_step
+        self._captured: Callable[[], None] | None = None
+        self._num_steps = 0
         self._done = self._device.event()
         self._logits: NDArray[np.float32] | None = None
         self._next_position = 0
@@ -327,26 +329,32 @@ class Decoder:
 
     # Decode
 
-    def _first_step(self) -> None:
-        """Enqueue the decode program launch by launch; later it is one captured sequence."""
-        # This run warms up the engines, because lazy work such as compiling kernels cannot be captured.
-        self._launch_step()
-        self._enqueue_step = self._second_step
+    def _enqueue_step(self) -> None:
+        """Enqueue the decode program: launch by launch the first time, later as one captured sequence."""
+        # The first run warms up the engines, because lazy work such as compiling kernels cannot be captured.
+        self._num_steps += 1
+        if self._num_steps == 2:
+            self._captured = self._capture_step()
+        if self._captured is not None:
+            self._captured()
+        else:
+            _enqueue(self._step)
 
-    def _second_step(self) -> None:
-        """Capture the step where the device and all engines can, and enqueue it."""
-        self._enqueue_step = self._launch_step
-        if all(launch.launch.capturable for launch in self._step):
-            try:
-                self._enqueue_step = self._device.capture(self._launch_step)
-            except BackendError as error:  # TensorRT does not say beforehand whether it can be captured
-                note = f"decode runs without a CUDA graph, which costs time: {error}"
-                self._programs.notes.append(note)
-        self._enqueue_step()
+    def _capture_step(self) -> Callable[[], None] | None:
+        """Return a function that enqueues the step as one sequence; None if the device or an engine cannot."""
+        if not all(launch.launch.capturable for launch in self._step):
+            return None
+        try:
+            # A method would hold this object in a cycle, and its memory until the garbage is collected.
+            return self._device.capture(partial(_enqueue, self._step))
+        except BackendError as error:  # TensorRT does not say beforehand whether it can be captured
+            self._programs.notes.append(f"decode runs without a CUDA graph, which costs time: {error}")
+            return None
 
-    def _launch_step(self) -> None:
-        for launch in self._step:
-            launch.launch.enqueue()
+
+def _enqueue(launches: Iterable[BoundLaunch]) -> None:
+    for launch in launches:
+        launch.launch.enqueue()
 
 
 def _after(launches: Iterable[BoundLaunch], stage: int) -> list[BoundLaunch]:

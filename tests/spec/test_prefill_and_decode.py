@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -230,3 +232,20 @@ def test_float16_bundle_answers_like_float32(checkpoint: Path, keep_all: Pipelin
         np.testing.assert_allclose(
             first_logits(half, picture, PROMPT), first_logits(keep_all, picture, PROMPT), **LOGITS_FLOAT16
         )
+
+
+def test_a_closed_pipeline_gives_its_memory_back_without_a_garbage_collection(reduced_bundle: Path) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with Pipeline.from_bundle(reduced_bundle) as pipeline:
+            for _ in range(2):
+                answer = pipeline.generate(random_picture(60, 45), PROMPT, max_new_tokens=4)
+                assert answer.text is not None
+                assert answer.statistics.new_tokens > 1
+            decoder = weakref.ref(pipeline._decoder)
+            memory = weakref.ref(pipeline._decoder._memory)
+        del pipeline, answer
+        assert (decoder(), memory()) == (None, None)
+    finally:
+        gc.enable()
