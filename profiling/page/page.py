@@ -209,7 +209,7 @@ class Plot:
     title: str
     note: str
     axes: Any
-    """What to draw on."""
+    """The axes that it is drawn on."""
     legend: Sequence[tuple[str, str]] = ()
     """Names of colours with texts; HTML below the figure, where long names wrap."""
     tips: list[str] = field(default_factory=list)

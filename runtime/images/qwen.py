@@ -138,7 +138,7 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
         ``grid`` has the rows and columns of visual tokens and ``order`` [N] their raster indices; ``positions`` [P, 2] are
         padded; ``room`` are the sizes to pad to.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # abstract, but no ABC: msgspec's Struct has a metaclass of its own
 
     def layout(self, width: int, height: int) -> ImageLayout:
         """Return the layout of an image; tokens are in raster order."""

@@ -48,6 +48,7 @@ _LONGEST = 4096  # pixels; Hugging Face's processor never makes larger images
 _HALF = (0.5, 0.5, 0.5)
 
 
+# Abstract, but no ABC: msgspec's Struct has a metaclass of its own.
 class TileImages(ImageConstants, frozen=True, kw_only=True):
     """Image processing with a grid of tiles and a tile with the whole image: the common part of InternVL and SmolVLM2."""
 

@@ -36,7 +36,7 @@ _WATCH_S = 2.0  # between two looks at the number of replicas
 
 
 class Description(NamedTuple):
-    """What a replica tells about its pipeline."""
+    """Manifest and backend of a replica's pipeline."""
 
     backend_name: str
     manifest: Manifest
