@@ -66,7 +66,11 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--prompt", required=True, help="Question to answer.")
 @click.option("--system", help="System prompt, where the chat template takes one.")
 @backend_options()
-@click.option("--max-new-tokens", type=int, help="Longest answer in tokens. [default: the bundle's limit]")
+@click.option(
+    "--max-new-tokens",
+    type=int,
+    help="Longest answer in tokens. [default: the checkpoint's, at most the bundle's]",
+)
 @sampling_options
 @click.option("--seed", type=int, help="Random seed that makes sampling repeatable.")
 @click.option(
