@@ -213,7 +213,7 @@ class _SelectorOption(click.Option):
     "--follow-ups",
     is_flag=True,
     default=None,
-    help="Lets the runtime keep an image for further questions, so that only their text runs; for --keep all.",
+    help="Lets the runtime keep an image's rows before the first reduction for further questions; pays most with --keep all.",
 )
 @click.option("--max-text", type=int, help=f"Largest prompt, in text tokens. {_default('max_text')}")
 @click.option(
