@@ -18,7 +18,8 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from trio_edge.runtime.bundle.errors import CheckpointError, ManifestError
+from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
+from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS
 from trio_edge.runtime.images.processing import (
     ImageConstants,
     ImageLayout,
@@ -382,6 +383,11 @@ def _resized(image: Image.Image, size: tuple[int, int], images: LlavaImages) -> 
 def _single_tile(image: Image.Image, images: LlavaImages) -> NDArray[np.uint8]:
     if images.do_pad and image.width != image.height:
         side = max(image.size)
+        if side**2 > max(MAX_IMAGE_PIXELS, 4 * image.width * image.height):
+            raise ImageError(
+                f"image: expected one that can be padded to {side}x{side} pixels in memory, got {image.width}x{image.height};"
+                " crop the image so that it is less narrow"
+            )
         square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in images.image_mean))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = square
