@@ -61,7 +61,7 @@ _ALLOWED = frozenset(
         505,
     }
 )
-_ENDS = frozenset({"stop", "length", "content_filter", None})
+_PAUSE_S = 1.0
 
 
 def request(rng: random.Random, subject: Subject) -> Outcome:
@@ -89,19 +89,22 @@ def _exchanged(rng: random.Random, server: RunningServer) -> str:
 
 
 def _sent(server: RunningServer, data: bytes, rng: random.Random) -> bytes:
-    """Send a request, in some pieces, and return all that comes back; empty if the server closes without a word."""
+    """Send a request, in some pieces, and return what comes back; nothing if the server closes or waits for more."""
     received = b""
     with server.connect() as connection:
+        connection.settimeout(3 * _PAUSE_S)
         try:
             at = rng.randrange(len(data) + 1) if rng.random() < 0.1 else len(data)
             connection.sendall(data[:at])
             connection.sendall(data[at:])
             if rng.random() < 0.05:  # a client that leaves
                 return b""
-            connection.shutdown(socket.SHUT_WR) if rng.random() < 0.05 else None
+            if rng.random() < 0.05:
+                connection.shutdown(socket.SHUT_WR)
             while piece := connection.recv(1 << 16):
                 received += piece
-        except (ConnectionResetError, BrokenPipeError):
+                connection.settimeout(_PAUSE_S)  # a connection that is kept open ends here
+        except OSError:  # the server has closed the connection
             pass
     return received
 
