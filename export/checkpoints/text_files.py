@@ -225,13 +225,12 @@ def read_generation(checkpoint: Checkpoint) -> GenerationSettings:
         CheckpointError: If they cannot be read, or the runtime does not implement one.
     """
     path, config = checkpoint.folder / _GENERATION_NAME, checkpoint.config
-    if path.exists():
-        values = read_json(path)
-    else:
-        path, values = checkpoint.folder / "config.json", {**(config.get("text_config") or {}), **config}
+    places = [read_json(path)] if path.exists() else [config.get("text_config") or {}, config]
+    values = {key: value for place in places for key, value in place.items() if value is not None}
+    if len(places) > 1:
+        path = checkpoint.folder / "config.json"
         if values.get("max_length") == _OLD_MAX_LENGTH:
             values.pop("max_length")
-    values = {key: value for key, value in values.items() if value is not None}
     unknown = _NEUTRAL | (_NEUTRAL_IF_SAMPLED if values.get("do_sample") else {})
     for name, neutral in unknown.items():
         if name in values and values[name] not in neutral:
