@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trio_edge.export.families.base import FamilyModel
+    from trio_edge.export.families.clip import ClipGraphs
     from trio_edge.export.plan import Layout
     from trio_edge.export.quantize.numerics import Format
     from trio_edge.runtime.bundle.manifest import Dimensions
@@ -286,11 +287,16 @@ def fit_inputs(
     processing: ImageProcessing,
     quantize: QuantizePlan,
     token_method: str | None = None,
-    text_tower: nn.Module | None = None,
-    texts: Texts | None = None,
+    clip: ClipGraphs | None = None,
 ) -> FitInputs:
-    """Return the numbers of a model to export, without reading weights; ``text_tower`` runs on ``texts``."""
-    towers = [model.vision.module] if text_tower is None else [model.vision.module, text_tower]
+    """Return the numbers of a model to export, and of CLIP if a selector reads its texts, without reading weights."""
+    towers: list[nn.Module] = [model.vision.module]
+    texts = None
+    if clip is not None:
+        towers.append(clip.text)
+        texts = Texts(
+            layout.clip_texts[-1], clip.text.position_embedding.num_embeddings, clip.projection_size
+        )
     largest = max(layout.vision_sizes, key=lambda sizes: (sizes["N"], *sizes.values()))
     tower = model.vision_dimensions
     image, small = (

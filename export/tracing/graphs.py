@@ -51,7 +51,7 @@ class Tracer:
     """Traces the graphs of one export; parts that several graphs repeat are traced once."""
 
     def __init__(self, plan: ExportPlan) -> None:
-        self._model, self._opset = plan.model, plan.layout.opset
+        self._model, self._opset = plan.model, plan.options.opset
         parameters = plan.model.root.named_parameters()
         self._names = {id(tensor): canonical_name(name) for name, tensor in parameters}
         if plan.clip_graphs is not None:

@@ -362,7 +362,7 @@ class Wiring:
         questions = [
             Profile(name=f"follow_{bucket}", sizes={"S": bucket, "C": capacity})
             for bucket in layout.text_buckets
-            if layout.follow_ups and index == 0
+            if self._plan.options.follow_ups and index == 0
         ]
         decode = Profile(name="decode", sizes={"S": 1, "C": capacity})
         prefills, at_sizes = self._prefills(index, lambda _all, rows, text: {"S": rows + text, "C": 0})
@@ -584,7 +584,7 @@ class Wiring:
     def _head(self, *, is_shared: bool) -> Outline:
         """Describe the head; one that probes share has L rows: 1, 0 while its gradient runs, or all probe rows."""
         dims, num_rows = self._dimensions, self._layout.schedule.num_probe_rows
-        count, last = self._layout.num_candidates, len(self._layout.schedule.stages)
+        count, last = io.num_candidates(dims), len(self._layout.schedule.stages)
         hidden = f"{self._name(last)}.{io.HIDDEN_OUT}"
         rows, top = ("L", ("L", count)) if is_shared else (1, (count,))
         own = {"L": 1} if is_shared else {}
@@ -617,7 +617,7 @@ class Wiring:
         inputs = [_tensor(io.PROBE_OUTPUT, "probe.", rows, "float32")]
         is_alone = self._is_quantized("head")
         if is_alone:
-            likeliest = ("GR", self._layout.num_candidates, dims.hidden_size)
+            likeliest = ("GR", io.num_candidates(dims), dims.hidden_size)
             inputs += [
                 _tensor(io.CANDIDATE_LOGITS, "likeliest.logits", likeliest[:2], "float32"),
                 _tensor(io.CANDIDATE_ROWS, "likeliest.rows", likeliest, self._dtype),

@@ -29,10 +29,11 @@ heads, G key/value heads, E head size, C contextual tokens, M texts of L tokens,
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from trio_edge.runtime.bundle.graph_io import num_candidates, num_clip_texts
-from trio_edge.trio.cost.work import LAUNCHES_PER_PROBE, Product, Work, flops_of, layer_matrices, sum_of
+from trio_edge.trio.cost.work import LAUNCHES_PER_PROBE, Product, Work, flops_of, layer_matrices
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -136,37 +137,33 @@ def trio_work(
         head_size=decoder.head_size,
         num_probe_rows=schedule.num_probe_rows,
     )
-    works = [
-        _trio_piece(piece, decoder, schedule, sizes, probe, is_quantized=is_quantized) for piece in pieces
-    ]
-    return sum_of(works)
-
-
-def _trio_piece(
-    piece: TrioPiece,
-    decoder: Dimensions,
-    schedule: Schedule,
-    sizes: StageSizes,
-    probe: ProbeSizes,
-    *,
-    is_quantized: bool,
-) -> Work:
-    rows, hidden = probe.num_probe_rows, decoder.hidden_size
-    if piece == "probe":
-        products = forward_products(decoder, probe, is_quantized=is_quantized)
-        other, launches = 6 * sizes.num_rows * hidden, LAUNCHES_PER_PROBE // 2
-    elif piece == "gradient":
-        products = [Product(rows=rows, inner=hidden, columns=decoder.vocab_size, count=2, weights="head")]
-        other, launches = 0, 0
-    elif piece == "saliency":
-        products = backward_products(decoder, probe, is_quantized=is_quantized)
-        other, launches = 0, LAUNCHES_PER_PROBE - LAUNCHES_PER_PROBE // 2
-    else:
-        products = nms_products(
-            sizes.num_visual, hidden_size=hidden, rounds=schedule.nms_rounds, one_size=sizes.one_size
-        )
-        other, launches = 4 * sizes.num_visual**2, schedule.nms_rounds * _LAUNCHES_PER_ROUND
-    return Work(products=tuple(products), other_elements=float(other), launches=launches)
+    rows, hidden, rounds = schedule.num_probe_rows, decoder.hidden_size, schedule.nms_rounds
+    visual, one_size = sizes.num_visual, sizes.one_size
+    gradient = Product(rows=rows, inner=hidden, columns=decoder.vocab_size, count=2, weights="head")
+    first_half = LAUNCHES_PER_PROBE // 2
+    # products, other elements and launches
+    counted: dict[TrioPiece, tuple[list[Product], int, int]] = {
+        "probe": (
+            forward_products(decoder, probe, is_quantized=is_quantized),
+            6 * sizes.num_rows * hidden,
+            first_half,
+        ),
+        "gradient": ([gradient], 0, 0),
+        "saliency": (
+            backward_products(decoder, probe, is_quantized=is_quantized),
+            0,
+            LAUNCHES_PER_PROBE - first_half,
+        ),
+        "select": (
+            nms_products(visual, hidden_size=hidden, rounds=rounds, one_size=one_size),
+            4 * visual**2,
+            rounds * _LAUNCHES_PER_ROUND,
+        ),
+    }
+    products, others, launches = zip(*(counted[piece] for piece in pieces))
+    return Work(
+        products=tuple(itertools.chain(*products)), other_elements=float(sum(others)), launches=sum(launches)
+    )
 
 
 def candidate_work(decoder: Dimensions, schedule: Schedule) -> Work:

@@ -176,14 +176,6 @@ def test_far_points_do_not_lose_their_density() -> None:
     assert centre.nonzero().flatten().tolist() == sorted(divmod(int(distances.argmin()), 12))
 
 
-def test_without_merging_the_best_tokens_go_on() -> None:
-    case = SEVERAL_CLUSTERS["random"]
-    selection = SparseVlm(DOUBLE, num_keep=KEEP, recycle=False)(case.inputs())
-    best = torch.topk(selection.scores_N, KEEP).indices.sort().values
-    assert torch.equal(selection.kept_K, best)
-    assert selection.weights_KN is None
-
-
 def test_tensorrt_builds_it_for_several_lengths(graph: OnnxStage) -> None:
     assert build(graph.path, SEVERAL_CLUSTERS["random"]) > 0
 
