@@ -41,6 +41,17 @@ if TYPE_CHECKING:
     from trio_edge.trio.selectors.interface import OtherInput
 
 
+_HALVES: dict[PieceName, tuple[str, tuple[str, str, str], tuple[str, ...]]] = {
+    "probe": ("P", (io.PROBE_HIDDEN, io.PROBE_POSITIONS, io.PROBE_VISUAL_ROWS), io.PROBE_RESULTS[1:]),
+    "saliency": (
+        "G",
+        (io.GRADIENT_HIDDEN, io.GRADIENT_POSITIONS, io.GRADIENT_VISUAL_ROWS),
+        (io.GRADIENT_STATE, io.GRADIENT_ATTENTION, io.GRADIENT_KEYS),
+    ),
+}
+"""Of a probe's halves: first letter of the axes, inputs that describe the rows, and tensors between the halves."""
+
+
 class _Tensor(NamedTuple):
     """An input or output of a graph, and its place in the program that runs the graph first."""
 
@@ -460,9 +471,10 @@ class Wiring:
             return {**own, "F": whole + bucket} if reads_prompt else own
 
         others = [tensor.spec.name for tensor in inputs[5:]]
-        is_preserved = schedule.positions == "preserved"
         profiles, at_sizes = self._prefills(stage, sizes, by_prompt=reads_prompt)
-        module = Select(selector, self._rotary(), preserve_positions=is_preserved, others=others)
+        module = Select(
+            selector, self._rotary(), preserve_positions=schedule.positions == "preserved", others=others
+        )
         graph = _outline(
             name, "select", inputs, outputs, profiles, module, at_sizes=at_sizes, first_layer=layer
         )
@@ -477,83 +489,64 @@ class Wiring:
         return graph
 
     def _probe(self, stage: int, probe: ProxySaliency, head: Outline, gradient: Outline) -> list[Outline]:
-        """Describe the halves of a stage's probe; without the layer's MLP its gradient goes around it."""
-        dims, dtype, axes = self._dimensions, self._dtype, self._model.position_axes
-        width = dims.num_heads * (dims.head_size + dims.hidden_size)
-        if not probe.is_quantized:
-            width += dims.hidden_size + 2 * dims.intermediate_size
-
-        def state(rows: str, visual: str, names: Sequence[str]) -> list[_Tensor]:
-            """Return the tensors between the halves: ``ProbeState`` of trio_edge.trio.saliency."""
-            shapes = [(rows, width), (dims.num_heads, rows, visual)]
-            if probe.needs_keys:
-                shapes.append((visual, dims.num_kv_heads * dims.head_size))
-            return [
-                _tensor(name, f"probe.{result}", shape, "float32")
-                for name, result, shape in zip(names, io.PROBE_RESULTS[1:], shapes)
-            ]
-
-        forward_inputs = [
-            _tensor(io.PROBE_HIDDEN, self._at[io.HIDDEN], (1, "PS", dims.hidden_size), dtype),
-            _tensor(io.PROBE_POSITIONS, self._at[io.POSITIONS], (axes, "PS")),
-            _tensor(io.PROBE_VISUAL_ROWS, self._at[io.VISUAL_ROWS], ("PN",)),
-            _tensor(io.PROBE_ROWS, f"prompt.probe_rows.{stage}", ("PR",)),
-            _tensor(io.PROBE_LENGTH, f"prompt.length.{stage}", (1,)),
-        ]
-        forward_outputs = [
-            _tensor(io.PROBE_OUTPUT, "probe.", ("PR", dims.hidden_size), "float32"),
-            *state("PR", "PN", io.PROBE_RESULTS[1:]),
-        ]
-        backward_inputs = [
-            _tensor(io.GRADIENT_HIDDEN, self._at[io.HIDDEN], (1, "GS", dims.hidden_size), dtype),
-            _tensor(io.GRADIENT_POSITIONS, self._at[io.POSITIONS], (axes, "GS")),
-            _tensor(io.GRADIENT_VISUAL_ROWS, self._at[io.VISUAL_ROWS], ("GN",)),
-            _tensor(io.GRADIENT_NUM_VISUAL, f"prompt.num_visual.{stage}", (1,)),
-            _tensor(io.GRADIENT, f"probe.{io.OUTPUT_GRADIENT}", ("GR", dims.hidden_size), "float32"),
-            *state("GR", "GN", (io.GRADIENT_STATE, io.GRADIENT_ATTENTION, io.GRADIENT_KEYS)),
-        ]
-        backward_outputs = [_tensor(io.SALIENCY_SCORES, "probe.", ("GN",), "float32")]
-        constants = {}
-        if probe.form != "direct":
-            layer = self._layout.schedule.stages[stage].layer
-            constants["saliency.key_value_gram"] = _gram(self._plan.source.checkpoint, layer)
-        halves = [
-            self._half(stage, "probe", forward_inputs, forward_outputs, probe, constants),
-            self._half(stage, "saliency", backward_inputs, backward_outputs, probe, constants),
-        ]
+        """Describe the halves of a stage's probe; the head's gradient runs between them."""
+        forward, backward = self._half(stage, "probe", probe), self._half(stage, "saliency", probe)
         label = f"select_{stage + 1}"
-        self._run("prefill", halves[0], label=label, stage=stage)
+        self._run("prefill", forward, label=label, stage=stage)
         if self._is_quantized("head"):
             self._run_candidates(head, gradient, label=label, stage=stage)
         self._run("prefill", gradient, label=label, stage=stage)
-        self._run("prefill", halves[1], label=label, stage=stage)
-        return halves
+        self._run("prefill", backward, label=label, stage=stage)
+        return [forward, backward]
 
-    def _half(
-        self,
-        stage: int,
-        name: PieceName,
-        inputs: Sequence[_Tensor],
-        outputs: Sequence[_Tensor],
-        probe: ProxySaliency,
-        constants: Mapping[str, NDArray[Any]],
-    ) -> Outline:
+    def _half(self, stage: int, name: PieceName, probe: ProxySaliency) -> Outline:
         """Describe one half of a stage's probe, a piece of the next layer range or a graph of its own."""
-        layer, letter = self._layout.schedule.stages[stage].layer, "P" if name == "probe" else "G"
-
-        def sizes(_all: int, rows: int, bucket: int) -> dict[str, int]:
-            own = {"S": rows + bucket, "N": rows, "R": self._layout.schedule.num_probe_rows}
-            return {f"{letter}{symbol}": size for symbol, size in own.items()}
-
-        is_alone = name == "saliency" and self._is_quantized(self._role(stage + 1))
-        profiles, at_sizes = self._prefills(stage, sizes, label=name)
+        dims, schedule, role = self._dimensions, self._layout.schedule, self._role(stage + 1)
+        letter, (hidden, positions, visual_rows), state_names = _HALVES[name]
+        S, N, R = (f"{letter}{symbol}" for symbol in "SNR")
+        output, layer = (R, dims.hidden_size), schedule.stages[stage].layer
+        # between the halves is ``ProbeState``; without the layer's MLP the gradient goes around it
+        width = dims.num_heads * (dims.head_size + dims.hidden_size)
+        if not probe.is_quantized:
+            width += dims.hidden_size + 2 * dims.intermediate_size
+        keys = [(N, dims.num_kv_heads * dims.head_size)] if probe.needs_keys else []
+        state = [
+            _tensor(own, f"probe.{result}", shape, "float32")
+            for own, result, shape in zip(
+                state_names, io.PROBE_RESULTS[1:], [(R, width), (dims.num_heads, R, N), *keys]
+            )
+        ]
+        inputs = [
+            _tensor(hidden, self._at[io.HIDDEN], (1, S, dims.hidden_size), self._dtype),
+            _tensor(positions, self._at[io.POSITIONS], (self._model.position_axes, S)),
+            _tensor(visual_rows, self._at[io.VISUAL_ROWS], (N,)),
+        ]
+        module: nn.Module
+        constants, is_alone = {}, False
+        if name == "probe":
+            inputs.append(_tensor(io.PROBE_ROWS, f"prompt.probe_rows.{stage}", (R,)))
+            inputs.append(_tensor(io.PROBE_LENGTH, f"prompt.length.{stage}", (1,)))
+            outputs = [_tensor(io.PROBE_OUTPUT, "probe.", output, "float32"), *state]
+            module = Probe(probe, self._rotary())
+        else:
+            inputs.append(_tensor(io.GRADIENT_NUM_VISUAL, f"prompt.num_visual.{stage}", (1,)))
+            inputs += [_tensor(io.GRADIENT, f"probe.{io.OUTPUT_GRADIENT}", output, "float32"), *state]
+            outputs = [_tensor(io.SALIENCY_SCORES, "probe.", (N,), "float32")]
+            module, is_alone = Saliency(probe, self._rotary()), self._is_quantized(role)
+            if probe.form != "direct":
+                constants["saliency.key_value_gram"] = _gram(self._plan.source.checkpoint, layer)
+        profiles, at_sizes = self._prefills(
+            stage,
+            lambda _all, rows, text: {S: rows + text, N: rows, R: schedule.num_probe_rows},
+            label=name,
+        )
         return _outline(
             f"probe_{stage + 1}" if is_alone else self._name(stage + 1),
-            "probe" if is_alone else self._role(stage + 1),
+            "probe" if is_alone else role,
             inputs,
             outputs,
             profiles,
-            (Probe if name == "probe" else Saliency)(probe, self._rotary()),
+            module,
             at_sizes=at_sizes,
             piece=None if is_alone else name,
             first_layer=layer,
