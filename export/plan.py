@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.modeling_utils import local_torch_dtype
 
 from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, read_checkpoint
 from trio_edge.export.checkpoints.text_files import read_generation, read_text_files
@@ -198,13 +199,8 @@ def _processing(
 @contextmanager
 def without_values(dtype: FloatType) -> Iterator[None]:
     """Let torch build and trace modules of type ``dtype`` whose tensors have shapes but no values."""
-    before = torch.get_default_dtype()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        torch.set_default_dtype(getattr(torch, dtype))
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
+    with FakeTensorMode(allow_non_fake_inputs=True), local_torch_dtype(getattr(torch, dtype)):
+        yield
 
 
 def build(options: ExportOptions, source: ExportSource, resolved: ResolvedOptions) -> ExportPlan:

@@ -46,17 +46,12 @@ class Llava(Family):
     architecture = "LlavaForConditionalGeneration"
     image_processor = "CLIPImageProcessor"
     """Hugging Face's class of the image processor, if the checkpoint's file names none."""
-    chat_template = mistral_template = VICUNA_TEMPLATE
+    chat_template = VICUNA_TEMPLATE
     text_types = _TEXT_TYPES
     vision_type = "clip_vision_model"
     vision_attention = "eager"
     required = (("vision_feature_select_strategy", "default"),)
     has_class_row = True
-
-    def default_chat_template(self, checkpoint: Checkpoint) -> str:
-        """Return Vicuna's template, or for a Mistral decoder the family's template for it."""
-        text_type = checkpoint.config.get("text_config", {}).get("model_type")
-        return self.mistral_template if text_type == "mistral" else self.chat_template
 
     def images(self, checkpoint: Checkpoint, config: Any, max_visual: int | None) -> LlavaImages:
         """Return the tiling; see ``Family``. There is no ``max_visual``."""
@@ -122,7 +117,11 @@ class LlavaNext(Llava):
     model_type = "llava_next"
     architecture = "LlavaNextForConditionalGeneration"
     image_processor = "LlavaNextImageProcessor"
-    mistral_template = MISTRAL_TEMPLATE
+
+    def default_chat_template(self, checkpoint: Checkpoint) -> str:
+        """Return Vicuna's template, or Mistral's for its decoder; LLaVA-1.5 was trained with Vicuna's alone."""
+        text_type = checkpoint.config.get("text_config", {}).get("model_type")
+        return MISTRAL_TEMPLATE if text_type == "mistral" else VICUNA_TEMPLATE
 
 
 def _feature_tensors(vision: Any, num_states: int, *, dtype: FloatType) -> list[TensorSpec]:

@@ -180,6 +180,7 @@ def quantization_of(
         return None
     taken = {form.stored_name for form in forms if form.is_taken_over}
     quantized = {form.stored_name for form in forms if form.kind != "none"}
+    blocks = {form.block for form in forms if form.kind == "int4" and form.block is not None}
     weights = _weights_of_parts(graphs)
     formats: dict[str, QuantizedFormat] = {
         part: "int4" for part, names in weights.items() if not taken.isdisjoint(names)
@@ -191,7 +192,7 @@ def quantization_of(
     return Quantization(
         formats=formats,
         method="checkpoint" if taken else scales.method,
-        block_size=largest_block(forms),
+        block_size=BLOCK_SIZE if BLOCK_SIZE in blocks else max(blocks, default=None),
         num_samples=scales.num_samples,
         inputs=_with_inputs(graphs),
     )
@@ -230,9 +231,3 @@ def _with_inputs(graphs: Iterable[TracedGraph]) -> tuple[Part, ...]:
         )
     }
     return tuple(part for part in PARTS if part in rounded)
-
-
-def largest_block(forms: Iterable[StoredForm]) -> int | None:
-    """Return the usual INT4 block of ``forms``: 128 if a weight has it, else the largest; None without INT4."""
-    blocks = {form.block for form in forms if form.kind == "int4" and form.block is not None}
-    return BLOCK_SIZE if BLOCK_SIZE in blocks else max(blocks, default=None)

@@ -154,13 +154,16 @@ def unfused_bytes(
     ``tiles`` are those of the largest image, ``before`` is ``scratch_before``, or 0 if nothing is between vision and decoder,
     and the rest is as in ``bundle_bytes``.
     """
-    # A selection precedes each layer range but the first.
-    return max(
-        before,
-        _vision_bytes(tiles, element_bytes),
-        *(_range_bytes(decoder, rows + text_rows, element_bytes) for _, rows in ranges),
-        *(_select_bytes(decoder, rows, text_rows, schedule, element_bytes) for _, rows in ranges[:-1]),
-    )
+    hidden, probe = decoder.hidden_size, schedule.num_probe_rows * decoder.vocab_size * (4 + element_bytes)
+    found = [before, _vision_bytes(tiles, element_bytes)]
+    for index, (_, visual) in enumerate(ranges):
+        rows = visual + text_rows
+        scores = decoder.num_heads * rows**2 * (4 + element_bytes)
+        layers = decoder.workspace_bytes(rows, element_bytes=element_bytes, score_bytes=scores)
+        found.append(4 * rows**2 + layers)
+        if index < len(ranges) - 1:  # the stage before the next range
+            found.append(rows * hidden * (3 * element_bytes + 8) + 8 * visual**2 + probe)
+    return max(found)
 
 
 def repeated_weights(schedule: Schedule, decoder: Dimensions, *, layers_quantized: bool) -> int:
@@ -226,16 +229,6 @@ def scratch_before(
         return reduced
     tower = Tiles(texts.num_texts, texts.length, texts.width, _CLIP_MLP * texts.width)
     return max(reduced, _vision_bytes(tower, element_bytes))
-
-
-def _range_bytes(decoder: Dimensions, rows: int, size: int) -> int:
-    scores = decoder.num_heads * rows**2 * (4 + size)
-    return 4 * rows**2 + decoder.workspace_bytes(rows, element_bytes=size, score_bytes=scores)
-
-
-def _select_bytes(decoder: Dimensions, num_visual: int, text_rows: int, schedule: Schedule, size: int) -> int:
-    probe = schedule.num_probe_rows * decoder.vocab_size * (4 + size)
-    return (num_visual + text_rows) * decoder.hidden_size * (3 * size + 8) + 8 * num_visual**2 + probe
 
 
 def _vision_bytes(tiles: Tiles, size: int) -> int:

@@ -137,27 +137,36 @@ def trio_work(
         head_size=decoder.head_size,
         num_probe_rows=schedule.num_probe_rows,
     )
-    rows, hidden, rounds = schedule.num_probe_rows, decoder.hidden_size, schedule.nms_rounds
-    visual, one_size = sizes.num_visual, sizes.one_size
-    gradient = Product(rows=rows, inner=hidden, columns=decoder.vocab_size, count=2, weights="head")
-    first_half = LAUNCHES_PER_PROBE // 2
-    # products, other elements and launches
-    counted: dict[TrioPiece, tuple[list[Product], int, int]] = {
+    rows, hidden, half = schedule.num_probe_rows, decoder.hidden_size, LAUNCHES_PER_PROBE // 2
+    layer, form = _layer_products(decoder, rows=rows), cheapest_form(probe)
+    counted: dict[TrioPiece, tuple[list[Product], int, int]] = {  # products, other elements, launches
         "probe": (
-            forward_products(decoder, probe, is_quantized=is_quantized),
+            [
+                *layer,
+                Product(
+                    rows=rows, inner=hidden, columns=decoder.num_heads * decoder.head_size, weights="layer"
+                ),
+                *_attention_products(probe, is_quantized=is_quantized),
+            ],
             6 * sizes.num_rows * hidden,
-            first_half,
+            half,
         ),
-        "gradient": ([gradient], 0, 0),
-        "saliency": (
-            backward_products(decoder, probe, is_quantized=is_quantized),
+        "gradient": (
+            [Product(rows=rows, inner=hidden, columns=decoder.vocab_size, count=2, weights="head")],
             0,
-            LAUNCHES_PER_PROBE - first_half,
+            0,
+        ),
+        "saliency": (
+            [*(layer[:1] if is_quantized else layer), *_gradient_products(form, probe)],
+            0,
+            LAUNCHES_PER_PROBE - half,
         ),
         "select": (
-            nms_products(visual, hidden_size=hidden, rounds=rounds, one_size=one_size),
-            4 * visual**2,
-            rounds * _LAUNCHES_PER_ROUND,
+            nms_products(
+                sizes.num_visual, hidden_size=hidden, rounds=schedule.nms_rounds, one_size=sizes.one_size
+            ),
+            4 * sizes.num_visual**2,
+            schedule.nms_rounds * _LAUNCHES_PER_ROUND,
         ),
     }
     products, others, launches = zip(*(counted[piece] for piece in pieces))
@@ -176,23 +185,6 @@ def candidate_work(decoder: Dimensions, schedule: Schedule) -> Work:
 def trio_flops(decoder: Dimensions, schedule: Schedule, sizes: StageSizes) -> float:
     """Return the FLOPs of one of TRIO's stages."""
     return trio_work(decoder, schedule, sizes).flops
-
-
-def forward_products(decoder: Dimensions, sizes: ProbeSizes, *, is_quantized: bool = False) -> list[Product]:
-    """Return the products of a probe's forward half: keys of all rows, and the layer on R rows."""
-    hidden, queries = decoder.hidden_size, decoder.num_heads * decoder.head_size
-    return [
-        *_layer_products(decoder, rows=sizes.num_probe_rows),
-        Product(rows=sizes.num_probe_rows, inner=hidden, columns=queries, weights="layer"),
-        *_attention_products(sizes, is_quantized=is_quantized),
-    ]
-
-
-def backward_products(decoder: Dimensions, sizes: ProbeSizes, *, is_quantized: bool = False) -> list[Product]:
-    """Return the products of a probe's backward half: the layer on R rows, and the saliency in its cheapest form."""
-    form = cheapest_form(sizes)
-    layer = _layer_products(decoder, rows=sizes.num_probe_rows)
-    return [*(layer[:1] if is_quantized else layer), *_gradient_products(form, sizes)]
 
 
 def _layer_products(decoder: Dimensions, *, rows: int) -> list[Product]:
