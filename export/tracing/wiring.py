@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, final
 
 import msgspec
 import torch
@@ -41,15 +41,71 @@ if TYPE_CHECKING:
     from trio_edge.trio.selectors.interface import OtherInput
 
 
-_HALVES: dict[PieceName, tuple[str, tuple[str, str, str], tuple[str, ...]]] = {
-    "probe": ("P", (io.PROBE_HIDDEN, io.PROBE_POSITIONS, io.PROBE_VISUAL_ROWS), io.PROBE_RESULTS[1:]),
-    "saliency": (
-        "G",
-        (io.GRADIENT_HIDDEN, io.GRADIENT_POSITIONS, io.GRADIENT_VISUAL_ROWS),
-        (io.GRADIENT_STATE, io.GRADIENT_ATTENTION, io.GRADIENT_KEYS),
-    ),
-}
-"""Of a probe's halves: first letter of the axes, inputs that describe the rows, and tensors between the halves."""
+class _Row(NamedTuple):
+    """A tensor in a table: its name, place, shape and type."""
+
+    name: str
+    place: str
+    """After a dot at its end comes the name; after "@" comes a name, and what the graph before has written for it is read."""
+    shape: tuple[int | str, ...]
+    """Upper case stands for an axis of the graph, lower case for a size of the model or the stage."""
+    dtype: DType | Literal["model"] = "int32"
+    when: str = ""
+    """Property of the graphs that have the tensor; empty for all."""
+
+
+_SELECT_INPUTS = (
+    _Row(io.HIDDEN, f"@{io.HIDDEN}", (1, "S", "width"), "model"),
+    _Row(io.POSITIONS, f"@{io.POSITIONS}", ("axes", "S")),
+    _Row(io.VISUAL_ROWS, f"@{io.VISUAL_ROWS}", ("N",)),
+    _Row(io.NUM_VISUAL, "prompt.num_visual.{stage}", (1,)),
+    _Row(io.LENGTH, "prompt.length.{stage}", (1,)),
+    _Row(io.PREVIOUS, f"@{io.PREVIOUS}", (1, "S", "width"), "model", "reads_previous"),
+    _Row(io.PROMPT_EMBEDS, "rows.embeds", (1, "F", "width"), "model", "reads_prompt"),
+    _Row(io.PROMPT_IS_VISUAL, "prompt.is_visual", ("F",), "int32", "reads_prompt"),
+    _Row(io.PROMPT_LENGTH, "prompt.length", (1,), "int32", "reads_prompt"),
+    _Row(io.SALIENCY, f"probe.{io.SALIENCY_SCORES}", ("N",), "float32", "has_probe"),
+    _Row(io.VISUAL_IMAGES, f"@{io.VISUAL_IMAGES}", ("N",), "int32", "image"),
+)
+_SELECT_OUTPUTS = (
+    _Row(io.KEPT_HIDDEN, "{name}.", (1, "R", "width"), "model"),
+    _Row(io.KEPT_POSITIONS, "{name}.", ("axes", "R")),
+    _Row(io.KEPT_VISUAL_ROWS, "{name}.", ("keep",)),
+    _Row(io.KEPT_INDICES, f"results.{io.KEPT_INDICES}.{{stage}}", ("keep",)),
+    _Row(io.SCORES, f"results.{io.SCORES}.{{stage}}", ("N",), "float32"),
+    _Row(io.UNSETTLED, f"results.{io.UNSETTLED}.{{stage}}", (1,)),
+    _Row(io.KEPT_VISUAL_IMAGES, "{name}.", ("keep",), "int32", "image"),
+)
+_FORWARD_INPUTS = (
+    _Row(io.PROBE_HIDDEN, f"@{io.HIDDEN}", (1, "PS", "width"), "model"),
+    _Row(io.PROBE_POSITIONS, f"@{io.POSITIONS}", ("axes", "PS")),
+    _Row(io.PROBE_VISUAL_ROWS, f"@{io.VISUAL_ROWS}", ("PN",)),
+    _Row(io.PROBE_ROWS, "prompt.probe_rows.{stage}", ("PR",)),
+    _Row(io.PROBE_LENGTH, "prompt.length.{stage}", (1,)),
+)
+_FORWARD_OUTPUTS = (  # the output, then ``ProbeState`` of trio_edge.trio.saliency
+    _Row(io.PROBE_OUTPUT, "probe.", ("PR", "width"), "float32"),
+    _Row(io.PROBE_STATE, "probe.", ("PR", "state"), "float32"),
+    _Row(io.PROBE_ATTENTION, "probe.", ("heads", "PR", "PN"), "float32"),
+    _Row(io.PROBE_KEYS, "probe.", ("PN", "keys"), "float32", "needs_keys"),
+)
+_BACKWARD_INPUTS = (
+    _Row(io.GRADIENT_HIDDEN, f"@{io.HIDDEN}", (1, "GS", "width"), "model"),
+    _Row(io.GRADIENT_POSITIONS, f"@{io.POSITIONS}", ("axes", "GS")),
+    _Row(io.GRADIENT_VISUAL_ROWS, f"@{io.VISUAL_ROWS}", ("GN",)),
+    _Row(io.GRADIENT_NUM_VISUAL, "prompt.num_visual.{stage}", (1,)),
+    _Row(io.GRADIENT, f"probe.{io.OUTPUT_GRADIENT}", ("GR", "width"), "float32"),
+    _Row(io.GRADIENT_STATE, f"probe.{io.PROBE_STATE}", ("GR", "state"), "float32"),
+    _Row(io.GRADIENT_ATTENTION, f"probe.{io.PROBE_ATTENTION}", ("heads", "GR", "GN"), "float32"),
+    _Row(io.GRADIENT_KEYS, f"probe.{io.PROBE_KEYS}", ("GN", "keys"), "float32", "needs_keys"),
+)
+_BACKWARD_OUTPUTS = (_Row(io.SALIENCY_SCORES, "probe.", ("GN",), "float32"),)
+_GRADIENT_INPUTS = (
+    _Row(io.PROBE_OUTPUT, "probe.", ("GR", "width"), "float32"),
+    _Row(io.CANDIDATE_LOGITS, "likeliest.logits", ("GR", "candidates"), "float32", "quantized"),
+    _Row(io.CANDIDATE_ROWS, "likeliest.rows", ("GR", "candidates", "width"), "model", "quantized"),
+)
+_GRADIENT_OUTPUTS = (_Row(io.OUTPUT_GRADIENT, "probe.", ("GR", "width"), "float32"),)
 
 
 class _Tensor(NamedTuple):
@@ -111,6 +167,13 @@ class Wiring:
             **{f"{io.DEEPSTACK}{plane}": f"rows.deepstack.{plane}" for plane in range(num_planes)},
         }
         """Place of each input that the next graph of a prefill may read from the graph before."""
+        self._sizes = {
+            "width": self._dimensions.hidden_size,
+            "axes": plan.model.position_axes,
+            "heads": self._dimensions.num_heads,
+            "keys": self._dimensions.num_kv_heads * self._dimensions.head_size,
+            "candidates": io.num_candidates(self._dimensions),
+        }
         self._launches: defaultdict[ProgramName, list[Launch]] = defaultdict(list)
         self.graphs: list[Outline] = []
         """In the order of a prefill; pieces of one graph follow each other, first the one with the graph's role."""
@@ -175,6 +238,20 @@ class Wiring:
             cache=f"cache.{spec.name}" if spec.num_layers else None,
         )
         self._launches[program].append(launch)
+
+    def _tensors(self, rows: Sequence[_Row], has: Sequence[str] = (), **own: int | str) -> list[_Tensor]:
+        """Return the tensors of a table; ``own`` has sizes and parts of places besides those of the model."""
+        sizes: dict[Any, Any] = {**self._sizes, **own}
+        return [
+            _tensor(
+                row.name,
+                self._at[row.place[1:]] if row.place[0] == "@" else row.place.format(**own),
+                tuple(sizes.get(axis, axis) for axis in row.shape),
+                self._dtype if row.dtype == "model" else row.dtype,
+            )
+            for row in rows
+            if row.when in ("", *has)
+        ]
 
     # Before the decoder
 
@@ -423,38 +500,12 @@ class Wiring:
 
     def _select(self, stage: int, selector: Any) -> Outline:
         """Describe the selection of a stage."""
-        schedule, dtype, name = self._layout.schedule, self._dtype, f"select_{stage + 1}"
+        schedule, method, name = self._layout.schedule, self._method, f"select_{stage + 1}"
         keep, layer = schedule.stages[stage].keep, schedule.stages[stage].layer
-        width, axes = self._dimensions.hidden_size, self._model.position_axes
-        rows, kept = (1, "S", width), (1, "R", width)
-        inputs = [
-            _tensor(io.HIDDEN, self._at[io.HIDDEN], rows, dtype),
-            _tensor(io.POSITIONS, self._at[io.POSITIONS], (axes, "S")),
-            _tensor(io.VISUAL_ROWS, self._at[io.VISUAL_ROWS], ("N",)),
-            _tensor(io.NUM_VISUAL, f"prompt.num_visual.{stage}", (1,)),
-            _tensor(io.LENGTH, f"prompt.length.{stage}", (1,)),
-        ]
-        outputs = [
-            _tensor(io.KEPT_HIDDEN, f"{name}.", kept, dtype),
-            _tensor(io.KEPT_POSITIONS, f"{name}.", (axes, "R")),
-            _tensor(io.KEPT_VISUAL_ROWS, f"{name}.", (keep,)),
-            _tensor(io.KEPT_INDICES, f"results.{io.KEPT_INDICES}.{stage}", (keep,)),
-            _tensor(io.SCORES, f"results.{io.SCORES}.{stage}", ("N",), "float32"),
-            _tensor(io.UNSETTLED, f"results.{io.UNSETTLED}.{stage}", (1,)),
-        ]
-        if self._method.reads_previous:
-            inputs.append(_tensor(io.PREVIOUS, self._at[io.PREVIOUS], rows, dtype))
-        if self._method.reads_prompt:
-            inputs += [
-                _tensor(io.PROMPT_EMBEDS, "rows.embeds", (1, "F", width), dtype),
-                _tensor(io.PROMPT_IS_VISUAL, "prompt.is_visual", ("F",)),
-                _tensor(io.PROMPT_LENGTH, "prompt.length", (1,)),
-            ]
-        if self._method.has_probe:
-            inputs.append(_tensor(io.SALIENCY, f"probe.{io.SALIENCY_SCORES}", ("N",), "float32"))
-        if schedule.budget == "image":
-            inputs.append(_tensor(io.VISUAL_IMAGES, self._at[io.VISUAL_IMAGES], ("N",)))
-            outputs.append(_tensor(io.KEPT_VISUAL_IMAGES, f"{name}.", (keep,)))
+        flags = "reads_previous", "reads_prompt", "has_probe"
+        has = [schedule.budget, *(flag for flag in flags if getattr(method, flag))]
+        inputs = self._tensors(_SELECT_INPUTS, has, stage=stage)
+        outputs = self._tensors(_SELECT_OUTPUTS, has, stage=stage, name=name, keep=keep)
         own_inputs: Mapping[str, OtherInput] = getattr(selector, "other_inputs", {})
         inputs += [
             _tensor(own, other.place, other.shape, cast("DType", other.dtype))
@@ -462,8 +513,9 @@ class Wiring:
         ]
         for plane in range(layer, self._model.vision.num_deepstack):
             entering = f"{io.DEEPSTACK}{plane}"
-            inputs.append(_tensor(entering, self._at[entering], rows, dtype))
-            outputs.append(_tensor(f"{io.KEPT_DEEPSTACK}{plane}", f"{name}.", kept, dtype))
+            rows, kept = ((1, axis, self._dimensions.hidden_size) for axis in "SR")
+            inputs.append(_tensor(entering, self._at[entering], rows, self._dtype))
+            outputs.append(_tensor(f"{io.KEPT_DEEPSTACK}{plane}", f"{name}.", kept, self._dtype))
         reads_prompt = any("F" in tensor.spec.shape for tensor in inputs)
 
         def sizes(whole: int, rows: int, bucket: int) -> dict[str, int]:
@@ -502,51 +554,31 @@ class Wiring:
     def _half(self, stage: int, name: PieceName, probe: ProxySaliency) -> Outline:
         """Describe one half of a stage's probe, a piece of the next layer range or a graph of its own."""
         dims, schedule, role = self._dimensions, self._layout.schedule, self._role(stage + 1)
-        letter, (hidden, positions, visual_rows), state_names = _HALVES[name]
-        S, N, R = (f"{letter}{symbol}" for symbol in "SNR")
-        output, layer = (R, dims.hidden_size), schedule.stages[stage].layer
-        # between the halves is ``ProbeState``; without the layer's MLP the gradient goes around it
-        width = dims.num_heads * (dims.head_size + dims.hidden_size)
+        layer, is_forward = schedule.stages[stage].layer, name == "probe"
+        # without the layer's MLP the gradient goes around it
+        state = dims.num_heads * (dims.head_size + dims.hidden_size)
         if not probe.is_quantized:
-            width += dims.hidden_size + 2 * dims.intermediate_size
-        keys = [(N, dims.num_kv_heads * dims.head_size)] if probe.needs_keys else []
-        state = [
-            _tensor(own, f"probe.{result}", shape, "float32")
-            for own, result, shape in zip(
-                state_names, io.PROBE_RESULTS[1:], [(R, width), (dims.num_heads, R, N), *keys]
-            )
-        ]
-        inputs = [
-            _tensor(hidden, self._at[io.HIDDEN], (1, S, dims.hidden_size), self._dtype),
-            _tensor(positions, self._at[io.POSITIONS], (self._model.position_axes, S)),
-            _tensor(visual_rows, self._at[io.VISUAL_ROWS], (N,)),
-        ]
-        module: nn.Module
-        constants, is_alone = {}, False
-        if name == "probe":
-            inputs.append(_tensor(io.PROBE_ROWS, f"prompt.probe_rows.{stage}", (R,)))
-            inputs.append(_tensor(io.PROBE_LENGTH, f"prompt.length.{stage}", (1,)))
-            outputs = [_tensor(io.PROBE_OUTPUT, "probe.", output, "float32"), *state]
-            module = Probe(probe, self._rotary())
-        else:
-            inputs.append(_tensor(io.GRADIENT_NUM_VISUAL, f"prompt.num_visual.{stage}", (1,)))
-            inputs += [_tensor(io.GRADIENT, f"probe.{io.OUTPUT_GRADIENT}", output, "float32"), *state]
-            outputs = [_tensor(io.SALIENCY_SCORES, "probe.", (N,), "float32")]
-            module, is_alone = Saliency(probe, self._rotary()), self._is_quantized(role)
-            if probe.form != "direct":
-                constants["saliency.key_value_gram"] = _gram(self._plan.source.checkpoint, layer)
+            state += dims.hidden_size + 2 * dims.intermediate_size
+        tables = (_FORWARD_INPUTS, _FORWARD_OUTPUTS) if is_forward else (_BACKWARD_INPUTS, _BACKWARD_OUTPUTS)
+        has = ["needs_keys"] if probe.needs_keys else []
+        inputs, outputs = (self._tensors(table, has, stage=stage, state=state) for table in tables)
+        constants = {}
+        if probe.form != "direct" and not is_forward:
+            constants["saliency.key_value_gram"] = _gram(self._plan.source.checkpoint, layer)
+        letter, num_rows = "P" if is_forward else "G", schedule.num_probe_rows
         profiles, at_sizes = self._prefills(
             stage,
-            lambda _all, rows, text: {S: rows + text, N: rows, R: schedule.num_probe_rows},
+            lambda _all, rows, text: {f"{letter}S": rows + text, f"{letter}N": rows, f"{letter}R": num_rows},
             label=name,
         )
+        is_alone = not is_forward and self._is_quantized(role)
         return _outline(
             f"probe_{stage + 1}" if is_alone else self._name(stage + 1),
             "probe" if is_alone else role,
             inputs,
             outputs,
             profiles,
-            module,
+            (Probe if is_forward else Saliency)(probe, self._rotary()),
             at_sizes=at_sizes,
             piece=None if is_alone else name,
             first_layer=layer,
@@ -606,20 +638,13 @@ class Wiring:
 
     def _gradient(self) -> Outline:
         """Describe the head's gradient; that of a quantized head gets the rows of the likeliest tokens."""
-        dims, norm, rows = self._dimensions, self._model.final_norm, ("GR", self._dimensions.hidden_size)
-        inputs = [_tensor(io.PROBE_OUTPUT, "probe.", rows, "float32")]
-        is_alone = self._is_quantized("head")
-        if is_alone:
-            likeliest = ("GR", io.num_candidates(dims), dims.hidden_size)
-            inputs += [
-                _tensor(io.CANDIDATE_LOGITS, "likeliest.logits", likeliest[:2], "float32"),
-                _tensor(io.CANDIDATE_ROWS, "likeliest.rows", likeliest, self._dtype),
-            ]
+        norm, is_alone = self._model.final_norm, self._is_quantized("head")
+        inputs = self._tensors(_GRADIENT_INPUTS, ["quantized"] if is_alone else [])
         return _outline(
             "gradient" if is_alone else "head",
             "probe" if is_alone else "head",
             inputs,
-            [_tensor(io.OUTPUT_GRADIENT, "probe.", rows, "float32")],
+            self._tensors(_GRADIENT_OUTPUTS),
             [Profile(name="gradient", sizes={"GR": self._layout.schedule.num_probe_rows})],
             CandidateHead(norm) if is_alone else ProbeHead(norm, self._model.lm_head),
             at_sizes=["gradient"] * len(self._prompts),
