@@ -137,7 +137,7 @@ def check_target(plan: ExportPlan, target: DeviceSpec, progress: Progress) -> No
         progress.warn(warning)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class BundleContents:
     """The graphs, and the form in which each tensor is stored."""
 
@@ -179,17 +179,9 @@ def quantize(
     # Copied files would repeat tensors that are stored in another form. CLIP's files hold a vision tower that is not used,
     # and their names may be those of the model's files.
     whole_files = not forms and plan.source.clip is None
-    return BundleContents(
-        graphs=graphs,
-        plain=plain,
-        forms=forms,
-        whole_files=whole_files,
-        num_bytes=bytes_to_write(plain, dtype=dtype, whole_files=whole_files)
-        + quantized_bytes(checkpoint, forms, dtype=dtype),
-        embedding=embedding,
-        head_rows=head_rows,
-        quantization=quantization,
-    )
+    num_bytes = bytes_to_write(plain, dtype=dtype, whole_files=whole_files)
+    num_bytes += quantized_bytes(checkpoint, forms, dtype=dtype)
+    return BundleContents(graphs, plain, forms, whole_files, num_bytes, embedding, head_rows, quantization)
 
 
 def write(

@@ -125,7 +125,7 @@ class Layout:
         return tuple(sorted({max(size, least) for size in sizes}))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class ExportPlan:
     """All inputs of a bundle's graphs, weights and manifest."""
 
@@ -236,16 +236,7 @@ def build(options: ExportOptions, source: ExportSource, resolved: ResolvedOption
         max_new_tokens=options.max_new_tokens,
         schedule=schedule,
     )
-    return ExportPlan(
-        options=options,
-        source=source,
-        resolved=resolved,
-        model=model,
-        dimensions=dimensions,
-        selector=selector,
-        clip_graphs=clip_graphs,
-        layout=layout,
-    )
+    return ExportPlan(options, source, resolved, model, dimensions, selector, clip_graphs, layout)
 
 
 def _image_profiles(

@@ -57,21 +57,10 @@ class Reduce(nn.Module):
         if io.CLIP_TEXTS in given:
             clip = ClipInputs(given[io.CLIP_PATCHES], given[io.CLIP_TEXTS], given[io.TEXT_MARKS])
         planes = [given[name] for name in self.others if name.startswith(io.DEEPSTACK_TOKENS)]
-        features, keys, attention = FEATURE_NAMES
-        token_inputs = TokenInputs(
-            visual_tokens,
-            num_visual,
-            is_newline > 0,
-            features_NF=given.get(features),
-            keys_NE=given.get(keys),
-            attention_N=given.get(attention),
-            text_TD=given.get(io.TEXT_EMBEDS),
-            num_text=given.get(io.NUM_TEXT),
-            clip=clip,
-            previous_ND=given.get(io.PREVIOUS_TOKENS),
-            has_previous=given.get(io.HAS_PREVIOUS),
-        )
-        selection: Selection = self.selector(token_inputs)
+        of_text = given.get(io.TEXT_EMBEDS), given.get(io.NUM_TEXT), clip
+        of_previous = given.get(io.PREVIOUS_TOKENS), given.get(io.HAS_PREVIOUS)
+        more = *(given.get(name) for name in FEATURE_NAMES), *of_text, *of_previous
+        selection: Selection = self.selector(TokenInputs(visual_tokens, num_visual, is_newline > 0, *more))
         reduced_KD, *reduced_planes = (
             _reduced(rows_ND, selection, num_visual) for rows_ND in (visual_tokens, *planes)
         )

@@ -120,7 +120,7 @@ def _tensor(name: str, place: str, shape: tuple[int | str, ...], dtype: DType = 
     return _Tensor(TensorSpec(name=name, dtype=dtype, shape=shape), place + name * place.endswith("."))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Outline:
     """A graph, or a piece of one, before it is traced."""
 
@@ -678,14 +678,9 @@ def _outline(
         first_layer=first_layer,
         num_layers=num_layers,
     )
-    return Outline(
-        spec=spec,
-        places={tensor.spec.name: tensor.place for tensor in (*inputs, *outputs)},
-        profiles=at_sizes or [profile.name for profile in profiles],
-        module=module,
-        piece=piece,
-        constants=constants,
-    )
+    places = {tensor.spec.name: tensor.place for tensor in (*inputs, *outputs)}
+    at_sizes = at_sizes or [profile.name for profile in profiles]
+    return Outline(spec, places, at_sizes, module, piece, constants)
 
 
 def _gram(checkpoint: Checkpoint, layer: int) -> NDArray[Any]:

@@ -139,35 +139,17 @@ def trio_work(
     )
     rows, hidden, half = schedule.num_probe_rows, decoder.hidden_size, LAUNCHES_PER_PROBE // 2
     layer, form = _layer_products(decoder, rows=rows), cheapest_form(probe)
+    visual, rounds, width = sizes.num_visual, schedule.nms_rounds, decoder.num_heads * decoder.head_size
+    queries = Product(rows=rows, inner=hidden, columns=width, weights="layer")
+    loss = Product(rows=rows, inner=hidden, columns=decoder.vocab_size, count=2, weights="head")
+    forward = [*layer, queries, *_attention_products(probe, is_quantized=is_quantized)]
+    backward = [*(layer[:1] if is_quantized else layer), *_gradient_products(form, probe)]
+    nms = nms_products(visual, hidden_size=hidden, rounds=rounds, one_size=sizes.one_size)
     counted: dict[TrioPiece, tuple[list[Product], int, int]] = {  # products, other elements, launches
-        "probe": (
-            [
-                *layer,
-                Product(
-                    rows=rows, inner=hidden, columns=decoder.num_heads * decoder.head_size, weights="layer"
-                ),
-                *_attention_products(probe, is_quantized=is_quantized),
-            ],
-            6 * sizes.num_rows * hidden,
-            half,
-        ),
-        "gradient": (
-            [Product(rows=rows, inner=hidden, columns=decoder.vocab_size, count=2, weights="head")],
-            0,
-            0,
-        ),
-        "saliency": (
-            [*(layer[:1] if is_quantized else layer), *_gradient_products(form, probe)],
-            0,
-            LAUNCHES_PER_PROBE - half,
-        ),
-        "select": (
-            nms_products(
-                sizes.num_visual, hidden_size=hidden, rounds=schedule.nms_rounds, one_size=sizes.one_size
-            ),
-            4 * sizes.num_visual**2,
-            schedule.nms_rounds * _LAUNCHES_PER_ROUND,
-        ),
+        "probe": (forward, 6 * sizes.num_rows * hidden, half),
+        "gradient": ([loss], 0, 0),
+        "saliency": (backward, 0, LAUNCHES_PER_PROBE - half),
+        "select": (nms, 4 * visual**2, rounds * _LAUNCHES_PER_ROUND),
     }
     products, others, launches = zip(*(counted[piece] for piece in pieces))
     return Work(
