@@ -162,7 +162,8 @@ def quantize(
     checkpoint, wanted, dtype = plan.source.checkpoint, plan.options.quantize, plan.resolved.dtype
     graphs, quantization = traced, None
     forms: tuple[StoredForm, ...] = ()
-    embedding, head_rows = StoredName(EMBEDDING_NAME), None
+    embedding = StoredName(EMBEDDING_NAME)
+    head_rows: StoredName | None = None
     if wanted.formats or checkpoint.packed:
         graphs, forms = quantize_graphs(traced, wanted, scales, checkpoint=checkpoint)
         for part, kind in unquantized_parts(forms, wanted, graphs=graphs).items():
@@ -173,7 +174,7 @@ def quantize(
         if wanted.has_cache:
             graphs = quantize_caches(graphs, scales.cache_max)
         table, rows = row_tables(graphs, wanted)
-        embedding, head_rows = table.stored_name, rows and rows.stored_name
+        embedding, head_rows = table.stored_name, None if rows is None else rows.stored_name
         quantization = quantization_of(forms, wanted, scales, graphs=graphs)
     plain = plain_tensors(graphs, checkpoint, forms)
     # Copied files would repeat tensors that are stored in another form. CLIP's files hold a vision tower that is not used,

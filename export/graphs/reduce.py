@@ -57,10 +57,12 @@ class Reduce(nn.Module):
         if io.CLIP_TEXTS in given:
             clip = ClipInputs(given[io.CLIP_PATCHES], given[io.CLIP_TEXTS], given[io.TEXT_MARKS])
         planes = [given[name] for name in self.others if name.startswith(io.DEEPSTACK_TOKENS)]
-        of_text = given.get(io.TEXT_EMBEDS), given.get(io.NUM_TEXT), clip
-        of_previous = given.get(io.PREVIOUS_TOKENS), given.get(io.HAS_PREVIOUS)
-        more = *(given.get(name) for name in FEATURE_NAMES), *of_text, *of_previous
-        selection: Selection = self.selector(TokenInputs(visual_tokens, num_visual, is_newline > 0, *more))
+        features, keys, attention = map(given.get, FEATURE_NAMES)
+        text, num_text = given.get(io.TEXT_EMBEDS), given.get(io.NUM_TEXT)
+        previous = given.get(io.PREVIOUS_TOKENS), given.get(io.HAS_PREVIOUS)
+        whole = visual_tokens, num_visual, is_newline > 0
+        inputs = TokenInputs(*whole, features, keys, attention, text, num_text, clip, *previous)
+        selection: Selection = self.selector(inputs)
         reduced_KD, *reduced_planes = (
             _reduced(rows_ND, selection, num_visual) for rows_ND in (visual_tokens, *planes)
         )

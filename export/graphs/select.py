@@ -83,9 +83,10 @@ class Select(nn.Module):
             embeds_FD = given[io.PROMPT_EMBEDS][0]
             prompt = PromptInputs(embeds_FD, given[io.PROMPT_IS_VISUAL], given[io.PROMPT_LENGTH])
         sequence = visual_rows, num_visual, length
-        more = previous_SD, prompt, given.get(io.SALIENCY), image_N
         own = {name: given[name] for name in getattr(self.selector, "other_inputs", {})}
-        selection: Selection = self.selector(StageInputs(hidden_SD, cos[0], sin[0], *sequence, *more, own))
+        more = given.get(io.SALIENCY), image_N
+        inputs = StageInputs(hidden_SD, cos[0], sin[0], *sequence, previous_SD, prompt, *more, own)
+        selection: Selection = self.selector(inputs)
         S, is_ascending = hidden_SD.shape[0], selection.weights_KN is None
         compacted = compact_rows(selection.kept_K, *sequence, padded_length=S, is_ascending=is_ascending)
         rows_R = compacted.rows_R
