@@ -98,12 +98,17 @@ class _SelectorOption(click.Option):
         return record and (record[0], record[1].replace("SELECTORS", described(kind)))
 
 
-def _option(names: str, kind: Any, text: str, metavar: str | None = None, **settings: Any) -> click.Option:
+def _option(
+    names: str,
+    kind: Any,
+    text: str,
+    metavar: str | None = None,
+    made: type[click.Option] = click.Option,
+    **settings: Any,
+) -> click.Option:
     """Return an option of type ``kind``, or a flag; its help ends with the default, unless ``text`` names it."""
-    made = _SelectorOption if kind in (StageMethod, TokenMethod) else click.Option
-    if kind is not bool and made is click.Option:
-        settings["type"] = kind
-    option = made(names.split(), is_flag=kind is bool, metavar=metavar, help=text, **settings)
+    settings |= {"is_flag": True} if kind is bool else {"type": kind}
+    option = made(names.split(), metavar=metavar, help=text, **settings)
     default = _DEFAULTS.get(option.name or "")
     if default and "[default" not in text:
         option.help = f"{text} [default: {default}]"
@@ -128,12 +133,13 @@ _OPTIONS = (
         "Stages with the visual tokens that they keep, such as 1:460,10:270,15:110; replaces --keep.",
         "LAYER:KEPT,…",
     ),
-    _option("--method", StageMethod, "Selector inside the decoder. SELECTORS.", "NAME"),
+    _option("--method", str, "Selector inside the decoder. SELECTORS.", "NAME", _SelectorOption),
     _option(
         "--token-method",
-        TokenMethod,
+        str,
         "Selector before the decoder, with --token-keep; works with any --method and --keep. SELECTORS. [default: none]",
         "NAME",
+        _SelectorOption,
     ),
     _option(
         "--token-keep",

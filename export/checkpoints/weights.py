@@ -253,11 +253,8 @@ def write_arrays(
 ) -> StoredWeights:
     """Write ``arrays``, dtype and shape by name, into the new safetensors file ``path``, and return the place of each.
 
-    Args:
-        path: A file in the weights' folder of a bundle.
-        arrays: In the order of their values.
-        values: All elements in order, in pieces of any size; INT4 two in a byte.
-        on_bytes: Called with the number of bytes just written and hashed.
+    ``path`` is in the weights' folder of a bundle. ``values`` are all elements in order, in pieces of any size, INT4 two in a
+    byte. ``on_bytes`` is called with the number of bytes just written and hashed.
     """
     file = f"{WEIGHTS_FOLDER}/{path.name}"
     entries: dict[str, Any] = {}

@@ -457,14 +457,9 @@ def check_positions(
 ) -> None:
     """Raise ScheduleError if the longest sequence does not fit a decoder that ``check_decoder`` accepts.
 
-    Args:
-        text_config: transformers' configuration of the decoder.
-        num_visual: Largest number of visual tokens.
-        max_text: Largest prompt, in text tokens.
-        max_new_tokens: Longest answer, in tokens.
-        schedule: Determines the rows that reach layers with a window, which counts rows and not positions. A stage probes
-            such a layer with the rows before the stage.
-        way_out: Advice at the end of a message.
+    ``num_visual``, ``max_text`` and ``max_new_tokens`` are its tokens. ``schedule`` determines the rows that reach layers with
+    a window, which counts rows and not positions; a stage probes such a layer with the rows before the stage. ``way_out`` is
+    the advice at the end of a message.
     """
     limit, rope_type = max_positions(text_config), _rope(text_config)["rope_type"]
     if (needed := num_visual + max_text + max_new_tokens) > limit:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
+    from trio_edge.export.families.clip import ClipGraphs
     from trio_edge.export.plan import ExportPlan
     from trio_edge.runtime.bundle.manifest import DType, PieceName, ProgramName, Role
     from trio_edge.trio.methods import TokenMethod
@@ -178,6 +179,8 @@ class Wiring:
         self.graphs: list[Outline] = []
         """In the order of a prefill; pieces of one graph follow each other, first the one with the graph's role."""
         self._describe_vision()
+        if plan.clip_graphs is not None:
+            self._describe_clip(plan.clip_graphs)
         if plan.selector is not None and plan.options.token_method is not None:
             self._describe_reduction(plan.selector, token_method(plan.options.token_method))
         self._describe_decoder()
@@ -256,8 +259,7 @@ class Wiring:
     # Before the decoder
 
     def _describe_vision(self) -> None:
-        """Describe vision and CLIP's text tower, which runs when tokens are selected."""
-        vision, clip, layout = self._model.vision, self._plan.clip_graphs, self._layout
+        vision, layout = self._model.vision, self._layout
         kept = (io.KEPT_PATCHES, io.KEPT_TOKENS)
         graph = _outline(
             "vision",
@@ -276,8 +278,10 @@ class Wiring:
         )
         self.graphs.append(graph)
         self._run("vision", graph)
-        if clip is None:
-            return
+
+    def _describe_clip(self, clip: ClipGraphs) -> None:
+        """Describe CLIP's text tower, which runs when tokens are selected."""
+        layout = self._layout
         texts = ("M", clip.text.position_embedding.num_embeddings, clip.projection_size)
         graph = _outline(
             io.CLIP_TEXT,

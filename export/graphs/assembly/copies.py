@@ -135,15 +135,10 @@ class Copies:
         own_suffix: str,
         shared_suffix: str = "",
     ) -> list[ir.Value]:
-        """Append a copy of ``source``, which stays as it is, and return its outputs.
+        """Append a copy of ``source``, the trace of one part, which stays as it is, and return its outputs.
 
-        Args:
-            source: The trace of one part.
-            inputs: The copy's inputs.
-            varying: Indices of the inputs that differ between copies.
-            weights: Prefix of the names of the copy's weights, instead of ``LAYER_PREFIX``.
-            own_suffix: Suffix of the names of values that differ between copies.
-            shared_suffix: Suffix of the names of values that all copies share.
+        ``varying`` are the indices of the ``inputs`` that differ between copies; names of values that differ get ``own_suffix``,
+        those that all copies share ``shared_suffix``, and those of weights start with ``weights`` instead of ``LAYER_PREFIX``.
         """
         graph = source.graph
         own = _own_values(graph, varying)
