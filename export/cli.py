@@ -98,16 +98,10 @@ class _SelectorOption(click.Option):
         return record and (record[0], record[1].replace("SELECTORS", described(kind)))
 
 
-def _option(
-    names: str,
-    kind: Any,
-    text: str,
-    metavar: str | None = None,
-    made: type[click.Option] = click.Option,
-    **settings: Any,
-) -> click.Option:
+def _option(names: str, kind: Any, text: str, metavar: str | None = None, **settings: Any) -> click.Option:
     """Return an option of type ``kind``, or a flag; its help ends with the default, unless ``text`` names it."""
     settings |= {"is_flag": True} if kind is bool else {"type": kind}
+    made = _SelectorOption if "SELECTORS" in text else click.Option
     option = made(names.split(), metavar=metavar, help=text, **settings)
     default = _DEFAULTS.get(option.name or "")
     if default and "[default" not in text:
@@ -133,13 +127,12 @@ _OPTIONS = (
         "Stages with the visual tokens that they keep, such as 1:460,10:270,15:110; replaces --keep.",
         "LAYER:KEPT,…",
     ),
-    _option("--method", str, "Selector inside the decoder. SELECTORS.", "NAME", _SelectorOption),
+    _option("--method", str, "Selector inside the decoder. SELECTORS.", "NAME"),
     _option(
         "--token-method",
         str,
         "Selector before the decoder, with --token-keep; works with any --method and --keep. SELECTORS. [default: none]",
         "NAME",
-        _SelectorOption,
     ),
     _option(
         "--token-keep",

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.export.families.clip import ClipGraphs
     from trio_edge.export.plan import Layout
-    from trio_edge.export.quantize.numerics import Format
+    from trio_edge.export.quantize.plan import Format
     from trio_edge.runtime.bundle.manifest import Dimensions
     from trio_edge.runtime.images.interface import ImageProcessing
     from trio_edge.trio.cost.devices import DeviceSpec

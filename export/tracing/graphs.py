@@ -10,7 +10,7 @@ import torch
 
 from trio_edge.export.checkpoints.checkpoint import canonical_name
 from trio_edge.export.checkpoints.weights import StoredName
-from trio_edge.export.graphs.assembly.copies import FIRST_PAST, stack_layers
+from trio_edge.export.graphs.assembly.copies import FIRST_PAST, Traceable, stack_layers
 from trio_edge.export.graphs.assembly.onnx_graph import TracedGraph, dynamic_axes, example_input, trace_graph
 from trio_edge.export.graphs.attention import DecoderRange
 from trio_edge.export.graphs.probe import Probe, Saliency
@@ -96,7 +96,7 @@ class Tracer:
         if spec.role == "vision" and vision.layered is not None:
             traces = {
                 name: self._traced(
-                    part.traceable(),
+                    Traceable(part.module),
                     msgspec.structs.replace(spec, inputs=part.inputs, outputs=part.outputs),
                 )
                 for name, part in vision.layered.parts.items()

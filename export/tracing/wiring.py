@@ -353,7 +353,17 @@ class Wiring:
     def _describe_decoder(self) -> None:
         starts = [0, *(stage.layer for stage in self._layout.schedule.stages), self._dimensions.num_layers]
         ranges = [range(start, stop) for start, stop in zip(starts, starts[1:])]
-        selectors = [self._selector(stage) for stage in range(len(ranges) - 1)]
+        selectors: list[Any] = [
+            stage_selector(
+                self._model,
+                self._layout.schedule,
+                stage=stage,
+                max_visual=self._max_visual(stage),
+                max_images=self._layout.max_images,
+                is_quantized=self._is_quantized(self._role(stage + 1)),
+            )
+            for stage in range(len(ranges) - 1)
+        ]
         has_probes = self._method.has_probe and bool(selectors)
         heads = [self._head(is_shared=has_probes), *([self._gradient()] if has_probes else [])]
         for index, layers in enumerate(ranges):
@@ -370,16 +380,6 @@ class Wiring:
         step = {io.LAST_ROW: "zeros.last_row", io.LOGITS: "logits.logits", **top}
         self._run("decode", heads[0], step, profiles=["decode"], stage=len(selectors))
         self.graphs += heads
-
-    def _selector(self, stage: int) -> Any:
-        return stage_selector(
-            self._model,
-            self._layout.schedule,
-            stage=stage,
-            max_visual=self._max_visual(stage),
-            max_images=self._layout.max_images,
-            is_quantized=self._is_quantized(self._role(stage + 1)),
-        )
 
     def _max_visual(self, index: int) -> int:
         """Return the most visual rows of layer range ``index``: the largest N, or K of its stage."""

@@ -138,7 +138,12 @@ def trio_work(
         num_probe_rows=schedule.num_probe_rows,
     )
     rows, hidden, half = schedule.num_probe_rows, decoder.hidden_size, LAUNCHES_PER_PROBE // 2
-    layer, form = _layer_products(decoder, rows=rows), cheapest_form(probe)
+    form = cheapest_form(probe)
+    # output projection, then the MLP; both directions have the same
+    layer = [
+        Product(rows=rows, inner=inputs, columns=outputs, weights="layer")
+        for inputs, outputs in layer_matrices(decoder)[3:]
+    ]
     visual, rounds, width = sizes.num_visual, schedule.nms_rounds, decoder.num_heads * decoder.head_size
     queries = Product(rows=rows, inner=hidden, columns=width, weights="layer")
     loss = Product(rows=rows, inner=hidden, columns=decoder.vocab_size, count=2, weights="head")
@@ -167,14 +172,6 @@ def candidate_work(decoder: Dimensions, schedule: Schedule) -> Work:
 def trio_flops(decoder: Dimensions, schedule: Schedule, sizes: StageSizes) -> float:
     """Return the FLOPs of one of TRIO's stages."""
     return trio_work(decoder, schedule, sizes).flops
-
-
-def _layer_products(decoder: Dimensions, *, rows: int) -> list[Product]:
-    """Return the products with output projection, then with the MLP; both directions have the same."""
-    return [
-        Product(rows=rows, inner=inputs, columns=outputs, weights="layer")
-        for inputs, outputs in layer_matrices(decoder)[3:]
-    ]
 
 
 def saliency_products(form: SaliencyForm, sizes: ProbeSizes) -> list[Product]:

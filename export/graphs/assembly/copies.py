@@ -31,10 +31,6 @@ class Part(NamedTuple):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def traceable(self) -> nn.Module:
-        """Return the module with weights whose names start with ``LAYER_PREFIX``."""
-        return _Traceable(self.module)
-
 
 class Copy(NamedTuple):
     """One copy of a part in a graph."""
@@ -177,12 +173,15 @@ class Copies:
         return ir.Model(self.graph, ir_version=like.ir_version)
 
 
-class _Traceable(nn.Module):
+class Traceable(nn.Module):
+    """A module with weights whose names start with ``LAYER_PREFIX``."""
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.layers = nn.ModuleList([module])
 
     def forward(self, *inputs: object) -> object:
+        """Return the module's results."""
         return self.layers[0](*inputs)
 
 
