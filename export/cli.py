@@ -320,11 +320,14 @@ def optimum_main(argv: Sequence[str] | None = None) -> int:
 def _import_exporter(*, quiet: bool) -> None:
     """Import torch and other packages, which takes seconds."""
     try:
+        import transformers
+
         import trio_edge.export.bundle  # noqa: F401
     except ModuleNotFoundError as error:
         raise CheckpointError(
             f"export: expected its packages to be installed, got no {error.name}; pip install 'trio-edge[export]'"
         ) from None
+    transformers.logging.set_verbosity_error()  # our line says what is wrong
     if quiet:
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # as documented
 

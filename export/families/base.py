@@ -29,7 +29,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.initialization import no_init_weights
 
 from trio_edge.export.checkpoints.checkpoint import HEAD_NAME, read_json
-from trio_edge.export.checkpoints.hub import first_line
 from trio_edge.export.graphs.attention import ATTENTION_NAME, TILE_ATTENTION_NAME, register_attention
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.manifest import TensorSpec
@@ -272,7 +271,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
         )
     except Exception as error:  # transformers raises many types for a broken config.json
         raise CheckpointError(
-            f"{checkpoint.folder}/config.json: expected a valid configuration, got '{first_line(error)}'; download it again"
+            f"{checkpoint.folder}/config.json: expected a valid configuration, got '{error!s:.300}'; download it again"
         ) from None
     _forget_dtype(config)
     return config

@@ -137,8 +137,14 @@ def _feature_tensors(vision: Any, num_states: int, *, dtype: FloatType) -> list[
 
 def feature_layers_of(config: Any) -> tuple[int, ...]:
     """Return the indices of the vision tower's hidden states that the projector reads."""
-    layer = config.vision_feature_layer
-    return (layer,) if isinstance(layer, int) else tuple(layer)
+    layer, num_layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    layers = (layer,) if isinstance(layer, int) else tuple(layer)
+    if not layers or any(not -num_layers <= one + (one < 0) <= num_layers for one in layers):
+        raise CheckpointError(
+            f"config.json vision_feature_layer: expected indices of the tower's {num_layers + 1} hidden states, got {layer!r:.100};"
+            " use the checkpoint's own file"
+        )
+    return layers
 
 
 def _position_ids(module: nn.Module, count: int) -> dict[str, NDArray[np.int64]]:
