@@ -371,7 +371,8 @@ class ProxySaliency(nn.Module):
             c_N = (state.key_NK * dk_NK).sum(-1) + (a_GMN * da_GMN).sum((0, 1))
             if self.form == "key_value_gram":
                 dv_NK = torch.matmul(a_GMN.transpose(1, 2), gradient_GME).transpose(0, 1).flatten(1)
-                square_N = self._square_by_key_value_gram(dk_NK, dv_NK)
+                e_NK = torch.cat([dk_NK, dv_NK], dim=-1)
+                square_N = ((e_NK @ self.key_value_gram) * e_NK).sum(-1)
             else:
                 square_N = self._square_by_key_gram(dk_NK, a_PN.T, pull_PD)
         square_N = square_N - c_N * c_N * (2.0 - mean_square_N1[:, 0]) / D
@@ -460,10 +461,6 @@ class ProxySaliency(nn.Module):
         key_part_N = ((dk_NK @ key_gram_KK + 2.0 * (a_NP @ cross_PK)) * dk_NK).sum(-1)
         square_N: Tensor = key_part_N + ((a_NP @ (weighted_PD @ weighted_PD.T)) * a_NP).sum(-1)
         return square_N
-
-    def _square_by_key_value_gram(self, dk_NK: Tensor, dv_NK: Tensor) -> Tensor:
-        e_NK = torch.cat([dk_NK, dv_NK], dim=-1)
-        return ((e_NK @ self.key_value_gram) * e_NK).sum(-1)
 
 
 def key_value_gram(

@@ -26,8 +26,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionRotaryEmbedding
 
 from trio_edge.export.graphs import linear_groups as groups
 from trio_edge.export.graphs.vision.patches import (
@@ -43,9 +41,6 @@ from trio_edge.trio.cost.memory import num_head_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import numpy as np
-    from numpy.typing import NDArray
 
 INV_FREQ_NAME = "encoder.inv_freq"
 """The graph's one constant, with the values of ``inverse_frequencies``."""
@@ -128,14 +123,6 @@ def check_windowed_keep(num_keep: int, *, max_visual: int, vision_config: Any) -
             "--encoder-keep: expected a vision encoder whose last block sees the whole image, got"
             f" fullatt_block_indexes {list(vision_config.fullatt_block_indexes)} of {vision_config.depth}; leave it out"
         )
-
-
-def inverse_frequencies(vision_config: Any) -> NDArray[np.float32]:
-    """Return the inverse frequencies of the rotary embedding, [E/4], also under FakeTensorMode."""
-    with unset_fake_temporarily():
-        inv_freq, _ = Qwen2_5_VLVisionRotaryEmbedding.compute_axial_rope_parameters(vision_config)
-        values: NDArray[np.float32] = inv_freq.to(torch.float32).numpy()
-        return values
 
 
 def windowed_groups(visual: nn.Module) -> tuple[groups.LinearGroup, ...]:
