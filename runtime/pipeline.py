@@ -30,9 +30,9 @@ from trio_edge.runtime.model.decoder_prompt import write_prompt
 from trio_edge.runtime.model.programs import Programs
 from trio_edge.runtime.model.sampling import (
     AnswerRules,
+    Sampler,
     TokenChooser,
     has_rules,
-    make_sampler,
     sampler_of,
     with_overrides,
 )
@@ -336,7 +336,7 @@ class Pipeline:
             self._check_open()
             self._running = None
             self._decoder.skip(skip)
-            chooser, times = TokenChooser(make_sampler()), []
+            chooser, times = TokenChooser(Sampler()), []
             for token in range(count):  # any tokens, because the time does not depend on them
                 start = time.perf_counter()
                 top = self._decoder.decode(np.asarray(self._embedding[token]))

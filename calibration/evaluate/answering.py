@@ -35,7 +35,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     index: int
     sample_id: str
     kind: str
-    picture_id: str
+    image_id: str
     answers: tuple[str, ...]
     text: str
     reading: str
@@ -103,7 +103,7 @@ def answer(
         index=question.index,
         sample_id=question.sample_id,
         kind=question.kind,
-        picture_id=question.image_id,
+        image_id=question.image_id,
         answers=question.answers,
         text=text,
         reading=reading,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import re
 import statistics
 import tempfile
 import time
@@ -35,6 +34,7 @@ from trio_edge.profiling.statistics import LEAST_FOR_INTERVAL, distribution
 from trio_edge.runtime.backends.registry import make_backend, with_accuracy
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError, TrioEdgeError
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
+from trio_edge.runtime.devices.machine import found_in
 from trio_edge.runtime.images.reading import open_image
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class ProfileConditions(msgspec.Struct, frozen=True, kw_only=True):
     cpu_governor: str | None
     load_average: float | None
     """Mean of the last minute before the first run."""
-    picture: str
+    image: str
     prompt: str
     new_tokens: int
     warm_up: int
@@ -192,7 +192,7 @@ def measure(options: MeasureOptions) -> Measurement:
         power_mode=find_power_mode(),
         cpu_governor=find_governor(),
         load_average=busy,
-        picture=question.image_words,
+        image=question.image_words,
         prompt=question.prompt,
         new_tokens=question.new_tokens,
         warm_up=options.warm_up,
@@ -417,7 +417,7 @@ def _points(last: int, *, count: int) -> list[int]:
     return [0] if count < 2 else [index * last // (count - 1) for index in range(count)]
 
 
-PROMPT = "What is in the picture?"
+PROMPT = "What is in the image?"
 _SIDES = (48, 96, 144, 336, 448, 672, 896, 1008, 1344)
 _SEED = 0
 
@@ -490,8 +490,5 @@ def reset_peak() -> None:
 
 
 def _kilobytes(name: str) -> int | None:
-    try:
-        found = re.search(rf"^{name}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return None if found is None else 1024 * int(found[1])
+    found = found_in(_STATUS, rf"^{name}:\s+(\d+) kB")
+    return None if found is None else 1024 * int(found)

@@ -246,9 +246,10 @@ def _graph_profile(
     in_answer = statistics.median(sum(calls) for calls in answers)
     work = graph_work(measured.loaded.bundle.manifest, spec, profile)
     flops, moved = work.flops, work.moved_bytes
-    verdict = None
+    judged: Verdict | tuple[None, None, None] = (None, None, None)
     if ceilings is not None and call_ms.p50 > 0:
-        verdict = judge(flops=flops, moved_bytes=moved, milliseconds=call_ms.p50, ceilings=ceilings)
+        judged = judge(flops=flops, moved_bytes=moved, milliseconds=call_ms.p50, ceilings=ceilings)
+    bound, of_ceiling, verdict = judged
     return GraphProfile(
         name=spec.name,
         role="select" if is_probe(spec.part_at(profile)) or profile.name == CANDIDATES else spec.role,
@@ -263,9 +264,9 @@ def _graph_profile(
         flops_per_s=1e3 * flops / call_ms.p50 if call_ms.p50 > 0 else None,
         bytes_per_s=1e3 * moved / call_ms.p50 if call_ms.p50 > 0 else None,
         intensity=flops / moved,
-        bound=None if verdict is None else verdict.bound,
-        of_ceiling=None if verdict is None else verdict.of_ceiling,
-        verdict=None if verdict is None else verdict.text,
+        bound=bound,
+        of_ceiling=of_ceiling,
+        verdict=verdict,
     )
 
 
@@ -332,9 +333,8 @@ def _about_tokens(bundle: BundleProfile) -> Iterator[str]:
             f" {memory.kv_used / 1e6:.1f} MB: export with a smaller --max-new-tokens or --max-text"
         )
     slowest = max(steps, key=lambda graph: graph.answer_ms)
-    waits = (
-        slowest.bound == "memory" and (slowest.of_ceiling or 0.0) <= 1.0
-    )  # above 1, data comes from caches
+    # above 1, data comes from caches
+    waits = slowest.bound == "memory" and (slowest.of_ceiling or 0.0) <= 1.0
     if waits and slowest.role in _RANGES and not bundle.formats:
         yield (
             f"tokens wait for memory ({slowest.name}: {slowest.verdict}): export with --quantize int4, a quarter of float16's"

@@ -178,8 +178,10 @@ def open_prepared(bundle: Bundle, *, accuracy: CpuAccuracy) -> Prepared:
         BackendError: If a file was changed since it was written.
     """
     folder = bundle.folder / ENGINES_FOLDER / CPU_TARGET
-    if not (folder / _FILE_NAME).is_file():
-        return Prepared({}, ())
+    return _opened(folder, bundle, accuracy) if (folder / _FILE_NAME).is_file() else Prepared({}, ())
+
+
+def _opened(folder: Path, bundle: Bundle, accuracy: CpuAccuracy) -> Prepared:
     again = f"run trio-build {bundle.folder} --backend onnxruntime --force"
 
     def unused(reason: str, advice: str = again) -> Prepared:

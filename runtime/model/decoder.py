@@ -118,6 +118,7 @@ class Decoder:
         self.prefix_was_kept = False
         self._next_position = prompt.positions.next
         self._send(prompt, rows)
+        kept_of: dict[int, NDArray[np.int32]] = {}
         if override is not None:
             kept_of = self._run_overridden(launches, prompt, rows, override)
         else:
@@ -125,8 +126,9 @@ class Decoder:
         self._memory.fetch(self._device, "results")
         self._done.record()
         self._done.wait()
-        if override is None:
-            kept_of = self._repair(launches, prompt, rows)
+        unsettled = [self._memory.host(selection.outputs[UNSETTLED]) for selection in self._selections]
+        if override is None and any(count[0] for count in unsettled):
+            kept_of = self._repair(launches, prompt, rows, unsettled)
         return self._result(rows.spans, kept_of, has_scores=override is None)
 
     def decode(self, embedding: NDArray[Any]) -> TopTokens:
@@ -283,12 +285,18 @@ class Decoder:
         return kept_of
 
     def _repair(
-        self, launches: Sequence[BoundLaunch], prompt: DecoderPrompt, rows: PromptRows
+        self,
+        launches: Sequence[BoundLaunch],
+        prompt: DecoderPrompt,
+        rows: PromptRows,
+        unsettled: Sequence[NDArray[np.int32]],
     ) -> dict[int, NDArray[np.int32]]:
-        """Redo each stage whose parallel NMS had not settled exactly on the host; return the kept indices of these stages."""
+        """Redo each stage whose parallel NMS had not settled exactly on the host; return the kept indices of these stages.
+
+        ``unsettled`` are views of each stage's counter.
+        """
         kept_of: dict[int, NDArray[np.int32]] = {}
         memory, spans, tokens = self._memory, rows.spans, rows.tokens
-        unsettled = [memory.host(selection.outputs[UNSETTLED]) for selection in self._selections]
         for stage, selection in enumerate(self._selections):
             if not any(count[0] for count in unsettled[stage:]):
                 break

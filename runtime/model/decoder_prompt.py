@@ -215,15 +215,8 @@ def write_prompt(
     else:
         runs = [RunPositions(*where, before) for where, before in zip(visual.positions, ids.text_before)]
         positions = mrope_positions(runs, num_text=ids.num_tokens, num_rows=num_rows)
-    key = b""
-    # Shapes and content up to the last visual token.
-    if kept_images and all(image.key for image in kept_images):
-        shapes = visual.rows, text_bucket, ids.text_before, visual_rows.tolist()
-        digest = hashlib.blake2b(repr(shapes).encode(), digest_size=32)
-        digest.update(ids.text[: ids.text_before[-1]].tobytes())
-        for image in kept_images:
-            digest.update(image.key)
-        key = digest.digest()
+    shapes = visual.rows, text_bucket, ids.text_before, visual_rows.tolist()
+    is_kept = kept_images and all(image.key for image in kept_images)
     return DecoderPrompt(
         text=embedding[ids.text],
         visual=visual.tokens,
@@ -233,5 +226,14 @@ def write_prompt(
         positions=positions,
         planes=visual.planes,
         images=np.repeat(np.arange(len(visual.image_lengths), dtype=np.int32), visual.image_lengths),
-        key=key,
+        key=_key_of(shapes, ids, kept_images) if is_kept else b"",
     )
+
+
+def _key_of(shapes: object, ids: PromptIds, images: Sequence[PreparedImage]) -> bytes:
+    """Return a digest of shapes and content up to the last visual token."""
+    digest = hashlib.blake2b(repr(shapes).encode(), digest_size=32)
+    digest.update(ids.text[: ids.text_before[-1]].tobytes())
+    for image in images:
+        digest.update(image.key)
+    return digest.digest()

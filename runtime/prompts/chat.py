@@ -242,14 +242,7 @@ def prompt_ids(
         tokenizer.check_user_text(written)
     if insets is None:
         insets = [Inset(is_video=part["type"] == "video") for part in visual_parts(messages)]
-    ids = tokenizer.encode_prompt(
-        rendered,
-        image_token=text.image_token,
-        image_token_id=text.image_token_id,
-        video=None if text.video_token is None else (text.video_token, text.video_token_id or 0),
-        insets=insets,
-        bos_token=text.bos_token,
-    )
+    ids = tokenizer.encode_prompt(rendered, text, insets)
     _check_length(len(ids.text), max_tokens, "text tokens")
     return ids
 
