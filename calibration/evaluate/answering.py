@@ -96,7 +96,8 @@ def answer(
         override=override,
     )
     text, statistics, logits = generation.text, generation.statistics, generation.first_logits
-    counts, kept = image_tokens(pipeline.images, generation.images), statistics.kept_tokens
+    counts = image_tokens(pipeline.images, generation.images)
+    num_text, tokens = statistics.text_tokens, {"image_tokens": counts, "kept": statistics.kept_tokens}
     metric = METRICS[settings.metric]
     reading = metric.read(text, question)
     return Outcome(
@@ -109,16 +110,10 @@ def answer(
         reading=reading,
         score=metric.score(reading, question),
         visual_tokens=statistics.visual_tokens,
-        processed_tokens=processed_tokens(manifest, image_tokens=counts, kept=kept),
-        text_tokens=statistics.text_tokens,
+        processed_tokens=processed_tokens(manifest, **tokens),
+        text_tokens=num_text,
         new_tokens=statistics.new_tokens,
-        flops=prefill_flops(
-            manifest,
-            image_tokens=counts,
-            kept=kept,
-            num_text=statistics.text_tokens,
-            select=override is None,
-        ),
+        flops=prefill_flops(manifest, **tokens, num_text=num_text, select=override is None),
         ttft_ms=statistics.ttft_ms,
         decode_ms=statistics.decode_ms,
         kv_bytes=statistics.kv_bytes,

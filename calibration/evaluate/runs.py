@@ -181,8 +181,8 @@ def backend_of(run: Run, settings: AnswerSettings) -> str:
 
 
 def _backend(run: Run, settings: AnswerSettings) -> Backend:
-    named = settings.backend, settings.threads, settings.cpu_accuracy
-    return make_backend(named[0], bundle=run.bundle, threads=named[1], cpu_accuracy=named[2])
+    threads, accuracy = settings.threads, settings.cpu_accuracy
+    return make_backend(settings.backend, bundle=run.bundle, threads=threads, cpu_accuracy=accuracy)
 
 
 def _key_of(run: Run, first: Run, settings: AnswerSettings, data_sha256: str) -> RunKey:

@@ -129,10 +129,10 @@ def check_backends(
 
 def absent_reason(backend: str) -> str | None:
     """Return the reason why a backend cannot run on this machine; None if it can."""
-    for engine_backend in ENGINE_BACKENDS:
-        if backend == engine_backend and not is_installed(engine_backend):
+    if backend in ENGINE_BACKENDS:
+        if not is_installed(cast("EngineBackend", backend)):
             return "not installed"
-    if backend not in ENGINE_BACKENDS:
+    else:
         if find_spec("onnxruntime") is None:
             return 'not installed; pip install "trio-edge[ort]"'
         from trio_edge.runtime.backends.onnxruntime import has_provider

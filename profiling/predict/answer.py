@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from trio_edge.profiling.predict.speed import (
+    BYTES_PER_WEIGHT,
     UNFUSED_SCORE_PASSES,
     Formats,
     GraphTime,
@@ -218,11 +219,12 @@ def memory_of(setting: Setting, *, usable: int) -> MemoryNeed:
     if setting.memory is not None:
         parts = {name.lower().replace(" ", "_"): count for name, count in setting.memory.items()}
         return MemoryNeed(**parts, usable=usable)
-    decoder, tower, sizes = setting.model.decoder, setting.model.vision, setting.formats.bytes_per_weight()
+    decoder, tower, formats = setting.model.decoder, setting.model.vision, setting.formats
+    layer, head, vision = (BYTES_PER_WEIGHT[kind] for kind in (formats.layer, formats.head, formats.vision))
     found = bundle_bytes(
         decoder,
         setting.schedule,
-        WeightBytes([sizes["layer"]] * decoder.num_layers, sizes["head"], sizes["vision"], sizes["layer"]),
+        WeightBytes([layer] * decoder.num_layers, head, vision, layer),
         vision_params=0 if tower is None else tower_weights(tower),
         ranges=setting.ranges,
         text_rows=setting.text_rows,
