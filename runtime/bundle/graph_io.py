@@ -12,11 +12,14 @@ if TYPE_CHECKING:
 # Graphs before the decoder.
 PIXEL_VALUES = "pixel_values"
 TOKEN_INDEX = "token_index"
+TOKEN_WEIGHTS = "token_weights"
 """[N], the row of each visual token in what the vision encoder returns."""
 PATCH_POSITIONS = "patch_positions"
 TABLE_INDEX = "table_index"
 TABLE_WEIGHTS = "table_weights"
 NUM_PATCHES = "num_patches"
+WINDOW_SLOTS = "window_slots"
+PATCH_SLOT = "patch_slot"
 """Inputs of the Qwen-VL families: see ``export/graphs/vision``."""
 VISUAL_TOKENS = "visual_tokens"
 KEPT_PATCHES = "kept_patches"
@@ -143,6 +146,13 @@ def probe_graphs(manifest: Manifest, stage: int) -> tuple[GraphSpec, GraphSpec] 
     graphs = [spec for spec in manifest.graphs if spec.first_layer == layer]
     forward, backward = _graph_with(PROBE_OUTPUT, graphs), _graph_with(SALIENCY_SCORES, graphs)
     return None if forward is None or backward is None else (forward, backward)
+
+
+def token_outputs(role: str, num_deepstack: int) -> list[str]:
+    """Return the outputs of a vision or reduce graph: visual tokens and their DeepStack planes."""
+    is_vision = role == "vision"
+    tokens, planes = (VISUAL_TOKENS, DEEPSTACK_TOKENS) if is_vision else (REDUCED_TOKENS, REDUCED_DEEPSTACK)
+    return [tokens, *(f"{planes}{plane}" for plane in range(num_deepstack))]
 
 
 def gradient_graph(manifest: Manifest) -> GraphSpec | None:
