@@ -106,12 +106,7 @@ class Pipeline:
     """An opened bundle with all its graphs loaded. Answers one question at a time, from any thread of its process."""
 
     def __init__(
-        self,
-        bundle: Bundle,
-        backend: Backend,
-        *,
-        keep_images: int = 0,
-        max_pixels: int = MAX_IMAGE_PIXELS,
+        self, bundle: Bundle, backend: Backend, *, keep_images: int = 0, max_pixels: int = MAX_IMAGE_PIXELS
     ) -> None:
         """Load the bundle's graphs with ``backend``; see ``from_bundle``."""
         if not is_whole(max_pixels) or not 1 <= max_pixels <= MOST_IMAGE_PIXELS:

@@ -207,22 +207,18 @@ class Memory:
         self._blocks: dict[str, tuple[DeviceTensor, NDArray[np.uint8]]] = {}
         """Memory that one copy moves, and its pinned copy: a namespace, or a place that is copied alone."""
         blocks: dict[str, list[str]] = {}
-        for place, tensor in plan.tensors.items():
+        for place in plan.tensors:
             space = place.partition(".")[0]
-            if space in (*JOINT, *SINGLE):
-                blocks.setdefault(space if space in JOINT else place, []).append(place)
-            else:
-                address = allocator.allocate(tensor.num_bytes, purpose=place)
-                self._tensors[place] = tensor._replace(address=address)
+            blocks.setdefault(space if space in JOINT else place, []).append(place)
         for block, places in blocks.items():
-            sizes = [aligned(plan.tensors[place].num_bytes) for place in places]
+            start, sizes = 0, [aligned(plan.tensors[place].num_bytes) for place in places]
             whole = DeviceTensor(allocator.allocate(sum(sizes), purpose=block), (sum(sizes),), "uint8")
-            pinned = allocator.allocate_pinned(sum(sizes), purpose=block)
-            self._blocks[block] = whole, pinned
-            start = 0
+            if block.partition(".")[0] in (*JOINT, *SINGLE):
+                self._blocks[block] = whole, allocator.allocate_pinned(sum(sizes), purpose=block)
             for place, size in zip(places, sizes):
                 self._tensors[place] = plan.tensors[place]._replace(address=whole.address + start)
-                self._pinned[place] = pinned[start : start + size]
+                if block in self._blocks:
+                    self._pinned[place] = self._blocks[block][1][start : start + size]
                 start += size
         self._stacks = {
             name: stack.moved(allocator.allocate(stack.num_bytes, purpose=name))

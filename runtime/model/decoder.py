@@ -58,11 +58,7 @@ class Decoder:
     """Runs prefill and decode of one sequence. Not thread-safe: it owns one set of KV caches."""
 
     def __init__(self, programs: Programs, *, keep_images: int = 0) -> None:
-        """Bind the decode step.
-
-        Args:
-            programs: The bundle's.
-            keep_images: Number of prompts whose rows up to the last visual token are kept, in a bundle with follow-ups.
+        """Bind the decode step; with follow-ups, the rows of ``keep_images`` prompts up to the last visual token are kept.
 
         Raises:
             BackendError: If the device has too little memory.

@@ -196,10 +196,8 @@ class Vision:
         The host waits for the device before it sends another image, and if it needs the indices that the graphs kept: for
         M-RoPE's positions, for the reduce graph's newlines, and for the lengths of an image's runs.
 
-        Args:
-            images: From ``prepare``, in the prompt's order; none for text only.
-            after: [T2, D], embeddings of the text after the last image; None unless ``reads_embeddings``.
-            text_bucket: Rows that the prompt's text is padded to.
+        ``images`` are those of ``prepare`` in the prompt's order, ``after`` [T2, D] the embeddings of the text after the last
+        one, padded to ``text_bucket`` rows; None unless ``reads_embeddings``.
 
         Raises:
             ShapeError: If the inputs do not fit, or all images together have more tokens than the exported shapes.
