@@ -34,7 +34,7 @@ from trio_edge.profiling.statistics import LEAST_FOR_INTERVAL, distribution
 from trio_edge.runtime.backends.registry import make_backend, with_accuracy
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError, TrioEdgeError
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
-from trio_edge.runtime.devices.machine import found_in
+from trio_edge.runtime.devices.machine import process_bytes
 from trio_edge.runtime.images.reading import open_image
 
 if TYPE_CHECKING:
@@ -455,7 +455,6 @@ def random_image(size: MeasuredSize) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-_STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # see proc(5): sets the peak to what is resident now
 
@@ -475,20 +474,15 @@ class MeasuredMemory:
 
 def resident_bytes() -> int | None:
     """Return the resident memory of this process; None if the system does not tell."""
-    return _kilobytes("VmRSS")
+    return process_bytes("VmRSS")
 
 
 def peak_bytes() -> int | None:
     """Return the peak of resident memory since ``reset_peak``, or since the start if the system cannot reset it."""
-    return _kilobytes("VmHWM")
+    return process_bytes("VmHWM")
 
 
 def reset_peak() -> None:
     """Reset the peak of resident memory, if the system can."""
     with contextlib.suppress(OSError):
         _CLEAR.write_text(_RESET_PEAK)
-
-
-def _kilobytes(name: str) -> int | None:
-    found = found_in(_STATUS, rf"^{name}:\s+(\d+) kB")
-    return None if found is None else 1024 * int(found)

@@ -49,13 +49,6 @@ _PROVIDERS: dict[OnnxRuntimeName, str] = {
     "onnxruntime-tensorrt": "TensorrtExecutionProvider",
 }
 _ONLY_FATAL = 4
-_ORT_FROM_DTYPE = {
-    "float32": "tensor(float)",
-    "float16": "tensor(float16)",
-    "int32": "tensor(int32)",
-    "int64": "tensor(int64)",
-    "int8": "tensor(int8)",
-}
 
 
 def has_provider(name: OnnxRuntimeName) -> bool:
@@ -201,7 +194,7 @@ def _release_free_memory() -> None:
 
 
 def _check_interface(expected: tuple[TensorSpec, ...], got: list[Any], *, where: str) -> None:
-    wanted = [(tensor.name, _ORT_FROM_DTYPE[tensor.dtype]) for tensor in expected]
+    wanted = [(one.name, f"tensor({one.dtype.replace('float32', 'float')})") for one in expected]
     found = [(tensor.name, tensor.type) for tensor in got]
     if wanted != found:
         odd = next((pair for pair in zip(wanted, found) if pair[0] != pair[1]), (len(wanted), len(found)))

@@ -87,6 +87,12 @@ def whole_memory_bytes() -> int | None:
     return info["MemTotal"] + info.get("SwapTotal", 0) if "MemTotal" in info else None
 
 
+def process_bytes(name: str) -> int | None:
+    """Return a size of this process by its name in Linux's ``/proc/self/status``: "VmRSS" is resident, "VmHWM" its peak."""
+    found = found_in(Path("/proc/self/status"), rf"^{name}:\s+(\d+) kB")
+    return None if found is None else 1024 * int(found)
+
+
 def _meminfo() -> dict[str, int]:
     """Return the numbers of Linux's ``/proc/meminfo`` in bytes; an empty dict on other systems."""
     try:
