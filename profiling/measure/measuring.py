@@ -237,10 +237,10 @@ def _first_answers(
     question = None
     for folder in options.bundles:
         options.on_step(f"loading {folder}")
-        memory = MeasuredMemory(before=resident_bytes())
+        memory = MeasuredMemory(before=process_bytes("VmRSS"))
         loaded = LoadedBundle(folder, options.make_backend(open_bundle(folder)))
         stack.callback(loaded.close)
-        memory.loaded = resident_bytes()
+        memory.loaded = process_bytes("VmRSS")
         memory.planned = dict(loaded.recording.memory)
         question = question or _question(options, loaded, num_new=num_new)
         first = _warm_up(loaded, memory, question, options)
@@ -271,7 +271,7 @@ def _warm_up(
         raise ShapeError(f"{loaded.bundle.folder}: {error}") from None
     for _ in range(options.warm_up):
         loaded.answer(question)
-    memory.peak = peak_bytes()
+    memory.peak = process_bytes("VmHWM")
     memory.device_free = loaded.recording.free_bytes()
     return first
 
@@ -470,16 +470,6 @@ class MeasuredMemory:
     peak: int | None = None
     device_free: int | None = None
     """Free on the GPU after the first answers; None on a CPU."""
-
-
-def resident_bytes() -> int | None:
-    """Return the resident memory of this process; None if the system does not tell."""
-    return process_bytes("VmRSS")
-
-
-def peak_bytes() -> int | None:
-    """Return the peak of resident memory since ``reset_peak``, or since the start if the system cannot reset it."""
-    return process_bytes("VmHWM")
 
 
 def reset_peak() -> None:

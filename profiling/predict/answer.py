@@ -221,6 +221,9 @@ def memory_of(setting: Setting, *, usable: int) -> MemoryNeed:
         return MemoryNeed(**parts, usable=usable)
     decoder, tower, formats = setting.model.decoder, setting.model.vision, setting.formats
     layer, head, vision = (BYTES_PER_WEIGHT[kind] for kind in (formats.layer, formats.head, formats.vision))
+    count, in_tower = setting.sizes.get("P", setting.sizes.get("B", 1)), 0
+    if tower is not None:
+        in_tower = tower.workspace_bytes(count, element_bytes=2)
     found = bundle_bytes(
         decoder,
         setting.schedule,
@@ -239,7 +242,7 @@ def memory_of(setting: Setting, *, usable: int) -> MemoryNeed:
         + _other_weight_bytes(setting.manifest),
         kv_caches=found.kv_caches,
         buffers=found.buffers,
-        workspace=found.workspace,
+        workspace=max(found.workspace, in_tower),
         usable=usable,
     )
 

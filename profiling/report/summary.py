@@ -25,7 +25,7 @@ from trio_edge.profiling.report.profile import (
 )
 from trio_edge.profiling.statistics import distribution, distribution_of_runs, line_fit, median_ratio
 from trio_edge.runtime.bundle.graph_io import CANDIDATES, is_probe
-from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec, Manifest, Profile
+from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec, Profile
 from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.trio.cost.bundle_work import graph_work
 
@@ -79,7 +79,7 @@ def _bundle_profile(measured: MeasuredBundle, measurement: Measurement, *, label
         model=manifest.model,
         dtype=manifest.dtype,
         formats={} if manifest.quantization is None else dict(manifest.quantization.formats),
-        selection=_selection(manifest),
+        selection=manifest.selection,
         visual_tokens=first.visual_tokens,
         processed_tokens=first.average_keep * first.visual_tokens,
         kept_tokens=first.kept_tokens,
@@ -121,19 +121,6 @@ def _bundle_profile(measured: MeasuredBundle, measurement: Measurement, *, label
         operators=operator_times(measured.layers),
         layers=slowest_layers(measured.layers),
     )
-
-
-def _selection(manifest: Manifest) -> str:
-    """Return the bundle's token reduction in words."""
-    parts = []
-    if manifest.encoder_keep is not None:
-        parts.append(f"vision graph keeps {manifest.encoder_keep}")
-    if manifest.token_method is not None:
-        parts.append(f"{manifest.token_method} keeps {manifest.token_keep} before the decoder")
-    if manifest.schedule.stages:
-        stages = ", ".join(f"{stage.keep} at layer {stage.layer}" for stage in manifest.schedule.stages)
-        parts.append(f"{manifest.schedule.method} keeps {stages}")
-    return "; ".join(parts) or "keeps all visual tokens"
 
 
 def _host_token_ms(measured: MeasuredBundle) -> float | None:

@@ -46,8 +46,8 @@ class Bundle:
         """Return a UTF-8 text file of the bundle."""
         path = self.path(name)
         try:
-            return read_regular(path, max_bytes=MAX_TEXT_BYTES).decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            return _content(path, max_bytes=MAX_TEXT_BYTES).decode("utf-8")
+        except UnicodeDecodeError as error:
             raise BundleError(f"{path}: expected UTF-8 text ({error}); export the bundle again") from None
 
     def map_tensor(self, tensor: StoredTensor) -> NDArray[Any]:

@@ -3,8 +3,9 @@
 weights      of all loaded graphs; with TensorRT, the sizes of the engine files
 KV caches    at full capacity
 buffers      inputs, results and tensors between the graphs: the sum of ``memory_plan``
-workspace    the largest activations of a layer range: 3 S D b + max(S (H + 2 G) E b, 3 S I b), with b bytes per element
-             and fused attention. TensorRT reports the real number once its engines are loaded
+workspace    the largest activations of a layer range, 3 S D b + max(S (H + 2 G) E b, 3 S I b), or of the vision graph,
+             P (6 D b + 2 I b) with its own sizes; b bytes per element, and fused attention. TensorRT reports the real
+             number once its engines are loaded
 """
 
 from __future__ import annotations
@@ -181,7 +182,12 @@ def check_memory(
 def estimate(manifest: Manifest, specs: Sequence[GraphSpec], *, weight_bytes: int) -> dict[str, int]:
     """Return the bytes by purpose for loading ``specs``; buffers and KV caches only if these are all graphs."""
     rows = max((profile.sizes.get("S", 0) for spec in specs for profile in spec.profiles), default=0)
-    workspace = manifest.dimensions.workspace_bytes(rows, element_bytes=np.dtype(manifest.dtype).itemsize)
+    size = np.dtype(manifest.dtype).itemsize
+    workspace = manifest.dimensions.workspace_bytes(rows, element_bytes=size)
+    for spec in (spec for spec in specs if spec.role == "vision" and manifest.vision is not None):
+        # The first axis of the pixels counts tiles or patches.
+        count = max(shape_at(spec.inputs[0].shape, profile)[0] for profile in spec.profiles)
+        workspace = max(workspace, manifest.vision.workspace_bytes(count, element_bytes=size))
     memory = {"weights": weight_bytes, "workspace": workspace}
     # Single graphs are loaded for comparisons and bring their own buffers.
     if len(specs) == len(manifest.graphs):

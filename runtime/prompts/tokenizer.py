@@ -167,13 +167,8 @@ class Tokenizer:
             BundleError: If the file is missing or broken, or could hang or end the process.
         """
         where = f"tokenizer {str(path)!r}"
-        if not Path(path).is_file():
-            raise BundleError(f"{where}: expected a file, found none; export the bundle again")
-        try:
+        with only_bundle_errors(where):
             content = read_regular(Path(path), max_bytes=MAX_TOKENIZER_BYTES)
-        except OSError as error:
-            text = f"{where}: cannot be read ({error.strerror}); export the bundle again"
-            raise BundleError(text) from None
         tokenizer, growth = tokenizer_from(content, where=where)
         return cls(tokenizer, growth=growth)
 
