@@ -130,7 +130,7 @@ def check_backends(
 def absent_reason(backend: str) -> str | None:
     """Return the reason why a backend cannot run on this machine; None if it can."""
     if backend in ENGINE_BACKENDS:
-        if not is_installed(cast("EngineBackend", backend)):
+        if not is_installed(backend):
             return "not installed"
     else:
         if find_spec("onnxruntime") is None:

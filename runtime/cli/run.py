@@ -31,7 +31,7 @@ _SAMPLING = {
 }
 _IMAGES = "Image to ask about. May be repeated; leave it out for a question without an image."
 _FPS = "Frames per second to sample from the video. [default: the checkpoint's]"
-_OPTIONS = (
+_OPTIONS: tuple[Callable[..., Any], ...] = (
     click.option("--image", "images", multiple=True, type=_PATH, help=_IMAGES),
     click.option("--video", type=_PATH, help="Video file, or folder of frames, to ask about (Qwen-VL only)."),
     click.option("--fps", type=float, help=_FPS),

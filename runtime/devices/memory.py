@@ -184,10 +184,12 @@ def estimate(manifest: Manifest, specs: Sequence[GraphSpec], *, weight_bytes: in
     rows = max((profile.sizes.get("S", 0) for spec in specs for profile in spec.profiles), default=0)
     size = np.dtype(manifest.dtype).itemsize
     workspace = manifest.dimensions.workspace_bytes(rows, element_bytes=size)
-    for spec in (spec for spec in specs if spec.role == "vision" and manifest.vision is not None):
-        # The first axis of the pixels counts tiles or patches.
-        count = max(shape_at(spec.inputs[0].shape, profile)[0] for profile in spec.profiles)
-        workspace = max(workspace, manifest.vision.workspace_bytes(count, element_bytes=size))
+    for profile, spec in (
+        (profile, spec) for spec in specs if spec.role == "vision" for profile in spec.profiles
+    ):
+        if manifest.vision is not None:
+            count = shape_at(spec.inputs[0].shape, profile)[0]  # tiles or patches
+            workspace = max(workspace, manifest.vision.workspace_bytes(count, element_bytes=size))
     memory = {"weights": weight_bytes, "workspace": workspace}
     # Single graphs are loaded for comparisons and bring their own buffers.
     if len(specs) == len(manifest.graphs):
