@@ -184,12 +184,12 @@ def estimate(manifest: Manifest, specs: Sequence[GraphSpec], *, weight_bytes: in
     rows = max((profile.sizes.get("S", 0) for spec in specs for profile in spec.profiles), default=0)
     size = np.dtype(manifest.dtype).itemsize
     workspace = manifest.dimensions.workspace_bytes(rows, element_bytes=size)
-    for profile, spec in (
-        (profile, spec) for spec in specs if spec.role == "vision" for profile in spec.profiles
-    ):
-        if manifest.vision is not None:
-            count = shape_at(spec.inputs[0].shape, profile)[0]  # tiles or patches
-            workspace = max(workspace, manifest.vision.workspace_bytes(count, element_bytes=size))
+    vision, tower = next((spec for spec in specs if spec.role == "vision"), None), manifest.vision
+    if vision is not None and tower is not None:
+        # The first axis of the pixels has tiles or patches; a made-up manifest may lack both.
+        pixels = (tensor.shape[:1] for tensor in vision.inputs[:1] for _ in vision.profiles)
+        count = max(map(math.prod, map(shape_at, pixels, vision.profiles)), default=0)
+        workspace = max(workspace, tower.workspace_bytes(count, element_bytes=size))
     memory = {"weights": weight_bytes, "workspace": workspace}
     # Single graphs are loaded for comparisons and bring their own buffers.
     if len(specs) == len(manifest.graphs):
