@@ -286,6 +286,11 @@ class Pipeline:
             raise ShapeError(
                 f"override: expected a function, got {type(override).__name__}; see SelectorOverride"
             )
+        if constraint is not None and not (hasattr(constraint, "allowed") and hasattr(constraint, "add")):
+            kind = type(constraint).__name__
+            raise ShapeError(
+                f"constraint: expected a TokenConstraint, got {kind}; give it allowed() and add()"
+            )
         overrides = {"repetition_penalty": repetition_penalty, "no_repeat_ngram_size": no_repeat_ngram_size}
         overrides["min_new_tokens"] = min_new_tokens
         settings = with_overrides(self.manifest.generation, overrides)
@@ -327,6 +332,8 @@ class Pipeline:
             ShapeError: If the KV caches have no room for the tokens.
             BackendError: If the pipeline is closed, or a graph fails.
         """
+        if not is_whole(count) or not is_whole(skip):
+            raise ShapeError(f"tokens: expected whole numbers, got {count!r:.80} and {skip!r:.80}; give some")
         with self._lock:
             self._check_open()
             self._running = None

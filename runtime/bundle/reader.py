@@ -98,6 +98,9 @@ def open_bundle(folder: str | Path, *, hash_all: bool = False) -> Bundle:
         BundleError: If the folder is no finished bundle, or a file is missing, changed or a link to elsewhere.
         ManifestError: If the manifest is broken or of another schema version.
     """
+    if not isinstance(folder, (str, os.PathLike)):
+        kind = type(folder).__name__
+        raise BundleError(f"bundle: expected the path of a folder, got {kind}; name one of trio-export")
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trio_edge.runtime.bundle.errors import BundleError, ImageError, printable
+from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS
 from trio_edge.runtime.cli.console import backend_options, run
 
@@ -146,26 +148,27 @@ def _shown(text: str) -> str:
     return printable(text, but="\n\t") if sys.stdout.isatty() else text
 
 
+_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
 def _check_drawing_target(path: Path) -> None:
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    if path.suffix.lower() not in _KINDS:
         raise click.UsageError(
             f"--show-kept: expected a .png, .jpg or .webp file, got {path.name!r}; rename it"
         )
-    if not path.absolute().parent.is_dir() or path.is_dir():
-        raise click.UsageError(
-            f"--show-kept: expected a file in an existing folder, got {path}; create the folder"
-        )
+    check_outputs({"--show-kept": path})
 
 
 def _draw(pipeline: Pipeline, answer: Generation, target: Path) -> None:
     from trio_edge.runtime.images.overlay import draw_all
 
     captions = [f"layer {stage.layer}" for stage in pipeline.manifest.schedule.stages]
-    drawing = draw_all(answer.images, answer.layouts, answer.kept, captions=captions)
+    drawing, content = draw_all(answer.images, answer.layouts, answer.kept, captions=captions), io.BytesIO()
     try:
-        drawing.save(target)
-    except (OSError, ValueError) as error:
+        drawing.save(content, _KINDS[target.suffix.lower()])
+    except (OSError, ValueError) as error:  # larger than the format allows
         raise ImageError(f"{target}: cannot be written ({error}); choose another file") from None
+    write_output("--show-kept", target, content.getvalue())
 
 
 def _print_comparison(answer: Generation, reference: Generation) -> None:

@@ -5,7 +5,7 @@ The device returns the most likely tokens, which suffice for greedy decoding and
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 import msgspec
@@ -50,9 +50,9 @@ class Sampler:
         Raises:
             ShapeError: If an argument is out of range.
         """
-        if not is_number(temperature) or not 0.0 <= temperature < math.inf:
+        if not is_number(temperature) or not 0.0 <= temperature <= sys.float_info.max:
             raise ShapeError(
-                f"temperature: expected a number >= 0, got {temperature!r}; use 0 for greedy decoding"
+                f"temperature: expected a number >= 0, got {temperature!r:.80}; use 0 for greedy decoding"
             )
         if not is_number(top_p) or not 0.0 < top_p <= 1.0:
             raise ShapeError(f"top_p: expected 0 < top_p <= 1, got {top_p!r}; use 1 to switch it off")
