@@ -94,6 +94,14 @@ def _check_sizes(manifest: Manifest) -> None:
             f"token_keep: expected a number if there is a token_method, and none otherwise, got {manifest.token_keep}"
             f" with {manifest.token_method!r}"
         )
+    kept = {
+        place for program in manifest.programs for one in program.launches for place in one.outputs.values()
+    }
+    if (manifest.encoder_keep is not None) != ("kept.vision" in kept):
+        raise ManifestError(
+            "encoder_keep: expected a number if the vision graph returns the kept tokens, and none otherwise, got"
+            f" {manifest.encoder_keep}"
+        )
     if manifest.max_images > most or dims.num_heads % dims.num_kv_heads:
         raise ManifestError(
             f"max_images, num_kv_heads: expected at most {most} (visual tokens) and a divisor of {dims.num_heads}, got"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, final
 
+import msgspec
 import numpy as np
 
 from trio_edge.runtime.bundle.checks import graph_files, manifest_from_json
@@ -51,8 +52,13 @@ class Bundle:
             raise BundleError(f"{path}: expected UTF-8 text ({error}); export the bundle again") from None
 
     def map_tensor(self, tensor: StoredTensor) -> NDArray[Any]:
-        """Return a stored tensor as a read-only memory map."""
+        """Return a stored tensor as a read-only memory map; in safetensors, it must be one that the header lists."""
         path = self.path(tensor.file)
+        if path.suffix == ".safetensors" and not _is_listed(path, tensor):
+            raise BundleError(
+                f"{path}: expected {tensor.dtype} {list(tensor.shape)} at byte {tensor.offset}, got another tensor;"
+                " export the bundle again"
+            )
         try:
             return np.memmap(path, dtype=tensor.dtype, mode="r", offset=tensor.offset, shape=tensor.shape)
         except (OSError, ValueError) as error:  # the second if the file has become shorter
@@ -149,6 +155,21 @@ def read_regular(path: Path, *, max_bytes: int) -> bytes:
         if status.st_size > max_bytes:
             raise OSError(errno.EFBIG, f"larger than {max_bytes >> 20} MiB")
         return file.read(max_bytes)
+
+
+def _is_listed(path: Path, tensor: StoredTensor) -> bool:
+    """Return whether the header of a safetensors file has a tensor of this size and shape at this place."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = msgspec.json.decode(file.read(min(size, MAX_JSON_BYTES)))
+            places = [
+                (entry["data_offsets"], entry["shape"]) for entry in header.values() if "shape" in entry
+            ]
+    except (OSError, ValueError, AttributeError):
+        return False
+    start = tensor.offset - 8 - size
+    return ([start, start + tensor.num_bytes], [*tensor.shape]) in places
 
 
 class WrittenFile(Protocol):

@@ -15,11 +15,12 @@ from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages
 from trio_edge.runtime.images.tiles import InternVlImages, SmolVlmImages
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
     from PIL import Image
 
+    from trio_edge.runtime.bundle.manifest import Profile
     from trio_edge.runtime.images.processing import ImageLayout
 
 
@@ -59,6 +60,19 @@ class ImageProcessing(Protocol):
         Raises:
             ImageError: If the image is not RGB, cannot be processed, or is larger than ``sizes``.
         """
+
+
+def check_profiles(images: ImageProcessing, profiles: Sequence[Profile]) -> None:
+    """Raise ManifestError if a profile of the vision graph is larger than any image can need."""
+    largest = images.any_image_sizes()
+    for profile in profiles:
+        for axis, size in profile.sizes.items():
+            most = max(sizes.get(axis, size) for sizes in largest)
+            if size > most:
+                raise ManifestError(
+                    f"graph 'vision', profile {profile.name!r}: expected {axis} <= {most}, the most of an image, got {size};"
+                    " export the bundle again"
+                )
 
 
 def image_processing(values: Mapping[str, Any], *, encoder_keep: int | None) -> ImageProcessing:

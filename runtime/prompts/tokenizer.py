@@ -412,6 +412,8 @@ def _longest_replacement(charsmap: str | None) -> int:
     except binascii.Error:
         raise ValueError("a table of characters that is no base64") from None
     size = int.from_bytes(table[:4], "little")
+    if size > len(table) - 4:  # the library would allocate it
+        raise ValueError(f"a table of characters that is cut short: {size} bytes of a trie in {len(table)}")
     return max(len(text) for text in table[4 + size :].split(b"\0")) or 1
 
 
