@@ -16,7 +16,7 @@ from trio_edge.calibration.evaluate.answering import OWN_SELECTION, Outcome, ans
 from trio_edge.calibration.json_lines import SUFFIX, opened_results, read_header, work_folder
 from trio_edge.calibration.progress import SILENT
 from trio_edge.runtime.backends.registry import make_backend, with_accuracy
-from trio_edge.runtime.bundle.errors import DataError, ImageError, ShapeError
+from trio_edge.runtime.bundle.errors import DataError, ImageError, ShapeError, printable
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle, sha256_of
 from trio_edge.runtime.pipeline import Pipeline
@@ -201,7 +201,7 @@ def _run(bundle: Bundle, label: str, selection: str, *, is_reference: bool = Fal
     info = RunInfo(
         label=label,
         method=method_of(bundle.manifest, selection),
-        bundle=str(bundle.folder),
+        bundle=printable(str(bundle.folder)),
         bundle_sha256=sha256_of(bundle.folder / MANIFEST_NAME),
         selection=selection,
         dtype=bundle.manifest.dtype,
@@ -229,7 +229,8 @@ def method_of(manifest: Manifest, selection: str) -> str:
 
 def _names(bundles: Sequence[Path]) -> list[str]:
     short = [folder.resolve().name for folder in bundles]
-    return [name if short.count(name) == 1 else str(folder) for name, folder in zip(short, bundles)]
+    names = (name if short.count(name) == 1 else str(folder) for name, folder in zip(short, bundles))
+    return [printable(name) for name in names]
 
 
 def _check_reference(reference: Bundle, bundles: Sequence[Bundle]) -> None:

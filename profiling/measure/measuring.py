@@ -32,7 +32,7 @@ from trio_edge.profiling.measure.machine_info import (
 from trio_edge.profiling.measure.sensors.sampling_thread import SamplingThread, SensorSample, open_sensors
 from trio_edge.profiling.statistics import LEAST_FOR_INTERVAL, distribution
 from trio_edge.runtime.backends.registry import make_backend, with_accuracy
-from trio_edge.runtime.bundle.errors import BackendError, ShapeError, TrioEdgeError
+from trio_edge.runtime.bundle.errors import BackendError, ShapeError, TrioEdgeError, printable
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.devices.machine import process_bytes
 from trio_edge.runtime.images.reading import open_image
@@ -236,7 +236,7 @@ def _first_answers(
     measured: list[MeasuredBundle] = []
     question = None
     for folder in options.bundles:
-        options.on_step(f"loading {folder}")
+        options.on_step(f"loading {printable(str(folder))}")
         memory = MeasuredMemory(before=process_bytes("VmRSS"))
         loaded = LoadedBundle(folder, options.make_backend(open_bundle(folder)))
         stack.callback(loaded.close)
@@ -252,7 +252,7 @@ def _first_answers(
 def _question(options: MeasureOptions, loaded: LoadedBundle, *, num_new: int) -> RunQuestion:
     image: Path | Image.Image
     if options.image is not None:
-        image, text = options.image, options.image.name
+        image, text = options.image, printable(options.image.name)
     else:
         size = measured_sizes(loaded.pipeline)[0]
         image, text = random_image(size), f"{size.width}x{size.height} random pixels"
@@ -333,10 +333,10 @@ def _separate_runs(one: MeasuredBundle, question: RunQuestion, options: MeasureO
     """Time layers, and graphs of captured decode steps, in runs that are slower than the others."""
     folder = one.loaded.bundle.folder
     if options.layers:
-        options.on_step(f"layers: {folder}")
+        options.on_step(f"layers: {printable(str(folder))}")
         one.layers = _measure_layers(one.loaded, question, options)
     if one.loaded.recording.captured:
-        options.on_step(f"decode steps one by one: {folder}")
+        options.on_step(f"decode steps one by one: {printable(str(folder))}")
         backend = options.make_backend(one.loaded.bundle)
         with closing(LoadedBundle(folder, backend, capture=False)) as again:
             again.answer(question)

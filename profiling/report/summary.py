@@ -24,6 +24,7 @@ from trio_edge.profiling.report.profile import (
     SizePoint,
 )
 from trio_edge.profiling.statistics import distribution, distribution_of_runs, line_fit, median_ratio
+from trio_edge.runtime.bundle.errors import printable
 from trio_edge.runtime.bundle.graph_io import CANDIDATES, is_probe
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec, Profile
 from trio_edge.runtime.bundle.reader import sha256_of
@@ -62,7 +63,7 @@ def report_of(measurement: Measurement) -> ProfileReport:
 
 def _labels(measurement: Measurement) -> list[str]:
     """Return the folders' names, numbered if two are equal."""
-    names = [measured.loaded.bundle.folder.resolve().name for measured in measurement.measured]
+    names = [printable(one.loaded.bundle.folder.resolve().name) for one in measurement.measured]
     return [name if names.count(name) == 1 else f"{name} ({index + 1})" for index, name in enumerate(names)]
 
 
@@ -74,7 +75,7 @@ def _bundle_profile(measured: MeasuredBundle, measurement: Measurement, *, label
     energy = joules(measurement.samples, windows)
     return BundleProfile(
         label=label,
-        bundle=str(bundle.folder),
+        bundle=printable(str(bundle.folder)),
         manifest_sha256=sha256_of(bundle.folder / MANIFEST_NAME),
         model=manifest.model,
         dtype=manifest.dtype,

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import sys
+import warnings
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
@@ -36,7 +37,8 @@ def run(command: click.Command, argv: Sequence[str] | None) -> int:
     """Run a click command and return its exit code. Errors that a user can correct print one line."""
     is_closed = sys.stdout is None
     _open_closed_streams()
-    with redirect_stderr(cast("TextIO", _Messages(sys.stderr))):
+    with redirect_stderr(cast("TextIO", _Messages(sys.stderr))), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, about numbers of hostile files
         if is_closed:
             return _fail(command, "standard output: expected an open one, got a closed one; leave out >&-")
         if isinstance(sys.stdout, io.TextIOWrapper):

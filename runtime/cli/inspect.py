@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from trio_edge.runtime.bundle.errors import printable
 from trio_edge.runtime.bundle.graph_io import has_follow_ups
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.console import run
@@ -47,7 +48,7 @@ def command(bundle: Path, as_json: bool, show_io: bool, verify: bool) -> int:
     for entry in _engines(bundle):
         size = f"{len(entry['graphs'])} graphs, {entry['num_bytes'] / 1e6:.1f} MB"
         built = f"{entry['backend']} {entry['tensorrt_version']}, {entry['platform']}"
-        _print_line(console, "engines", f"{entry['target']}: {size}, {built}")
+        _print_line(console, "engines", printable(f"{entry['target']}: {size}, {built}"))
     return 0
 
 

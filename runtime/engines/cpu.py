@@ -178,7 +178,8 @@ def open_prepared(bundle: Bundle, *, accuracy: CpuAccuracy) -> Prepared:
         BackendError: If a file was changed since it was written.
     """
     folder = bundle.folder / ENGINES_FOLDER / CPU_TARGET
-    return _opened(folder, bundle, accuracy) if (folder / _FILE_NAME).is_file() else Prepared({}, ())
+    is_there = (folder / _FILE_NAME).is_file() and not folder.parent.is_symlink()
+    return _opened(folder, bundle, accuracy) if is_there else Prepared({}, ())
 
 
 def _opened(folder: Path, bundle: Bundle, accuracy: CpuAccuracy) -> Prepared:
