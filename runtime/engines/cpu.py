@@ -153,6 +153,7 @@ def prepare_graphs(
     Raises:
         BackendError: If ONNX Runtime cannot read a graph, or nothing can be written.
     """
+    check_utf8(bundle.folder)
     specs = [spec for spec in _sessions(bundle) if _is_worth_preparing(bundle, spec)]
     target = bundle.folder / ENGINES_FOLDER / CPU_TARGET
     expected_bytes = 2 * sum(spec.weight_bytes for spec in specs)
@@ -267,6 +268,16 @@ def processor_key() -> str:
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     features = text if found is None else " ".join(sorted(found[1].split()))
     return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:16]}"
+
+
+def check_utf8(folder: Path) -> None:
+    """Raise BackendError if the name of ``folder`` is not UTF-8, because onnxruntime cannot open its files."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise BackendError(
+            f"{folder}: expected a name in UTF-8, got other bytes; rename the folder"
+        ) from None
 
 
 def _prepare(bundle: Bundle, spec: GraphSpec, folder: Path, *, accuracy: CpuAccuracy) -> None:
