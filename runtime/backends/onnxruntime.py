@@ -26,7 +26,6 @@ from trio_edge.runtime.engines.cpu import (
     ACCURACY_KEY,
     ACCURACY_LEVELS,
     Prepared,
-    check_utf8,
     first_line,
     open_prepared,
     sessions_of,
@@ -82,7 +81,6 @@ class OnnxRuntimeBackend:
 
     def load(self, bundle: Bundle, names: Sequence[str] | None = None) -> LoadedGraphs:
         """Load graphs into ONNX Runtime."""
-        check_utf8(bundle.folder)
         specs = selected_graphs(bundle, names)
         device: Device = HostDevice() if self.name == "onnxruntime" else CudaDevice(load_cuda())
         stream = device.stream if isinstance(device, CudaDevice) else None

@@ -52,14 +52,10 @@ class Bundle:
             raise BundleError(f"{path}: expected UTF-8 text ({error}); export the bundle again") from None
 
     def map_tensor(self, tensor: StoredTensor) -> NDArray[Any]:
-        """Return a stored tensor as a read-only memory map; in safetensors, it must be one that the header lists."""
+        """Return a stored tensor as a read-only memory map; its file's header must list it."""
         path = self.path(tensor.file)
-        if path.suffix == ".safetensors" and not _is_listed(path, tensor):
-            raise BundleError(
-                f"{path}: expected {tensor.dtype} {list(tensor.shape)} at byte {tensor.offset}, got another tensor;"
-                " export the bundle again"
-            )
         try:
+            _check_listed(path, tensor)
             return np.memmap(path, dtype=tensor.dtype, mode="r", offset=tensor.offset, shape=tensor.shape)
         except (OSError, ValueError) as error:  # the second if the file has become shorter
             reason = getattr(error, "strerror", error)
@@ -157,19 +153,17 @@ def read_regular(path: Path, *, max_bytes: int) -> bytes:
         return file.read(max_bytes)
 
 
-def _is_listed(path: Path, tensor: StoredTensor) -> bool:
-    """Return whether the header of a safetensors file has a tensor of this size and shape at this place."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = msgspec.json.decode(file.read(min(size, MAX_JSON_BYTES)))
-            places = [
-                (entry["data_offsets"], entry["shape"]) for entry in header.values() if "shape" in entry
-            ]
-    except (OSError, ValueError, AttributeError):
-        return False
+def _check_listed(path: Path, tensor: StoredTensor) -> None:
+    """Raise ValueError unless the header of a safetensors file has a tensor of this size and shape at this place."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = msgspec.json.decode(file.read(min(size, MAX_JSON_BYTES)), type=dict[str, dict[str, Any]])
     start = tensor.offset - 8 - size
-    return ([start, start + tensor.num_bytes], [*tensor.shape]) in places
+    wanted = {"data_offsets": [start, start + tensor.num_bytes], "shape": [*tensor.shape]}
+    if not any(wanted.items() <= entry.items() for entry in header.values()):
+        raise ValueError(
+            f"expected {tensor.dtype} {wanted['shape']} at byte {tensor.offset}, got another tensor"
+        )
 
 
 class WrittenFile(Protocol):

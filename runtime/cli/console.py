@@ -22,11 +22,8 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's quota
-_UNWRITABLE = (
-    errno.EIO,
-    errno.EBADF,
-    errno.ENXIO,
-)  # a terminal that has hung up, or a file opened for reading
+# A terminal that has hung up, or a file opened for reading.
+_UNWRITABLE = (errno.EIO, errno.EBADF, errno.ENXIO)
 _NAMES = {
     getattr(errno, name)
     for name in ("ENAMETOOLONG", "ELOOP", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR")
@@ -50,16 +47,15 @@ def run(command: click.Command, argv: Sequence[str] | None) -> int:
         code = _run(command, arguments)
         try:
             sys.stdout.flush()
-        except OSError as error:  # after a failure, which counts more
-            _lose(sys.stdout)
-            code = code or _fail_with_files(command, error)
+        except OSError as error:
+            failed = _fail_with_files(command, error)
+            code = code or failed
         return code
 
 
 def _run(command: click.Command, arguments: list[str]) -> int:
     try:
         result = command.main(args=arguments, prog_name=command.name, standalone_mode=False)
-        sys.stdout.flush()
     except click.exceptions.Abort:
         print(f"{command.name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -69,9 +65,6 @@ def _run(command: click.Command, arguments: list[str]) -> int:
         return _fail(command, str(error))
     except MemoryError:
         return _fail(command, "expected more memory, the system has none left; close other programs")
-    except BrokenPipeError:  # the reading program has ended
-        _lose(sys.stdout)
-        return 1
     except OSError as error:
         return _fail_with_files(command, error)
     return result if isinstance(result, int) else 0
@@ -86,6 +79,9 @@ def _is_text(argument: str) -> bool:
 
 
 def _fail_with_files(command: click.Command, error: OSError) -> int:
+    if isinstance(error, BrokenPipeError):  # the reading program has ended
+        _lose(sys.stdout)
+        return 1
     if error.errno in (*_FULL, *_UNWRITABLE) and error.filename is None:
         _lose(sys.stdout)
         text, advice = "expected room for the output", "free some disk space"
