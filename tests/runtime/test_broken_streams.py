@@ -48,7 +48,7 @@ def results(
         "trio-run": ("runtime.cli.run", [bundle, *asked]),
         "trio-inspect": ("runtime.cli.inspect", [bundle]),
         "trio-inspect --json": ("runtime.cli.inspect", [bundle, "--json"]),
-        "trio-build": ("runtime.cli.build", [bundle, "--dry-run", "--compute-capability", "86"]),
+        "trio-build": ("runtime.cli.build", ["--help"]),
         "trio-profile": ("profiling.cli", ["--predict", "orin-nx-16", "--model", "llava-1.5-7b"]),
         "trio-eval": (
             "calibration.evaluate.cli", [bundle, "--data", str(folder / "data.jsonl"), "--answer-tokens", "2"]
@@ -85,7 +85,7 @@ def test_a_broken_stream_is_one_line_or_changes_nothing(
     assert "Exception ignored" not in got["stderr"]
     if broken.get("stdout") is None or (command == "an error" and broken["stdout"] != "closed"):
         assert got["code"] == healthy["code"]
-        if command not in ("trio-eval", "trio-run", "trio-build"):  # which print times or free space
+        if command not in ("trio-eval", "trio-run"):  # which print times
             assert got["stdout"] == healthy["stdout"]
     elif broken["stdout"] == "gone":
         assert got["code"] == 1
