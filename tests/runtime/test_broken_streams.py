@@ -53,7 +53,7 @@ def results(
         "trio-eval": (
             "calibration.evaluate.cli", [bundle, "--data", str(folder / "data.jsonl"), "--answer-tokens", "2"]
         ),
-        "trio-export": ("export.cli", ["--list"]),
+        "trio-export": ("export.cli", ["--help"]),
         "trio-calibrate": ("calibration.search.cli", ["--help"]),
         "trio-check": ("profiling.check.cli", ["--help"]),
         "an error": ("runtime.cli.run", [str(folder / "none"), *asked]),
