@@ -23,7 +23,7 @@ from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import BackendError, BundleError, ShapeError
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS, is_whole
 from trio_edge.runtime.bundle.reader import Bundle, TokenTable, open_bundle
-from trio_edge.runtime.images.interface import check_profiles, image_processing
+from trio_edge.runtime.images.interface import image_processing
 from trio_edge.runtime.images.reading import load_common_formats, open_image
 from trio_edge.runtime.model.decoder import Decoder
 from trio_edge.runtime.model.decoder_prompt import write_prompt
@@ -121,8 +121,11 @@ class Pipeline:
         manifest = bundle.manifest
         self.manifest: Manifest = manifest
         self.backend_name = backend.name
-        self.images = image_processing(manifest.image_processing, encoder_keep=manifest.encoder_keep)
-        check_profiles(self.images, manifest.graph("vision").profiles)
+        self.images = image_processing(
+            manifest.image_processing,
+            encoder_keep=manifest.encoder_keep,
+            profiles=manifest.graphs[0].profiles,
+        )
         videos = manifest.video_processing
         self._videos = None if videos is None else video_processing(videos, images=self.images)
         self.tokenizer = Tokenizer.from_file(bundle.path(manifest.text.tokenizer))

@@ -62,24 +62,13 @@ class ImageProcessing(Protocol):
         """
 
 
-def check_profiles(images: ImageProcessing, profiles: Sequence[Profile]) -> None:
-    """Raise ManifestError if a profile of the vision graph is larger than any image can need."""
-    largest = images.any_image_sizes()
-    for profile in profiles:
-        for axis, size in profile.sizes.items():
-            most = max(sizes.get(axis, size) for sizes in largest)
-            if size > most:
-                raise ManifestError(
-                    f"graph 'vision', profile {profile.name!r}: expected {axis} <= {most}, the most of an image, got {size};"
-                    " export the bundle again"
-                )
-
-
-def image_processing(values: Mapping[str, Any], *, encoder_keep: int | None) -> ImageProcessing:
-    """Return the processing that ``ImageProcessing.to_dict`` wrote.
+def image_processing(
+    values: Mapping[str, Any], *, encoder_keep: int | None, profiles: Sequence[Profile] = ()
+) -> ImageProcessing:
+    """Return the processing that ``ImageProcessing.to_dict`` wrote; ``profiles`` are those of the vision graph.
 
     Raises:
-        ManifestError: If it is of an unknown kind, or a value is out of range.
+        ManifestError: If it is of an unknown kind, a value is out of range, or a profile larger than an image can need.
     """
     others = (QwenImages, Qwen3Images, InternVlImages, SmolVlmImages)
     kind = values.get("kind")
@@ -88,4 +77,12 @@ def image_processing(values: Mapping[str, Any], *, encoder_keep: int | None) -> 
         raise ManifestError(
             f"encoder_keep: expected none with kind {kind!r}, got {encoder_keep}; export the bundle again"
         )
-    return family.from_dict(values, encoder_keep=encoder_keep)
+    images = family.from_dict(values, encoder_keep=encoder_keep)
+    largest = images.any_image_sizes() if profiles else ()
+    for axis, size in (pair for profile in profiles for pair in profile.sizes.items()):
+        if size > (most := max(sizes.get(axis, size) for sizes in largest)):
+            raise ManifestError(
+                f"graph 'vision': expected profiles with {axis} <= {most}, the most of an image, got {size};"
+                " export the bundle again"
+            )
+    return images

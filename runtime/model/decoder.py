@@ -88,7 +88,8 @@ class Decoder:
         self._positions = [host(f"step.position_ids.{index}")[:, 0] for index in ranges]
         self._past_lengths = [host(f"step.past_length.{index}") for index in ranges]
         self._step_top = host(f"top.{TOP_IDS}").reshape(-1), host(f"top.{TOP_LOGITS}").reshape(-1)
-        self._captured: Callable[[], None] | None = None
+        # A method would hold this object in a cycle, and its memory until the garbage is collected.
+        self._run_step: Callable[[], None] = partial(_enqueue, self._step)
         self._num_steps = 0
         self._done = self._device.event()
         self._logits: NDArray[np.float32] | None = None
@@ -337,23 +338,12 @@ class Decoder:
         """Enqueue the decode program: launch by launch the first time, later as one captured sequence."""
         # The first run warms up the engines, because lazy work such as compiling kernels cannot be captured.
         self._num_steps += 1
-        if self._num_steps == 2:
-            self._captured = self._capture_step()
-        if self._captured is not None:
-            self._captured()
-        else:
-            _enqueue(self._step)
-
-    def _capture_step(self) -> Callable[[], None] | None:
-        """Return a function that enqueues the step as one sequence; None if the device or an engine cannot."""
-        if not all(launch.launch.capturable for launch in self._step):
-            return None
-        try:
-            # A method would hold this object in a cycle, and its memory until the garbage is collected.
-            return self._device.capture(partial(_enqueue, self._step))
-        except BackendError as error:  # TensorRT does not say beforehand whether it can be captured
-            self._programs.notes.append(f"decode runs without a CUDA graph, which costs time: {error}")
-            return None
+        if self._num_steps == 2 and all(launch.launch.capturable for launch in self._step):
+            try:
+                self._run_step = self._device.capture(self._run_step)
+            except BackendError as error:  # TensorRT does not say beforehand whether it can be captured
+                self._programs.notes.append(f"decode runs without a CUDA graph, which costs time: {error}")
+        self._run_step()
 
 
 def _enqueue(launches: Iterable[BoundLaunch]) -> None:

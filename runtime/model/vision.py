@@ -7,6 +7,7 @@ waits for the device only if it needs to know which tokens were kept: see ``Visi
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
@@ -136,10 +137,9 @@ class Vision:
     @property
     def graph_ms(self) -> dict[str, float]:
         """The device's milliseconds in each graph for the images of the last prompt."""
-        times: dict[str, float] = {}
+        times: defaultdict[str, float] = defaultdict(float)
         for name, milliseconds in self._timeline.milliseconds().items():
-            graph = name.partition(".")[0]
-            times[graph] = times.get(graph, 0.0) + milliseconds
+            times[name.partition(".")[0]] += milliseconds
         return times
 
     def prepare(

@@ -226,8 +226,11 @@ def _profile(axis: str, size: int) -> Callable[[dict[str, Any]], None]:
 
 
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "many tiles": (_profile("B", 65536), r"expected B <= \d+, the most of an image, got 65536"),
-    "many tokens": (_profile("N", 1 << 19), r"expected N <= \d+, the most of an image, got 524288"),
+    "many tiles": (_profile("B", 65536), r"expected profiles with B <= \d+, the most of an image, got 65536"),
+    "many tokens": (
+        _profile("N", 1 << 19),
+        r"expected profiles with N <= \d+, the most of an image, got 524288",
+    ),
     "an offset": (
         lambda manifest: _move(manifest, 4),
         r"expected float32 \[\d+, \d+\] at byte \d+, got another tensor",
