@@ -105,7 +105,7 @@ def calibrate(
         points = _points(setup, measurements, [*(one.schedule for one in found.front), schedule, *usual])
         rounds = measurements.most_rounds(schedule)
     held_out = points[schedule].held_out
-    _warn_above(setup, held_out, way_out="give more samples, or a smaller bound")
+    _warn_above(options.max_kl, held_out, progress, way_out="give more samples, or a smaller bound")
     progress.step("answering held-out samples", len(split.held_out))
     scores = accuracy(setup.model, split.held_out, schedule, progress)
     quantized, quantized_held_out, quantized_rounds = _quantize(setup, schedule) or (None, None, 0)
@@ -270,14 +270,16 @@ def _quantize(setup: Setup, schedule: Schedule) -> tuple[Quantized, Fidelity, in
         f" with --quantize {setup.options.quantize}",
         "quantize fewer parts, or give a smaller bound",
     )
-    _warn_above(setup, held_out, what=what, way_out=way_out)
+    _warn_above(setup.options.max_kl, held_out, progress, what=what, way_out=way_out)
     return found, held_out, max(result.rounds for result in results)
 
 
-def _warn_above(setup: Setup, held_out: Fidelity, *, way_out: str, what: str = "") -> None:
-    kl, most = held_out.kl.value, setup.options.max_kl
-    if kl > most:
-        setup.progress.warn(f"the held-out KL{what} is {kl:.3g}, above --max-kl {most:g}; {way_out}")
+def _warn_above(
+    max_kl: float, held_out: Fidelity, progress: StepProgress, *, way_out: str, what: str = ""
+) -> None:
+    kl = held_out.kl.value
+    if kl > max_kl:
+        progress.warn(f"the held-out KL{what} is {kl:.3g}, above --max-kl {max_kl:g}; {way_out}")
 
 
 def _digest(questions: Sequence[Question]) -> str:

@@ -182,7 +182,7 @@ def test_other_files_are_refused(small: tuple[list[str], Path], capsys: pytest.C
 
 def test_another_schema_is_refused(small: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     arguments, work = small
-    text = only_file(work).read_text().replace('"schema_version":1', '"schema_version":9', 1)
+    text = only_file(work).read_text().replace('"schema_version":2', '"schema_version":9', 1)
     only_file(work).write_text(text)
     assert "schema_version 9" in refusal(arguments, capsys)
 
