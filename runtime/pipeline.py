@@ -30,9 +30,9 @@ from trio_edge.runtime.model.decoder_prompt import write_prompt
 from trio_edge.runtime.model.programs import Programs
 from trio_edge.runtime.model.sampling import (
     AnswerRules,
+    Sampler,
     TokenChooser,
     has_rules,
-    make_sampler,
     sampler_of,
     with_overrides,
 )
@@ -106,12 +106,7 @@ class Pipeline:
     """An opened bundle with all its graphs loaded. Answers one question at a time, from any thread of its process."""
 
     def __init__(
-        self,
-        bundle: Bundle,
-        backend: Backend,
-        *,
-        keep_images: int = 0,
-        max_pixels: int = MAX_IMAGE_PIXELS,
+        self, bundle: Bundle, backend: Backend, *, keep_images: int = 0, max_pixels: int = MAX_IMAGE_PIXELS
     ) -> None:
         """Load the bundle's graphs with ``backend``; see ``from_bundle``."""
         if not is_whole(max_pixels) or not 1 <= max_pixels <= MOST_IMAGE_PIXELS:
@@ -126,7 +121,11 @@ class Pipeline:
         manifest = bundle.manifest
         self.manifest: Manifest = manifest
         self.backend_name = backend.name
-        self.images = image_processing(manifest.image_processing, encoder_keep=manifest.encoder_keep)
+        self.images = image_processing(
+            manifest.image_processing,
+            encoder_keep=manifest.encoder_keep,
+            profiles=manifest.graphs[0].profiles,
+        )
         videos = manifest.video_processing
         self._videos = None if videos is None else video_processing(videos, images=self.images)
         self.tokenizer = Tokenizer.from_file(bundle.path(manifest.text.tokenizer))
@@ -291,6 +290,11 @@ class Pipeline:
             raise ShapeError(
                 f"override: expected a function, got {type(override).__name__}; see SelectorOverride"
             )
+        if constraint is not None and not (hasattr(constraint, "allowed") and hasattr(constraint, "add")):
+            kind = type(constraint).__name__
+            raise ShapeError(
+                f"constraint: expected a TokenConstraint, got {kind}; give it allowed() and add()"
+            )
         overrides = {"repetition_penalty": repetition_penalty, "no_repeat_ngram_size": no_repeat_ngram_size}
         overrides["min_new_tokens"] = min_new_tokens
         settings = with_overrides(self.manifest.generation, overrides)
@@ -332,11 +336,13 @@ class Pipeline:
             ShapeError: If the KV caches have no room for the tokens.
             BackendError: If the pipeline is closed, or a graph fails.
         """
+        if not is_whole(count) or not is_whole(skip):
+            raise ShapeError(f"tokens: expected whole numbers, got {count!r:.80} and {skip!r:.80}; give some")
         with self._lock:
             self._check_open()
             self._running = None
             self._decoder.skip(skip)
-            chooser, times = TokenChooser(make_sampler()), []
+            chooser, times = TokenChooser(Sampler()), []
             for token in range(count):  # any tokens, because the time does not depend on them
                 start = time.perf_counter()
                 top = self._decoder.decode(np.asarray(self._embedding[token]))
