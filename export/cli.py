@@ -205,7 +205,7 @@ _OPTIONS = (
     _option(
         "--follow-ups",
         bool,
-        "Lets the runtime keep an image for further questions, so that only their text runs; for --keep all.",
+        "Lets the runtime keep an image's rows before the first reduction for further questions; pays most with --keep all.",
     ),
     _option("--max-text", int, "Largest prompt, in text tokens."),
     _option(

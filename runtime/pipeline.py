@@ -32,6 +32,7 @@ from trio_edge.runtime.model.sampling import (
     AnswerRules,
     Sampler,
     TokenChooser,
+    answer_limit,
     has_rules,
     sampler_of,
     with_overrides,
@@ -261,7 +262,7 @@ class Pipeline:
                 reading order: ``{"type": "text", "text": …}``, ``{"type": "image", "image": …}`` with a path, the bytes of
                 a file or a PIL image, and ``{"type": "video", "video": …}`` with a file, a folder of frames or a list of
                 images, and optionally with "fps", "num_frames" and "source_fps".
-            max_new_tokens: Longest answer in tokens; None means the bundle's limit.
+            max_new_tokens: Longest answer in tokens; None means the checkpoint's setting, at most the bundle's limit.
             temperature: 0 is greedy. None, here and below, means the checkpoint's setting (``manifest.generation``).
             top_p: Sample from the most likely tokens whose probabilities sum to this.
             top_k: Sample from the k most likely tokens; 0 means all.
@@ -303,9 +304,11 @@ class Pipeline:
         ids = self._encode(messages, [part.inset for part in shown])
         prepared = [image for part in shown for image in part.prepared]
         self._vision.rows_for(prepared)  # refuses too many
+        run_lengths = [length for image in prepared for length in image.layout.run_lengths]
+        if max_new_tokens is None:
+            limit = answer_limit(settings, room=limit, num_prompt=ids.num_tokens + sum(run_lengths))
         rules = None
         if has_rules(settings) or constraint is not None:
-            run_lengths = [length for image in prepared for length in image.layout.run_lengths]
             prompt, stops = ids.all_ids(run_lengths).tolist(), self.manifest.text.stop_token_ids
             rules = AnswerRules(
                 settings, prompt_ids=prompt, stop_ids=stops, limit=limit, constraint=constraint

@@ -243,6 +243,8 @@ def read_generation(checkpoint: Checkpoint) -> GenerationSettings:
         wanted["forced_eos_token_id"] = [wanted["forced_eos_token_id"]]
     if "min_new_tokens" in wanted:  # even 0 has precedence
         wanted.pop("min_length", None)
+    if "max_new_tokens" in wanted:
+        wanted.pop("max_length", None)
     if not wanted.get("do_sample"):  # files often keep sampling settings that have no effect
         wanted = {name: value for name, value in wanted.items() if name not in SAMPLING_SETTINGS}
     try:

@@ -50,7 +50,9 @@ _OPTIONS: tuple[Callable[..., Any], ...] = (
     click.option("--system", help="System prompt, where the chat template takes one."),
     backend_options(),
     click.option(
-        "--max-new-tokens", type=int, help="Longest answer in tokens. [default: the bundle's limit]"
+        "--max-new-tokens",
+        type=int,
+        help="Longest answer in tokens. [default: the checkpoint's, at most the bundle's]",
     ),
     *(
         click.option(name, type=kind, help=f"{text} [default: the checkpoint's]")

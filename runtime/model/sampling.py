@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 import msgspec
 import numpy as np
 
-from trio_edge.runtime.bundle.errors import BackendError, ShapeError
-from trio_edge.runtime.bundle.generation import SAMPLING_SETTINGS
+from trio_edge.runtime.bundle.errors import BackendError, PromptTooLongError, ShapeError
+from trio_edge.runtime.bundle.generation import LIMIT_SETTINGS, SAMPLING_SETTINGS
 from trio_edge.runtime.bundle.limits import is_number, is_whole
 
 if TYPE_CHECKING:
@@ -234,8 +234,26 @@ class TokenChooser:
 def has_rules(settings: GenerationSettings) -> bool:
     """Return whether any setting changes logits before a token is chosen."""
     neutral = type(settings)()
-    rules = set(settings.__struct_fields__) - {"do_sample", *SAMPLING_SETTINGS}
+    rules = set(settings.__struct_fields__) - {"do_sample", *SAMPLING_SETTINGS, *LIMIT_SETTINGS}
     return any(getattr(settings, name) != getattr(neutral, name) for name in rules)
+
+
+def answer_limit(settings: GenerationSettings, *, room: int, num_prompt: int) -> int:
+    """Return the most tokens of an answer for which the user sets no limit; ``room`` is the bundle's.
+
+    Raises:
+        PromptTooLongError: If a prompt of ``num_prompt`` tokens leaves nothing of the checkpoint's ``max_length``.
+    """
+    if settings.max_new_tokens is not None:
+        return min(settings.max_new_tokens, room)
+    if settings.max_length is None:
+        return room
+    if num_prompt >= settings.max_length:
+        raise PromptTooLongError(
+            f"prompt: expected fewer than {settings.max_length} tokens (max_length in the checkpoint's generation_config.json),"
+            f" got {num_prompt} with visual tokens; shorten it, or give max_new_tokens"
+        )
+    return min(settings.max_length - num_prompt, room)
 
 
 def sampler_of(settings: GenerationSettings, **given: Any) -> Sampler:
