@@ -27,7 +27,7 @@ from starlette.routing import Route
 from trio_edge.serving.answers.endpoint import ChatEndpoint
 from trio_edge.serving.answers.worker import Worker
 from trio_edge.serving.metrics import Metrics
-from trio_edge.serving.requests.body import BodyDrain
+from trio_edge.serving.requests.body import OrderlyEnd
 from trio_edge.serving.requests.errors import RequestError, request_error_from, unknown_model
 from trio_edge.serving.requests.media import MediaReader
 from trio_edge.serving.settings import ServerSettings
@@ -110,7 +110,7 @@ def app_of(
             Route("/metrics", _metrics),
             Route("/", _page),
         ],
-        middleware=[Middleware(BodyDrain), Middleware(_Guard, settings=settings)],
+        middleware=[Middleware(OrderlyEnd), Middleware(_Guard, settings=settings)],
         exception_handlers={HTTPException: _http_error, RequestError: _error, Exception: _error},
         lifespan=lifespan,
     )
