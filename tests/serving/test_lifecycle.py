@@ -155,7 +155,7 @@ def loading(models: Any) -> Iterator[tuple[str, Any]]:
 
 
 def test_a_key_is_asked_for(reduced_bundle: Path) -> None:
-    settings = ServerSettings(api_key="secret")
+    settings = ServerSettings(api_keys=("secret",))
     with running({"reduced": partial(Pipeline.from_bundle, reduced_bundle)}, settings) as server:
         for path, status in (
             ("/health", 200),

@@ -502,7 +502,7 @@ def test_the_key_is_asked_for_only_where_it_is_needed(
 ) -> None:
     assert not page["key-form"].is_displayed()
     models = {"reduced": partial(Pipeline.from_bundle, reduced_bundle)}
-    with page_of(browser, models, api_key="secret") as (locked, _):
+    with page_of(browser, models, api_keys=("secret",)) as (locked, _):
         until(lambda: locked["key-form"].is_displayed())
         assert locked["served"].text == "api key: expected this server's, got another or none"
         locked["key"].send_keys("secret\n")
