@@ -6,7 +6,6 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +17,7 @@ from trio_edge.serving.options import named_bundles, server_options, settings_fr
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
     from socket import socket
 
     from starlette.applications import Starlette

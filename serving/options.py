@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import click
 
 from trio_edge.runtime.cli.console import backend_options
+from trio_edge.serving.fleet.cluster import FleetSettings
 from trio_edge.serving.settings import ServerSettings
 
 if TYPE_CHECKING:

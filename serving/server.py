@@ -67,10 +67,10 @@ async def _serve(server: BundleServer, listener: socket.socket, on_ready: Callab
         await asyncio.sleep(0.01)
     loading = asyncio.ensure_future(_loaded(server.workers))
     await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
-    if loading.done() and loading.exception() is None:
-        on_ready()
-    else:
+    if not loading.done() or loading.exception() is not None:
         server.should_exit = True
+    elif not server.should_exit:  # a signal that came while it loaded has closed the listener
+        on_ready()
     await serving
     if loading.done():
         loading.result()  # raises why a bundle could not be loaded

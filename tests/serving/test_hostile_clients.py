@@ -287,7 +287,11 @@ def test_a_client_that_never_reads_is_given_up(reduced_bundle: Path, is_streamed
         app = make_app(models, ServerSettings(body_s=0.3))
         async with app.router.lifespan_context(app):
             await asyncio.wrap_future(app.state.workers["reduced"].loaded)
-            await app({**scope, "query_string": b"", "asgi": {"version": "3.0"}}, receive, send)
+            await app(
+                {**scope, "http_version": "1.1", "query_string": b"", "asgi": {"version": "3.0"}},
+                receive,
+                send,
+            )
 
     asyncio.run(ask())
     assert not waited_whole
