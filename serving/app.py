@@ -26,7 +26,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from trio_edge import __version__
-from trio_edge.serving.answers.endpoint import AnswerEndpoint, read_chat, read_response
+from trio_edge.serving.answers.completion import Completion
+from trio_edge.serving.answers.endpoint import AnswerEndpoint
+from trio_edge.serving.answers.responses import ResponseWriter
 from trio_edge.serving.answers.worker import Worker
 from trio_edge.serving.metrics import Metrics
 from trio_edge.serving.requests.body import BodyReader, OrderlyEnd
@@ -103,8 +105,14 @@ def app_of(
             for worker in workers.values():
                 await run_in_threadpool(worker.stop, timeout_s=_STOP_S)
 
-    shared = {"media": media or MediaReader(settings), "bodies": BodyReader(settings)}
-    answering = partial(AnswerEndpoint, workers=workers, settings=settings, metrics=metrics, **shared)
+    answering = partial(
+        AnswerEndpoint,
+        workers=workers,
+        settings=settings,
+        metrics=metrics,
+        media=media or MediaReader(settings),
+        bodies=BodyReader(settings),
+    )
     # Outside of the check of keys, because a browser asks for permission without one.
     cors = Middleware(
         CORSMiddleware,
@@ -115,8 +123,8 @@ def app_of(
     )
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", answering(read_chat), methods=["POST"]),
-            Route("/v1/responses", answering(read_response), methods=["POST"]),
+            Route("/v1/chat/completions", answering(Completion), methods=["POST"]),
+            Route("/v1/responses", answering(ResponseWriter), methods=["POST"]),
             Route("/v1/models", _models),
             Route("/v1/models/{name:path}", _model),
             Route("/version", _version),

@@ -12,8 +12,8 @@ import click
 
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.cli.console import run
-from trio_edge.serving.fleet.cluster import FleetSettings, fleet_app
-from trio_edge.serving.options import named_bundles, server_options, settings_from_options
+from trio_edge.serving.fleet.cluster import fleet_app
+from trio_edge.serving.options import fleet_of, named_bundles, server_options, settings_from_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from starlette.applications import Starlette
 
+    from trio_edge.serving.fleet.cluster import FleetSettings
     from trio_edge.serving.settings import ServerSettings
 
 
@@ -42,16 +43,7 @@ if TYPE_CHECKING:
     help="Ray cluster to join; auto: this machine's. [default: start one here]",
 )
 @click.option("--access-log", is_flag=True, help="Print a line for each request.")
-def command(
-    bundles: tuple[str, ...],
-    host: str,
-    port: int,
-    access_log: bool,
-    replicas: tuple[int, int] | None,
-    ray_address: str | None,
-    gpus: float,
-    **options: Any,
-) -> int:
+def command(bundles: tuple[str, ...], host: str, port: int, access_log: bool, **options: Any) -> int:
     """Answer questions about images over HTTP with OpenAI's chat completions.
 
     Clients name a BUNDLE as their model: by its folder's name, or by NAME. The command prints the server's address when all
@@ -61,7 +53,7 @@ def command(
     from trio_edge.serving.server import BundleServer, is_loopback, listen, serve
 
     limits, loading = settings_from_options(options)
-    fleet = _fleet(replicas, ray_address, gpus, limits)
+    fleet = fleet_of(options, limits)
     folders = named_bundles(bundles)
     with listen(host, port) as listener:
         if not limits.api_keys and not is_loopback(listener):
@@ -85,20 +77,6 @@ def _check_installed() -> None:
             raise BackendError(
                 f'server: expected {name} to be installed, it is not; run pip install "trio-edge[serve]"'
             )
-
-
-def _fleet(
-    replicas: tuple[int, int] | None, ray_address: str | None, gpus: float, limits: ServerSettings
-) -> FleetSettings | None:
-    if replicas is None:
-        if ray_address is not None or gpus:
-            raise click.UsageError("--ray-address, --gpus: expected --replicas with them, got none; add it")
-        return None
-    if limits.max_queue < 1:
-        raise click.UsageError("--max-queue: expected at least 1 with --replicas, got 0; choose more")
-    return FleetSettings(
-        min_replicas=replicas[0], max_replicas=replicas[1], gpus=gpus, ray_address=ray_address
-    )
 
 
 def _app(

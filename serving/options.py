@@ -168,3 +168,20 @@ def named_bundles(bundles: Sequence[str]) -> dict[str, Path]:
         open_bundle(Path(path))
         folders[name] = Path(path)
     return folders
+
+
+def fleet_of(given: dict[str, Any], limits: ServerSettings) -> FleetSettings | None:
+    """Return the replicas that the options ask for, if any.
+
+    Raises:
+        UsageError: If an option contradicts another.
+    """
+    replicas, gpus = given["replicas"], given["gpus"]
+    if replicas is None:
+        if given.get("ray_address") is not None or gpus:
+            raise click.UsageError("--ray-address, --gpus: expected --replicas with them, got none; add it")
+        return None
+    if limits.max_queue < 1:
+        raise click.UsageError("--max-queue: expected at least 1 with --replicas, got 0; choose more")
+    address = given.get("ray_address")
+    return FleetSettings(min_replicas=replicas[0], max_replicas=replicas[1], gpus=gpus, ray_address=address)

@@ -14,10 +14,10 @@ from ray import serve
 
 from trio_edge.runtime.bundle.errors import TrioEdgeError
 from trio_edge.serving.app import app_of
-from trio_edge.serving.fleet.cluster import FleetSettings, deployment_name, replicas
+from trio_edge.serving.fleet.cluster import deployment_name, replicas
 from trio_edge.serving.fleet.worker import FleetWorker
 from trio_edge.serving.metrics import Metrics
-from trio_edge.serving.options import named_bundles, server_options, settings_from_options
+from trio_edge.serving.options import fleet_of, named_bundles, server_options, settings_from_options
 from trio_edge.serving.server import MAX_CONNECTIONS
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def build(options: dict[str, Any]) -> Application:
     """
     given = _parsed(options)
     settings, loading = settings_from_options(given)
-    least, most = given["replicas"] or (1, 1)
-    fleet = FleetSettings(min_replicas=least, max_replicas=most, gpus=given["gpus"])
+    fleet = fleet_of({**given, "replicas": given["replicas"] or (1, 1)}, settings)
+    assert fleet is not None  # replicas are given
     try:
         bundles = named_bundles(given["bundles"])
     except TrioEdgeError as error:
@@ -85,10 +85,7 @@ def _parsed(options: dict[str, Any]) -> dict[str, Any]:
     for name, value in named.items():
         words += [f"--{name.replace('_', '-')}", *([] if value.lower() == "true" else [value])]
     bundles = str(options.get("bundles", "")).split(",")
-    given = _options.make_context("serve run", [*words, "--", *filter(None, bundles)]).params
-    if given["max_queue"] < 1:
-        raise click.UsageError("max_queue: expected at least 1, got 0; choose more")
-    return given
+    return _options.make_context("serve run", [*words, "--", *filter(None, bundles)]).params
 
 
 def _front(names: list[str], settings: ServerSettings) -> Starlette:

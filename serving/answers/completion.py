@@ -11,6 +11,7 @@ import msgspec
 
 from trio_edge.serving.answers.job import Event, Failed, Finished, Kept, NewText
 from trio_edge.serving.requests.errors import RequestError
+from trio_edge.serving.requests.protocol import parse_chat
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
@@ -23,10 +24,18 @@ _CHUNK = "chat.completion.chunk"
 
 
 class AnswerWriter(abc.ABC):
-    """Writes the answers to one request."""
+    """Reads a request in the form of one endpoint, and writes its answers in that form."""
 
-    def __init__(self, events: AsyncIterator[Event]) -> None:
-        self._events, self._created = events, int(time.time())
+    chat: ChatRequest
+    """The request, or the chat request that it stands for."""
+
+    def begin(self, model: str, events: AsyncIterator[Event]) -> None:
+        """Start the answers of ``model``."""
+        self._model, self._events, self._created = model, events, int(time.time())
+
+    def renamed(self, error: RequestError) -> RequestError:
+        """Return an error with the names of this form's fields."""
+        return error
 
     async def whole(self) -> dict[str, Any]:
         """Return the whole answer; raises ``RequestError`` if it failed or was cancelled."""
@@ -72,11 +81,10 @@ class AnswerWriter(abc.ABC):
 class Completion(AnswerWriter):
     """Writes a chat completion."""
 
-    def __init__(self, chat: ChatRequest, model: str, events: AsyncIterator[Event]) -> None:
-        """Start the answers of ``model`` to ``chat``."""
-        super().__init__(events)
-        options = chat.stream_options
-        self._model, self._has_logprobs, self._index = model, bool(chat.logprobs), 0
+    def __init__(self, body: bytearray, max_parts: int) -> None:
+        """Read the request; raises RequestError as ``parse_chat``."""
+        self.chat, self._index = parse_chat(body, max_parts=max_parts), 0
+        options = self.chat.stream_options
         self._include_usage = options is not None and bool(options.include_usage)
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
 
@@ -125,7 +133,7 @@ class Completion(AnswerWriter):
         return self._event(self._frame(_CHUNK, choices=[self._choice(scores, reason, delta=delta)], **usage))
 
     def _choice(self, scores: Sequence[Any], reason: str | None, **fields: Any) -> dict[str, Any]:
-        logprobs = {"content": scores, "refusal": None} if self._has_logprobs else None
+        logprobs = {"content": scores, "refusal": None} if self.chat.logprobs else None
         return {"index": self._index, **fields, "logprobs": logprobs, "finish_reason": reason}
 
     def _frame(self, kind: str, **fields: Any) -> dict[str, Any]:

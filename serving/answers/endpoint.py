@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import msgspec
 from starlette.concurrency import run_in_threadpool
@@ -12,24 +11,21 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from trio_edge.runtime.bundle.errors import TrioEdgeError
-from trio_edge.serving.answers.completion import CLOSED, Completion
+from trio_edge.serving.answers.completion import CLOSED
 from trio_edge.serving.answers.job import AnswerJob
-from trio_edge.serving.answers.responses import ResponseWriter
 from trio_edge.serving.answers.worker import answer_settings
 from trio_edge.serving.requests.content import read_prompt
 from trio_edge.serving.requests.errors import RequestError, request_error_from, unknown_model
-from trio_edge.serving.requests.protocol import VideoPart, parse_chat
-from trio_edge.serving.requests.responses import parse_response
+from trio_edge.serving.requests.protocol import VideoPart
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
     from starlette.types import Message, Receive, Scope, Send
 
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.serving.answers.completion import AnswerWriter
     from trio_edge.serving.answers.interface import ModelWorker
-    from trio_edge.serving.answers.job import Event
     from trio_edge.serving.metrics import Metrics
     from trio_edge.serving.requests.body import BodyReader
     from trio_edge.serving.requests.media import MediaReader
@@ -39,43 +35,21 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-class Asked(NamedTuple):
-    """A request in the form of one endpoint."""
-
-    chat: ChatRequest
-    write: Callable[[str, AsyncIterator[Event]], AnswerWriter]
-    """Function from the model's name and the answer's events to a writer in the endpoint's form."""
-    renamed: Callable[[RequestError], RequestError] = lambda error: error
-    """Function that names the endpoint's fields in an error."""
-
-
-def read_chat(body: bytearray, max_parts: int) -> Asked:
-    """Read the body of ``/v1/chat/completions``; raises ``RequestError``."""
-    chat = parse_chat(body, max_parts=max_parts)
-    return Asked(chat, partial(Completion, chat))
-
-
-def read_response(body: bytearray, max_parts: int) -> Asked:
-    """Read the body of ``/v1/responses``; raises ``RequestError``."""
-    asked, chat = parse_response(body, max_parts=max_parts)
-    return Asked(chat, partial(ResponseWriter, asked), asked.renamed)
-
-
 @final
 class AnswerEndpoint:
     """An ASGI app that answers many requests at a time."""
 
     def __init__(
         self,
-        read: Callable[[bytearray, int], Asked],
-        workers: Mapping[str, ModelWorker],
+        read: Callable[[bytearray, int], AnswerWriter],
         *,
+        workers: Mapping[str, ModelWorker],
         settings: ServerSettings,
         metrics: Metrics,
         media: MediaReader,
         bodies: BodyReader,
     ) -> None:
-        """Answer requests that ``read`` makes of a body and the maximum number of messages and parts."""
+        """Answer requests that ``read`` reads from a body; its second argument is the maximum number of parts."""
         self._read, self._bodies = read, bodies
         self._workers, self._settings, self._metrics, self._media = workers, settings, metrics, media
 
@@ -85,22 +59,23 @@ class AnswerEndpoint:
         Raises:
             RequestError: If the request is refused, or the answer fails before its first byte.
         """
-        request, name, asked = Request(scope, receive), "", None
+        request, name, writer = Request(scope, receive), "", None
         try:
             async with self._bodies.read(request) as body:
-                asked = await run_in_threadpool(self._read, body, self._settings.max_parts)
-                worker = _chosen_worker(self._workers, asked.chat)
+                writer = await run_in_threadpool(self._read, body, self._settings.max_parts)
+                worker = _chosen_worker(self._workers, writer.chat)
                 name = worker.name
-                job = await self._submit(worker, self._clamped(asked.chat, worker.manifest))
+                job = await self._submit(worker, self._clamped(writer.chat, worker.manifest))
                 try:
-                    response = await self._response(request, job, asked.write(name, job.events()))
+                    writer.begin(name, job.events())
+                    response = await self._response(request, job, writer)
                     await response(scope, receive, self._with_time_limit(send))
                 finally:
                     worker.cancel(job)
             self._metrics.count_request(name, response.status_code)
         except (RequestError, TrioEdgeError) as error:
             refusal = request_error_from(error)
-            refusal = refusal if asked is None else asked.renamed(refusal)
+            refusal = refusal if writer is None else writer.renamed(refusal)
             self._metrics.count_request(name, refusal.status)
             raise refusal from None
         except asyncio.TimeoutError:  # the server closes the connection, as the response is incomplete

@@ -9,24 +9,22 @@ import msgspec
 
 from trio_edge.serving.answers.completion import AnswerWriter
 from trio_edge.serving.answers.job import Event, Failed, Finished, Kept, NewText
+from trio_edge.serving.requests.responses import parse_response
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
-
-    from trio_edge.serving.requests.responses import ResponseRequest
-
-_PLACE = {"output_index": 0, "content_index": 0}
+    from collections.abc import Iterator, Sequence
 
 
 @final
 class ResponseWriter(AnswerWriter):
     """Writes a response, whose output is one message."""
 
-    def __init__(self, asked: ResponseRequest, model: str, events: AsyncIterator[Event]) -> None:
-        """Start the answer of ``model`` to ``asked``."""
-        super().__init__(events)
-        self._asked, self._model, self._number = asked, model, 0
+    def __init__(self, body: bytearray, max_parts: int) -> None:
+        """Read the request; raises RequestError as ``parse_response``."""
+        self._asked, self.chat = parse_response(body, max_parts=max_parts)
+        self.renamed, self._number = self._asked.renamed, 0  # type: ignore[method-assign]
         self._id, self._item_id = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
+        self._place = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
         self._text, self._scores, self._trio = "", list[Any](), dict[str, Any]()
 
     def result(self, events: Sequence[Event], usage: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +49,7 @@ class ResponseWriter(AnswerWriter):
                 "response.output_text.delta", **self._place, delta=event.text, logprobs=event.logprobs
             )
         elif isinstance(event, Failed):
-            told = self._asked.renamed(event.error)
+            told = self.renamed(event.error)
             yield self._event("error", code=told.code, message=told.message, param=told.param)
         elif isinstance(event, Finished):
             whole = {"text": self._text, "logprobs": self._scores}
@@ -67,10 +65,6 @@ class ResponseWriter(AnswerWriter):
             self._scores += event.logprobs
         elif isinstance(event, Kept):
             self._trio = {"trio": event.report}
-
-    @property
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": self._item_id, **_PLACE}
 
     def _part(self) -> dict[str, Any]:
         return {"type": "output_text", "text": self._text, "annotations": [], "logprobs": self._scores}

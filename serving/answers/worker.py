@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
+from trio_edge.runtime.answer import Statistics
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.serving.answers.interface import ModelWorker, cut_short, queue_full, smoothed, stopping
 from trio_edge.serving.answers.job import AnswerJob, Failed, Finished, Kept, NewText, NextAnswer
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.answer import Generation, Statistics
+    from trio_edge.runtime.answer import Generation
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.bundle.schedule import Stage
     from trio_edge.runtime.images.processing import ImageLayout
@@ -179,51 +180,29 @@ class Worker(ModelWorker):
         return failure
 
     def _answer(self, pipeline: Pipeline, constraints: Constraints, job: AnswerJob) -> None:
-        queue_s = self._running_since - job.submitted
-        reason, usage = self._one_answer(pipeline, constraints, job, queue_s=queue_s)
-        for number in range(1, job.chat.n or 1):
+        reason, done = "", list[Statistics]()
+        for number in range(job.chat.n or 1):
+            if number:
+                job.emit(NextAnswer(reason))
+            settings = answer_settings(job.chat, pipeline.manifest, number=number)
+            constraint = constraints.make(job.chat)
+            answer = pipeline.chat(job.prompt.messages, constraint=constraint, **settings)
+            job.generation = answer
+            if job.is_cancelled:  # before the job knew its generation
+                answer.cancel()
+            reason = self._stream(pipeline, answer, job, needs_report=job.chat.trio.kept and not number)
+            done.append(answer.statistics)
             if job.is_cancelled:
                 break
-            job.emit(NextAnswer(reason))
-            reason, more = self._one_answer(pipeline, constraints, job, number=number)
-            for name in ("completion_tokens", "total_tokens"):
-                usage[name] += more["completion_tokens"]
-            usage["decode_ms"] += more["ttft_ms"] + more["decode_ms"]
+        usage = usage_of(done, queue_s=self._running_since - job.submitted)
         self._metrics.count_answer(self.name, usage, is_cancelled=job.is_cancelled)
         with self._changed:
             self._service_s = smoothed(self._service_s, time.perf_counter() - self._running_since)
         job.emit(Finished(reason, usage))
 
-    def _one_answer(
-        self,
-        pipeline: Pipeline,
-        constraints: Constraints,
-        job: AnswerJob,
-        *,
-        number: int = 0,
-        queue_s: float = 0.0,
-    ) -> tuple[str, dict[str, Any]]:
-        """Stream one of the request's ``n`` answers; return why it ended, and its usage."""
-        settings = answer_settings(job.chat, pipeline.manifest, number=number)
-        answer = pipeline.chat(job.prompt.messages, constraint=constraints.make(job.chat), **settings)
-        job.generation = answer
-        if job.is_cancelled:  # before the job knew its generation
-            answer.cancel()
-        stops = StopTexts(job.chat.stops)
-        self._stream(pipeline, answer, stops, job, needs_report=job.chat.trio.kept and number == 0)
-        has_ended = stops.is_found or answer.token_ids[-1] in pipeline.manifest.text.stop_token_ids
-        return "stop" if has_ended else "length", usage_of(answer.statistics, queue_s=queue_s)
-
-    def _stream(
-        self,
-        pipeline: Pipeline,
-        answer: Generation,
-        stops: StopTexts,
-        job: AnswerJob,
-        *,
-        needs_report: bool,
-    ) -> None:
-        num_scored = 0
+    def _stream(self, pipeline: Pipeline, answer: Generation, job: AnswerJob, *, needs_report: bool) -> str:
+        """Emit an answer's events but its end; return why it ended."""
+        stops, num_scored = StopTexts(job.chat.stops), 0
 
         def emit(text: str) -> None:
             nonlocal num_scored
@@ -241,6 +220,8 @@ class Worker(ModelWorker):
                 answer.cancel()
                 break
         emit(stops.finish())
+        has_ended = stops.is_found or answer.token_ids[-1] in pipeline.manifest.text.stop_token_ids
+        return "stop" if has_ended else "length"
 
 
 def answer_settings(chat: ChatRequest, manifest: Manifest, *, number: int = 0) -> dict[str, Any]:
@@ -290,18 +271,23 @@ def logprobs_of(answer: Generation, pipeline: Pipeline, *, first: int) -> list[d
     ]
 
 
-def usage_of(statistics: Statistics, *, queue_s: float) -> dict[str, Any]:
-    """Return OpenAI's ``usage`` with our own fields. The prompt is counted before token reduction."""
-    prompt = statistics.text_tokens + statistics.visual_tokens
+def usage_of(answers: Sequence[Statistics], *, queue_s: float) -> dict[str, Any]:
+    """Return OpenAI's ``usage`` of the answers to one request, with our own fields.
+
+    The prompt is counted once and before token reduction. The time of further answers counts as decoding.
+    """
+    first, *others = answers
+    prompt, new = first.text_tokens + first.visual_tokens, sum(answer.new_tokens for answer in answers)
+    decode_ms = first.decode_ms + sum(answer.ttft_ms + answer.decode_ms for answer in others)
     return {
         "prompt_tokens": prompt,
-        "completion_tokens": statistics.new_tokens,
-        "total_tokens": prompt + statistics.new_tokens,
-        "visual_tokens": statistics.visual_tokens,
-        "kept_tokens": list(statistics.kept_tokens),
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "visual_tokens": first.visual_tokens,
+        "kept_tokens": list(first.kept_tokens),
         "queue_ms": round(1e3 * queue_s, 3),
-        "ttft_ms": round(statistics.ttft_ms, 3),
-        "decode_ms": round(statistics.decode_ms, 3),
+        "ttft_ms": round(first.ttft_ms, 3),
+        "decode_ms": round(decode_ms, 3),
     }
 
 

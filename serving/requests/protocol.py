@@ -48,9 +48,6 @@ _NEUTRAL_IN_TURN: dict[str, Any] = {
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 _Seed: TypeAlias = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
-Temperature: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=2)]
-TopP: TypeAlias = Annotated[float, msgspec.Meta(gt=0, le=1)]
-NumLogprobs: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=_MAX_LOGPROBS)]
 _Penalty: TypeAlias = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 _Bias: TypeAlias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
 _Choice: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=_MAX_CHOICE_CHARACTERS)]
@@ -120,6 +117,7 @@ class StreamOptions(Spec, kw_only=True, frozen=True):
     """Options of a streamed answer."""
 
     include_usage: bool | None = False
+    include_obfuscation: bool | None = None  # there is none
 
 
 class JsonSchema(Spec, kw_only=True, frozen=True):
@@ -151,17 +149,35 @@ class TrioOptions(Spec, kw_only=True, frozen=True):
     """Whether the answer has the boxes of the kept tokens and the times of the graphs."""
 
 
-class ChatRequest(Spec, kw_only=True, frozen=True):
-    """A request for a chat completion."""
+class AnyRequest(Spec, kw_only=True, frozen=True):
+    """The fields of chat completions and of responses."""
 
     model: str
-    messages: Annotated[list[Turn], msgspec.Meta(min_length=1)]
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=_MAX_LOGPROBS)] | None = None
+    trio: TrioOptions = TrioOptions()
+    # Clients send these; none has an effect on an answer here.
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    parallel_tool_calls: bool | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    # Known but not supported.
+    tools: Any = None
+    tool_choice: Any = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+
+
+class ChatRequest(AnyRequest, kw_only=True, frozen=True):
+    """A request for a chat completion."""
+
+    messages: Annotated[list[Turn], msgspec.Meta(min_length=1)]
     max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
     seed: _Seed | None = None
     stop: _Stop | Annotated[list[_Stop], msgspec.Meta(max_length=_MAX_STOPS)] | None = None
     response_format: ResponseFormat | None = None
@@ -170,29 +186,16 @@ class ChatRequest(Spec, kw_only=True, frozen=True):
     frequency_penalty: _Penalty | None = None
     logit_bias: Annotated[dict[int, _Bias], msgspec.Meta(max_length=_MAX_BIASES)] | None = None
     logprobs: bool | None = None
-    top_logprobs: NumLogprobs | None = None
+    modalities: list[Literal["text"]] | None = None
+    functions: Any = None
+    function_call: Any = None
     # Fields of vLLM.
     top_k: _Count | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=0)] | None = None
     repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None = None
     min_tokens: _Count | None = None
     ignore_eos: bool | None = False
     structured_outputs: StructuredOutputs | None = None
-    trio: TrioOptions = TrioOptions()
-    # Clients send these; none has an effect on an answer here.
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    parallel_tool_calls: bool | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    modalities: list[Literal["text"]] | None = None
-    min_p: Annotated[float, msgspec.Meta(ge=0, le=0)] | None = None
-    # Known but not supported: see ``_NEUTRAL`` and ``_TOOLS``.
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    function_call: Any = None
-    store: bool | None = None
-    metadata: dict[str, str] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -266,23 +269,18 @@ def _field_error(message: str) -> RequestError:
 
 
 def _check_neutral(chat: ChatRequest) -> None:
-    check_no_tools(chat)
-    for name, neutral in _NEUTRAL.items():
-        _check_empty(name, getattr(chat, name), neutral)
-    for number, turn in enumerate(chat.messages):
-        for name, neutral in _NEUTRAL_IN_TURN.items():
-            _check_empty(f"messages[{number}].{name}", getattr(turn, name), neutral)
-
-
-def check_no_tools(request: object) -> None:
-    """Refuse fields that ask for calls of functions."""
     for name, neutral in _TOOLS.items():
-        if (value := getattr(request, name, None)) is not None and value not in neutral:
+        if (value := getattr(chat, name)) is not None and value not in neutral:
             message = (
                 f"{name}: this server calls no functions; remove the field, or ask for JSON with response_format and call"
                 " the function yourself"
             )
             raise RequestError(400, message, code="unsupported_parameter", param=name)
+    for name, neutral in _NEUTRAL.items():
+        _check_empty(name, getattr(chat, name), neutral)
+    for number, turn in enumerate(chat.messages):
+        for name, neutral in _NEUTRAL_IN_TURN.items():
+            _check_empty(f"messages[{number}].{name}", getattr(turn, name), neutral)
 
 
 def _check_empty(name: str, value: object, neutral: object) -> None:

@@ -10,21 +10,17 @@ import msgspec
 
 from trio_edge.serving.requests.errors import RequestError
 from trio_edge.serving.requests.protocol import (
+    AnyRequest,
     ChatRequest,
     ImageAddress,
     ImagePart,
     JsonSchema,
-    NumLogprobs,
     Part,
     Positive,
     ResponseFormat,
     Spec,
-    Temperature,
     TextPart,
-    TopP,
-    TrioOptions,
     Turn,
-    check_no_tools,
     checked,
     decoded,
 )
@@ -86,60 +82,30 @@ class TextOptions(Spec, kw_only=True, frozen=True):
     verbosity: Literal["medium"] | None = None
 
 
-class StreamOptions(Spec, kw_only=True, frozen=True):
-    """Options of a streamed response."""
+class ResponseRequest(AnyRequest, kw_only=True, frozen=True):
+    """A request for a response. Nothing is stored, whatever ``store`` says."""
 
-    include_obfuscation: bool | None = None
-
-
-class ResponseRequest(Spec, kw_only=True, frozen=True):
-    """A request for a response."""
-
-    model: str
     input: str | Annotated[list[InputTurn], msgspec.Meta(min_length=1)]
     instructions: str | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
     max_output_tokens: Positive | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
     text: TextOptions | None = None
     include: list[Literal["message.output_text.logprobs"]] | None = None
-    top_logprobs: NumLogprobs | None = None
-    trio: TrioOptions = TrioOptions()
-    # Clients send these; none has an effect on an answer here. Nothing is stored.
-    store: bool | None = None
-    metadata: dict[str, str] | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    parallel_tool_calls: bool | None = None
-    service_tier: Literal["auto", "default"] | None = None
     truncation: Literal["disabled"] | None = None
     previous_response_id: None = None
-    tools: Any = None
-    tool_choice: Any = None
-
-    @property
-    def wants_logprobs(self) -> bool:
-        """Whether the answer has the probability of each token."""
-        return bool(self.include) or bool(self.top_logprobs)
 
     def chat(self) -> ChatRequest:
         """Return the chat request that this one stands for."""
         turns = [InputTurn(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         system = [] if self.instructions is None else [Turn(role="system", content=self.instructions)]
+        shared: dict[str, Any] = {name: getattr(self, name) for name in AnyRequest.__struct_fields__}
+        shared |= {"stream_options": None, "store": None, "metadata": None}
+        shared["top_logprobs"] = self.top_logprobs or None
         return ChatRequest(
-            model=self.model,
             messages=[*system, *(Turn(role=turn.role, content=_content(turn)) for turn in turns)],
-            stream=self.stream,
             max_tokens=self.max_output_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
             response_format=None if self.text is None else _format(self.text.format),
-            logprobs=self.wants_logprobs,
-            top_logprobs=self.top_logprobs if self.wants_logprobs else None,
-            trio=self.trio,
+            logprobs=bool(self.include) or bool(self.top_logprobs),
+            **shared,
         )
 
     def renamed(self, error: RequestError) -> RequestError:
@@ -158,7 +124,6 @@ def parse_response(body: bytes | bytearray, *, max_parts: int) -> tuple[Response
         RequestError: As ``parse_chat``.
     """
     asked = decoded(body, ResponseRequest)
-    check_no_tools(asked)
     try:
         return asked, checked(asked.chat(), max_parts=max_parts)
     except RequestError as error:
