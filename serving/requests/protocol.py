@@ -357,6 +357,10 @@ def _check_together(chat: ChatRequest) -> None:
         problem = ("ignore_eos", "expected an answer that may end, as its form is given, got true; remove it")
     elif chat.top_logprobs is not None and not chat.logprobs:
         problem = ("top_logprobs", 'expected it with "logprobs": true only, got it without; add that')
+    elif not any(
+        part.text.strip() if isinstance(part, TextPart) else part for part in chat.messages[-1].parts
+    ):
+        problem = ("messages", "expected a question or an image in the last message, got none; write one")
     elif len(chat.details) > 1:
         problem = ("messages", 'expected one detail for all images, got "low" and "high"; choose one')
     if problem is not None:

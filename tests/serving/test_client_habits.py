@@ -78,6 +78,7 @@ def test_a_value_that_asks_for_nothing_changes_nothing(
         ({"top_logprobs": 2}, 'top_logprobs: expected it with "logprobs": true only'),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: "),
         ({"messages": [{"role": "user", "content": []}]}, r"messages\[\.\.\.\]\.content: |length >= 1"),
+        ({"messages": [{"role": "user", "content": " "}]}, "messages: expected a question or an image"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
 )
