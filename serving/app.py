@@ -12,7 +12,7 @@ import hmac
 import re
 import time
 from functools import cache, partial
-from importlib import resources
+from importlib import metadata, resources
 from typing import TYPE_CHECKING, Any, final
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -25,7 +25,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from trio_edge import __version__
 from trio_edge.serving.answers.completion import Completion
 from trio_edge.serving.answers.endpoint import AnswerEndpoint
 from trio_edge.serving.answers.responses import ResponseWriter
@@ -218,7 +217,7 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
 
 
 async def _version(_request: Request) -> Response:
-    return JSONResponse({"version": __version__})
+    return JSONResponse({"version": metadata.version("trio-edge")})
 
 
 async def _health(_request: Request) -> Response:
