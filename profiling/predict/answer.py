@@ -19,8 +19,8 @@ from trio_edge.profiling.predict.speed import (
     rates_of,
 )
 from trio_edge.runtime.bundle.errors import TargetError
+from trio_edge.trio.cost import memory
 from trio_edge.trio.cost.flops import stage_work
-from trio_edge.trio.cost.memory import WeightBytes, bundle_bytes, layers_and_rows, pixel_bytes_of
 from trio_edge.trio.cost.selections import StageSizes
 from trio_edge.trio.cost.work import Work, head_work, range_work, sum_of, tower_weights, vision_work
 
@@ -77,7 +77,7 @@ class Setting:
     def ranges(self) -> tuple[tuple[int, int], ...]:
         """Layers and visual rows of each layer range."""
         entering = self.sizes["N"] if self.entering is None else self.entering
-        return layers_and_rows(
+        return memory.layers_and_rows(
             self.schedule, num_layers=self.model.decoder.num_layers, entering=self.num_images * entering
         )
 
@@ -222,19 +222,21 @@ def memory_of(setting: Setting, *, usable: int) -> MemoryNeed:
         parts = {name.lower().replace(" ", "_"): count for name, count in setting.memory.items()}
         return MemoryNeed(**parts, usable=usable)
     decoder, tower, sizes = setting.model.decoder, setting.model.vision, setting.formats.bytes_per_weight()
-    found = bundle_bytes(
+    bundle = memory.BundleSizes(
         decoder,
         setting.schedule,
-        WeightBytes([sizes["layer"]] * decoder.num_layers, sizes["head"], sizes["vision"], sizes["layer"]),
-        vision_params=0 if tower is None else tower_weights(tower),
         ranges=setting.ranges,
         text_rows=setting.text_rows,
         new_rows=setting.room - setting.text_rows,
         num_visual=setting.sizes["N"] + (setting.visual_rows[0] if setting.num_images > 1 else 0),
-        pixel_bytes=pixel_bytes_of(setting.model.images.to_dict(), setting.sizes),
+        pixel_bytes=memory.pixel_bytes_of(setting.model.images.to_dict(), setting.sizes),
         bytes_per_cached=setting.formats.bytes_per_cached,
         element_bytes=2,
     )
+    weights = memory.WeightBytes(
+        [sizes["layer"]] * decoder.num_layers, sizes["head"], sizes["vision"], sizes["layer"]
+    )
+    found = memory.bundle_bytes(bundle, weights, vision_params=0 if tower is None else tower_weights(tower))
     return MemoryNeed(
         weights=round(found.layers + found.head_and_vision + found.repeated) + setting.other_weight_bytes,
         kv_caches=found.kv_caches,
