@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trio_edge.runtime.images.processing import ImageLayout
+    from trio_edge.runtime.model.sampling import TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -68,6 +69,8 @@ class Generation:
         """Token ids of the answer, including the stop token if one came."""
         self.first_logits: NDArray[np.float32] = np.empty(0, np.float32)
         """[V], logits of the first token; available with the first piece."""
+        self.logprobs: list[TokenLogprobs] = []
+        """Of each token of ``token_ids``, if ``num_logprobs`` was given."""
         self.kept: list[NDArray[np.int32]] = []
         """Kept tokens of each stage: ascending indices into the visual tokens of all images."""
         self.images: tuple[Image.Image, ...] = ()
