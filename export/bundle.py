@@ -18,6 +18,7 @@ import numpy as np
 
 from trio_edge.export.check.fit import check_fit, fit_inputs
 from trio_edge.export.check.tensorrt import require_supported
+from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, only_checkpoint_errors
 from trio_edge.export.checkpoints.weights import StoredName, bytes_to_write, store_constants, store_weights
 from trio_edge.export.families.base import max_positions
 from trio_edge.export.graphs.assembly.onnx_graph import attach_weights, save
@@ -26,12 +27,11 @@ from trio_edge.export.model_cost import cost_of
 from trio_edge.export.options import Progress
 from trio_edge.export.plan import build, read, resolve, without_values
 from trio_edge.export.quantize.assign import (
-    embedding_form,
-    head_rows_form,
     is_quantized,
     plain_tensors,
     quantization_of,
     quantize_graphs,
+    row_tables,
     unquantized_parts,
 )
 from trio_edge.export.quantize.cache import check_cache, quantize_caches
@@ -54,7 +54,6 @@ from trio_edge.runtime.bundle.manifest import (
 )
 from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.trio.cost.devices import find_device
-from trio_edge.trio.cost.memory import Texts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -94,14 +93,17 @@ def export_bundle(
     check_cache(options.quantize, scales)
     progress.step("reading the checkpoint")
     source = read(options)
-    resolved = resolve(options, source)
+    guarded = partial(only_checkpoint_errors, source.checkpoint.folder)
+    with guarded():
+        resolved = resolve(options, source)
     if (wanted := resolved.generation.max_new_tokens or 0) > options.max_new_tokens:
         progress.warn(
             f"generation_config.json max_new_tokens: expected at most {options.max_new_tokens} (--max-new-tokens), got {wanted};"
             " answers end sooner than the checkpoint's"
         )
     with without_values(resolved.dtype):
-        plan = build(options, source, resolved)
+        with guarded():
+            plan = build(options, source, resolved)
         if (target := options.target) is not None:
             check_target(plan, find_device(target), progress)
         quantized = partial(is_quantized, plan=options.quantize, checkpoint=source.checkpoint)
@@ -126,13 +128,10 @@ def export_bundle(
 
 def check_target(plan: ExportPlan, target: DeviceSpec, progress: Progress) -> None:
     """Warn if the ``target`` cannot run the bundle's formats or has too little memory."""
-    options, clip, clip_graphs = plan.options, plan.source.clip, plan.clip_graphs
+    options = plan.options
     if (refusal := target.refusal(options.quantize.formats)) is not None:
         progress.warn(refusal)
     progress.step(f"checking the fit on {target.name}")
-    texts = None
-    if clip is not None and clip_graphs is not None:
-        texts = Texts(plan.layout.clip_texts[-1], clip.spec.length, clip_graphs.projection_size)
     inputs = fit_inputs(
         plan.model,
         plan.dimensions,
@@ -140,14 +139,13 @@ def check_target(plan: ExportPlan, target: DeviceSpec, progress: Progress) -> No
         processing=plan.resolved.processing,
         quantize=options.quantize,
         token_method=options.token_method,
-        text_tower=None if clip_graphs is None else clip_graphs.text,
-        texts=texts,
+        clip=plan.clip_graphs,
     )
     if (warning := check_fit(inputs, target)) is not None:
         progress.warn(warning)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class BundleContents:
     """The graphs, and the form in which each tensor is stored."""
 
@@ -159,6 +157,9 @@ class BundleContents:
     whole_files: bool
     """Whether the checkpoint's files may be copied as they are, including tensors that no graph uses."""
     num_bytes: int
+    embedding: StoredName
+    head_rows: StoredName | None
+    """The head's rows, if a gradient reads them."""
     quantization: Quantization | None
 
 
@@ -167,28 +168,29 @@ def quantize(
 ) -> BundleContents:
     """Return the graphs with linear layers and KV caches quantized as the options say."""
     checkpoint, wanted, dtype = plan.source.checkpoint, plan.options.quantize, plan.resolved.dtype
-    graphs, forms = quantize_graphs(traced, wanted, scales, checkpoint=checkpoint)
-    for part, kind in unquantized_parts(forms, wanted, graphs=graphs).items():
-        progress.warn(
-            f"--quantize: expected weights in {part} that {kind} can store (INT4 needs an even number of outputs and a"
-            f" multiple of 16 inputs), got none; {part} stays in {dtype}"
-        )
-    if wanted.has_cache:
-        graphs = quantize_caches(graphs, scales.cache_max)
-    plain = {name: checkpoint.tensor(name) for name in sorted(plain_tensors(graphs, forms))}
-    quantization = quantization_of(forms, wanted, scales, graphs=graphs)
+    graphs, quantization = traced, None
+    forms: tuple[StoredForm, ...] = ()
+    embedding = StoredName(EMBEDDING_NAME)
+    head_rows: StoredName | None = None
+    if wanted.formats or checkpoint.packed:
+        graphs, forms = quantize_graphs(traced, wanted, scales, checkpoint=checkpoint)
+        for part, kind in unquantized_parts(forms, wanted, graphs=graphs).items():
+            progress.warn(
+                f"--quantize: expected weights in {part} that {kind} can store (INT4 needs an even number of outputs and a"
+                f" multiple of 16 inputs), got none; {part} stays in {dtype}"
+            )
+        if wanted.has_cache:
+            graphs = quantize_caches(graphs, scales.cache_max)
+        table, rows = row_tables(graphs, wanted)
+        embedding, head_rows = table.stored_name, None if rows is None else rows.stored_name
+        quantization = quantization_of(forms, wanted, scales, graphs=graphs)
+    plain = plain_tensors(graphs, checkpoint, forms)
     # Copied files would repeat tensors that are stored in another form. CLIP's files hold a vision tower that is not used,
     # and their names may be those of the model's files.
     whole_files = not forms and plan.source.clip is None
-    return BundleContents(
-        graphs=graphs,
-        plain=plain,
-        forms=forms,
-        whole_files=whole_files,
-        num_bytes=bytes_to_write(plain, dtype=dtype, whole_files=whole_files)
-        + quantized_bytes(checkpoint, forms, dtype=dtype),
-        quantization=quantization,
-    )
+    num_bytes = bytes_to_write(plain, dtype=dtype, whole_files=whole_files)
+    num_bytes += quantized_bytes(checkpoint, forms, dtype=dtype)
+    return BundleContents(graphs, plain, forms, whole_files, num_bytes, embedding, head_rows, quantization)
 
 
 def write(
@@ -233,8 +235,7 @@ def _write_graphs(
             yield write_graph(pieces[0], stored, folder)
             continue
         whole = join(pieces)  # a copy, so before weights are attached
-        # without TensorRT's check, which reads the whole graph
-        written = [_write_unchecked(piece, stored, folder) for piece in pieces]
+        written = [write_graph(piece, stored, folder) for piece in pieces]
         yield with_pieces(write_graph(whole, stored, folder), pieces, written)
 
 
@@ -242,17 +243,8 @@ def write_graph(graph: TracedGraph, stored: Mapping[StoredName, StoredTensor], f
     """Write one graph that points into the weight files, and return its description with its weights' bytes.
 
     Raises:
-        CheckpointError: If TensorRT cannot read the graph.
+        CheckpointError: If TensorRT cannot read the graph. Pieces are not checked, as the whole graph is.
     """
-    spec = _write_unchecked(graph, stored, folder)
-    symbols = {symbol for profile in spec.profiles for symbol in profile.sizes}
-    require_supported(graph.model, name=spec.name, symbols=symbols)
-    return spec
-
-
-def _write_unchecked(
-    graph: TracedGraph, stored: Mapping[StoredName, StoredTensor], folder: Path
-) -> GraphSpec:
     tensors = {name: stored[stored_name] for name, stored_name in graph.weights.items()}
     small = {}
     for name, values in graph.constants.items():
@@ -260,9 +252,13 @@ def _write_unchecked(
             small[name] = values
         else:
             tensors[name] = place
+    spec = graph.spec
     weight_bytes = attach_weights(graph.model, tensors, small, bundle=folder)
-    save(graph.model, folder / graph.spec.file)
-    return msgspec.structs.replace(graph.spec, weight_bytes=weight_bytes)
+    save(graph.model, folder / spec.file)
+    if graph.piece is None:
+        symbols = {symbol for profile in spec.profiles for symbol in profile.sizes}
+        require_supported(graph.model, name=spec.name, symbols=symbols)
+    return msgspec.structs.replace(spec, weight_bytes=weight_bytes)
 
 
 def _constant_name(graph: TracedGraph, name: str) -> StoredName:
@@ -282,8 +278,7 @@ def record(
     options, resolved, layout, model = plan.options, plan.resolved, plan.layout, plan.model
     image_sizes, files = _image_sizes(plan), _file_entries(folder, known=weights.sha256)
     path, stored, clip = Path(options.model), weights.tensors, plan.source.clip
-    embedding = embedding_form(options.quantize).stored_name
-    rows = head_rows_form(contents.graphs, options.quantize)
+    embedding, rows = contents.embedding, contents.head_rows
     num_values = sum(math.prod(tensor.shape) for tensor in plan.source.checkpoint.tensors.values())
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
@@ -310,8 +305,8 @@ def record(
         token_keep=resolved.token_keep,
         token_embedding=stored[embedding],
         token_embedding_scales=stored.get(embedding.scales),
-        head_rows=None if rows is None else stored[rows.stored_name],
-        head_row_scales=None if rows is None else stored.get(rows.stored_name.scales),
+        head_rows=None if rows is None else stored[rows],
+        head_row_scales=None if rows is None else stored.get(rows.scales),
         quantization=contents.quantization,
         graphs=graphs,
         programs=programs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 from trio_edge.export.options import ExportOptions
 from trio_edge.export.options import Progress as Callbacks
 from trio_edge.export.quantize.plan import parse_plan
-from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError, printable
 from trio_edge.runtime.bundle.schedule import Budget, Positions, ProbeRows, Schedule
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
@@ -47,10 +48,6 @@ _DEFAULTS = {
     **{field.name: field.default for field in dataclasses.fields(ExportOptions)},
     **msgspec.structs.asdict(Schedule()),
 }
-
-
-def _default(name: str) -> str:
-    return f"[default: {_DEFAULTS[name]}]"
 
 
 def _image_size(text: str) -> tuple[int, int]:
@@ -101,155 +98,149 @@ class _SelectorOption(click.Option):
         return record and (record[0], record[1].replace("SELECTORS", described(kind)))
 
 
-@click.command("trio-export", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model", required=False)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="Bundle folder to create. [default: MODEL's name and -bundle]",
+def _option(names: str, kind: Any, text: str, metavar: str | None = None, **settings: Any) -> click.Option:
+    """Return an option of type ``kind``, or a flag; its help ends with the default, unless ``text`` names it."""
+    settings |= {"is_flag": True} if kind is bool else {"type": kind}
+    made = _SelectorOption if "SELECTORS" in text else click.Option
+    option = made(names.split(), metavar=metavar, help=text, **settings)
+    default = _DEFAULTS.get(option.name or "")
+    if default and "[default" not in text:
+        option.help = f"{text} [default: {default}]"
+    return option
+
+
+_OPTIONS = (
+    _option(
+        "--out", click.Path(path_type=Path), "Bundle folder to create. [default: MODEL's name and -bundle]"
+    ),
+    _option("--revision", str, "Branch, tag or commit of the model on the Hub. [default: its main branch]"),
+    _option(
+        "--keep",
+        str,
+        "Average share of the image's visual tokens (before any reduction) that a decoder layer processes; 'all' for no"
+        f" reduction in the decoder. [default: {USUAL_KEEP}]",
+        "PERCENT",
+    ),
+    _option(
+        "--schedule stages",
+        str,
+        "Stages with the visual tokens that they keep, such as 1:460,10:270,15:110; replaces --keep.",
+        "LAYER:KEPT,…",
+    ),
+    _option("--method", str, "Selector inside the decoder. SELECTORS.", "NAME"),
+    _option(
+        "--token-method",
+        str,
+        "Selector before the decoder, with --token-keep; works with any --method and --keep. SELECTORS. [default: none]",
+        "NAME",
+    ),
+    _option(
+        "--token-keep",
+        _count("--token-keep"),
+        "Visual tokens of each image that --token-method keeps, as a number or a share.",
+        "N|PERCENT",
+    ),
+    _option(
+        "--clip",
+        str,
+        "CLIP model (folder or Hub id) that the vision tower comes from; with"
+        f" {' and '.join(row.name for row in TOKEN_METHODS.values() if row.takes_clip)}, compares question and image in its"
+        " space.",
+        "MODEL",
+    ),
+    _option(
+        "--probe-rows",
+        click.Choice(["auto", *get_args(ProbeRows)]),
+        "Rows that carry TRIO's loss, in a prompt of S rows: 'reference' is S-5..S-2, 'answer' is S-4..S-1, and 'auto' is"
+        f" 'answer' if the average keep is below {LEAST_FOR_REFERENCE_ROWS:.0%}, else 'reference'. [default: auto]",
+    ),
+    _option("--num-probe-rows", int, "Number of probe rows."),
+    _option(
+        "--nms-threshold",
+        float,
+        "Cosine similarity from which on TRIO's NMS suppresses the less salient token.",
+    ),
+    _option("--nms-rounds", int, "Rounds of TRIO's parallel NMS; the runtime redoes stages that need more."),
+    _option(
+        "--positions",
+        click.Choice(get_args(Positions)),
+        "Position ids after a stage: renumbered, or as before. [default: the method's, if the model family allows it]",
+    ),
+    _option(
+        "--budget",
+        click.Choice(get_args(Budget)),
+        "With --max-images: 'prompt' keeps the best tokens of all images together, 'image' at least an equal share of each.",
+    ),
+    _option(
+        "--encoder-keep",
+        _count("--encoder-keep"),
+        "What the vision encoder keeps: patches per tile (LLaVA, a multiple of 32), visual tokens per image (Qwen2.5-VL),"
+        " or a share such as 33.3%. [default: all]",
+        "N|PERCENT",
+    ),
+    _option(
+        "--image-size image_sizes",
+        _image_size,
+        "Size in pixels that images of a fixed camera have; makes exact shapes for it. May be repeated.",
+        "WxH",
+        multiple=True,
+    ),
+    _option("--only-image-sizes", bool, "Makes no shapes for images of other sizes."),
+    _option(
+        "--max-visual",
+        int,
+        "Most visual tokens of an image; larger images are scaled down (Qwen-VL) or cut into fewer tiles (InternVL,"
+        " LLaVA-OneVision, SmolVLM2). [default: 1280 for Qwen-VL, else the checkpoint's]",
+    ),
+    _option(
+        "--max-images",
+        int,
+        "Most images of the largest size in a prompt; --keep is a share of all their tokens.",
+    ),
+    _option(
+        "--max-frames",
+        int,
+        "Most frames of a video (Qwen-VL); a pair of frames takes the room of one image. [default: none]",
+    ),
+    _option(
+        "--follow-ups",
+        bool,
+        "Lets the runtime keep an image's rows before the first reduction for further questions; pays most with --keep all.",
+    ),
+    _option("--max-text", int, "Largest prompt, in text tokens."),
+    _option(
+        "--text-buckets",
+        _text_buckets,
+        "Text lengths in tokens that prompts are padded to, besides --max-text. [default: powers of two from 32]",
+        "N,N,…",
+    ),
+    _option("--max-new-tokens", int, "Longest answer, in tokens."),
+    _option(
+        "--dtype",
+        click.Choice(["auto", "float16", "float32"]),
+        "Element type of weights and activations; 'auto' is float32 for a float32 checkpoint, else float16.",
+    ),
+    _option(
+        "--quantize",
+        str,
+        "Weight format int4, int8 or fp8 of the decoder, or of each part: suffix=int4,head=int8,vision=none"
+        " (docs/quantization.md). [default: none]",
+        "FORMAT|PART=FORMAT,…",
+    ),
+    _option("--opset", int, "ONNX opset, 18 or 19."),
+    _option(
+        "--target",
+        str,
+        "Device whose memory is checked; warns if the bundle cannot fit (names: docs/targets.md).",
+        "DEVICE",
+    ),
+    _option("--force", bool, "Replaces an existing bundle."),
+    _option("--list list_models", bool, "Prints the known models and other packages' selectors, and exits."),
+    _option("--quiet", bool, "Shows no progress."),
 )
-@click.option("--revision", help="Branch, tag or commit of the model on the Hub. [default: its main branch]")
-@click.option(
-    "--keep",
-    metavar="PERCENT",
-    help="Average share of the image's visual tokens (before any reduction) that a decoder layer processes; 'all' for no"
-    f" reduction in the decoder. [default: {USUAL_KEEP}]",
-)
-@click.option(
-    "--schedule",
-    "stages",
-    metavar="LAYER:KEPT,…",
-    help="Stages with the visual tokens that they keep, such as 1:460,10:270,15:110; replaces --keep.",
-)
-@click.option(
-    "--method",
-    cls=_SelectorOption,
-    metavar="NAME",
-    help=f"Selector inside the decoder. SELECTORS. {_default('method')}",
-)
-@click.option(
-    "--token-method",
-    cls=_SelectorOption,
-    metavar="NAME",
-    help="Selector before the decoder, with --token-keep; works with any --method and --keep. SELECTORS. [default: none]",
-)
-@click.option(
-    "--token-keep",
-    type=_count("--token-keep"),
-    metavar="N|PERCENT",
-    help="Visual tokens of each image that --token-method keeps, as a number or a share.",
-)
-@click.option(
-    "--clip",
-    metavar="MODEL",
-    help="CLIP model (folder or Hub id) that the vision tower comes from; with"
-    f" {' and '.join(row.name for row in TOKEN_METHODS.values() if row.takes_clip)}, compares question and image in its space.",
-)
-@click.option(
-    "--probe-rows",
-    type=click.Choice(["auto", *get_args(ProbeRows)]),
-    help="Rows that carry TRIO's loss, in a prompt of S rows: 'reference' is S-5..S-2, 'answer' is S-4..S-1, and 'auto' is"
-    f" 'answer' if the average keep is below {LEAST_FOR_REFERENCE_ROWS:.0%}, else 'reference'. [default: auto]",
-)
-@click.option("--num-probe-rows", type=int, help=f"Number of probe rows. {_default('num_probe_rows')}")
-@click.option(
-    "--nms-threshold",
-    type=float,
-    help="Cosine similarity from which on TRIO's NMS suppresses the less salient token."
-    f" {_default('nms_threshold')}",
-)
-@click.option(
-    "--nms-rounds",
-    type=int,
-    help=f"Rounds of TRIO's parallel NMS; the runtime redoes stages that need more. {_default('nms_rounds')}",
-)
-@click.option(
-    "--positions",
-    type=click.Choice(get_args(Positions)),
-    help="Position ids after a stage: renumbered, or as before. [default: the method's, if the model family allows it]",
-)
-@click.option(
-    "--budget",
-    type=click.Choice(get_args(Budget)),
-    help="With --max-images: 'prompt' keeps the best tokens of all images together, 'image' at least an equal share of each."
-    f" {_default('budget')}",
-)
-@click.option(
-    "--encoder-keep",
-    type=_count("--encoder-keep"),
-    metavar="N|PERCENT",
-    help="What the vision encoder keeps: patches per tile (LLaVA, a multiple of 32), visual tokens per image (Qwen2.5-VL),"
-    " or a share such as 33.3%. [default: all]",
-)
-@click.option(
-    "--image-size",
-    "image_sizes",
-    multiple=True,
-    type=_image_size,
-    metavar="WxH",
-    help="Size in pixels that images of a fixed camera have; makes exact shapes for it. May be repeated.",
-)
-@click.option(
-    "--only-image-sizes", is_flag=True, default=None, help="Makes no shapes for images of other sizes."
-)
-@click.option(
-    "--max-visual",
-    type=int,
-    help="Most visual tokens of an image; larger images are scaled down (Qwen-VL) or cut into fewer tiles (InternVL,"
-    " LLaVA-OneVision, SmolVLM2). [default: 1280 for Qwen-VL, else the checkpoint's]",
-)
-@click.option(
-    "--max-images",
-    type=int,
-    help="Most images of the largest size in a prompt; --keep is a share of all their tokens."
-    f" {_default('max_images')}",
-)
-@click.option(
-    "--max-frames",
-    type=int,
-    help="Most frames of a video (Qwen-VL); a pair of frames takes the room of one image. [default: none]",
-)
-@click.option(
-    "--follow-ups",
-    is_flag=True,
-    default=None,
-    help="Lets the runtime keep an image's rows before the first reduction for further questions; pays most with --keep all.",
-)
-@click.option("--max-text", type=int, help=f"Largest prompt, in text tokens. {_default('max_text')}")
-@click.option(
-    "--text-buckets",
-    type=_text_buckets,
-    metavar="N,N,…",
-    help="Text lengths in tokens that prompts are padded to, besides --max-text. [default: powers of two from 32]",
-)
-@click.option("--max-new-tokens", type=int, help=f"Longest answer, in tokens. {_default('max_new_tokens')}")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float16", "float32"]),
-    help="Element type of weights and activations; 'auto' is float32 for a float32 checkpoint, else float16."
-    f" {_default('dtype')}",
-)
-@click.option(
-    "--quantize",
-    metavar="FORMAT|PART=FORMAT,…",
-    help="Weight format int4, int8 or fp8 of the decoder, or of each part: suffix=int4,head=int8,vision=none"
-    " (docs/quantization.md). [default: none]",
-)
-@click.option("--opset", type=int, help=f"ONNX opset, 18 or 19. {_default('opset')}")
-@click.option(
-    "--target",
-    metavar="DEVICE",
-    help="Device whose memory is checked; warns if the bundle cannot fit (names: docs/targets.md).",
-)
-@click.option("--force", is_flag=True, default=None, help="Replaces an existing bundle.")
-@click.option(
-    "--list",
-    "list_models",
-    is_flag=True,
-    help="Prints the known models and other packages' selectors, and exits.",
-)
-@click.option("--quiet", is_flag=True, help="Shows no progress.")
-def command(
+
+
+def _run(
     model: str | None,
     out: Path | None,
     keep: str | None,
@@ -292,10 +283,17 @@ def command(
         with ctrl_c_held():  # importing torch turns Ctrl-C into other errors
             _import_exporter(quiet=quiet)
         manifest = _export(options, Console(stderr=True, quiet=quiet), check)
-        print(_summary(manifest, options.out))
+        print(printable(_summary(manifest, options.out), but="\n"))
         return 0
 
 
+command = click.Command(
+    "trio-export",
+    params=[click.Argument(["model"], required=False), *_OPTIONS],
+    callback=_run,
+    help=inspect.getdoc(_run),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 _OPTIMUM_STYLE: dict[str, click.Parameter] = {
     "model": click.Option(["-m", "--model"], help="An alias, a Hub id or a checkpoint folder; see --list."),
     "out": click.Argument(["out"], required=False, type=click.Path(path_type=Path)),
@@ -322,11 +320,14 @@ def optimum_main(argv: Sequence[str] | None = None) -> int:
 def _import_exporter(*, quiet: bool) -> None:
     """Import torch and other packages, which takes seconds."""
     try:
+        import transformers
+
         import trio_edge.export.bundle  # noqa: F401
     except ModuleNotFoundError as error:
         raise CheckpointError(
             f"export: expected its packages to be installed, got no {error.name}; pip install 'trio-edge[export]'"
         ) from None
+    transformers.logging.set_verbosity_error()  # our line says what is wrong
     if quiet:
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # as documented
 
@@ -337,15 +338,14 @@ def _export(options: ExportOptions, console: Console, check: Callable[[], None])
     """Export with a progress display on ``console``; ``check`` raises if the user has interrupted."""
     from trio_edge.export.bundle import export_bundle
 
-    bars = Progress(
+    columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TimeElapsedColumn(),
-        console=console,
-        transient=True,
     )
+    bars = Progress(*columns, console=console, transient=True)
     task = bars.add_task("", total=None)
     steps = itertools.count()
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.modeling_utils import local_torch_dtype
 
 from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, read_checkpoint
 from trio_edge.export.checkpoints.text_files import read_generation, read_text_files
@@ -20,14 +21,14 @@ from trio_edge.export.families.clip import build_clip, read_clip, with_patches
 from trio_edge.export.graphs.vision.clip import KEEP_MULTIPLE
 from trio_edge.export.quantize.plan import check_packed
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.runtime.bundle.graph_io import num_candidates, text_buckets
+from trio_edge.runtime.bundle.graph_io import text_buckets
 from trio_edge.runtime.bundle.manifest import Dimensions
 from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.trio.budgets import MAX_TOPK, ScheduleRequest
 from trio_edge.trio.methods import StageMethod, all_methods, stage_method, token_method
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.checkpoints.text_files import TextFiles
@@ -99,14 +100,9 @@ class Layout:
     """K of the selector before the decoder, or None."""
     text_buckets: tuple[int, ...]
     max_new_tokens: int
-    num_candidates: int
-    """T, the most likely tokens that the head returns for a row."""
     dtype: FloatType
-    opset: int
     clip_texts: tuple[int, ...] = ()
     """Every M of CLIP's text tower, ascending; empty without one."""
-    follow_ups: bool = False
-    """Whether the first range can run a question after the kept rows of an earlier one."""
     max_images: int = 1
     most_of_several: int = 0
     """Most visual tokens of an image in a prompt with several images."""
@@ -129,7 +125,7 @@ class Layout:
         return tuple(sorted({max(size, least) for size in sizes}))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class ExportPlan:
     """All inputs of a bundle's graphs, weights and manifest."""
 
@@ -179,11 +175,7 @@ def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
         token_keep=_token_keep(options, num_visual=profiles.largest["N"]),
         dtype=bundle_dtype(checkpoint, options.dtype),
         generation=read_generation(checkpoint),
-        text=read_text_files(
-            checkpoint,
-            default_template=default_template,
-            image_marks=family.image_marks,
-        ),
+        text=read_text_files(checkpoint, default_template=default_template, image_marks=family.image_marks),
     )
 
 
@@ -207,13 +199,8 @@ def _processing(
 @contextmanager
 def without_values(dtype: FloatType) -> Iterator[None]:
     """Let torch build and trace modules of type ``dtype`` whose tensors have shapes but no values."""
-    before = torch.get_default_dtype()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        torch.set_default_dtype(getattr(torch, dtype))
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
+    with FakeTensorMode(allow_non_fake_inputs=True), local_torch_dtype(getattr(torch, dtype)):
+        yield
 
 
 def build(options: ExportOptions, source: ExportSource, resolved: ResolvedOptions) -> ExportPlan:
@@ -223,7 +210,12 @@ def build(options: ExportOptions, source: ExportSource, resolved: ResolvedOption
         CheckpointError: If configuration and weights belong to different models, or the model is not supported.
         ScheduleError: If the model cannot follow the schedule, or the longest sequence does not fit the model.
     """
-    selector = _selector(options, resolved)
+    selector = None
+    if options.token_method is not None and resolved.token_keep is not None:
+        grid, has_clip = _full_grid(resolved.processing), source.clip is not None
+        selector = token_selector(
+            options.token_method, num_keep=resolved.token_keep, clip=has_clip, grid=grid
+        )
     model, clip_graphs = _model(options, source, resolved)
     dimensions = dimensions_of(model)
     schedule = options.schedule
@@ -234,8 +226,9 @@ def build(options: ExportOptions, source: ExportSource, resolved: ResolvedOption
             image_tokens=resolved.images.num_images * resolved.image_tokens,
             positions=source.family.positions,
         )
-    _check_schedule(schedule, dimensions, source.family, resolved, max_images=options.num_units)
-    layout = _layout(options, source, resolved, schedule, dimensions)
+    schedule.check_fits(num_layers=dimensions.num_layers, max_visual=resolved.entering)
+    _check_schedule(schedule, source.family, max_images=options.num_units)
+    layout = _layout(options, source, resolved, schedule)
     check_positions(
         model.text_config,
         num_visual=layout.visual_sizes[-1],
@@ -243,16 +236,7 @@ def build(options: ExportOptions, source: ExportSource, resolved: ResolvedOption
         max_new_tokens=options.max_new_tokens,
         schedule=schedule,
     )
-    return ExportPlan(
-        options=options,
-        source=source,
-        resolved=resolved,
-        model=model,
-        dimensions=dimensions,
-        selector=selector,
-        clip_graphs=clip_graphs,
-        layout=layout,
-    )
+    return ExportPlan(options, source, resolved, model, dimensions, selector, clip_graphs, layout)
 
 
 def _image_profiles(
@@ -319,18 +303,6 @@ def bundle_dtype(checkpoint: Checkpoint, wanted: Literal["auto", "float16", "flo
     return "float32" if checkpoint.tensor(EMBEDDING_NAME).dtype == "F32" else "float16"
 
 
-def _selector(options: ExportOptions, resolved: ResolvedOptions) -> TokenSelector | None:
-    """Return the selector before the decoder, or None."""
-    if options.token_method is None or resolved.token_keep is None:
-        return None
-    return token_selector(
-        options.token_method,
-        num_keep=resolved.token_keep,
-        clip=options.clip is not None,
-        grid=_full_grid(resolved.processing),
-    )
-
-
 def token_selector(
     method: str, *, num_keep: int, clip: bool = False, grid: tuple[int, int] | None = None
 ) -> TokenSelector:
@@ -387,11 +359,8 @@ def dimensions_of(model: FamilyModel) -> Dimensions:
     )
 
 
-def _check_schedule(
-    schedule: Schedule, dimensions: Dimensions, family: Family, resolved: ResolvedOptions, *, max_images: int
-) -> None:
-    """Raise ScheduleError if the model, the family or the method cannot follow the schedule."""
-    schedule.check_fits(num_layers=dimensions.num_layers, max_visual=resolved.entering)
+def _check_schedule(schedule: Schedule, family: Family, *, max_images: int) -> None:
+    """Raise ScheduleError if the family or the method cannot follow the schedule."""
     if schedule.positions not in family.positions:
         raise ScheduleError(
             f"--positions: expected {' or '.join(family.positions)} for {family.model_type}, got {schedule.positions};"
@@ -409,51 +378,24 @@ def _check_schedule(
 
 
 def _layout(
-    options: ExportOptions,
-    source: ExportSource,
-    resolved: ResolvedOptions,
-    schedule: Schedule,
-    dimensions: Dimensions,
+    options: ExportOptions, source: ExportSource, resolved: ResolvedOptions, schedule: Schedule
 ) -> Layout:
-    buckets = tuple(sorted({*options.text_buckets, options.max_text}))
+    """Return all sizes; those of the vision graph by ascending N."""
+    buckets, max_images = tuple(sorted({*options.text_buckets, options.max_text})), options.num_units
+    # A selection needs at least as many rows as it keeps.
+    least = schedule.stages[0].keep if schedule.stages and max_images == 1 else 1
+    if resolved.token_keep is not None:
+        least = resolved.token_keep
+    raised = ({**sizes, "N": max(sizes["N"], least)} for sizes in resolved.images.sizes)
+    distinct = map(dict, {tuple(sorted(sizes.items())) for sizes in raised})
     return Layout(
-        vision_sizes=_vision_profiles(
-            resolved.images.sizes,
-            schedule=schedule,
-            token_keep=resolved.token_keep,
-            max_images=options.num_units,
-        ),
+        vision_sizes=tuple(sorted(distinct, key=lambda sizes: (sizes["N"], *sizes.values()))),
         schedule=schedule,
         token_keep=resolved.token_keep,
         text_buckets=buckets if options.text_buckets else text_buckets(options.max_text),
         max_new_tokens=options.max_new_tokens,
-        num_candidates=num_candidates(dimensions),
         dtype=resolved.dtype,
-        opset=options.opset,
         clip_texts=() if source.clip is None else source.clip.num_texts(options.max_text),
-        follow_ups=options.follow_ups,
-        max_images=options.num_units,
+        max_images=max_images,
         most_of_several=resolved.images.most_of_several,
-    )
-
-
-def _vision_profiles(
-    images: Sequence[Mapping[str, int]], *, schedule: Schedule, token_keep: int | None, max_images: int
-) -> tuple[Mapping[str, int], ...]:
-    """Return the sizes that the vision graph runs at, by ascending N.
-
-    A selection needs at least as many rows as it keeps, so N is at least ``token_keep`` or the first stage's K.
-
-    Args:
-        images: The sizes of each exported image, including N.
-        schedule: Its stages.
-        token_keep: K of the selector before the decoder, or None.
-        max_images: Images of a prompt.
-    """
-    least = schedule.stages[0].keep if schedule.stages and max_images == 1 else 1
-    if token_keep is not None:
-        least = token_keep
-    raised = {tuple(sorted({**sizes, "N": max(sizes["N"], least)}.items())) for sizes in images}
-    return tuple(
-        sorted(map(dict, raised), key=lambda sizes: (sizes["N"], *(sizes[name] for name in sorted(sizes))))
     )

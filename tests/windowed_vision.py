@@ -19,7 +19,8 @@ from trio_edge.export.graphs.assembly.onnx_graph import (
     example_input,
     save,
 )
-from trio_edge.export.graphs.vision.windowed import INV_FREQ_NAME, inverse_frequencies
+from trio_edge.export.graphs.vision.patches import inverse_frequencies
+from trio_edge.export.graphs.vision.windowed import INV_FREQ_NAME
 from trio_edge.runtime.bundle.manifest import StoredTensor, TensorSpec
 from trio_edge.runtime.images.qwen import QwenImages
 
@@ -52,7 +53,7 @@ def random_vision_encoder(**changes: Any) -> Qwen2_5_VisionTransformerPretrained
 
 def inv_freq_of(visual: Qwen2_5_VisionTransformerPretrainedModel) -> torch.Tensor:
     """Return the constant of the windowed graphs."""
-    return torch.from_numpy(inverse_frequencies(visual.config))
+    return torch.from_numpy(inverse_frequencies(visual))
 
 
 def hugging_face_tokens(
@@ -86,7 +87,7 @@ def export_vision(
     dtype: str,
 ) -> Path:
     """Write ``vision.onnx``: traced without values, the weights of ``visual`` in a file next to it."""
-    inv_freq = inverse_frequencies(visual.config)
+    inv_freq = inverse_frequencies(visual)
     names = dict(graph(visual, torch.from_numpy(inv_freq)).named_parameters())
     save_file({name: value.numpy().astype(dtype) for name, value in names.items()}, folder / "w.safetensors")
     sizes = {"P": 148, "W": 7, "N": 19}

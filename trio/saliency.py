@@ -339,7 +339,7 @@ class ProxySaliency(nn.Module):
 
         # If the model is certain, squares of its gradients underflow in float32: scale the largest to 1, and back at the end.
         # The added 0 gives a gradient without rows a largest element.
-        largest = torch.cat([gradient_RD.abs().flatten(), gradient_RD.new_zeros(1)]).amax(0)
+        largest = torch.cat([gradient_RD.abs().reshape(-1), gradient_RD.new_zeros(1)]).amax(0)
         scale = torch.where(largest > 0, largest, 1.0)
         gradient_RD = gradient_RD / scale
         if not self.is_quantized:
@@ -371,7 +371,8 @@ class ProxySaliency(nn.Module):
             c_N = (state.key_NK * dk_NK).sum(-1) + (a_GMN * da_GMN).sum((0, 1))
             if self.form == "key_value_gram":
                 dv_NK = torch.matmul(a_GMN.transpose(1, 2), gradient_GME).transpose(0, 1).flatten(1)
-                square_N = self._square_by_key_value_gram(dk_NK, dv_NK)
+                e_NK = torch.cat([dk_NK, dv_NK], dim=-1)
+                square_N = ((e_NK @ self.key_value_gram) * e_NK).sum(-1)
             else:
                 square_N = self._square_by_key_gram(dk_NK, a_PN.T, pull_PD)
         square_N = square_N - c_N * c_N * (2.0 - mean_square_N1[:, 0]) / D
@@ -461,10 +462,6 @@ class ProxySaliency(nn.Module):
         square_N: Tensor = key_part_N + ((a_NP @ (weighted_PD @ weighted_PD.T)) * a_NP).sum(-1)
         return square_N
 
-    def _square_by_key_value_gram(self, dk_NK: Tensor, dv_NK: Tensor) -> Tensor:
-        e_NK = torch.cat([dk_NK, dv_NK], dim=-1)
-        return ((e_NK @ self.key_value_gram) * e_NK).sum(-1)
-
 
 def key_value_gram(
     key_weight: Float[Tensor, "GE D"], value_weight: Float[Tensor, "GE D"], norm_weight: Float[Tensor, "D"]
@@ -518,7 +515,7 @@ def _rotate_back(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _half_turn(rows: Tensor) -> Tensor:
-    first, second = rows.chunk(2, dim=-1)
+    first, second = torch.split(rows, rows.shape[-1] // 2, dim=-1)
     return torch.cat([-second, first], dim=-1)
 
 
@@ -536,9 +533,12 @@ def _forward_product(rows: Tensor, linear: Any) -> Tensor:
 
 
 def _unflatten(rows: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:
-    """``Tensor.unflatten``, which torch leaves untyped."""
-    result: Tensor = rows.unflatten(axis, sizes)  # type: ignore[no-untyped-call]
-    return result
+    """``Tensor.unflatten`` with the size of -1 worked out, since rows may have no elements."""
+    axis %= rows.dim()
+    rest = rows.shape[axis] // math.prod(size for size in sizes if size != -1)
+    return rows.reshape(
+        *rows.shape[:axis], *(rest if size == -1 else size for size in sizes), *rows.shape[axis + 1 :]
+    )
 
 
 def _unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

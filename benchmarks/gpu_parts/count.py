@@ -14,10 +14,11 @@ from typing import Protocol
 from trio_edge.profiling.predict.answer import range_name
 from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
 from trio_edge.runtime.bundle.schedule import Schedule
-from trio_edge.trio.cost.flops import kv_row_bytes, stage_flops
+from trio_edge.trio.cost.flops import kv_row_bytes
 from trio_edge.trio.cost.memory import layers_and_rows
 from trio_edge.trio.cost.selections import StageSizes
 from trio_edge.trio.cost.work import head_work, layer_weights, range_work, vision_work
+from trio_edge.trio.methods import stage_method
 
 DECODE = "decode"
 
@@ -142,7 +143,9 @@ def count(model: CountedModel, schedule: Schedule, *, num_text: int) -> Counted:
 
 def _stage(model: CountedModel, schedule: Schedule, entering: int, keep: int, num_text: int) -> Work:
     decoder, rows = model.decoder, entering + num_text
-    flops = stage_flops(decoder, schedule, StageSizes(entering, keep, num_text, entering))
+    flops = stage_method(schedule.method).flops(
+        decoder, schedule, StageSizes(entering, keep, num_text, entering)
+    )
     once = decoder.hidden_size * (decoder.num_heads + decoder.num_kv_heads) * decoder.head_size
     weights = 2 * (layer_weights(decoder) + decoder.vocab_size * decoder.hidden_size) - once
     moved = rows + keep + num_text

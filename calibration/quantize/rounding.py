@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trio_edge.export.graphs.linear_groups import LinearGroup
-    from trio_edge.export.quantize.numerics import Format
+    from trio_edge.export.quantize.plan import Format
     from trio_edge.runtime.bundle.manifest import FloatType
 
 

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.quantize.report import SectionPart
-    from trio_edge.export.quantize.numerics import Format
-    from trio_edge.export.quantize.plan import QuantizePlan
+    from trio_edge.export.quantize.plan import Format, QuantizePlan
     from trio_edge.runtime.bundle.manifest import QuantizedFormat
     from trio_edge.runtime.bundle.schedule import Schedule
 

@@ -12,7 +12,6 @@ from trio_edge.calibration.search.schedules.prefill_cost import PrefillCost, Sit
 from trio_edge.export.check.fit import check_fit, fit_inputs
 from trio_edge.export.families.base import check_positions, max_positions
 from trio_edge.export.plan import Layout, bundle_dtype, dimensions_of
-from trio_edge.runtime.bundle.graph_io import num_candidates
 from trio_edge.trio.cost.devices import find_device
 
 if TYPE_CHECKING:
@@ -113,9 +112,7 @@ def memory_warning(
         token_keep=None,
         text_buckets=shape.text_buckets,
         max_new_tokens=shape.max_new_tokens,
-        num_candidates=num_candidates(dimensions),
         dtype=shape.dtype,
-        opset=18,
     )
     inputs = fit_inputs(model.parts, dimensions, layout=layout, processing=model.images, quantize=quantize)
     return check_fit(inputs, find_device(target))

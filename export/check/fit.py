@@ -31,6 +31,7 @@ from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.trio.budgets import USUAL_KEEP, ScheduleRequest, parse_keep
 from trio_edge.trio.cost.memory import (
+    BundleSizes,
     Texts,
     Tiles,
     TokenSelection,
@@ -50,8 +51,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trio_edge.export.families.base import FamilyModel
+    from trio_edge.export.families.clip import ClipGraphs
     from trio_edge.export.plan import Layout
-    from trio_edge.export.quantize.numerics import Format
+    from trio_edge.export.quantize.plan import Format
     from trio_edge.runtime.bundle.manifest import Dimensions
     from trio_edge.runtime.images.interface import ImageProcessing
     from trio_edge.trio.cost.devices import DeviceSpec
@@ -144,11 +146,9 @@ def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
         before = scratch_before(inputs.token_selection, inputs.texts, num_visual=rows, element_bytes=size)
     formats = plan.of_layers(inputs.schedule, num_layers=inputs.decoder.num_layers)
     others = (per_weight[plan.of_part(part)] for part in ("head", "vision", "select"))
-    found = bundle_bytes(
+    sizes = BundleSizes(
         inputs.decoder,
         inputs.schedule,
-        WeightBytes([per_weight[kind] for kind in formats], *others),
-        vision_params=inputs.vision_params,
         ranges=inputs.layers_and_rows,
         text_rows=inputs.max_text,
         new_rows=inputs.max_new_tokens,
@@ -157,18 +157,11 @@ def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
         bytes_per_cached=1 if plan.has_cache else size,
         element_bytes=size,
     )
-    workspace = unfused_bytes(
-        inputs.decoder,
-        inputs.schedule,
-        ranges=inputs.layers_and_rows,
-        text_rows=inputs.max_text,
-        tiles=inputs.image.tiles,
-        before=before,
-        element_bytes=size,
-    )
-    found = found._replace(workspace=workspace)
-    weights = ("decoder weights", "head and vision weights", "repeated weights")
-    names = (*weights, "KV caches", "buffers", "workspace")
+    weights = WeightBytes([per_weight[kind] for kind in formats], *others)
+    found = bundle_bytes(sizes, weights, vision_params=inputs.vision_params)
+    found = found._replace(workspace=unfused_bytes(sizes, inputs.image.tiles, before=before))
+    of_weights = ("decoder weights", "head and vision weights", "repeated weights")
+    names = (*of_weights, "KV caches", "buffers", "workspace")
     return Fit(parts=dict(zip(names, map(round, found))), usable_bytes=usable_bytes)
 
 
@@ -286,11 +279,16 @@ def fit_inputs(
     processing: ImageProcessing,
     quantize: QuantizePlan,
     token_method: str | None = None,
-    text_tower: nn.Module | None = None,
-    texts: Texts | None = None,
+    clip: ClipGraphs | None = None,
 ) -> FitInputs:
-    """Return the numbers of a model to export, without reading weights; ``text_tower`` runs on ``texts``."""
-    towers = [model.vision.module] if text_tower is None else [model.vision.module, text_tower]
+    """Return the numbers of a model to export, and of CLIP if a selector reads its texts, without reading weights."""
+    towers: list[nn.Module] = [model.vision.module]
+    texts = None
+    if clip is not None:
+        towers.append(clip.text)
+        texts = Texts(
+            layout.clip_texts[-1], clip.text.position_embedding.num_embeddings, clip.projection_size
+        )
     largest = max(layout.vision_sizes, key=lambda sizes: (sizes["N"], *sizes.values()))
     tower = model.vision_dimensions
     image, small = (

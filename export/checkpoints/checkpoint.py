@@ -10,6 +10,9 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import stat
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -17,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 from trio_edge.export.checkpoints.hub import SAFETENSORS_WAY_OUT, download_description, download_weights
 from trio_edge.export.checkpoints.packed import PACKING, PackedWeight, packed_format, with_packed
 from trio_edge.export.checkpoints.weights import SourceTensor, read_safetensors_header
-from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.errors import CheckpointError, TrioEdgeError
 from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
 from trio_edge.runtime.bundle.reader import read_regular
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import nn
 
@@ -70,6 +73,25 @@ HEAD_NAME = "lm_head.weight"
 
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
+_READ_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".safetensors")
+"""Of all files that we or transformers read."""
+_MOST_PIXELS = 4096
+_MOST_PATCH_PIXELS = 512
+_LAYER_COUNTS = ("num_hidden_layers", "depth")
+_AXES = (
+    "hidden_size",
+    "intermediate_size",
+    "out_hidden_size",
+    "head_dim",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_heads",
+    "num_position_embeddings",
+)
+"""Settings that are not larger than the longest axis of all tensors."""
+_PIXELS = ("image_size", "window_size")
+_PATCH_PIXELS = ("patch_size", "temporal_patch_size", "spatial_merge_size", "scale_factor")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "pytorch_model.bin.index.json")
 # Tensor names differ between checkpoints (before and after transformers 4.52); these rules make them the same.
 _CANONICAL_RULES = (
@@ -115,6 +137,19 @@ class Checkpoint:
             )
         return self.tensors[name]
 
+    def check_sizes(self) -> None:
+        """Raise CheckpointError unless config.json has sizes that its tensors can have: others may take hours to build."""
+        longest = max((size for tensor in self.tensors.values() for size in tensor.shape), default=0)
+        most = dict.fromkeys(_LAYER_COUNTS, len(self.tensors)) | dict.fromkeys(_AXES, longest)
+        most |= dict.fromkeys(_PIXELS, _MOST_PIXELS) | dict.fromkeys(_PATCH_PIXELS, _MOST_PATCH_PIXELS)
+        for name, value in _settings(self.config):
+            # None stands for a size that follows from others
+            if name in most and value is not None and not (type(value) is int and 1 <= value <= most[name]):
+                raise CheckpointError(
+                    f"{self.folder}/config.json {name}: expected a number in 1..{most[name]}, got {value!r:.100}; configuration"
+                    " and weights belong to different models"
+                )
+
     def check_parameters(self, root: nn.Module) -> None:
         """Raise CheckpointError unless there are tensors for all parameters of the model ``root``, in their shapes."""
         for name, parameter in root.named_parameters():
@@ -130,6 +165,36 @@ class Checkpoint:
                 f"{self.folder} tensor {name!r}: expected shape {list(shape)} (config.json), got {list(got)}; configuration"
                 " and weights belong to different models"
             )
+
+
+def _settings(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield all values in JSON that are neither objects nor lists, with the key that they are under."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _settings(inner, key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _settings(inner, name)
+    else:
+        yield name, value
+
+
+@contextmanager
+def only_checkpoint_errors(folder: Path) -> Iterator[None]:
+    """Turn what bad settings make transformers and torch raise into one line; their warnings are not shown."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except (TrioEdgeError, MemoryError):
+            raise
+        except Exception as error:  # any type: these libraries do not check all of a configuration
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(
+                f"{folder}: expected settings in config.json that make a model, got '{reason:.300}'; use the checkpoint's own files"
+            ) from error
 
 
 def canonical_name(name: str) -> str:
@@ -190,20 +255,49 @@ def read_checkpoint(
         CheckpointError: If configuration or weights are missing, broken, truncated, or not safetensors.
     """
     folder, repository = locate(model, revision=revision)
+    check_places([*folder.iterdir(), *folder.glob("chat_templates/*")], folder)
     config = read_json(folder / "config.json")
     check_config(folder, config)
     if repository is not None:
         download_weights(repository, _weight_names(folder), snapshot=folder)
         revision = folder.name
+    files = _weight_files(folder)
+    check_places(files, folder)
     tensors = {
         canonical_name(name): tensor
-        for file in _weight_files(folder)
+        for file in files
         for name, tensor in read_safetensors_header(file).items()
     }
     packed: dict[str, PackedWeight] = {}
     if PACKING in config:
         tensors, packed = with_packed(folder, tensors, packed_format(folder, config[PACKING]))
-    return Checkpoint(folder=folder, revision=revision, config=config, tensors=tensors, packed=packed)
+    checkpoint = Checkpoint(folder=folder, revision=revision, config=config, tensors=tensors, packed=packed)
+    checkpoint.check_sizes()
+    return checkpoint
+
+
+def check_places(files: Iterable[Path], folder: Path) -> None:
+    """Raise CheckpointError if one that may be read is a pipe or a device, or a link that leaves ``folder``.
+
+    Links may lead into the Hub's cache, in which a snapshot's files lie in ``blobs`` next to ``snapshots``.
+    """
+    roots = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        roots.append(folder.resolve().parents[1] / "blobs")
+    for file in files:
+        if file.suffix not in _READ_SUFFIXES:
+            continue
+        try:
+            place = file.resolve(strict=True)
+            is_regular = stat.S_ISREG(place.stat().st_mode)
+        except (OSError, RuntimeError) as error:  # a link to nothing, or to itself
+            raise CheckpointError(f"{file}: expected a file, got {error}; copy the file here") from None
+        if not is_regular:
+            raise CheckpointError(f"{file}: expected a file, got a folder, a pipe or a device; remove it")
+        if not any(place.is_relative_to(root) for root in roots):
+            raise CheckpointError(
+                f"{file}: expected a file of the checkpoint, got a link to {place}; copy the file here"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:

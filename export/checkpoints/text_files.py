@@ -88,14 +88,14 @@ def read_text_files(
     backend = tokenizer.backend_tokenizer
     _check_rules(backend.to_str().encode(), where=folder)
     image_id = config.get("image_token_index", config.get("image_token_id"))
-    image_token = backend.id_to_token(image_id) if isinstance(image_id, int) else None
-    if image_token is None or not isinstance(image_id, int):
+    image_token = _token(backend, image_id)
+    if image_token is None:
         raise CheckpointError(
             f"{folder}: expected image_token_index to be the id of a token, got {image_id};"
             " use the checkpoint's own tokenizer files"
         )
     video_id = config.get("video_token_id")
-    video_token = backend.id_to_token(video_id) if isinstance(video_id, int) else None
+    video_token = _token(backend, video_id)
     template = _with_special_tokens(_chat_template(folder) or default_template, tokenizer)
     if any(image_marks):  # no processor adds them at run time
         if image_token not in template:
@@ -116,6 +116,14 @@ def read_text_files(
     )
     _check_vocabulary(checkpoint, backend)
     return TextFiles(spec=spec, tokenizer=backend.to_str(), chat_template=template)
+
+
+def _token(backend: Any, token_id: Any) -> str | None:
+    """Return the token with this id; None if it is none."""
+    token: str | None = None
+    if isinstance(token_id, int) and 0 <= token_id < 1 << 31:
+        token = backend.id_to_token(token_id)
+    return token
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -25,11 +27,9 @@ from safetensors import SafetensorError, safe_open
 from trio_edge.export.checkpoints.hub import first_line
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.manifest import StoredTensor
-from trio_edge.runtime.bundle.reader import sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -145,7 +145,12 @@ def bytes_to_write(sources: Mapping[str, SourceTensor], *, dtype: FloatType, who
 
 
 def _need_no_change(sources: Mapping[str, SourceTensor], dtype: FloatType) -> bool:
-    return all(source.dtype == _FILE_TYPES[dtype] for source in sources.values())
+    size = np.dtype(
+        dtype
+    ).itemsize  # pieces of a file divide no number if its place is a multiple of its size
+    return all(
+        source.dtype == _FILE_TYPES[dtype] and source.offset % size == 0 for source in sources.values()
+    )
 
 
 def store_weights(
@@ -159,7 +164,7 @@ def store_weights(
     """Write ``sources`` into ``bundle``; memory does not grow with the model.
 
     A conversion rounds to the nearest value of ``dtype``. Values too small for it become subnormal or zero; values that are
-    too large, infinite or NaN are refused. The values of copied files are not read.
+    too large, infinite or NaN are refused.
 
     Args:
         sources: The tensors that the graphs and the embedding table use, by canonical name.
@@ -200,11 +205,10 @@ def _copy_files(
     paths = {source.file: f"{WEIGHTS_FOLDER}/{source.file.name}" for source in sources.values()}
     hashes = {}
     for file, path in sorted(paths.items()):
-        if _clone(file, bundle / path):
-            hashes[path] = sha256_of(bundle / path, on_bytes=on_bytes)
-        else:
-            pieces = _pieces(file, offset=0, num_bytes=file.stat().st_size)
-            hashes[path] = _write_hashed(bundle / path, pieces, on_bytes=on_bytes)
+        own = {name: source for name, source in sources.items() if source.file == file}
+        pieces = _finite(_pieces(file, offset=0, num_bytes=file.stat().st_size), own)
+        is_cloned = _clone(file, bundle / path)
+        hashes[path] = _write_hashed(None if is_cloned else bundle / path, pieces, on_bytes=on_bytes)
     tensors = {
         StoredName(name): StoredTensor(
             file=paths[source.file], dtype=dtype, shape=source.shape, offset=source.offset
@@ -212,6 +216,25 @@ def _copy_files(
         for name, source in sources.items()
     }
     return StoredWeights(tensors=tensors, sha256=hashes)
+
+
+def _finite(pieces: Iterable[memoryview], sources: Mapping[str, SourceTensor]) -> Iterator[memoryview]:
+    """Yield the pieces of a whole file after a check of the values of ``sources`` in them."""
+    waiting = sorted(sources.items(), key=lambda item: item[1].offset)
+    start = 0
+    for piece in pieces:
+        end = start + len(piece)
+        while waiting and waiting[0][1].offset < end:
+            name, source = waiting[0]
+            last = source.offset + source.num_bytes
+            values = piece[max(source.offset - start, 0) : last - start]
+            if len(values):
+                check_finite(torch.frombuffer(values, dtype=_FLOATS[source.dtype]), source, name=name)
+            if last > end:
+                break
+            waiting.pop(0)
+        yield piece
+        start = end
 
 
 def _clone(source: Path, target: Path) -> bool:
@@ -230,11 +253,14 @@ def _clone(source: Path, target: Path) -> bool:
 
 
 def _write_hashed(
-    path: Path, pieces: Iterable[memoryview], *, header: bytes = b"", on_bytes: Callable[[int], None]
+    path: Path | None, pieces: Iterable[memoryview], *, header: bytes = b"", on_bytes: Callable[[int], None]
 ) -> str:
-    """Write a new file and return its SHA-256; each piece is read before the next one is made."""
+    """Write a new file, if there is a ``path``, and return its SHA-256; each piece is read before the next one is made."""
     digest = sha256(header)
-    with path.open("xb") as stream, ThreadPoolExecutor(max_workers=1) as thread:
+    with (
+        Path(os.devnull).open("wb") if path is None else path.open("xb") as stream,
+        ThreadPoolExecutor(max_workers=1) as thread,
+    ):
         stream.write(header)
         for piece in pieces:
             hashing = thread.submit(digest.update, piece)
@@ -253,11 +279,8 @@ def write_arrays(
 ) -> StoredWeights:
     """Write ``arrays``, dtype and shape by name, into the new safetensors file ``path``, and return the place of each.
 
-    Args:
-        path: A file in the weights' folder of a bundle.
-        arrays: In the order of their values.
-        values: All elements in order, in pieces of any size; INT4 two in a byte.
-        on_bytes: Called with the number of bytes just written and hashed.
+    ``path`` is in the weights' folder of a bundle. ``values`` are all elements in order, in pieces of any size, INT4 two in a
+    byte. ``on_bytes`` is called with the number of bytes just written and hashed.
     """
     file = f"{WEIGHTS_FOLDER}/{path.name}"
     entries: dict[str, Any] = {}

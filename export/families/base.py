@@ -29,7 +29,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.initialization import no_init_weights
 
 from trio_edge.export.checkpoints.checkpoint import HEAD_NAME, read_json
-from trio_edge.export.checkpoints.hub import first_line
 from trio_edge.export.graphs.attention import ATTENTION_NAME, TILE_ATTENTION_NAME, register_attention
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.manifest import TensorSpec
@@ -272,7 +271,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
         )
     except Exception as error:  # transformers raises many types for a broken config.json
         raise CheckpointError(
-            f"{checkpoint.folder}/config.json: expected a valid configuration, got '{first_line(error)}'; download it again"
+            f"{checkpoint.folder}/config.json: expected a valid configuration, got '{error!s:.300}'; download it again"
         ) from None
     _forget_dtype(config)
     return config
@@ -460,14 +459,9 @@ def check_positions(
 ) -> None:
     """Raise ScheduleError if the longest sequence does not fit a decoder that ``check_decoder`` accepts.
 
-    Args:
-        text_config: transformers' configuration of the decoder.
-        num_visual: Largest number of visual tokens.
-        max_text: Largest prompt, in text tokens.
-        max_new_tokens: Longest answer, in tokens.
-        schedule: Determines the rows that reach layers with a window, which counts rows and not positions. A stage probes
-            such a layer with the rows before the stage.
-        way_out: Advice at the end of a message.
+    ``num_visual``, ``max_text`` and ``max_new_tokens`` are its tokens. ``schedule`` determines the rows that reach layers with
+    a window, which counts rows and not positions; a stage probes such a layer with the rows before the stage. ``way_out`` is
+    the advice at the end of a message.
     """
     limit, rope_type = max_positions(text_config), _rope(text_config)["rope_type"]
     if (needed := num_visual + max_text + max_new_tokens) > limit:

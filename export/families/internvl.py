@@ -84,8 +84,8 @@ class InternVl(Family):
 
 
 def _merge(config: Any) -> int:
-    """Return the patches along one side of a visual token."""
-    return int(1 / config.downsample_ratio)
+    """Return the patches along one side of a visual token, 0 for an impossible ratio."""
+    return int(1 / config.downsample_ratio) if config.downsample_ratio > 1e-3 else 0
 
 
 def _patches_per_side(config: Any) -> int:

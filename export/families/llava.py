@@ -46,17 +46,12 @@ class Llava(Family):
     architecture = "LlavaForConditionalGeneration"
     image_processor = "CLIPImageProcessor"
     """Hugging Face's class of the image processor, if the checkpoint's file names none."""
-    chat_template = mistral_template = VICUNA_TEMPLATE
+    chat_template = VICUNA_TEMPLATE
     text_types = _TEXT_TYPES
     vision_type = "clip_vision_model"
     vision_attention = "eager"
     required = (("vision_feature_select_strategy", "default"),)
     has_class_row = True
-
-    def default_chat_template(self, checkpoint: Checkpoint) -> str:
-        """Return Vicuna's template, or for a Mistral decoder the family's template for it."""
-        text_type = checkpoint.config.get("text_config", {}).get("model_type")
-        return self.mistral_template if text_type == "mistral" else self.chat_template
 
     def images(self, checkpoint: Checkpoint, config: Any, max_visual: int | None) -> LlavaImages:
         """Return the tiling; see ``Family``. There is no ``max_visual``."""
@@ -122,7 +117,11 @@ class LlavaNext(Llava):
     model_type = "llava_next"
     architecture = "LlavaNextForConditionalGeneration"
     image_processor = "LlavaNextImageProcessor"
-    mistral_template = MISTRAL_TEMPLATE
+
+    def default_chat_template(self, checkpoint: Checkpoint) -> str:
+        """Return Vicuna's template, or Mistral's for its decoder; LLaVA-1.5 was trained with Vicuna's alone."""
+        text_type = checkpoint.config.get("text_config", {}).get("model_type")
+        return MISTRAL_TEMPLATE if text_type == "mistral" else VICUNA_TEMPLATE
 
 
 def _feature_tensors(vision: Any, num_states: int, *, dtype: FloatType) -> list[TensorSpec]:
@@ -138,8 +137,14 @@ def _feature_tensors(vision: Any, num_states: int, *, dtype: FloatType) -> list[
 
 def feature_layers_of(config: Any) -> tuple[int, ...]:
     """Return the indices of the vision tower's hidden states that the projector reads."""
-    layer = config.vision_feature_layer
-    return (layer,) if isinstance(layer, int) else tuple(layer)
+    layer, num_layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    layers = (layer,) if isinstance(layer, int) else tuple(layer)
+    if not layers or any(not -num_layers <= one + (one < 0) <= num_layers for one in layers):
+        raise CheckpointError(
+            f"config.json vision_feature_layer: expected indices of the tower's {num_layers + 1} hidden states, got {layer!r:.100};"
+            " use the checkpoint's own file"
+        )
+    return layers
 
 
 def _position_ids(module: nn.Module, count: int) -> dict[str, NDArray[np.int64]]:

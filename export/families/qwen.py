@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import msgspec
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from trio_edge.export.families import base
 from trio_edge.export.families.base import Family, VisionGraph
 from trio_edge.export.graphs.vision import deepstack, windowed
+from trio_edge.export.graphs.vision.patches import inverse_frequencies
 from trio_edge.runtime.bundle.errors import ManifestError, ScheduleError
 from trio_edge.runtime.bundle.graph_io import DEEPSTACK_TOKENS, KEPT_TOKENS
 from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
@@ -76,7 +76,7 @@ class Qwen25Vl(_QwenVl):
     ) -> tuple[VisionGraph, VisionDimensions]:
         """Return the graph of the windowed encoder; see ``Family``."""
         vision, keep = config.vision_config, processing.encoder_keep
-        values = windowed.inverse_frequencies(vision)
+        values = inverse_frequencies(inner.visual)
         inv_freq = torch.empty(len(values), dtype=torch.float32)
         most, merge = processing.any_image_sizes()[-1]["P"], vision.spatial_merge_size
         slots = (vision.window_size // vision.patch_size // merge) ** 2 * merge**2
@@ -138,9 +138,7 @@ class Qwen3Vl(_QwenVl):
         visual, vision, width = inner.visual, config.vision_config, config.vision_config.out_hidden_size
         # as transformers, adds no plane that has no decoder layer
         num_planes = len(deepstack.plane_mergers(visual, config.text_config.num_hidden_layers))
-        with unset_fake_temporarily():  # the graph holds the frequencies, so they need values
-            inv_freq, _ = type(visual.rotary_pos_emb).compute_axial_rope_parameters(vision)
-            values = inv_freq.to(torch.float32).numpy()
+        values = inverse_frequencies(visual)
         module = deepstack.DeepstackVision(
             visual,
             inv_freq=torch.empty(len(values), dtype=torch.float32),

@@ -25,13 +25,15 @@ if TYPE_CHECKING:
     from trio_edge.trio.saliency import ProxySaliency
 
 
-class Probe(nn.Module):
-    """The forward half of a probe."""
-
+class _Half(nn.Module):
     def __init__(self, saliency: ProxySaliency, rotary: RotaryTables) -> None:
         super().__init__()
         self.saliency = saliency
         self.rotary = rotary
+
+
+class Probe(_Half):
+    """The forward half of a probe."""
 
     def forward(
         self, hidden_states: Tensor, position_ids: Tensor, visual_rows: Tensor, rows: Tensor, length: Tensor
@@ -42,13 +44,8 @@ class Probe(nn.Module):
         return tuple(tensor for tensor in state if tensor is not None)
 
 
-class Saliency(nn.Module):
+class Saliency(_Half):
     """The backward half of a probe."""
-
-    def __init__(self, saliency: ProxySaliency, rotary: RotaryTables) -> None:
-        super().__init__()
-        self.saliency = saliency
-        self.rotary = rotary
 
     def forward(
         self,

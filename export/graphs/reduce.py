@@ -57,21 +57,12 @@ class Reduce(nn.Module):
         if io.CLIP_TEXTS in given:
             clip = ClipInputs(given[io.CLIP_PATCHES], given[io.CLIP_TEXTS], given[io.TEXT_MARKS])
         planes = [given[name] for name in self.others if name.startswith(io.DEEPSTACK_TOKENS)]
-        features, keys, attention = FEATURE_NAMES
-        token_inputs = TokenInputs(
-            visual_tokens,
-            num_visual,
-            is_newline > 0,
-            features_NF=given.get(features),
-            keys_NE=given.get(keys),
-            attention_N=given.get(attention),
-            text_TD=given.get(io.TEXT_EMBEDS),
-            num_text=given.get(io.NUM_TEXT),
-            clip=clip,
-            previous_ND=given.get(io.PREVIOUS_TOKENS),
-            has_previous=given.get(io.HAS_PREVIOUS),
-        )
-        selection: Selection = self.selector(token_inputs)
+        features, keys, attention = map(given.get, FEATURE_NAMES)
+        text, num_text = given.get(io.TEXT_EMBEDS), given.get(io.NUM_TEXT)
+        previous = given.get(io.PREVIOUS_TOKENS), given.get(io.HAS_PREVIOUS)
+        whole = visual_tokens, num_visual, is_newline > 0
+        inputs = TokenInputs(*whole, features, keys, attention, text, num_text, clip, *previous)
+        selection: Selection = self.selector(inputs)
         reduced_KD, *reduced_planes = (
             _reduced(rows_ND, selection, num_visual) for rows_ND in (visual_tokens, *planes)
         )

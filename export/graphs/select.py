@@ -80,38 +80,24 @@ class Select(nn.Module):
         previous_SD = given[io.PREVIOUS][0] if io.PREVIOUS in given else None
         prompt = None
         if io.PROMPT_EMBEDS in given:
-            prompt = PromptInputs(
-                given[io.PROMPT_EMBEDS][0], given[io.PROMPT_IS_VISUAL], given[io.PROMPT_LENGTH]
-            )
-        sequence = hidden_SD, cos[0], sin[0], visual_rows, num_visual, length
-        inputs = StageInputs(
-            *sequence,
-            previous_SD,
-            prompt,
-            given.get(io.SALIENCY),
-            image_N,
-            {name: given[name] for name in getattr(self.selector, "other_inputs", {})},
-        )
+            embeds_FD = given[io.PROMPT_EMBEDS][0]
+            prompt = PromptInputs(embeds_FD, given[io.PROMPT_IS_VISUAL], given[io.PROMPT_LENGTH])
+        sequence = visual_rows, num_visual, length
+        own = {name: given[name] for name in getattr(self.selector, "other_inputs", {})}
+        more = given.get(io.SALIENCY), image_N
+        inputs = StageInputs(hidden_SD, cos[0], sin[0], *sequence, previous_SD, prompt, *more, own)
         selection: Selection = self.selector(inputs)
-        compacted = compact_rows(
-            selection.kept_K,
-            visual_rows,
-            num_visual,
-            length,
-            padded_length=hidden_SD.shape[0],
-            is_ascending=selection.weights_KN is None,
-        )
+        S, is_ascending = hidden_SD.shape[0], selection.weights_KN is None
+        compacted = compact_rows(selection.kept_K, *sequence, padded_length=S, is_ascending=is_ascending)
         rows_R = compacted.rows_R
         if self.preserve_positions:
             positions_AR = position_ids.index_select(1, rows_R)
         else:
             positions_AR = torch.arange(rows_R.shape[0]).to(torch.int32).expand(position_ids.shape[0], -1)
+        planes = [given[name][0] for name in self.others if name.startswith(io.DEEPSTACK)]
         kept_RD, *kept_planes = (
             compacted.gathered(rows_SD, selection.weights_KN, visual_rows, num_visual)[None]
-            for rows_SD in (
-                hidden_SD,
-                *(given[name][0] for name in self.others if name.startswith(io.DEEPSTACK)),
-            )
+            for rows_SD in (hidden_SD, *planes)
         )
         return (
             kept_RD,

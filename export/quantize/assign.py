@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
-    from trio_edge.export.checkpoints.weights import StoredName
+    from trio_edge.export.checkpoints.weights import SourceTensor, StoredName
     from trio_edge.export.graphs.assembly.onnx_graph import TracedGraph
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CalibratedScales
@@ -48,9 +48,6 @@ def quantize_graphs(
     name keep its integers if these are symmetric; otherwise they get the values in floating point.
     """
     layer_roles = _layer_roles(graphs)
-    tables = [embedding_form(plan)]
-    if (rows := head_rows_form(graphs, plan)) is not None:
-        tables.append(rows)
     forms = [
         {
             name: _form(graph, name, stored_name.tensor, plan, scales, layer_roles, checkpoint)
@@ -58,7 +55,8 @@ def quantize_graphs(
         }
         for graph in graphs
     ]
-    every = itertools.chain(tables, *(of_graph.values() for of_graph in forms))
+    tables = row_tables(graphs, plan)
+    every = itertools.chain(filter(None, tables), *(of_graph.values() for of_graph in forms))
     stored = {name: form for form in every if (name := form.stored_name).changes}
     result = [_rewritten(graph, of_graph, scales) for graph, of_graph in zip(graphs, forms)]
     return result, tuple(stored.values())
@@ -147,30 +145,27 @@ def _rewritten(graph: TracedGraph, forms: Mapping[str, StoredForm], scales: Cali
     )
 
 
-def plain_tensors(graphs: Iterable[TracedGraph], forms: Iterable[StoredForm]) -> set[str]:
+def plain_tensors(
+    graphs: Iterable[TracedGraph], checkpoint: Checkpoint, forms: Iterable[StoredForm] = ()
+) -> dict[str, SourceTensor]:
     """Return the tensors that are stored as they are, including the embeddings unless they are in ``forms``."""
     tables = {form.name for form in forms if form.is_table}
     used = {name.tensor for graph in graphs for name in graph.weights.values() if not name.changes}
-    return used | ({EMBEDDING_NAME} - tables)
+    return {name: checkpoint.tensor(name) for name in sorted(used | ({EMBEDDING_NAME} - tables))}
 
 
-def head_rows_form(graphs: Iterable[TracedGraph], plan: QuantizePlan) -> StoredForm | None:
-    """Return the form of the lm_head's rows, if a gradient reads them; a tied head's rows are the token embeddings."""
+def row_tables(graphs: Iterable[TracedGraph], plan: QuantizePlan) -> tuple[StoredForm, StoredForm | None]:
+    """Return the forms of the token embeddings, and of the lm_head's rows if a gradient reads them; a tied head has one form."""
+    kind = plan.of_part("embedding")
+    embedding = StoredForm(name=EMBEDDING_NAME, kind=kind, is_table=kind != "none")
     by_name = {graph.spec.name: graph for graph in graphs}
     if "gradient" not in by_name:
-        return None
+        return embedding, None
     (name,) = {
         stored.tensor for stored in by_name["head"].weights.values() if _is_decoder_linear(stored.tensor)
     }
-    return (
-        embedding_form(plan) if name == EMBEDDING_NAME else StoredForm(name=name, kind="int8", is_table=True)
-    )
-
-
-def embedding_form(plan: QuantizePlan) -> StoredForm:
-    """Return the form of the token embeddings."""
-    kind = plan.of_part("embedding")
-    return StoredForm(name=EMBEDDING_NAME, kind=kind, is_table=kind != "none")
+    is_tied = name == EMBEDDING_NAME
+    return embedding, embedding if is_tied else StoredForm(name=name, kind="int8", is_table=True)
 
 
 def quantization_of(
@@ -185,6 +180,7 @@ def quantization_of(
         return None
     taken = {form.stored_name for form in forms if form.is_taken_over}
     quantized = {form.stored_name for form in forms if form.kind != "none"}
+    blocks = {form.block for form in forms if form.kind == "int4" and form.block is not None}
     weights = _weights_of_parts(graphs)
     formats: dict[str, QuantizedFormat] = {
         part: "int4" for part, names in weights.items() if not taken.isdisjoint(names)
@@ -196,7 +192,7 @@ def quantization_of(
     return Quantization(
         formats=formats,
         method="checkpoint" if taken else scales.method,
-        block_size=largest_block(forms),
+        block_size=BLOCK_SIZE if BLOCK_SIZE in blocks else max(blocks, default=None),
         num_samples=scales.num_samples,
         inputs=_with_inputs(graphs),
     )
@@ -235,9 +231,3 @@ def _with_inputs(graphs: Iterable[TracedGraph]) -> tuple[Part, ...]:
         )
     }
     return tuple(part for part in PARTS if part in rounded)
-
-
-def largest_block(forms: Iterable[StoredForm]) -> int | None:
-    """Return the usual INT4 block of ``forms``: 128 if a weight has it, else the largest; None without INT4."""
-    blocks = {form.block for form in forms if form.kind == "int4" and form.block is not None}
-    return BLOCK_SIZE if BLOCK_SIZE in blocks else max(blocks, default=None)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.export.quantize.numerics import Format
+    from trio_edge.export.quantize.plan import Format
     from trio_edge.export.quantize.store import StoredForm
 
 SCALE_SUFFIX = ".scale"

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trio_edge.export.quantize.plan import Format as Format  # noqa: TC001  # others import it from here
-
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trio_edge.export.quantize.plan import Format
     from trio_edge.runtime.bundle.manifest import FloatType
 
 BLOCK_SIZE = 128

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
-    from trio_edge.export.quantize.numerics import Format
+    from trio_edge.export.quantize.plan import Format
     from trio_edge.export.quantize.scales import Smoothing
     from trio_edge.runtime.bundle.manifest import FloatType, StoredType
 

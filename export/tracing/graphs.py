@@ -10,7 +10,7 @@ import torch
 
 from trio_edge.export.checkpoints.checkpoint import canonical_name
 from trio_edge.export.checkpoints.weights import StoredName
-from trio_edge.export.graphs.assembly.copies import FIRST_PAST, stack_layers
+from trio_edge.export.graphs.assembly.copies import FIRST_PAST, Traceable, stack_layers
 from trio_edge.export.graphs.assembly.onnx_graph import TracedGraph, dynamic_axes, example_input, trace_graph
 from trio_edge.export.graphs.attention import DecoderRange
 from trio_edge.export.graphs.probe import Probe, Saliency
@@ -51,7 +51,7 @@ class Tracer:
     """Traces the graphs of one export; parts that several graphs repeat are traced once."""
 
     def __init__(self, plan: ExportPlan) -> None:
-        self._model, self._opset = plan.model, plan.layout.opset
+        self._model, self._opset = plan.model, plan.options.opset
         parameters = plan.model.root.named_parameters()
         self._names = {id(tensor): canonical_name(name) for name, tensor in parameters}
         if plan.clip_graphs is not None:
@@ -96,7 +96,7 @@ class Tracer:
         if spec.role == "vision" and vision.layered is not None:
             traces = {
                 name: self._traced(
-                    part.traceable(),
+                    Traceable(part.module),
                     msgspec.structs.replace(spec, inputs=part.inputs, outputs=part.outputs),
                 )
                 for name, part in vision.layered.parts.items()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, final
 
 import msgspec
 import torch
@@ -34,11 +34,79 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
+    from trio_edge.export.families.clip import ClipGraphs
     from trio_edge.export.plan import ExportPlan
     from trio_edge.runtime.bundle.manifest import DType, PieceName, ProgramName, Role
     from trio_edge.trio.methods import TokenMethod
     from trio_edge.trio.saliency import ProxySaliency
     from trio_edge.trio.selectors.interface import OtherInput
+
+
+class _Row(NamedTuple):
+    """A tensor in a table: its name, place, shape and type."""
+
+    name: str
+    place: str
+    """After a dot at its end comes the name; after "@" comes a name, and what the graph before has written for it is read."""
+    shape: tuple[int | str, ...]
+    """Upper case stands for an axis of the graph, lower case for a size of the model or the stage."""
+    dtype: DType | Literal["model"] = "int32"
+    when: str = ""
+    """Property of the graphs that have the tensor; empty for all."""
+
+
+_SELECT_INPUTS = (
+    _Row(io.HIDDEN, f"@{io.HIDDEN}", (1, "S", "width"), "model"),
+    _Row(io.POSITIONS, f"@{io.POSITIONS}", ("axes", "S")),
+    _Row(io.VISUAL_ROWS, f"@{io.VISUAL_ROWS}", ("N",)),
+    _Row(io.NUM_VISUAL, "prompt.num_visual.{stage}", (1,)),
+    _Row(io.LENGTH, "prompt.length.{stage}", (1,)),
+    _Row(io.PREVIOUS, f"@{io.PREVIOUS}", (1, "S", "width"), "model", "reads_previous"),
+    _Row(io.PROMPT_EMBEDS, "rows.embeds", (1, "F", "width"), "model", "reads_prompt"),
+    _Row(io.PROMPT_IS_VISUAL, "prompt.is_visual", ("F",), "int32", "reads_prompt"),
+    _Row(io.PROMPT_LENGTH, "prompt.length", (1,), "int32", "reads_prompt"),
+    _Row(io.SALIENCY, f"probe.{io.SALIENCY_SCORES}", ("N",), "float32", "has_probe"),
+    _Row(io.VISUAL_IMAGES, f"@{io.VISUAL_IMAGES}", ("N",), "int32", "image"),
+)
+_SELECT_OUTPUTS = (
+    _Row(io.KEPT_HIDDEN, "{name}.", (1, "R", "width"), "model"),
+    _Row(io.KEPT_POSITIONS, "{name}.", ("axes", "R")),
+    _Row(io.KEPT_VISUAL_ROWS, "{name}.", ("keep",)),
+    _Row(io.KEPT_INDICES, f"results.{io.KEPT_INDICES}.{{stage}}", ("keep",)),
+    _Row(io.SCORES, f"results.{io.SCORES}.{{stage}}", ("N",), "float32"),
+    _Row(io.UNSETTLED, f"results.{io.UNSETTLED}.{{stage}}", (1,)),
+    _Row(io.KEPT_VISUAL_IMAGES, "{name}.", ("keep",), "int32", "image"),
+)
+_FORWARD_INPUTS = (
+    _Row(io.PROBE_HIDDEN, f"@{io.HIDDEN}", (1, "PS", "width"), "model"),
+    _Row(io.PROBE_POSITIONS, f"@{io.POSITIONS}", ("axes", "PS")),
+    _Row(io.PROBE_VISUAL_ROWS, f"@{io.VISUAL_ROWS}", ("PN",)),
+    _Row(io.PROBE_ROWS, "prompt.probe_rows.{stage}", ("PR",)),
+    _Row(io.PROBE_LENGTH, "prompt.length.{stage}", (1,)),
+)
+_FORWARD_OUTPUTS = (  # the output, then ``ProbeState`` of trio_edge.trio.saliency
+    _Row(io.PROBE_OUTPUT, "probe.", ("PR", "width"), "float32"),
+    _Row(io.PROBE_STATE, "probe.", ("PR", "state"), "float32"),
+    _Row(io.PROBE_ATTENTION, "probe.", ("heads", "PR", "PN"), "float32"),
+    _Row(io.PROBE_KEYS, "probe.", ("PN", "keys"), "float32", "needs_keys"),
+)
+_BACKWARD_INPUTS = (
+    _Row(io.GRADIENT_HIDDEN, f"@{io.HIDDEN}", (1, "GS", "width"), "model"),
+    _Row(io.GRADIENT_POSITIONS, f"@{io.POSITIONS}", ("axes", "GS")),
+    _Row(io.GRADIENT_VISUAL_ROWS, f"@{io.VISUAL_ROWS}", ("GN",)),
+    _Row(io.GRADIENT_NUM_VISUAL, "prompt.num_visual.{stage}", (1,)),
+    _Row(io.GRADIENT, f"probe.{io.OUTPUT_GRADIENT}", ("GR", "width"), "float32"),
+    _Row(io.GRADIENT_STATE, f"probe.{io.PROBE_STATE}", ("GR", "state"), "float32"),
+    _Row(io.GRADIENT_ATTENTION, f"probe.{io.PROBE_ATTENTION}", ("heads", "GR", "GN"), "float32"),
+    _Row(io.GRADIENT_KEYS, f"probe.{io.PROBE_KEYS}", ("GN", "keys"), "float32", "needs_keys"),
+)
+_BACKWARD_OUTPUTS = (_Row(io.SALIENCY_SCORES, "probe.", ("GN",), "float32"),)
+_GRADIENT_INPUTS = (
+    _Row(io.PROBE_OUTPUT, "probe.", ("GR", "width"), "float32"),
+    _Row(io.CANDIDATE_LOGITS, "likeliest.logits", ("GR", "candidates"), "float32", "quantized"),
+    _Row(io.CANDIDATE_ROWS, "likeliest.rows", ("GR", "candidates", "width"), "model", "quantized"),
+)
+_GRADIENT_OUTPUTS = (_Row(io.OUTPUT_GRADIENT, "probe.", ("GR", "width"), "float32"),)
 
 
 class _Tensor(NamedTuple):
@@ -53,7 +121,7 @@ def _tensor(name: str, place: str, shape: tuple[int | str, ...], dtype: DType = 
     return _Tensor(TensorSpec(name=name, dtype=dtype, shape=shape), place + name * place.endswith("."))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Outline:
     """A graph, or a piece of one, before it is traced."""
 
@@ -100,10 +168,19 @@ class Wiring:
             **{f"{io.DEEPSTACK}{plane}": f"rows.deepstack.{plane}" for plane in range(num_planes)},
         }
         """Place of each input that the next graph of a prefill may read from the graph before."""
+        self._sizes = {
+            "width": self._dimensions.hidden_size,
+            "axes": plan.model.position_axes,
+            "heads": self._dimensions.num_heads,
+            "keys": self._dimensions.num_kv_heads * self._dimensions.head_size,
+            "candidates": io.num_candidates(self._dimensions),
+        }
         self._launches: defaultdict[ProgramName, list[Launch]] = defaultdict(list)
         self.graphs: list[Outline] = []
         """In the order of a prefill; pieces of one graph follow each other, first the one with the graph's role."""
         self._describe_vision()
+        if plan.clip_graphs is not None:
+            self._describe_clip(plan.clip_graphs)
         if plan.selector is not None and plan.options.token_method is not None:
             self._describe_reduction(plan.selector, token_method(plan.options.token_method))
         self._describe_decoder()
@@ -165,11 +242,24 @@ class Wiring:
         )
         self._launches[program].append(launch)
 
+    def _tensors(self, rows: Sequence[_Row], has: Sequence[str] = (), **own: int | str) -> list[_Tensor]:
+        """Return the tensors of a table; ``own`` has sizes and parts of places besides those of the model."""
+        sizes: dict[Any, Any] = {**self._sizes, **own}
+        return [
+            _tensor(
+                row.name,
+                self._at[row.place[1:]] if row.place[0] == "@" else row.place.format(**own),
+                tuple(sizes.get(axis, axis) for axis in row.shape),
+                self._dtype if row.dtype == "model" else row.dtype,
+            )
+            for row in rows
+            if row.when in ("", *has)
+        ]
+
     # Before the decoder
 
     def _describe_vision(self) -> None:
-        """Describe vision and CLIP's text tower, which runs when tokens are selected."""
-        vision, clip, layout = self._model.vision, self._plan.clip_graphs, self._layout
+        vision, layout = self._model.vision, self._layout
         kept = (io.KEPT_PATCHES, io.KEPT_TOKENS)
         graph = _outline(
             "vision",
@@ -188,8 +278,10 @@ class Wiring:
         )
         self.graphs.append(graph)
         self._run("vision", graph)
-        if clip is None:
-            return
+
+    def _describe_clip(self, clip: ClipGraphs) -> None:
+        """Describe CLIP's text tower, which runs when tokens are selected."""
+        layout = self._layout
         texts = ("M", clip.text.position_embedding.num_embeddings, clip.projection_size)
         graph = _outline(
             io.CLIP_TEXT,
@@ -261,7 +353,17 @@ class Wiring:
     def _describe_decoder(self) -> None:
         starts = [0, *(stage.layer for stage in self._layout.schedule.stages), self._dimensions.num_layers]
         ranges = [range(start, stop) for start, stop in zip(starts, starts[1:])]
-        selectors = [self._selector(stage) for stage in range(len(ranges) - 1)]
+        selectors: list[Any] = [
+            stage_selector(
+                self._model,
+                self._layout.schedule,
+                stage=stage,
+                max_visual=self._max_visual(stage),
+                max_images=self._layout.max_images,
+                is_quantized=self._is_quantized(self._role(stage + 1)),
+            )
+            for stage in range(len(ranges) - 1)
+        ]
         has_probes = self._method.has_probe and bool(selectors)
         heads = [self._head(is_shared=has_probes), *([self._gradient()] if has_probes else [])]
         for index, layers in enumerate(ranges):
@@ -278,16 +380,6 @@ class Wiring:
         step = {io.LAST_ROW: "zeros.last_row", io.LOGITS: "logits.logits", **top}
         self._run("decode", heads[0], step, profiles=["decode"], stage=len(selectors))
         self.graphs += heads
-
-    def _selector(self, stage: int) -> Any:
-        return stage_selector(
-            self._model,
-            self._layout.schedule,
-            stage=stage,
-            max_visual=self._max_visual(stage),
-            max_images=self._layout.max_images,
-            is_quantized=self._is_quantized(self._role(stage + 1)),
-        )
 
     def _max_visual(self, index: int) -> int:
         """Return the most visual rows of layer range ``index``: the largest N, or K of its stage."""
@@ -362,7 +454,7 @@ class Wiring:
         questions = [
             Profile(name=f"follow_{bucket}", sizes={"S": bucket, "C": capacity})
             for bucket in layout.text_buckets
-            if layout.follow_ups and index == 0
+            if self._plan.options.follow_ups and index == 0
         ]
         decode = Profile(name="decode", sizes={"S": 1, "C": capacity})
         prefills, at_sizes = self._prefills(index, lambda _all, rows, text: {"S": rows + text, "C": 0})
@@ -412,38 +504,12 @@ class Wiring:
 
     def _select(self, stage: int, selector: Any) -> Outline:
         """Describe the selection of a stage."""
-        schedule, dtype, name = self._layout.schedule, self._dtype, f"select_{stage + 1}"
+        schedule, method, name = self._layout.schedule, self._method, f"select_{stage + 1}"
         keep, layer = schedule.stages[stage].keep, schedule.stages[stage].layer
-        width, axes = self._dimensions.hidden_size, self._model.position_axes
-        rows, kept = (1, "S", width), (1, "R", width)
-        inputs = [
-            _tensor(io.HIDDEN, self._at[io.HIDDEN], rows, dtype),
-            _tensor(io.POSITIONS, self._at[io.POSITIONS], (axes, "S")),
-            _tensor(io.VISUAL_ROWS, self._at[io.VISUAL_ROWS], ("N",)),
-            _tensor(io.NUM_VISUAL, f"prompt.num_visual.{stage}", (1,)),
-            _tensor(io.LENGTH, f"prompt.length.{stage}", (1,)),
-        ]
-        outputs = [
-            _tensor(io.KEPT_HIDDEN, f"{name}.", kept, dtype),
-            _tensor(io.KEPT_POSITIONS, f"{name}.", (axes, "R")),
-            _tensor(io.KEPT_VISUAL_ROWS, f"{name}.", (keep,)),
-            _tensor(io.KEPT_INDICES, f"results.{io.KEPT_INDICES}.{stage}", (keep,)),
-            _tensor(io.SCORES, f"results.{io.SCORES}.{stage}", ("N",), "float32"),
-            _tensor(io.UNSETTLED, f"results.{io.UNSETTLED}.{stage}", (1,)),
-        ]
-        if self._method.reads_previous:
-            inputs.append(_tensor(io.PREVIOUS, self._at[io.PREVIOUS], rows, dtype))
-        if self._method.reads_prompt:
-            inputs += [
-                _tensor(io.PROMPT_EMBEDS, "rows.embeds", (1, "F", width), dtype),
-                _tensor(io.PROMPT_IS_VISUAL, "prompt.is_visual", ("F",)),
-                _tensor(io.PROMPT_LENGTH, "prompt.length", (1,)),
-            ]
-        if self._method.has_probe:
-            inputs.append(_tensor(io.SALIENCY, f"probe.{io.SALIENCY_SCORES}", ("N",), "float32"))
-        if schedule.budget == "image":
-            inputs.append(_tensor(io.VISUAL_IMAGES, self._at[io.VISUAL_IMAGES], ("N",)))
-            outputs.append(_tensor(io.KEPT_VISUAL_IMAGES, f"{name}.", (keep,)))
+        flags = "reads_previous", "reads_prompt", "has_probe"
+        has = [schedule.budget, *(flag for flag in flags if getattr(method, flag))]
+        inputs = self._tensors(_SELECT_INPUTS, has, stage=stage)
+        outputs = self._tensors(_SELECT_OUTPUTS, has, stage=stage, name=name, keep=keep)
         own_inputs: Mapping[str, OtherInput] = getattr(selector, "other_inputs", {})
         inputs += [
             _tensor(own, other.place, other.shape, cast("DType", other.dtype))
@@ -451,8 +517,9 @@ class Wiring:
         ]
         for plane in range(layer, self._model.vision.num_deepstack):
             entering = f"{io.DEEPSTACK}{plane}"
-            inputs.append(_tensor(entering, self._at[entering], rows, dtype))
-            outputs.append(_tensor(f"{io.KEPT_DEEPSTACK}{plane}", f"{name}.", kept, dtype))
+            rows, kept = ((1, axis, self._dimensions.hidden_size) for axis in "SR")
+            inputs.append(_tensor(entering, self._at[entering], rows, self._dtype))
+            outputs.append(_tensor(f"{io.KEPT_DEEPSTACK}{plane}", f"{name}.", kept, self._dtype))
         reads_prompt = any("F" in tensor.spec.shape for tensor in inputs)
 
         def sizes(whole: int, rows: int, bucket: int) -> dict[str, int]:
@@ -460,9 +527,10 @@ class Wiring:
             return {**own, "F": whole + bucket} if reads_prompt else own
 
         others = [tensor.spec.name for tensor in inputs[5:]]
-        is_preserved = schedule.positions == "preserved"
         profiles, at_sizes = self._prefills(stage, sizes, by_prompt=reads_prompt)
-        module = Select(selector, self._rotary(), preserve_positions=is_preserved, others=others)
+        module = Select(
+            selector, self._rotary(), preserve_positions=schedule.positions == "preserved", others=others
+        )
         graph = _outline(
             name, "select", inputs, outputs, profiles, module, at_sizes=at_sizes, first_layer=layer
         )
@@ -477,83 +545,44 @@ class Wiring:
         return graph
 
     def _probe(self, stage: int, probe: ProxySaliency, head: Outline, gradient: Outline) -> list[Outline]:
-        """Describe the halves of a stage's probe; without the layer's MLP its gradient goes around it."""
-        dims, dtype, axes = self._dimensions, self._dtype, self._model.position_axes
-        width = dims.num_heads * (dims.head_size + dims.hidden_size)
-        if not probe.is_quantized:
-            width += dims.hidden_size + 2 * dims.intermediate_size
-
-        def state(rows: str, visual: str, names: Sequence[str]) -> list[_Tensor]:
-            """Return the tensors between the halves: ``ProbeState`` of trio_edge.trio.saliency."""
-            shapes = [(rows, width), (dims.num_heads, rows, visual)]
-            if probe.needs_keys:
-                shapes.append((visual, dims.num_kv_heads * dims.head_size))
-            return [
-                _tensor(name, f"probe.{result}", shape, "float32")
-                for name, result, shape in zip(names, io.PROBE_RESULTS[1:], shapes)
-            ]
-
-        forward_inputs = [
-            _tensor(io.PROBE_HIDDEN, self._at[io.HIDDEN], (1, "PS", dims.hidden_size), dtype),
-            _tensor(io.PROBE_POSITIONS, self._at[io.POSITIONS], (axes, "PS")),
-            _tensor(io.PROBE_VISUAL_ROWS, self._at[io.VISUAL_ROWS], ("PN",)),
-            _tensor(io.PROBE_ROWS, f"prompt.probe_rows.{stage}", ("PR",)),
-            _tensor(io.PROBE_LENGTH, f"prompt.length.{stage}", (1,)),
-        ]
-        forward_outputs = [
-            _tensor(io.PROBE_OUTPUT, "probe.", ("PR", dims.hidden_size), "float32"),
-            *state("PR", "PN", io.PROBE_RESULTS[1:]),
-        ]
-        backward_inputs = [
-            _tensor(io.GRADIENT_HIDDEN, self._at[io.HIDDEN], (1, "GS", dims.hidden_size), dtype),
-            _tensor(io.GRADIENT_POSITIONS, self._at[io.POSITIONS], (axes, "GS")),
-            _tensor(io.GRADIENT_VISUAL_ROWS, self._at[io.VISUAL_ROWS], ("GN",)),
-            _tensor(io.GRADIENT_NUM_VISUAL, f"prompt.num_visual.{stage}", (1,)),
-            _tensor(io.GRADIENT, f"probe.{io.OUTPUT_GRADIENT}", ("GR", dims.hidden_size), "float32"),
-            *state("GR", "GN", (io.GRADIENT_STATE, io.GRADIENT_ATTENTION, io.GRADIENT_KEYS)),
-        ]
-        backward_outputs = [_tensor(io.SALIENCY_SCORES, "probe.", ("GN",), "float32")]
-        constants = {}
-        if probe.form != "direct":
-            layer = self._layout.schedule.stages[stage].layer
-            constants["saliency.key_value_gram"] = _gram(self._plan.source.checkpoint, layer)
-        halves = [
-            self._half(stage, "probe", forward_inputs, forward_outputs, probe, constants),
-            self._half(stage, "saliency", backward_inputs, backward_outputs, probe, constants),
-        ]
+        """Describe the halves of a stage's probe; the head's gradient runs between them."""
+        forward, backward = self._half(stage, "probe", probe), self._half(stage, "saliency", probe)
         label = f"select_{stage + 1}"
-        self._run("prefill", halves[0], label=label, stage=stage)
+        self._run("prefill", forward, label=label, stage=stage)
         if self._is_quantized("head"):
             self._run_candidates(head, gradient, label=label, stage=stage)
         self._run("prefill", gradient, label=label, stage=stage)
-        self._run("prefill", halves[1], label=label, stage=stage)
-        return halves
+        self._run("prefill", backward, label=label, stage=stage)
+        return [forward, backward]
 
-    def _half(
-        self,
-        stage: int,
-        name: PieceName,
-        inputs: Sequence[_Tensor],
-        outputs: Sequence[_Tensor],
-        probe: ProxySaliency,
-        constants: Mapping[str, NDArray[Any]],
-    ) -> Outline:
+    def _half(self, stage: int, name: PieceName, probe: ProxySaliency) -> Outline:
         """Describe one half of a stage's probe, a piece of the next layer range or a graph of its own."""
-        layer, letter = self._layout.schedule.stages[stage].layer, "P" if name == "probe" else "G"
-
-        def sizes(_all: int, rows: int, bucket: int) -> dict[str, int]:
-            own = {"S": rows + bucket, "N": rows, "R": self._layout.schedule.num_probe_rows}
-            return {f"{letter}{symbol}": size for symbol, size in own.items()}
-
-        is_alone = name == "saliency" and self._is_quantized(self._role(stage + 1))
-        profiles, at_sizes = self._prefills(stage, sizes, label=name)
+        dims, schedule, role = self._dimensions, self._layout.schedule, self._role(stage + 1)
+        layer, is_forward = schedule.stages[stage].layer, name == "probe"
+        # without the layer's MLP the gradient goes around it
+        state = dims.num_heads * (dims.head_size + dims.hidden_size)
+        if not probe.is_quantized:
+            state += dims.hidden_size + 2 * dims.intermediate_size
+        tables = (_FORWARD_INPUTS, _FORWARD_OUTPUTS) if is_forward else (_BACKWARD_INPUTS, _BACKWARD_OUTPUTS)
+        has = ["needs_keys"] if probe.needs_keys else []
+        inputs, outputs = (self._tensors(table, has, stage=stage, state=state) for table in tables)
+        constants = {}
+        if probe.form != "direct" and not is_forward:
+            constants["saliency.key_value_gram"] = _gram(self._plan.source.checkpoint, layer)
+        letter, num_rows = "P" if is_forward else "G", schedule.num_probe_rows
+        profiles, at_sizes = self._prefills(
+            stage,
+            lambda _all, rows, text: {f"{letter}S": rows + text, f"{letter}N": rows, f"{letter}R": num_rows},
+            label=name,
+        )
+        is_alone = not is_forward and self._is_quantized(role)
         return _outline(
             f"probe_{stage + 1}" if is_alone else self._name(stage + 1),
-            "probe" if is_alone else self._role(stage + 1),
+            "probe" if is_alone else role,
             inputs,
             outputs,
             profiles,
-            (Probe if name == "probe" else Saliency)(probe, self._rotary()),
+            (Probe if is_forward else Saliency)(probe, self._rotary()),
             at_sizes=at_sizes,
             piece=None if is_alone else name,
             first_layer=layer,
@@ -584,7 +613,7 @@ class Wiring:
     def _head(self, *, is_shared: bool) -> Outline:
         """Describe the head; one that probes share has L rows: 1, 0 while its gradient runs, or all probe rows."""
         dims, num_rows = self._dimensions, self._layout.schedule.num_probe_rows
-        count, last = self._layout.num_candidates, len(self._layout.schedule.stages)
+        count, last = io.num_candidates(dims), len(self._layout.schedule.stages)
         hidden = f"{self._name(last)}.{io.HIDDEN_OUT}"
         rows, top = ("L", ("L", count)) if is_shared else (1, (count,))
         own = {"L": 1} if is_shared else {}
@@ -613,20 +642,13 @@ class Wiring:
 
     def _gradient(self) -> Outline:
         """Describe the head's gradient; that of a quantized head gets the rows of the likeliest tokens."""
-        dims, norm, rows = self._dimensions, self._model.final_norm, ("GR", self._dimensions.hidden_size)
-        inputs = [_tensor(io.PROBE_OUTPUT, "probe.", rows, "float32")]
-        is_alone = self._is_quantized("head")
-        if is_alone:
-            likeliest = ("GR", self._layout.num_candidates, dims.hidden_size)
-            inputs += [
-                _tensor(io.CANDIDATE_LOGITS, "likeliest.logits", likeliest[:2], "float32"),
-                _tensor(io.CANDIDATE_ROWS, "likeliest.rows", likeliest, self._dtype),
-            ]
+        norm, is_alone = self._model.final_norm, self._is_quantized("head")
+        inputs = self._tensors(_GRADIENT_INPUTS, ["quantized"] if is_alone else [])
         return _outline(
             "gradient" if is_alone else "head",
             "probe" if is_alone else "head",
             inputs,
-            [_tensor(io.OUTPUT_GRADIENT, "probe.", rows, "float32")],
+            self._tensors(_GRADIENT_OUTPUTS),
             [Profile(name="gradient", sizes={"GR": self._layout.schedule.num_probe_rows})],
             CandidateHead(norm) if is_alone else ProbeHead(norm, self._model.lm_head),
             at_sizes=["gradient"] * len(self._prompts),
@@ -660,14 +682,9 @@ def _outline(
         first_layer=first_layer,
         num_layers=num_layers,
     )
-    return Outline(
-        spec=spec,
-        places={tensor.spec.name: tensor.place for tensor in (*inputs, *outputs)},
-        profiles=at_sizes or [profile.name for profile in profiles],
-        module=module,
-        piece=piece,
-        constants=constants,
-    )
+    places = {tensor.spec.name: tensor.place for tensor in (*inputs, *outputs)}
+    at_sizes = at_sizes or [profile.name for profile in profiles]
+    return Outline(spec, places, at_sizes, module, piece, constants)
 
 
 def _gram(checkpoint: Checkpoint, layer: int) -> NDArray[Any]:

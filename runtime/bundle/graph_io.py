@@ -12,11 +12,14 @@ if TYPE_CHECKING:
 # Graphs before the decoder.
 PIXEL_VALUES = "pixel_values"
 TOKEN_INDEX = "token_index"
+TOKEN_WEIGHTS = "token_weights"
 """[N], the row of each visual token in what the vision encoder returns."""
 PATCH_POSITIONS = "patch_positions"
 TABLE_INDEX = "table_index"
 TABLE_WEIGHTS = "table_weights"
 NUM_PATCHES = "num_patches"
+WINDOW_SLOTS = "window_slots"
+PATCH_SLOT = "patch_slot"
 """Inputs of the Qwen-VL families: see ``export/graphs/vision``."""
 VISUAL_TOKENS = "visual_tokens"
 KEPT_PATCHES = "kept_patches"
@@ -137,27 +140,25 @@ def is_probe(spec: GraphSpec) -> bool:
     return {tensor.name for tensor in spec.outputs} <= {*PROBE_RESULTS, OUTPUT_GRADIENT, SALIENCY_SCORES}
 
 
-def probe_graphs(manifest: Manifest, stage: int) -> tuple[GraphSpec, GraphSpec] | None:
-    """Return the graphs of the two halves of the probe of ``stage``, often the same; None if the stage needs no probe."""
-    layer = manifest.schedule.stages[stage].layer
-    graphs = [spec for spec in manifest.graphs if spec.first_layer == layer]
-    forward, backward = _graph_with(PROBE_OUTPUT, graphs), _graph_with(SALIENCY_SCORES, graphs)
-    return None if forward is None or backward is None else (forward, backward)
+def token_outputs(role: str, num_deepstack: int) -> list[str]:
+    """Return the outputs of a vision or reduce graph: visual tokens and their DeepStack planes."""
+    is_vision = role == "vision"
+    tokens, planes = (VISUAL_TOKENS, DEEPSTACK_TOKENS) if is_vision else (REDUCED_TOKENS, REDUCED_DEEPSTACK)
+    return [tokens, *(f"{planes}{plane}" for plane in range(num_deepstack))]
 
 
 def gradient_graph(manifest: Manifest) -> GraphSpec | None:
     """Return the graph that holds the head's gradient, if there is a probe."""
-    return _graph_with(OUTPUT_GRADIENT, manifest.graphs)
+    return next(
+        (spec for spec in manifest.graphs if any(tensor.name == OUTPUT_GRADIENT for tensor in spec.outputs)),
+        None,
+    )
 
 
 def has_follow_ups(manifest: Manifest) -> bool:
     """Return whether the first layer range has profiles for a question that follows kept rows (--follow-ups)."""
     profiles = manifest.ranges[0].profiles
     return any(profile.sizes.get("S", 0) > 1 and profile.sizes.get("C", 0) for profile in profiles)
-
-
-def _graph_with(output: str, specs: Sequence[GraphSpec]) -> GraphSpec | None:
-    return next((spec for spec in specs if any(tensor.name == output for tensor in spec.outputs)), None)
 
 
 def goes_around_mlp(spec: GraphSpec) -> bool:

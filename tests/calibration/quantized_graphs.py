@@ -62,7 +62,7 @@ def write_quantized(
     copies = [replace(graph, model=graph.model.clone()) for graph in ends.graphs]
     graphs, forms = quantize_graphs(copies, plan, scales, checkpoint=ends.checkpoint)
     stored = store_weights(
-        {name: ends.checkpoint.tensor(name) for name in plain_tensors(graphs, forms)},
+        plain_tensors(graphs, ends.checkpoint, forms),
         folder,
         dtype="float32",
         whole_files=False,

@@ -22,7 +22,6 @@ from trio_edge.profiling.predict.models import MODELS
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.profiling.predict.speed import FITTED, Formats, Rates, fitted_for, graph_time, rates_of
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.runtime.bundle.graph_io import probe_graphs
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.tables import print_table, wide_console
 from trio_edge.trio.cost.bundle_work import graph_work
@@ -151,10 +150,9 @@ def test_a_bundle_is_predicted_at_the_profiles_that_a_prompt_runs_at(
         profile = next((entry for entry in graph.profiles if entry.name == wanted), graph.profiles[-1])
         flops = graph_work(manifest, graph, profile).flops
         if graph.role == "select":  # a selection is predicted with its probe
-            probe = probe_graphs(manifest, manifest.selects.index(graph))
-            assert probe is not None
+            layers = manifest.ranges[manifest.selects.index(graph) + 1]
             for owner, name in zip(
-                (probe[0], manifest.graph("head"), probe[1]),
+                (layers, manifest.graph("head"), layers),
                 (f"probe_{bucket}", "gradient", f"saliency_{bucket}"),
             ):
                 half = next(entry for entry in owner.profiles if entry.name == name)

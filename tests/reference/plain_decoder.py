@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from trio_edge.runtime.bundle.graph_io import gradient_graph, probe_graphs
+from trio_edge.runtime.bundle.graph_io import PROBE_OUTPUT, SALIENCY_SCORES, gradient_graph
 from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.engines.cpu import set_cpu_options
@@ -112,20 +112,24 @@ class PlainDecoder:
 
     def _saliency(self, stage: int, given: Arrays) -> Any:
         """Return the scores of the probe of ``stage``: forwards, through the head and back."""
-        halves, gradient = probe_graphs(self.manifest, stage), gradient_graph(self.manifest)
-        assert halves is not None and gradient is not None
-        schedule = self.manifest.schedule
+        schedule, gradient = self.manifest.schedule, gradient_graph(self.manifest)
+        assert gradient is not None
+        graphs = [spec for spec in self.manifest.graphs if spec.first_layer == schedule.stages[stage].layer]
+        forward, backward = (
+            next(spec.name for spec in graphs if any(tensor.name == output for tensor in spec.outputs))
+            for output in (PROBE_OUTPUT, SALIENCY_SCORES)
+        )
         last = given["length"][0] - schedule.last_probe_offset
         rows = np.arange(last - schedule.num_probe_rows + 1, last + 1, dtype=np.int32)
         shared = {name: given[name] for name in ("hidden_states", "position_ids", "visual_rows")}
         state = self.run(
-            f"{halves[0].name}.probe",
+            f"{forward}.probe",
             {f"probe_{name}": value for name, value in shared.items()}
             | {"probe_rows": np.maximum(rows, 0), "probe_length": given["length"]},
         )
         (found,) = self.run(f"{gradient.name}.gradient", {"probe_output": state.pop("probe_output")}).values()
         (scores,) = self.run(
-            f"{halves[1].name}.saliency",
+            f"{backward}.saliency",
             {f"gradient_{name}": value for name, value in shared.items()}
             | {name.replace("probe", "gradient"): value for name, value in state.items()}
             | {"gradient_num_visual": given["num_visual"], "gradient": found},

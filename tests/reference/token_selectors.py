@@ -10,21 +10,17 @@ import numpy as np
 from tests.trio.selectors.token_graph import NUM_KEEP, Case, cosine, filled, first_best
 
 
-def relevance(case: Case, sign: int = 1) -> dict[int, float]:
+def relevance(case: Case) -> dict[int, float]:
     raw = {
-        i: sign
-        * sum(cosine(case.tokens[i], case.text[t]) for t in range(case.num_text))
-        / max(case.num_text, 1)
+        i: sum(cosine(case.tokens[i], case.text[t]) for t in range(case.num_text)) / max(case.num_text, 1)
         for i in case.shown
     }
     low, high = min(raw.values(), default=0.0), max(raw.values(), default=0.0)
     return {i: 1.0 if high - low < 1e-6 else (raw[i] - low + 1e-6) / (high - low) for i in raw}
 
 
-def cdpruner(
-    case: Case, num_keep: int = NUM_KEEP, sign: int = 1, *, worth: dict[int, float] | None = None
-) -> list[int]:
-    shown, worth = case.shown, relevance(case, sign) if worth is None else worth
+def cdpruner(case: Case, num_keep: int = NUM_KEEP, *, worth: dict[int, float] | None = None) -> list[int]:
+    shown, worth = case.shown, relevance(case) if worth is None else worth
     kernel = {
         (i, j): worth[i] * cosine(case.tokens[i], case.tokens[j]) * worth[j] for i in shown for j in shown
     }
@@ -161,7 +157,7 @@ def holov(case: Case, num_keep: int = NUM_KEEP, num_chunks: int = 16) -> list[in
     return filled([*chosen, *others][: min(num_keep, len(shown))], case, num_keep)
 
 
-def scope(case: Case, num_keep: int = NUM_KEEP, exponent: float = 1.0) -> list[int]:
+def scope(case: Case, num_keep: int = NUM_KEEP) -> list[int]:
     shown = case.shown
     cover = dict.fromkeys(shown, 0.0)
     chosen: list[int] = []
@@ -170,7 +166,7 @@ def scope(case: Case, num_keep: int = NUM_KEEP, exponent: float = 1.0) -> list[i
         for i in shown:
             if i not in chosen:
                 new = [max(0.0, cosine(case.features[i], case.features[j]) - cover[j]) for j in shown]
-                gains[i] = float(case.attention[i]) ** exponent * sum(new)
+                gains[i] = float(case.attention[i]) * sum(new)
         best = first_best(gains)
         chosen.append(best)
         for j in shown:

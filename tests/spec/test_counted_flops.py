@@ -13,13 +13,12 @@ from tests.trio.selectors.token_graph import NUM_KEEP, D, E, F, T, export_once, 
 from trio_edge.calibration.evaluate.answer_cost import prefill_flops
 from trio_edge.export.plan import token_selector
 from trio_edge.export.quantize.plan import parse_plan
-from trio_edge.runtime.bundle.graph_io import gradient_graph, is_probe, probe_graphs
+from trio_edge.runtime.bundle.graph_io import gradient_graph, is_probe
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.trio.cost.bundle_work import graph_work, input_widths
-from trio_edge.trio.cost.flops import stage_flops
 from trio_edge.trio.cost.selections import StageSizes, TokenSizes
-from trio_edge.trio.methods import TOKEN_METHODS
+from trio_edge.trio.methods import TOKEN_METHODS, stage_method
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +40,7 @@ def test_stages_compute_the_products_that_the_formula_counts(method: str, checkp
         counted = StageSizes(sizes["N"], stage.keep, num_text, sizes.get("F", 0) - num_text)
         parts = [graph, *_probe(manifest, manifest.selects.index(graph))]
         found = [matmul_flops(bundle / part.file, example_feeds(part, part.profiles[-1])) for part in parts]
-        assert stage_flops(manifest.dimensions, schedule, counted) == sum(found)
+        assert stage_method(schedule.method).flops(manifest.dimensions, schedule, counted) == sum(found)
         by_part = [
             graph_work(manifest, whole, part.profiles[-1]).flops for whole, part in _owned(manifest, parts)
         ]
@@ -62,9 +61,10 @@ def test_the_probe_of_a_quantized_layer_computes_the_products_that_the_formula_c
 
 def _probe(manifest: Manifest, stage: int) -> list[GraphSpec]:
     """Return the pieces of the probe of ``stage``."""
-    graphs = (*(probe_graphs(manifest, stage) or ()), gradient_graph(manifest))
-    parts = [part for graph in graphs if graph is not None for part in graph.split() if is_probe(part)]
-    return list({part.name: part for part in parts}.values())  # both halves may be in one graph
+    layer = manifest.schedule.stages[stage].layer
+    graphs = [graph for graph in manifest.graphs if graph.first_layer == layer]
+    pieces = (piece for graph in (*graphs, gradient_graph(manifest)) if graph for piece in graph.split())
+    return [piece for piece in pieces if is_probe(piece)]
 
 
 def _owned(manifest: Manifest, parts: list[GraphSpec]) -> list[tuple[GraphSpec, GraphSpec]]:

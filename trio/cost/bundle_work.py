@@ -55,15 +55,21 @@ def graph_work(manifest: Manifest, graph: GraphSpec, profile: Profile) -> GraphW
 def counted(manifest: Manifest, graph: GraphSpec, profile: Profile) -> Work:
     """Return the products of one run of ``graph``; sizes that are not in ``profile`` come from the graph's inputs."""
     sizes = {**fixed_sizes(graph), **profile.sizes}
+    clip = manifest.clip_text
+    if graph.role == "vision" and manifest.vision is not None:
+        return vision_work(manifest.vision, sizes)
     if graph.role == "vision":
-        return vision_graph_work(manifest, sizes)
-    if graph.role == "clip_text":
-        return clip_text_work(manifest, num_texts=profile.sizes["M"])
+        flops = vision_flops(manifest, num_visual=sizes["N"])
+        return counted_work(flops, rows=sizes["N"], weights="vision")
+    if graph.role == "clip_text" and clip is not None:
+        flops = clip_text_flops(manifest, num_texts=sizes["M"])
+        return counted_work(flops, rows=sizes["M"] * clip.length, weights="layer")
     if graph.role == "reduce":
-        num_text = sizes.get("T", 0)
-        if manifest.clip_text is not None:
-            num_text = sizes["M"] * (manifest.clip_text.length - 2)
-        return reduce_work(manifest, num_visual=sizes["N"], num_text=num_text)
+        num_text = sizes.get("T", 0) if clip is None else sizes["M"] * (clip.length - 2)
+        cost = reduce_cost(manifest, num_visual=sizes["N"], num_text=num_text)
+        # The greedy loop reads float32, while ``other`` counts elements of the model's type.
+        other = cost.read_again * 4 / ELEMENT_BYTES[manifest.dtype]
+        return counted_work(cost.flops, rows=sizes["N"], other=other)
     if CANDIDATE_ROWS in graph.input_names:
         return candidate_work(manifest.dimensions, manifest.schedule)
     if is_probe(graph.part_at(profile)):
@@ -75,24 +81,9 @@ def counted(manifest: Manifest, graph: GraphSpec, profile: Profile) -> Work:
     return range_work(manifest.dimensions, num_layers=graph.num_layers, rows=sizes["S"], past=sizes["C"])
 
 
-def vision_graph_work(manifest: Manifest, sizes: Mapping[str, int]) -> Work:
-    """Return the work of the vision graph at ``sizes`` of its profile."""
-    if manifest.vision is not None:
-        return vision_work(manifest.vision, sizes)
-    flops = vision_flops(manifest, num_visual=sizes["N"])
-    return counted_work(flops, rows=sizes["N"], weights="vision")
-
-
 def vision_flops(manifest: Manifest, *, num_visual: int) -> float:
     """Return the manifest's count of the vision graph's FLOPs, scaled to ``num_visual`` tokens."""
     return manifest.cost.full_flops["vision"] * num_visual / max(manifest.cost.num_visual, 1)
-
-
-def clip_text_work(manifest: Manifest, *, num_texts: int) -> Work:
-    """Return the work of CLIP's text tower."""
-    assert manifest.clip_text is not None  # else there is no such graph
-    flops = clip_text_flops(manifest, num_texts=num_texts)
-    return counted_work(flops, rows=num_texts * manifest.clip_text.length, weights="layer")
 
 
 def clip_text_flops(manifest: Manifest, *, num_texts: int) -> float:
@@ -100,14 +91,6 @@ def clip_text_flops(manifest: Manifest, *, num_texts: int) -> float:
     assert manifest.clip_text is not None  # else there is no such graph
     counted_texts = num_clip_texts(manifest.cost.num_text, length=manifest.clip_text.length)
     return manifest.cost.reduced_flops["clip_text"] * num_texts / counted_texts
-
-
-def reduce_work(manifest: Manifest, *, num_visual: int, num_text: int) -> Work:
-    """Return the work of the selection before the decoder."""
-    cost = reduce_cost(manifest, num_visual=num_visual, num_text=num_text)
-    # The greedy loop reads float32, while ``other`` counts elements of the model's type.
-    other = cost.read_again * 4 / ELEMENT_BYTES[manifest.dtype]
-    return counted_work(cost.flops, rows=num_visual, other=other)
 
 
 def reduce_cost(manifest: Manifest, *, num_visual: int, num_text: int) -> TokenCost:

@@ -68,7 +68,7 @@ def count_prefill(
     for place, stage in enumerate(schedule.stages):
         entering = kept[stage.layer - 1]
         sizes = StageSizes(entering, stage.keep, num_text, num_visual, one_size or place > 0)
-        select += stage_flops(decoder, schedule, sizes)
+        select += stage_method(schedule.method).flops(decoder, schedule, sizes)
     return CountedPrefill(decoder_flops=layers, select_flops=select, kv_bytes=row_bytes * sum(rows))
 
 
@@ -81,11 +81,6 @@ def decoder_flops(decoder: Dimensions, rows_per_layer: list[int]) -> float:
 def kv_row_bytes(decoder: Dimensions, *, bytes_per_cached: int) -> int:
     """Return the KV cache's bytes per row and layer."""
     return 2 * decoder.num_kv_heads * decoder.head_size * bytes_per_cached
-
-
-def stage_flops(decoder: Dimensions, schedule: Schedule, sizes: StageSizes) -> float:
-    """Return the FLOPs of one stage's selection."""
-    return stage_method(schedule.method).flops(decoder, schedule, sizes)
 
 
 def stage_work(

@@ -92,89 +92,75 @@ class BundleBytes(NamedTuple):
     """With fused attention."""
 
 
-def bundle_bytes(
-    decoder: Dimensions,
-    schedule: Schedule,
-    weights: WeightBytes,
-    *,
-    vision_params: int,
-    ranges: Sequence[tuple[int, int]],
-    text_rows: int,
-    new_rows: int,
-    num_visual: int,
-    pixel_bytes: int,
-    bytes_per_cached: int,
-    element_bytes: int,
-) -> BundleBytes:
+class BundleSizes(NamedTuple):
+    """The sizes that a bundle's memory follows from."""
+
+    decoder: Dimensions
+    schedule: Schedule
+    """Its stages; they repeat weights."""
+    ranges: Sequence[tuple[int, int]]
+    """Layers and visual rows of each layer range."""
+    text_rows: int
+    """Rows of the longest prompt besides the visual ones."""
+    new_rows: int
+    """Rows for new tokens."""
+    num_visual: int
+    """Visual tokens outside of the decoder: of an image, and again of all images if there are several."""
+    pixel_bytes: int
+    """Those of an image."""
+    bytes_per_cached: int
+    """Bytes of an element of the KV caches."""
+    element_bytes: int
+    """b."""
+
+
+def bundle_bytes(sizes: BundleSizes, weights: WeightBytes, *, vision_params: int) -> BundleBytes:
     """Return the memory of a bundle with KV caches at full capacity.
 
-    Args:
-        decoder: Its sizes.
-        schedule: Its stages; they repeat weights.
-        weights: Bytes per weight; fewer than ``element_bytes`` means quantized.
-        vision_params: Parameters of the vision tower and the projector.
-        ranges: Layers and visual rows of each layer range.
-        text_rows: Rows of the longest prompt besides the visual ones.
-        new_rows: Rows for new tokens.
-        num_visual: Visual tokens outside of the decoder: of an image, and again of all images if there are several.
-        pixel_bytes: Those of an image.
-        bytes_per_cached: Bytes of an element of the KV caches.
-        element_bytes: b.
+    ``weights`` has fewer bytes than ``element_bytes`` where a part is quantized; ``vision_params`` counts the parameters of
+    the vision tower and the projector.
     """
-    row_bytes, size = kv_row_bytes(decoder, bytes_per_cached=bytes_per_cached), element_bytes
-    probed = weights.layers[-1] if stage_method(schedule.method).has_probe else weights.select
-    repeated = repeated_weights(schedule, decoder, layers_quantized=weights.layers[-1] < size)
-    rows_of = [(layers, rows + text_rows) for layers, rows in ranges]
-    hidden_rows = num_visual + 2 * sum(rows for _, rows in rows_of)
+    decoder, size = sizes.decoder, sizes.element_bytes
+    row_bytes = kv_row_bytes(decoder, bytes_per_cached=sizes.bytes_per_cached)
+    row = stage_method(sizes.schedule.method)
+    # A probe shares the weights of the head and of its layer, but reads keys, values and output projection of a quantized
+    # layer again (``export/graphs/probe.py``).
+    queries, keys, values, output, *_ = (inputs * outputs for inputs, outputs in layer_matrices(decoder))
+    repeated = {"queries and keys": queries + keys, "keys": keys, "nothing": 0}[row.repeats]
+    if row.has_probe and weights.layers[-1] < size:
+        repeated += keys + values + output
+    probed = weights.layers[-1] if row.has_probe else weights.select
+    rows_of = [(layers, rows + sizes.text_rows) for layers, rows in sizes.ranges]
+    hidden_rows = sizes.num_visual + 2 * sum(rows for _, rows in rows_of)
     # One row of each layer is that of a decode step.
     cached_rows = decoder.num_layers + max(layers * rows for layers, rows in rows_of)
     return BundleBytes(
         layers=layer_weights(decoder) * sum(weights.layers),
         head_and_vision=decoder.vocab_size * decoder.hidden_size * weights.head
         + vision_params * weights.vision,
-        repeated=repeated * probed,
-        kv_caches=row_bytes * sum(layers * (rows + new_rows) for layers, rows in rows_of),
-        buffers=pixel_bytes + hidden_rows * decoder.hidden_size * size + cached_rows * row_bytes,
+        repeated=len(sizes.schedule.stages) * repeated * probed,
+        kv_caches=row_bytes * sum(layers * (rows + sizes.new_rows) for layers, rows in rows_of),
+        buffers=sizes.pixel_bytes + hidden_rows * decoder.hidden_size * size + cached_rows * row_bytes,
         workspace=max(decoder.workspace_bytes(rows, element_bytes=size) for _, rows in rows_of),
     )
 
 
-def unfused_bytes(
-    decoder: Dimensions,
-    schedule: Schedule,
-    *,
-    ranges: Sequence[tuple[int, int]],
-    text_rows: int,
-    tiles: Tiles,
-    before: int,
-    element_bytes: int,
-) -> int:
+def unfused_bytes(sizes: BundleSizes, tiles: Tiles, *, before: int) -> int:
     """Return the workspace of the largest graph without fused attention.
 
-    ``tiles`` are those of the largest image, ``before`` is ``scratch_before``, or 0 if nothing is between vision and decoder,
-    and the rest is as in ``bundle_bytes``.
+    ``tiles`` are those of the largest image, ``before`` is ``scratch_before``, or 0 if nothing is between vision and decoder.
     """
-    # A selection precedes each layer range but the first.
-    return max(
-        before,
-        _vision_bytes(tiles, element_bytes),
-        *(_range_bytes(decoder, rows + text_rows, element_bytes) for _, rows in ranges),
-        *(_select_bytes(decoder, rows, text_rows, schedule, element_bytes) for _, rows in ranges[:-1]),
-    )
-
-
-def repeated_weights(schedule: Schedule, decoder: Dimensions, *, layers_quantized: bool) -> int:
-    """Return the number of weights that the stages of ``schedule`` repeat.
-
-    A probe shares the weights of the head and of its layer, but reads keys, values and output projection of a quantized layer
-    again (``export/graphs/probe.py``).
-    """
-    row = stage_method(schedule.method)
-    queries, keys, values, output, *_ = (inputs * outputs for inputs, outputs in layer_matrices(decoder))
-    in_stage = {"queries and keys": queries + keys, "keys": keys, "nothing": 0}[row.repeats]
-    if row.has_probe and layers_quantized:
-        in_stage += keys + values + output
-    return len(schedule.stages) * in_stage
+    decoder, size = sizes.decoder, sizes.element_bytes
+    probe = sizes.schedule.num_probe_rows * decoder.vocab_size * (4 + size)
+    found = [before, _vision_bytes(tiles, size)]
+    for index, (_, visual) in enumerate(sizes.ranges):
+        rows = visual + sizes.text_rows
+        scores = decoder.num_heads * rows**2 * (4 + size)
+        layers = decoder.workspace_bytes(rows, element_bytes=size, score_bytes=scores)
+        found.append(4 * rows**2 + layers)
+        if index < len(sizes.ranges) - 1:  # the stage before the next range
+            found.append(rows * decoder.hidden_size * (3 * size + 8) + 8 * visual**2 + probe)
+    return max(found)
 
 
 def layers_and_rows(schedule: Schedule, *, num_layers: int, entering: int) -> tuple[tuple[int, int], ...]:
@@ -226,16 +212,6 @@ def scratch_before(
         return reduced
     tower = Tiles(texts.num_texts, texts.length, texts.width, _CLIP_MLP * texts.width)
     return max(reduced, _vision_bytes(tower, element_bytes))
-
-
-def _range_bytes(decoder: Dimensions, rows: int, size: int) -> int:
-    scores = decoder.num_heads * rows**2 * (4 + size)
-    return 4 * rows**2 + decoder.workspace_bytes(rows, element_bytes=size, score_bytes=scores)
-
-
-def _select_bytes(decoder: Dimensions, num_visual: int, text_rows: int, schedule: Schedule, size: int) -> int:
-    probe = schedule.num_probe_rows * decoder.vocab_size * (4 + size)
-    return (num_visual + text_rows) * decoder.hidden_size * (3 * size + 8) + 8 * num_visual**2 + probe
 
 
 def _vision_bytes(tiles: Tiles, size: int) -> int:

@@ -29,10 +29,11 @@ heads, G key/value heads, E head size, C contextual tokens, M texts of L tokens,
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from trio_edge.runtime.bundle.graph_io import num_candidates, num_clip_texts
-from trio_edge.trio.cost.work import LAUNCHES_PER_PROBE, Product, Work, flops_of, layer_matrices, sum_of
+from trio_edge.trio.cost.work import LAUNCHES_PER_PROBE, Product, Work, flops_of, layer_matrices
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -136,37 +137,29 @@ def trio_work(
         head_size=decoder.head_size,
         num_probe_rows=schedule.num_probe_rows,
     )
-    works = [
-        _trio_piece(piece, decoder, schedule, sizes, probe, is_quantized=is_quantized) for piece in pieces
+    rows, hidden, half = schedule.num_probe_rows, decoder.hidden_size, LAUNCHES_PER_PROBE // 2
+    form = cheapest_form(probe)
+    # output projection, then the MLP; both directions have the same
+    layer = [
+        Product(rows=rows, inner=inputs, columns=outputs, weights="layer")
+        for inputs, outputs in layer_matrices(decoder)[3:]
     ]
-    return sum_of(works)
-
-
-def _trio_piece(
-    piece: TrioPiece,
-    decoder: Dimensions,
-    schedule: Schedule,
-    sizes: StageSizes,
-    probe: ProbeSizes,
-    *,
-    is_quantized: bool,
-) -> Work:
-    rows, hidden = probe.num_probe_rows, decoder.hidden_size
-    if piece == "probe":
-        products = forward_products(decoder, probe, is_quantized=is_quantized)
-        other, launches = 6 * sizes.num_rows * hidden, LAUNCHES_PER_PROBE // 2
-    elif piece == "gradient":
-        products = [Product(rows=rows, inner=hidden, columns=decoder.vocab_size, count=2, weights="head")]
-        other, launches = 0, 0
-    elif piece == "saliency":
-        products = backward_products(decoder, probe, is_quantized=is_quantized)
-        other, launches = 0, LAUNCHES_PER_PROBE - LAUNCHES_PER_PROBE // 2
-    else:
-        products = nms_products(
-            sizes.num_visual, hidden_size=hidden, rounds=schedule.nms_rounds, one_size=sizes.one_size
-        )
-        other, launches = 4 * sizes.num_visual**2, schedule.nms_rounds * _LAUNCHES_PER_ROUND
-    return Work(products=tuple(products), other_elements=float(other), launches=launches)
+    visual, rounds, width = sizes.num_visual, schedule.nms_rounds, decoder.num_heads * decoder.head_size
+    queries = Product(rows=rows, inner=hidden, columns=width, weights="layer")
+    loss = Product(rows=rows, inner=hidden, columns=decoder.vocab_size, count=2, weights="head")
+    forward = [*layer, queries, *_attention_products(probe, is_quantized=is_quantized)]
+    backward = [*(layer[:1] if is_quantized else layer), *_gradient_products(form, probe)]
+    nms = nms_products(visual, hidden_size=hidden, rounds=rounds, one_size=sizes.one_size)
+    counted: dict[TrioPiece, tuple[list[Product], int, int]] = {  # products, other elements, launches
+        "probe": (forward, 6 * sizes.num_rows * hidden, half),
+        "gradient": ([loss], 0, 0),
+        "saliency": (backward, 0, LAUNCHES_PER_PROBE - half),
+        "select": (nms, 4 * visual**2, rounds * _LAUNCHES_PER_ROUND),
+    }
+    products, others, launches = zip(*(counted[piece] for piece in pieces))
+    return Work(
+        products=tuple(itertools.chain(*products)), other_elements=float(sum(others)), launches=sum(launches)
+    )
 
 
 def candidate_work(decoder: Dimensions, schedule: Schedule) -> Work:
@@ -179,31 +172,6 @@ def candidate_work(decoder: Dimensions, schedule: Schedule) -> Work:
 def trio_flops(decoder: Dimensions, schedule: Schedule, sizes: StageSizes) -> float:
     """Return the FLOPs of one of TRIO's stages."""
     return trio_work(decoder, schedule, sizes).flops
-
-
-def forward_products(decoder: Dimensions, sizes: ProbeSizes, *, is_quantized: bool = False) -> list[Product]:
-    """Return the products of a probe's forward half: keys of all rows, and the layer on R rows."""
-    hidden, queries = decoder.hidden_size, decoder.num_heads * decoder.head_size
-    return [
-        *_layer_products(decoder, rows=sizes.num_probe_rows),
-        Product(rows=sizes.num_probe_rows, inner=hidden, columns=queries, weights="layer"),
-        *_attention_products(sizes, is_quantized=is_quantized),
-    ]
-
-
-def backward_products(decoder: Dimensions, sizes: ProbeSizes, *, is_quantized: bool = False) -> list[Product]:
-    """Return the products of a probe's backward half: the layer on R rows, and the saliency in its cheapest form."""
-    form = cheapest_form(sizes)
-    layer = _layer_products(decoder, rows=sizes.num_probe_rows)
-    return [*(layer[:1] if is_quantized else layer), *_gradient_products(form, sizes)]
-
-
-def _layer_products(decoder: Dimensions, *, rows: int) -> list[Product]:
-    """Return the products with output projection, then with the MLP; both directions have the same."""
-    return [
-        Product(rows=rows, inner=inputs, columns=outputs, weights="layer")
-        for inputs, outputs in layer_matrices(decoder)[3:]
-    ]
 
 
 def saliency_products(form: SaliencyForm, sizes: ProbeSizes) -> list[Product]:

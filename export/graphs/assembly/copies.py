@@ -31,10 +31,6 @@ class Part(NamedTuple):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def traceable(self) -> nn.Module:
-        """Return the module with weights whose names start with ``LAYER_PREFIX``."""
-        return _Traceable(self.module)
-
 
 class Copy(NamedTuple):
     """One copy of a part in a graph."""
@@ -135,15 +131,10 @@ class Copies:
         own_suffix: str,
         shared_suffix: str = "",
     ) -> list[ir.Value]:
-        """Append a copy of ``source``, which stays as it is, and return its outputs.
+        """Append a copy of ``source``, the trace of one part, which stays as it is, and return its outputs.
 
-        Args:
-            source: The trace of one part.
-            inputs: The copy's inputs.
-            varying: Indices of the inputs that differ between copies.
-            weights: Prefix of the names of the copy's weights, instead of ``LAYER_PREFIX``.
-            own_suffix: Suffix of the names of values that differ between copies.
-            shared_suffix: Suffix of the names of values that all copies share.
+        ``varying`` are the indices of the ``inputs`` that differ between copies; names of values that differ get ``own_suffix``,
+        those that all copies share ``shared_suffix``, and those of weights start with ``weights`` instead of ``LAYER_PREFIX``.
         """
         graph = source.graph
         own = _own_values(graph, varying)
@@ -182,12 +173,15 @@ class Copies:
         return ir.Model(self.graph, ir_version=like.ir_version)
 
 
-class _Traceable(nn.Module):
+class Traceable(nn.Module):
+    """A module with weights whose names start with ``LAYER_PREFIX``."""
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.layers = nn.ModuleList([module])
 
     def forward(self, *inputs: object) -> object:
+        """Return the module's results."""
         return self.layers[0](*inputs)
 
 

@@ -72,7 +72,8 @@ def join(pieces: Sequence[TracedGraph]) -> TracedGraph:
         opset_imports={"": opset},
         name=pieces[0].spec.name,
     )
-    share_products(graph)
+    if any(piece.spec.opset is not None for piece in pieces):  # quantized
+        share_products(graph)
     model = ir.Model(graph, ir_version=max(piece.model.ir_version for piece in pieces))
     return replace(
         pieces[0], spec=_joined_spec(pieces), model=model, weights=weights, constants=constants, piece=None

@@ -40,18 +40,30 @@ _LOCAL_LAYER_SHARE = 5 / 24  # layer 5 of CLIP-L's 24
 class ClipFeatures(nn.Module):
     """Hidden states of chosen CLIP layers, without the class row. Unused layers do not run."""
 
-    def __init__(self, tower: nn.Module, *, feature_layers: tuple[int, ...]) -> None:
+    def __init__(self, tower: nn.Module, *, feature_layers: tuple[int, ...], reaches: int = 0) -> None:
         """Take the used parts of ``tower``, transformers' CLIPVisionModel.
 
-        ``feature_layers`` are indices into its hidden states (0 is the embedding, -1 the last layer's output).
+        ``feature_layers`` are indices into its hidden states (0 is the embedding, -1 the last layer's output), and so is
+        ``reaches``, a state that is computed although it is no feature.
         """
         super().__init__()
         core: Any = getattr(tower, "vision_model", tower)
-        num_states = len(core.encoder.layers) + 1
-        self.states = tuple(range(num_states)[layer] for layer in feature_layers)
+        self.num_layers = len(core.encoder.layers)
+        last, *states = (range(self.num_layers + 1)[layer] for layer in (reaches, *feature_layers))
+        self.states = tuple(states)
         self.embeddings: nn.Module = core.embeddings
         self.pre_layrnorm: nn.Module = core.pre_layrnorm
-        self.layers = nn.ModuleList(core.encoder.layers[: max(self.states)])
+        self.layers = nn.ModuleList(core.encoder.layers[: max(last, *states)])
+
+    def run(self, pixel_values: Tensor, observe: Callable[[int, Any, Tensor], None]) -> Tensor:
+        """Return the features [B, P, F]; ``observe`` is called with each layer and its input [B, P + 1, D]."""
+        hidden: Tensor = self.pre_layrnorm(self.embeddings(pixel_values))
+        states = [hidden]
+        for index, layer in enumerate(self.layers):
+            observe(index, layer, hidden)
+            hidden = layer(hidden, attention_mask=None)
+            states.append(hidden)
+        return torch.cat([states[index] for index in self.states], dim=-1)[:, 1:]
 
 
 class ClipVision(nn.Module):
@@ -100,7 +112,7 @@ class ClipVision(nn.Module):
             if index == self.observed:
                 seen.extend([class_attention(layer, hidden), _mean_keys(layer, hidden)])
 
-        features_BPF = _features(self.features, pixel_values, observe=observe)
+        features_BPF = self.features.run(pixel_values, observe)
         tokens_RD = with_newline(self.projector(features_BPF).flatten(0, 1), self.newline)
         if self.norm is not None and self.projection is not None:
             patches_RZ = _with_empty_row(self.projection(self.norm(features_BPF)).flatten(0, 1))
@@ -115,7 +127,7 @@ class ClipVision(nn.Module):
         return tokens_RD.index_select(0, token_index), features_N, keys_N, attention_N
 
 
-class ReducedVision(nn.Module):
+class ReducedVision(ClipFeatures):
     """CLIP tower, projector, selection of T patches per tile, and merging of the others.
 
     Half of the budget goes to windows: each of 16 windows keeps the patches with the most class-row attention in an early
@@ -130,15 +142,9 @@ class ReducedVision(nn.Module):
     def __init__(
         self, tower: nn.Module, projector: nn.Module, *, feature_layers: tuple[int, ...], num_keep: int
     ) -> None:
-        super().__init__()
-        core: Any = getattr(tower, "vision_model", tower)
-        num_layers = len(core.encoder.layers)
-        self.states = tuple(range(num_layers + 1)[layer] for layer in feature_layers)
-        self.global_layer = num_layers - 2
-        self.local_layer = min(round(_LOCAL_LAYER_SHARE * num_layers), self.global_layer)
-        self.embeddings: nn.Module = core.embeddings
-        self.pre_layrnorm: nn.Module = core.pre_layrnorm
-        self.layers = nn.ModuleList(core.encoder.layers[: max(*self.states, self.global_layer + 1)])
+        super().__init__(tower, feature_layers=feature_layers, reaches=-2)
+        self.global_layer = self.num_layers - 2
+        self.local_layer = min(round(_LOCAL_LAYER_SHARE * self.num_layers), self.global_layer)
         self.projector = projector
         self.num_keep = num_keep
 
@@ -150,7 +156,7 @@ class ReducedVision(nn.Module):
             if index in (self.local_layer, self.global_layer):
                 attention[index] = class_attention(layer, hidden)
 
-        tokens_BPD = self.projector(_features(self, pixel_values, observe=observe))
+        tokens_BPD = self.projector(self.run(pixel_values, observe))
         kept_BT = select_patches(
             attention[self.local_layer], attention[self.global_layer], num_keep=self.num_keep
         )
@@ -188,22 +194,6 @@ def _layer_groups(layer: Any, index: int) -> Iterator[LinearGroup]:
     attention, mlp = layer.self_attn, layer.mlp
     yield from attention_groups(attention, attention.out_proj, norm=layer.layer_norm1, index=index)
     yield from mlp_groups(mlp.fc1, mlp.fc2, norm=layer.layer_norm2, index=index)
-
-
-def _features(
-    tower: ClipFeatures | ReducedVision,
-    pixel_values: Tensor,
-    *,
-    observe: Callable[[int, Any, Tensor], None] = lambda _index, _layer, _hidden: None,
-) -> Tensor:
-    """Return the features [B, P, F]; ``observe`` is called with each layer and its input [B, P + 1, D]."""
-    hidden: Tensor = tower.pre_layrnorm(tower.embeddings(pixel_values))
-    states = [hidden]
-    for index, layer in enumerate(tower.layers):
-        observe(index, layer, hidden)
-        hidden = layer(hidden, attention_mask=None)
-        states.append(hidden)
-    return torch.cat([states[index] for index in tower.states], dim=-1)[:, 1:]
 
 
 def with_newline(rows_RD: Tensor, newline: nn.Parameter | None) -> Tensor:

@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from trio_edge.export.graphs.attention import MASKED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import numpy as np
+    from numpy.typing import NDArray
 
 _HEADROOM = 64.0  # a power of two: scaling by it rounds nothing
 
@@ -29,6 +33,15 @@ class Rows(NamedTuple):
     sin_BR1E: Tensor
     mask_B11R: Tensor
     """Added to the scores, float32."""
+
+
+def inverse_frequencies(visual: nn.Module) -> NDArray[np.float32]:
+    """Return the inverse frequencies of a Qwen vision encoder's rotary embedding, [E/4], also under FakeTensorMode."""
+    core: Any = visual
+    with unset_fake_temporarily():
+        inv_freq, _ = type(core.rotary_pos_emb).compute_axial_rope_parameters(core.config)
+        values: NDArray[np.float32] = inv_freq.to(torch.float32).numpy()
+        return values
 
 
 def rows_at(inv_freq: Tensor, positions: Tensor, is_real: Tensor) -> Rows:
@@ -97,10 +110,11 @@ def _head_blocks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield float32 weights [B, h, R, R] and mixed values [B, h, R, E] of blocks of h heads."""
     heads, size = module.num_heads, module.head_dim
-    rotated = _rotated(torch.unflatten(qkv_BRX[..., : 2 * module.dim], -1, (2 * heads, size)), rows)
+    by_head = qkv_BRX.reshape(*qkv_BRX.shape[:2], 3 * heads, size)
+    rotated = _rotated(by_head[:, :, : 2 * heads], rows)
     # scaling the query, not the scores, keeps float16 scores in range
     query, key = rotated[:, :, :heads] * module.scaling, rotated[:, :, heads:]
-    value = torch.unflatten(qkv_BRX[..., 2 * module.dim :], -1, (heads, size))
+    value = by_head[:, :, 2 * heads :]
     step = heads // head_blocks
     for start in range(0, heads, step):
         query_BRhE, key_BRhE, value_BRhE = (

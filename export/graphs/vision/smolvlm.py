@@ -11,20 +11,18 @@ Rows are tile-major with tokens in raster order. Every tile is full, so the posi
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers.modeling_utils import local_torch_dtype
 
 from trio_edge.export.graphs.linear_groups import LinearGroup
 from trio_edge.export.graphs.vision.clip import encoder_groups
 from trio_edge.export.graphs.vision.internvl import shuffled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import numpy as np
     from numpy.typing import NDArray
 
@@ -80,21 +78,11 @@ def patch_positions(patches_per_side: int) -> NDArray[np.int64]:
     config = SmolVLMVisionConfig(
         hidden_size=1, num_attention_heads=1, num_channels=1, image_size=side, patch_size=1
     )
-    with unset_fake_temporarily(), _float32_by_default(), torch.no_grad():
+    # float32, as when transformers' model runs, whatever type is exported
+    with unset_fake_temporarily(), local_torch_dtype(torch.float32), torch.no_grad():
         embeddings: Any = SmolVLMVisionEmbeddings(config)
         embeddings.position_embedding.weight[:, 0] = torch.arange(side**2)
         embeddings.patch_embedding.bias.zero_()
         pixels, is_patch = torch.zeros(1, 1, side, side), torch.ones(1, side, side, dtype=torch.bool)
         rows: NDArray[np.float32] = embeddings(pixels, is_patch).flatten().numpy()
     return rows.astype("int64")
-
-
-@contextmanager
-def _float32_by_default() -> Iterator[None]:
-    """Make float32 torch's default dtype, as when transformers' model runs, whatever type is exported."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

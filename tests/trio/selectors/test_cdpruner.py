@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 from tests.reference.token_selectors import cdpruner, relevance
 from tests.trio.selectors.token_graph import cosine, random_case
-from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.tokens.cdpruner import CdPruner
 
 
@@ -26,19 +24,8 @@ def test_each_step_takes_the_token_with_the_largest_determinant() -> None:
     assert torch.argsort(scores, descending=True)[:6].tolist() == chosen
 
 
-def test_negative_sign_prefers_tokens_unlike_the_text() -> None:
-    case = random_case(13)
-    kept = CdPruner(num_keep=7, sign=-1)(case.inputs(torch.float64)).kept_K.tolist()
-    assert kept == cdpruner(case, 7, sign=-1) != cdpruner(case, 7)
-
-
 def test_tokens_beyond_the_rank_follow_by_relevance() -> None:
     case = random_case(14)
     case.tokens[:, 3:] = 0.0
     kept = CdPruner(num_keep=9)(case.inputs(torch.float64)).kept_K.tolist()
     assert kept == cdpruner(case, 9)
-
-
-def test_another_sign_is_refused() -> None:
-    with pytest.raises(ScheduleError, match=r"sign: expected 1 or -1, got 2"):
-        CdPruner(num_keep=2, sign=2)

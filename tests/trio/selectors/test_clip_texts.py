@@ -35,9 +35,13 @@ def clip_case(seed: int) -> tuple[Case, TokenInputs, Any, list[Any]]:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("share", [0.2, 0.6, 1.0])
-def test_eadp_weighs_words_and_whole_texts_as_plain_loops_do(share: float, seed: int) -> None:
+def test_eadp_weighs_words_and_whole_texts_as_plain_loops_do(
+    share: float, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("_TEXT_SHARE", share), ("_GLOBAL_SHARE", 0.1)):
+        monkeypatch.setattr(f"trio_edge.trio.selectors.tokens.eadp.{name}", value)
     case, inputs, patches, texts = clip_case(seed)
-    selector = Eadp(num_keep=NUM_KEEP, text_share=share, global_share=0.1, clip=True)
+    selector = Eadp(num_keep=NUM_KEEP, clip=True)
     weights = clip_importance(case, patches, texts, text_share=share, global_share=0.1)
     assert selector(inputs).kept_K.tolist() == cover(case, weights, NUM_KEEP)
 

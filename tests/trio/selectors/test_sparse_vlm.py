@@ -26,8 +26,8 @@ from tests.trio.selectors.stage_graph import (
 )
 from trio_edge.runtime.bundle.manifest import Dimensions
 from trio_edge.runtime.bundle.schedule import Schedule
-from trio_edge.trio.cost.flops import stage_flops
 from trio_edge.trio.cost.selections import StageSizes
+from trio_edge.trio.methods import stage_method
 from trio_edge.trio.selectors.stages import sparse_vlm as module
 from trio_edge.trio.selectors.stages.sparse_vlm import SparseVlm, rater_weights, split_of
 
@@ -87,7 +87,9 @@ def test_the_graph_computes_the_products_that_are_counted(graph: OnnxStage) -> N
     one_size = isinstance(shapes["visual_rows"][0], int)
     prompt_visual = len(feeds["prompt_embeds"]) - ROOM
     sizes = StageSizes(150, KEEP, num_text=ROOM, prompt_visual=prompt_visual, one_size=one_size)
-    counted = stage_flops(SHAPE, Schedule(method="sparsevlm"), sizes) - 2 * KEEP * 150 * HIDDEN
+    counted = (
+        stage_method("sparsevlm").flops(SHAPE, Schedule(method="sparsevlm"), sizes) - 2 * KEEP * 150 * HIDDEN
+    )
     assert counted == matmul_flops(graph.path, feeds)
 
 
@@ -174,14 +176,6 @@ def test_far_points_do_not_lose_their_density() -> None:
     )
     distances = torch.cdist(points, points) + 1e9 * torch.eye(12)
     assert centre.nonzero().flatten().tolist() == sorted(divmod(int(distances.argmin()), 12))
-
-
-def test_without_merging_the_best_tokens_go_on() -> None:
-    case = SEVERAL_CLUSTERS["random"]
-    selection = SparseVlm(DOUBLE, num_keep=KEEP, recycle=False)(case.inputs())
-    best = torch.topk(selection.scores_N, KEEP).indices.sort().values
-    assert torch.equal(selection.kept_K, best)
-    assert selection.weights_KN is None
 
 
 def test_tensorrt_builds_it_for_several_lengths(graph: OnnxStage) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +27,7 @@ from trio_edge.trio.selectors.tokens.visionzip import VisionZip
 
 
 def reference(
-    case: Case, num_keep: int = NUM_KEEP, num_contextual: int | None = None, merge: str = "sum"
+    case: Case, num_keep: int = NUM_KEEP, num_contextual: int | None = None
 ) -> tuple[list[int], Array]:
     num_contextual = num_keep * 10 // 64 if num_contextual is None else num_contextual
     num_dominant = num_keep - num_contextual
@@ -44,11 +43,7 @@ def reference(
     weights = np.eye(len(case.tokens))[kept]
     for slot, target in enumerate(targets):
         taken = [i for i in rest if i not in targets and closest(case, i, targets) == target]
-        row = weights[num_dominant + slot]
-        if merge == "sum":
-            row[taken] = 1 / max(len(taken), 1)
-        else:
-            row[[*taken, target]] = 1 / (1 + len(taken))
+        weights[num_dominant + slot, taken] = 1 / max(len(taken), 1)
     return kept, weights
 
 
@@ -84,13 +79,6 @@ def test_default_share_of_contextual_tokens_is_the_papers(num_keep: int, num_con
     assert VisionZip(num_keep=num_keep).num_contextual == num_contextual
 
 
-def test_mean_gives_the_target_and_its_tokens_the_same_weight() -> None:
-    case = random_case(12)
-    selection = VisionZip(num_keep=10, num_contextual=4, merge="mean")(case.inputs(torch.float64))
-    np.testing.assert_allclose(selection.weights_KN, reference(case, 10, 4, "mean")[1], rtol=1e-6)
-    np.testing.assert_allclose(selection.weights_KN.sum(-1), 1.0, rtol=1e-6)
-
-
 def test_without_contextual_tokens_nothing_is_merged() -> None:
     assert VisionZip(num_keep=5)(random_case().inputs(torch.float32)).weights_KN is None
 
@@ -100,14 +88,6 @@ def test_graph_passes_the_static_check_and_tensorrt_builds_it(graph: Path) -> No
     build_engine(graph)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_contextual": 4}, r"num_contextual: expected 0\.\.3, got 4"),
-        ({"merge": "max"}, r"merge: expected sum or mean, got 'max'"),
-    ],
-    ids=["contextual", "merge"],
-)
-def test_setting_out_of_range_is_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ScheduleError, match=message):
-        VisionZip(num_keep=4, **settings)
+def test_no_dominant_token_is_refused() -> None:
+    with pytest.raises(ScheduleError, match=r"num_contextual: expected 0\.\.3, got 4"):
+        VisionZip(num_keep=4, num_contextual=4)

@@ -13,23 +13,10 @@ cache.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from trio_edge.trio.selectors.stages.row_attention import MostAttended
-
-if TYPE_CHECKING:
-    from trio_edge.trio.selectors.interface import Selection, StageInputs, StageParts
 
 
 class FastV(MostAttended):
-    """FastV's selection; a ``StageSelector``."""
+    """FastV's selection, by the attention of layer l - 1."""
 
-    @classmethod
-    def for_stage(cls, parts: StageParts) -> FastV:
-        """Return the selector of a stage, which reads the attention of layer l - 1."""
-        return cls(parts.previous_layer, num_keep=parts.num_keep, image_share=parts.image_share)
-
-    def forward(self, inputs: StageInputs) -> Selection:
-        """Return the tokens with the most attention of the last real row in layer l - 1; raise ScheduleError if N < K."""
-        assert inputs.previous_SD is not None, "reads_previous"
-        return self.selection(inputs.previous_SD, inputs)
+    reads_previous = True

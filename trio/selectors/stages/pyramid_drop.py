@@ -13,22 +13,10 @@ image's tokens.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from trio_edge.trio.selectors.stages.row_attention import MostAttended
-
-if TYPE_CHECKING:
-    from trio_edge.trio.selectors.interface import Selection, StageInputs, StageParts
 
 
 class PyramidDrop(MostAttended):
-    """PyramidDrop's selection; a ``StageSelector``."""
+    """PyramidDrop's selection, by the attention of layer l."""
 
-    @classmethod
-    def for_stage(cls, parts: StageParts) -> PyramidDrop:
-        """Return the selector of a stage, which reads the attention of layer l."""
-        return cls(parts.layer, num_keep=parts.num_keep, image_share=parts.image_share)
-
-    def forward(self, inputs: StageInputs) -> Selection:
-        """Return the tokens with the most attention of the last real row in layer l; raise ScheduleError if N < K."""
-        return self.selection(inputs.hidden_SD, inputs)
+    reads_previous = False

@@ -15,7 +15,7 @@ text rows.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +26,7 @@ from trio_edge.trio.selectors.interface import (
     KeepingModule,
     Selection,
     StageInputs,
+    StageParts,
     best_tokens,
     check_num_keep,
 )
@@ -88,7 +89,10 @@ class RowAttention(nn.Module):
 
 
 class MostAttended(KeepingModule):
-    """Keeps the tokens with the most attention of the last real row in one layer."""
+    """Keeps the tokens with the most attention of the last real row in one layer; a ``StageSelector``."""
+
+    reads_previous: ClassVar[bool]
+    """Whether this is the layer before the stage, and not the one after it."""
 
     def __init__(self, layer: Any, *, num_keep: int, image_share: int | None = None) -> None:
         """Hold the decoder layer; raise ScheduleError if K is below 1. ``image_share`` is that of ``StageParts``."""
@@ -96,13 +100,17 @@ class MostAttended(KeepingModule):
         self.attention = RowAttention(layer)
         self.image_share = image_share
 
-    def selection(self, hidden_SD: Float[Tensor, "S D"], inputs: StageInputs) -> Selection:
-        """Return the tokens with the most attention, mean over heads; ``hidden_SD`` are the rows that enter the layer.
+    @classmethod
+    def for_stage(cls, parts: StageParts) -> MostAttended:
+        """Return the selector of a stage."""
+        layer = parts.previous_layer if cls.reads_previous else parts.layer
+        return cls(layer, num_keep=parts.num_keep, image_share=parts.image_share)
 
-        Raises:
-            ScheduleError: If N < K.
-        """
+    def forward(self, inputs: StageInputs) -> Selection:
+        """Return the tokens with the most attention, mean over heads; raise ScheduleError if N < K."""
         check_num_keep(self.num_keep, inputs.visual_rows_N.shape[0])
+        hidden_SD = inputs.previous_SD if self.reads_previous else inputs.hidden_SD
+        assert hidden_SD is not None, "reads_previous"
         last_1 = inputs.length.to(torch.int64).reshape(1) - 1
         attention_RHS = self.attention(hidden_SD, inputs.cos_SE, inputs.sin_SE, last_1, inputs.length)
         scores_N = at_visual_tokens(attention_RHS.mean(1)[0], inputs)
@@ -205,7 +213,7 @@ def _projected(linear: Any, rows_RD: Tensor, head_size: int) -> Tensor:
 
 
 def _rotate(rows_RHE: Tensor, cos_RE: Tensor, sin_RE: Tensor) -> Tensor:
-    first, second = rows_RHE.chunk(2, dim=-1)
+    first, second = torch.split(rows_RHE, rows_RHE.shape[-1] // 2, dim=-1)
     half_turn_RHE = torch.cat([-second, first], dim=-1)
     cos_R1E, sin_R1E = cos_RE[:, None].to(rows_RHE.dtype), sin_RE[:, None].to(rows_RHE.dtype)
     return rows_RHE * cos_R1E + half_turn_RHE * sin_R1E

@@ -71,14 +71,10 @@ _SAME_POINT = 1e-5
 class SparseVlm(KeepingModule):
     """SparseVLM's selection; a ``StageSelector``."""
 
-    def __init__(self, layer: Any, *, num_keep: int, recycle: bool = True) -> None:
-        """Hold decoder layer l - 1; raise ScheduleError if K is below 1.
-
-        K counts merged rows, too. Without ``recycle`` there are none, and the K best tokens are kept.
-        """
+    def __init__(self, layer: Any, *, num_keep: int) -> None:
+        """Hold decoder layer l - 1; raise ScheduleError if K is below 1. K counts merged rows, too."""
         super().__init__(num_keep=num_keep)
         self.attention = RowAttention(layer)
-        self.recycle = recycle
 
     @classmethod
     def for_stage(cls, parts: StageParts) -> SparseVlm:
@@ -94,7 +90,7 @@ class SparseVlm(KeepingModule):
         N = inputs.visual_rows_N.shape[0]
         check_num_keep(self.num_keep, N)
         scores_N = self._scores(inputs)
-        if not self.recycle or self.num_keep == 1 or (isinstance(N, int) and self.num_keep == N):
+        if self.num_keep == 1 or (isinstance(N, int) and self.num_keep == N):
             kept_K = best_tokens(scores_N, inputs.num_visual, num_keep=self.num_keep)
             return Selection(kept_K, scores_N, settled(inputs))
         kept_K, weights_KN = self._merge(inputs, scores_N)

@@ -56,12 +56,5 @@ class Trio(nn.Module):
         if inputs.saliency_N is not None:
             index_N = torch.arange(inputs.saliency_N.shape[0], device=inputs.saliency_N.device)
             return torch.where(index_N < inputs.num_visual, inputs.saliency_N, -1.0)
-        scores_N: Tensor = self.saliency(
-            inputs.hidden_SD,
-            inputs.cos_SE,
-            inputs.sin_SE,
-            inputs.visual_rows_N,
-            inputs.num_visual,
-            inputs.length,
-        )
+        scores_N: Tensor = self.saliency(*inputs[:6])  # up to ``length``
         return scores_N

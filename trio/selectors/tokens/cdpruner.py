@@ -8,13 +8,13 @@ With Cholesky rows c_s of the steps so far and d²_i = L_ii − Σ_s c_si², ste
 
     c_ti = (L_ji − Σ_{s<t} c_sj c_si) / d_j,      d²_i ← d²_i − c_ti²
 
-x are the visual tokens after the projector. r is the relevance ``sign · mean over text tokens of cos(x_i, text)``, scaled
+x are the visual tokens after the projector. r is the relevance, the mean over text tokens of cos(x_i, text), scaled
 to 0..1 by (r − min + 1e-6) / (max − min) over the image.
 
 With ``clip``, the paper's form for LLaVA, the cosine is taken in CLIP's space: between each token's patch, after CLIP's
 last norm and visual projection, and the end tokens of the question's texts. It is negated, since CLIP's patches score
 inversely. Without ``clip`` both sides are in the decoder's embedding space, for models without a CLIP text tower. There
-OpenVINO GenAI takes the cosine as it is (our default, sign = 1), and EADP's port for Qwen negates it (sign = -1).
+we take the cosine as it is, as OpenVINO GenAI does; EADP's port for Qwen negates it.
 
 Differences from the original:
 - A question longer than CLIP's texts becomes several whole texts, each with start and end; the original cuts the marked
@@ -35,7 +35,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.interface import KeepingModule, Selection, TokenInputs
 from trio_edge.trio.selectors.tokens.candidates import (
     clip_texts,
@@ -54,21 +53,9 @@ _EXPLAINED = 1e-4
 class CdPruner(KeepingModule):
     """CDPruner with relevance in the decoder's embedding space or in CLIP's; no parameters."""
 
-    def __init__(self, *, num_keep: int, sign: int | None = None, clip: bool = False) -> None:
-        """Fix the shape of the selection.
-
-        Args:
-            num_keep: K.
-            sign: 1 if tokens similar to the text are relevant, -1 if dissimilar ones are; None is -1 with ``clip``, else 1.
-            clip: Whether text and image are compared in CLIP's space.
-
-        Raises:
-            ScheduleError: If a value is out of range.
-        """
+    def __init__(self, *, num_keep: int, clip: bool = False) -> None:
+        """Fix K, and whether text and image are compared in CLIP's space; raise ScheduleError if K is below 1."""
         super().__init__(num_keep=num_keep)
-        if sign not in (1, -1, None):
-            raise ScheduleError(f"sign: expected 1 or -1, got {sign}; -1 negates the cosine")
-        self.sign = (-1 if clip else 1) if sign is None else sign
         self.clip = clip
 
     def forward(self, inputs: TokenInputs) -> Selection:
@@ -77,7 +64,7 @@ class CdPruner(KeepingModule):
         shown_N = shown_tokens(inputs, num_keep=self.num_keep)
         unit_ND = unit_rows(inputs.tokens_ND, shown_N)
         cosine_N = self._cosine(inputs, unit_ND, shown_N)
-        relevance_N = scaled_to_one(self.sign * cosine_N, shown_N, floor=_FLOOR)
+        relevance_N = scaled_to_one((-1 if self.clip else 1) * cosine_N, shown_N, floor=_FLOOR)
         scaled_ND = relevance_N[:, None] * unit_ND
         return _most_determinant(scaled_ND, relevance_N, shown_N, real_N, num_keep=self.num_keep)
 

@@ -13,7 +13,7 @@ compares text and patches in the space of the CLIP model that LLaVA's tower come
 With CLIP, x_i in c and global is the token's patch after CLIP's last norm and visual projection; s still compares tokens
 after the projector. A question longer than CLIP's texts is several texts, whose α global + (1 − α) dense are averaged.
 
-Defaults: q = 0.2 (the original's code; the paper's best is 0.3), α = 0.5 (the paper's; the original's scripts for LLaVA
+q = 0.2 (the original's code; the paper's best is 0.3), α = 0.5 (the paper's; the original's scripts for LLaVA
 set 1, which ignores single tokens), β = 2, or 1 with CLIP.
 
 Differences from the original:
@@ -51,6 +51,8 @@ from trio_edge.trio.selectors.tokens.candidates import (
 )
 from trio_edge.trio.selectors.tokens.greedy import cover
 
+_TEXT_SHARE = 0.2  # q
+_GLOBAL_SHARE = 0.5  # α
 _SHARPNESS = 100.0
 _ENTROPY_SCALE = 0.01
 _NEVER = -1e6  # softmax input of excluded tokens; finite, so that its product with a probability of 0 is 0
@@ -59,41 +61,20 @@ _NEVER = -1e6  # softmax input of excluded tokens; finite, so that its product w
 class Eadp(KeepingModule):
     """EADP with relevance in the decoder's embedding space or in CLIP's; no parameters."""
 
-    def __init__(
-        self,
-        *,
-        num_keep: int,
-        text_share: float = 0.2,
-        global_share: float = 0.5,
-        exponent: float | None = None,
-        grid: tuple[int, int] | None = None,
-        clip: bool = False,
-    ) -> None:
+    def __init__(self, *, num_keep: int, grid: tuple[int, int] | None = None, clip: bool = False) -> None:
         """Fix the shape of the selection.
 
         Args:
             num_keep: K.
-            text_share: q, share of the text tokens that count one by one.
-            global_share: α, weight of the whole text against single tokens.
-            exponent: β of the importance; None is 1 with ``clip``, else 2.
             grid: Rows and columns if the N tokens are one full grid; None for no smoothing.
             clip: Whether text and image are compared in CLIP's space.
 
         Raises:
-            ScheduleError: If a value is out of range.
+            ScheduleError: If K is below 1, or the grid too small.
         """
         super().__init__(num_keep=num_keep)
-        for name, value in (("text_share", text_share), ("global_share", global_share)):
-            if not 0.0 <= value <= 1.0:
-                raise ScheduleError(f"{name}: expected 0..1, got {value}; give a fraction")
-        exponent = (1.0 if clip else 2.0) if exponent is None else exponent
-        if exponent <= 0.0:
-            raise ScheduleError(f"exponent: expected > 0, got {exponent}; the paper uses 1 or 2")
         if grid is not None and min(grid) < 2:
             raise ScheduleError(f"grid: expected at least 2 x 2, got {grid}; leave it out")
-        self.text_share = text_share
-        self.global_share = global_share
-        self.exponent = exponent
         self.grid = grid
         self.clip = clip
 
@@ -111,20 +92,20 @@ class Eadp(KeepingModule):
     ) -> Float[Tensor, "N"]:
         texts = _in_clip(inputs, shown_N) if self.clip else _in_embeddings(inputs, unit_ND)
         dense_MN = self._dense(texts, shown_N)
-        fused_MN = self.global_share * texts.whole_MN + (1.0 - self.global_share) * dense_MN
+        fused_MN = _GLOBAL_SHARE * texts.whole_MN + (1.0 - _GLOBAL_SHARE) * dense_MN
         used_M1 = texts.is_real_M[:, None].to(fused_MN.dtype)
         fused_N = (used_M1 * fused_MN).sum(0) / used_M1.sum().clamp(min=1.0)
         importance_N = scaled_to_one(fused_N, shown_N, floor=0.0)
         if self.grid is not None:
             importance_N = torch.where(shown_N, _smoothed(importance_N, self.grid), 0.0)
-        return importance_N**self.exponent
+        return importance_N ** (1.0 if self.clip else 2.0)
 
     def _dense(self, texts: _Cosines, shown_N: Bool[Tensor, "N"]) -> Float[Tensor, "M N"]:
         log_MLN = torch.log_softmax(torch.where(shown_N, _SHARPNESS * texts.words_MLN, _NEVER), dim=-1)
         entropy_ML = -(log_MLN.exp() * log_MLN).sum(-1)
         num_M1 = texts.is_word_ML.to(torch.float32).sum(-1, keepdim=True)
         # 0.2 is not exact in binary: without the addend ⌊0.2 · 5⌋ could be 0.
-        count_M1 = torch.floor(self.text_share * num_M1 + 1e-4).clamp(min=1.0)
+        count_M1 = torch.floor(_TEXT_SHARE * num_M1 + 1e-4).clamp(min=1.0)
         counted_ML = texts.is_word_ML & (ranks(-entropy_ML, texts.is_word_ML) < count_M1)
         sharpened_ML = torch.where(counted_ML, -entropy_ML / _ENTROPY_SCALE, _NEVER)
         weight_ML = torch.where(counted_ML, torch.softmax(sharpened_ML, dim=-1), 0.0)

@@ -8,7 +8,7 @@ The tokens in reading order are cut into P contiguous chunks. With S the cosine 
     w_chunk = mean score of the chunk / sum of these means;      quota = ⌊w K⌋, the rest one each to the largest w
 
 A chunk keeps its ``quota`` tokens of the largest attention a (class row, mean over heads). x are the tokens after the
-projector. Default: P = 16 (36 tokens each of 576; the original's port for Qwen takes ⌊1024 / 576 · N / K⌋).
+projector. P = 16 (36 tokens each of 576; the original's port for Qwen takes ⌊1024 / 576 · N / K⌋).
 
 Differences from the original:
 - Token o of the n real ones is in chunk ⌊o P / n⌋.
@@ -27,7 +27,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.interface import (
     KeepingModule,
     Selection,
@@ -45,19 +44,13 @@ from trio_edge.trio.selectors.tokens.candidates import (
     unit_rows,
 )
 
+_NUM_CHUNKS = 16
 _ATTENTION = 1000.0
 _VARIETY = 0.09
 
 
 class HoloV(KeepingModule):
     """HoloV; no parameters."""
-
-    def __init__(self, *, num_keep: int, num_chunks: int = 16) -> None:
-        """Fix K and P; raise ScheduleError if one is below 1."""
-        super().__init__(num_keep=num_keep)
-        if num_chunks < 1:
-            raise ScheduleError(f"num_chunks: expected >= 1, got {num_chunks}; the paper uses 16")
-        self.num_chunks = num_chunks
 
     def forward(self, inputs: TokenInputs) -> Selection:
         """Return the selection; scores combine the tokens' attention and variety."""
@@ -66,8 +59,8 @@ class HoloV(KeepingModule):
         attention_N = masked(given(inputs.attention_N, "attention_N"), shown_N)
         unit_ND = unit_rows(inputs.tokens_ND, shown_N)
         attention_N = attention_N.to(unit_ND.dtype)
-        chunk_N = _chunks(shown_N, num_chunks=self.num_chunks)
-        chunk_P = torch.arange(self.num_chunks, device=chunk_N.device).to(torch.float32)
+        chunk_N = _chunks(shown_N)
+        chunk_P = torch.arange(_NUM_CHUNKS, device=chunk_N.device).to(torch.float32)
         member_PN = ((chunk_P[:, None] == chunk_N[None, :]) & shown_N).to(unit_ND.dtype)
         same_NN = (chunk_N[:, None] == chunk_N[None, :]) & shown_N[:, None] & shown_N[None, :]
         score_N = _scores(attention_N, _variance(unit_ND, same_NN), member_PN)
@@ -84,12 +77,12 @@ class HoloV(KeepingModule):
         return exact_selection(kept_K, score_N, real_N)
 
 
-def _chunks(shown_N: Bool[Tensor, "N"], *, num_chunks: int) -> Float[Tensor, "N"]:
+def _chunks(shown_N: Bool[Tensor, "N"]) -> Float[Tensor, "N"]:
     """Return the chunk of each shown token; values of others are undefined."""
     shown = shown_N.to(torch.float32)
     place_N = torch.cumsum(shown, dim=0) - shown
     # The added half keeps the quotient away from integers, so an inexact division cannot fall below one.
-    return torch.floor((place_N * num_chunks + 0.5) / shown.sum(0, keepdim=True).clamp(min=1.0))
+    return torch.floor((place_N * _NUM_CHUNKS + 0.5) / shown.sum(0, keepdim=True).clamp(min=1.0))
 
 
 def _variance(unit_ND: Float[Tensor, "N D"], same_NN: Bool[Tensor, "N N"]) -> Float[Tensor, "N"]:

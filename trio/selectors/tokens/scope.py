@@ -2,7 +2,7 @@
 
 Source: arXiv 2510.24214.
 
-    gain_i = a_i^α Σ_j max(0, cos(x_i, x_j) − max over taken t of cos(x_t, x_j)),   α = 1
+    gain_i = a_i Σ_j max(0, cos(x_i, x_j) − max over taken t of cos(x_t, x_j))
 
 x are the vision encoder's features before the projector, a is the class row's attention (mean over heads; the original's
 sum differs by a factor, which changes no order). The cover starts at 0. Unlike EADP, SCOPE weights the candidate and takes
@@ -15,7 +15,6 @@ The K steps read N² numbers each.
 
 from __future__ import annotations
 
-from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.interface import KeepingModule, Selection, TokenInputs
 from trio_edge.trio.selectors.tokens.candidates import given, masked, real_tokens, shown_tokens, unit_rows
 from trio_edge.trio.selectors.tokens.greedy import cover
@@ -24,18 +23,11 @@ from trio_edge.trio.selectors.tokens.greedy import cover
 class Scope(KeepingModule):
     """SCOPE; no parameters."""
 
-    def __init__(self, *, num_keep: int, exponent: float = 1.0) -> None:
-        """Fix K and α (``exponent``; 0 ignores the attention); raise ScheduleError if one is out of range."""
-        super().__init__(num_keep=num_keep)
-        if exponent < 0.0:
-            raise ScheduleError(f"exponent: expected >= 0, got {exponent}; the paper uses 1")
-        self.exponent = exponent
-
     def forward(self, inputs: TokenInputs) -> Selection:
         """Return the selection; scores give the order of choice, K for the first token."""
         real_N = real_tokens(inputs, num_keep=self.num_keep)
         shown_N = shown_tokens(inputs, num_keep=self.num_keep)
         unit_NF = unit_rows(given(inputs.features_NF, "features_NF"), shown_N)
         attention_N = masked(given(inputs.attention_N, "attention_N"), shown_N).clamp(min=0.0)
-        weight_N = attention_N if self.exponent == 1.0 else attention_N**self.exponent
-        return cover(unit_NF @ unit_NF.T, weight_N.to(unit_NF.dtype), shown_N, real_N, num_keep=self.num_keep)
+        weight_N = attention_N.to(unit_NF.dtype)
+        return cover(unit_NF @ unit_NF.T, weight_N, shown_N, real_N, num_keep=self.num_keep)

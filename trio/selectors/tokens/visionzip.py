@@ -6,8 +6,8 @@ Source: arXiv 2412.04467.
     targets     the first C of the R others at places 0, t, 2t, … in reading order, with t = max(1, ⌊R / C⌋)
     contextual  x_target + mean of the x that are most similar to this target, by the cosine of the encoder's keys
 
-K = D + C. Default: C = ⌊10 K / 64⌋ (54 + 10, 108 + 20, 162 + 30). ``merge`` is "sum" as above and in the original's code,
-whose result is longer than a token, or "mean" over the target and its tokens.
+K = D + C. Default: C = ⌊10 K / 64⌋ (54 + 10, 108 + 20, 162 + 30). As in the original's code, a contextual row is
+longer than a token.
 
 Differences from the original:
 - It counts the class token's state as one of the D. Here all D are tokens of the image, since the class token never
@@ -48,13 +48,12 @@ from trio_edge.trio.selectors.tokens.candidates import (
 class VisionZip(KeepingModule):
     """VisionZip; no parameters."""
 
-    def __init__(self, *, num_keep: int, num_contextual: int | None = None, merge: str = "sum") -> None:
+    def __init__(self, *, num_keep: int, num_contextual: int | None = None) -> None:
         """Fix the shape of the selection.
 
         Args:
             num_keep: K.
             num_contextual: C, at least 0 and below K; None for ⌊10 K / 64⌋.
-            merge: "sum" or "mean", see the module.
 
         Raises:
             ScheduleError: If a value is out of range.
@@ -65,9 +64,6 @@ class VisionZip(KeepingModule):
             raise ScheduleError(
                 f"num_contextual: expected 0..{num_keep - 1}, got {num_contextual}; keep one dominant token"
             )
-        if merge not in ("sum", "mean"):
-            raise ScheduleError(f"merge: expected sum or mean, got {merge!r}; the original's code takes sum")
-        self.merge = merge
 
     def forward(self, inputs: TokenInputs) -> Selection:
         """Return the selection; scores are the attention. Contextual tokens come last."""
@@ -111,11 +107,7 @@ class VisionZip(KeepingModule):
         taken_CN = ((best_N == slot_C1) & merged_N[None, :]).to(torch.float32)
         count_C1 = taken_CN.sum(-1, keepdim=True)
         dominant_DN, target_CN = self_KN[: self.num_keep - C], self_KN[self.num_keep - C :]
-        if self.merge == "sum":
-            merged_CN = target_CN + taken_CN / count_C1.clamp(min=1.0)
-        else:
-            merged_CN = (target_CN + taken_CN) / (1.0 + count_C1)
-        return torch.cat([dominant_DN, merged_CN])
+        return torch.cat([dominant_DN, target_CN + taken_CN / count_C1.clamp(min=1.0)])
 
 
 def _targets(rest_N: Bool[Tensor, "N"], num_rest: Float[Tensor, "1"], *, num: int) -> Bool[Tensor, "N"]:
