@@ -233,9 +233,11 @@ def read_generation(checkpoint: Checkpoint) -> GenerationSettings:
         CheckpointError: If they cannot be read, or the runtime does not implement one.
     """
     path, config = checkpoint.folder / _GENERATION_NAME, checkpoint.config
-    places = [read_json(path)] if path.exists() else [config.get("text_config") or {}, config]
+    text_config = config.get("text_config")
+    places = [read_json(path)] if path.exists() else [text_config, config]
+    places = [place for place in places if isinstance(place, dict)]
     values = {key: value for place in places for key, value in place.items() if value is not None}
-    if len(places) > 1:
+    if not path.exists():
         path = checkpoint.folder / "config.json"
         if values.get("max_length") == _OLD_MAX_LENGTH:
             values.pop("max_length")
@@ -257,7 +259,7 @@ def read_generation(checkpoint: Checkpoint) -> GenerationSettings:
         wanted = {name: value for name, value in wanted.items() if name not in SAMPLING_SETTINGS}
     try:
         return msgspec.convert(wanted, GenerationSettings)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeError) as error:  # the second for lone surrogates
         raise CheckpointError(
             f"{path}: expected generation settings in range, got '{error}'; correct the file"
         ) from None

@@ -258,6 +258,7 @@ def test_settings_in_the_models_configuration_count_only_without_a_file_of_their
             {"max_new_tokens": 0},
             r"expected generation settings in range, got 'Expected `int` >= 1 - at `\$.max_new",
         ),
+        ({"max_length": "\ud800"}, "expected generation settings in range"),
         ({"max_length": 7.5}, "expected generation settings in range"),
         ({"do_sample": True, "top_p": 1.5}, "generation settings"),
         ({"repetition_penalty": -1.0}, "expected generation settings in range"),
