@@ -204,7 +204,7 @@ class ChatRequest(AnyRequest, kw_only=True, frozen=True):
 
     @property
     def limit(self) -> int | None:
-        """Maximum number of new tokens; None for the bundle's limit."""
+        """Maximum number of new tokens; None for the checkpoint's setting, at most the bundle's limit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
