@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from fractions import Fraction
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
@@ -312,24 +313,18 @@ def _check_schema(schema: dict[str, Any]) -> None:
         level = [item for value in level for item in _items(value)]
     patterns = sum(name in ("pattern", "format") for name, _ in named)
     patterns += sum(len(_items(value)) for name, value in named if name == "patternProperties")
-    factors = {value for name, value in named if name == "multipleOf" and isinstance(value, (int, float))}
+    multiples = [value for name, value in named if name == "multipleOf" and isinstance(value, (int, float))]
+    factors = {Fraction(str(value + 0)).numerator for value in multiples}
     if level:
         problem = f"at most {_MAX_SCHEMA_LEVELS} levels, got more; make it flatter"
     elif (size := len(msgspec.json.encode(schema))) > _MAX_SCHEMA_BYTES:
         problem = f"at most {_MAX_SCHEMA_BYTES} bytes, got {size}; shorten it"
     elif patterns > _MAX_PATTERNS:
         problem = f"at most {_MAX_PATTERNS} patterns and formats, got {patterns}; use fewer"
-    elif math.prod(map(_digits, factors)) > _MAX_MULTIPLE:
-        problem = f"multipleOf with a product of digits up to {_MAX_MULTIPLE}, got more; use smaller ones"
+    elif abs(math.prod(factors)) > _MAX_MULTIPLE:
+        problem = f"multipleOf with a product up to {_MAX_MULTIPLE}, got more; use smaller ones"
     if problem is not None:
         raise invalid_value("response_format", f"expected a schema of {problem}")
-
-
-def _digits(factor: float) -> int:
-    """Return 25 for 0.25 and for 2500: powers of ten cost the compiler nothing."""
-    if not abs(factor) < 1e12:
-        return _MAX_MULTIPLE + 1
-    return int(repr(abs(float(factor))).partition("e")[0].replace(".", "").strip("0") or "1")
 
 
 def _items(value: Any) -> list[Any]:

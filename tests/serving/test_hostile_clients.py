@@ -325,7 +325,7 @@ def test_a_form_that_would_hold_the_bundle_is_refused(strict: RunningServer, cas
     assert_refused(strict.ask(**fields), 400, expected)
 
 
-@pytest.mark.parametrize("value", [0.01, 25, 2500, 0.25, 9999, 1e11, True, {"type": "integer"}, "text"])
+@pytest.mark.parametrize("value", [0.01, 25, 2500, 0.25, 9999, 0.0001, True, {"type": "integer"}, "text"])
 def test_a_small_multiple_is_no_reason_to_refuse(value: Any) -> None:
     body = json.dumps({**GOOD, **schema({"type": "number", "multipleOf": value})}).encode()
     assert parse_chat(body, max_parts=9).response_format is not None
