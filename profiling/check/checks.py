@@ -30,12 +30,12 @@ from trio_edge.profiling.check.answers import (
     exact_difference,
     largest_difference,
 )
-from trio_edge.profiling.measure.measuring import PROMPT, measured_sizes, resident_bytes
+from trio_edge.profiling.measure.measuring import PROMPT, measured_sizes
 from trio_edge.runtime.backends.registry import BACKENDS, make_backend
 from trio_edge.runtime.bundle.errors import BackendError, TrioEdgeError
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
-from trio_edge.runtime.devices.machine import cuda_problem, find_host
+from trio_edge.runtime.devices.machine import cuda_problem, find_host, process_bytes
 from trio_edge.runtime.engines.build import BuildOptions, BuildPlan, build_engines, plan_build
 from trio_edge.runtime.engines.files import open_engines
 from trio_edge.runtime.engines.package import ENGINE_BACKENDS, EngineBackend, is_installed, load_tensorrt
@@ -143,10 +143,10 @@ def check_backends(
 
 def absent_reason(backend: str) -> str | None:
     """Return the reason why a backend cannot run on this machine; None if it can."""
-    for engine_backend in ENGINE_BACKENDS:
-        if backend == engine_backend and not is_installed(engine_backend):
+    if backend in ENGINE_BACKENDS:
+        if not is_installed(backend):
             return "not installed"
-    if backend not in ENGINE_BACKENDS:
+    else:
         if find_spec("onnxruntime") is None:
             return 'not installed; pip install "trio-edge[ort]"'
         from trio_edge.runtime.backends.onnxruntime import has_provider
@@ -285,7 +285,7 @@ def memory_in_use() -> dict[str, int]:
     Only differences of the GPU's values have a meaning.
     """
     gc.collect()
-    found = {"host": resident_bytes() or 0}
+    found = {"host": process_bytes("VmRSS") or 0}
     if cuda_problem() is None:
         device = CudaDevice(load_cuda())
         try:

@@ -67,7 +67,8 @@ def command(bundle: Path | None, hours: float | None, as_json: bool) -> int:
         for result in check_backends(bundle, place, starting=starting, **settings):
             results.append(result)
             if not as_json:
-                print(line_of(result), flush=True)
+                check = f"{result.backend}, {result.check}"
+                print(f"{result.status:10}{check:34}{' '.join(result.text.split())}", flush=True)
     if as_json:
         print(json.dumps(as_dict(facts, results), indent=1))
     if all(result.status == "not here" for result in results):
@@ -109,12 +110,6 @@ def facts_in_words(facts: dict[str, Any]) -> dict[str, str]:
         "power mode": facts["power_mode"] or "unknown: no nvpmodel here",
         "memory": f"{memory}{free}",
     }
-
-
-def line_of(result: CheckResult) -> str:
-    """Return the line for one check."""
-    text = " ".join(result.text.split())
-    return f"{result.status:10}{f'{result.backend}, {result.check}':34}{text}"
 
 
 def as_dict(facts: dict[str, Any], results: Sequence[CheckResult]) -> dict[str, Any]:

@@ -5,14 +5,14 @@ The device returns the most likely tokens, which suffice for greedy decoding and
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 import msgspec
 import numpy as np
 
-from trio_edge.runtime.bundle.errors import BackendError, ShapeError
-from trio_edge.runtime.bundle.generation import SAMPLING_SETTINGS
+from trio_edge.runtime.bundle.errors import BackendError, PromptTooLongError, ShapeError
+from trio_edge.runtime.bundle.generation import LIMIT_SETTINGS, SAMPLING_SETTINGS
 from trio_edge.runtime.bundle.limits import is_number, is_whole
 
 if TYPE_CHECKING:
@@ -34,9 +34,32 @@ class TopTokens(NamedTuple):
 
 @final
 class Sampler:
-    """Chooses tokens; see ``make_sampler``."""
+    """Chooses a token id from logits."""
 
-    def __init__(self, *, temperature: float, top_p: float, top_k: int, seed: int | None) -> None:
+    def __init__(
+        self, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None
+    ) -> None:
+        """Check the arguments.
+
+        Args:
+            temperature: Divides the logits; 0 always takes the most likely token, and the lowest id of equal ones.
+            top_p: Sample from the smallest set of most likely tokens whose probabilities sum to this, in (0, 1].
+            top_k: Sample from the k most likely tokens and those equal to the last one; 0 means all.
+            seed: Makes the choices repeatable; None takes a seed from the operating system.
+
+        Raises:
+            ShapeError: If an argument is out of range.
+        """
+        if not is_number(temperature) or not 0.0 <= temperature <= sys.float_info.max:
+            raise ShapeError(
+                f"temperature: expected a number >= 0, got {temperature!r:.80}; use 0 for greedy decoding"
+            )
+        if not is_number(top_p) or not 0.0 < top_p <= 1.0:
+            raise ShapeError(f"top_p: expected 0 < top_p <= 1, got {top_p!r}; use 1 to switch it off")
+        if not is_whole(top_k) or top_k < 0:
+            raise ShapeError(f"top_k: expected a whole number >= 0, got {top_k!r}; use 0 to switch it off")
+        if seed is not None and (not is_whole(seed) or seed < 0):
+            raise ShapeError(f"seed: expected a whole number >= 0 or None, got {seed!r}; choose one")
         self._temperature, self._top_p, self._top_k = temperature, top_p, top_k
         # Greedy decoding draws nothing, and numpy imports its generators at first use, which takes 10 ms.
         self._generator = None if temperature == 0.0 else np.random.default_rng(seed)
@@ -290,14 +313,32 @@ def _logprobs(logits_V: NDArray[np.float32], token: int, count: int) -> TokenLog
 def has_rules(settings: GenerationSettings) -> bool:
     """Return whether any setting changes logits before a token is chosen."""
     neutral = type(settings)()
-    rules = set(settings.__struct_fields__) - {"do_sample", *SAMPLING_SETTINGS}
+    rules = set(settings.__struct_fields__) - {"do_sample", *SAMPLING_SETTINGS, *LIMIT_SETTINGS}
     return any(getattr(settings, name) != getattr(neutral, name) for name in rules)
 
 
+def answer_limit(settings: GenerationSettings, *, room: int, num_prompt: int) -> int:
+    """Return the most tokens of an answer for which the user sets no limit; ``room`` is the bundle's.
+
+    Raises:
+        PromptTooLongError: If a prompt of ``num_prompt`` tokens leaves nothing of the checkpoint's ``max_length``.
+    """
+    if settings.max_new_tokens is not None:
+        return min(settings.max_new_tokens, room)
+    if settings.max_length is None:
+        return room
+    if num_prompt >= settings.max_length:
+        raise PromptTooLongError(
+            f"prompt: expected fewer than {settings.max_length} tokens (max_length in the checkpoint's generation_config.json),"
+            f" got {num_prompt} with visual tokens; shorten it, or give max_new_tokens"
+        )
+    return min(settings.max_length - num_prompt, room)
+
+
 def sampler_of(settings: GenerationSettings, **given: Any) -> Sampler:
-    """Return a sampler of the checkpoint's ``settings``; arguments of ``make_sampler`` that are not None replace them."""
+    """Return a sampler of the checkpoint's ``settings``; arguments of ``Sampler`` that are not None replace them."""
     own = {name: getattr(settings, name) for name in SAMPLING_SETTINGS} if settings.do_sample else {}
-    return make_sampler(**own | {name: value for name, value in given.items() if value is not None})
+    return Sampler(**own | {name: value for name, value in given.items() if value is not None})
 
 
 def with_overrides(settings: GenerationSettings, overrides: Mapping[str, object]) -> GenerationSettings:
@@ -313,33 +354,6 @@ def with_overrides(settings: GenerationSettings, overrides: Mapping[str, object]
         except (msgspec.ValidationError, UnicodeError) as error:  # the second for lone surrogates
             raise ShapeError(f"{name}: expected a setting in range, got {value!r} ({error})") from None
     return msgspec.structs.replace(settings, **given)
-
-
-def make_sampler(
-    temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None
-) -> Sampler:
-    """Return a sampler that chooses a token id from logits.
-
-    Args:
-        temperature: Divides the logits; 0 always takes the most likely token, and the lowest id of equal ones.
-        top_p: Sample from the smallest set of most likely tokens whose probabilities sum to this, in (0, 1].
-        top_k: Sample from the k most likely tokens and those equal to the last one; 0 means all.
-        seed: Makes the choices repeatable; None takes a seed from the operating system.
-
-    Raises:
-        ShapeError: If an argument is out of range.
-    """
-    if not is_number(temperature) or not 0.0 <= temperature < math.inf:
-        raise ShapeError(
-            f"temperature: expected a number >= 0, got {temperature!r}; use 0 for greedy decoding"
-        )
-    if not is_number(top_p) or not 0.0 < top_p <= 1.0:
-        raise ShapeError(f"top_p: expected 0 < top_p <= 1, got {top_p!r}; use 1 to switch it off")
-    if not is_whole(top_k) or top_k < 0:
-        raise ShapeError(f"top_k: expected a whole number >= 0, got {top_k!r}; use 0 to switch it off")
-    if seed is not None and (not is_whole(seed) or seed < 0):
-        raise ShapeError(f"seed: expected a whole number >= 0 or None, got {seed!r}; choose one")
-    return Sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
 
 
 def _checked(logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
