@@ -29,22 +29,24 @@ _MAX_SCHEMA_BYTES = 1 << 16
 _MAX_PATTERNS = 12
 _MAX_MULTIPLE = 10_000
 
-# Fields that are known but not supported, and the value that asks for nothing.
-_NEUTRAL: dict[str, Any] = {"store": False, "metadata": {}}
-_TOOLS: dict[str, tuple[object, ...]] = {
+# Fields that are known but not supported, and the values that ask for nothing.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
     "tools": ([],),
     "functions": ([],),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
+    "store": (False,),
+    "metadata": ({},),
 }
-_NEUTRAL_IN_TURN: dict[str, Any] = {
-    "name": None,
-    "refusal": None,
-    "audio": None,
-    "function_call": None,
-    "tool_calls": [],
-    "annotations": [],
+_NEUTRAL_IN_TURN: dict[str, tuple[object, ...]] = {
+    "name": (),
+    "refusal": (),
+    "audio": (),
+    "function_call": (),
+    "tool_calls": ([],),
+    "annotations": ([],),
 }
+_TOOLS = ("tools", "functions", "tool_choice", "function_call", "tool_calls")
 
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
@@ -270,29 +272,16 @@ def _field_error(message: str) -> RequestError:
 
 
 def _check_neutral(chat: ChatRequest) -> None:
-    for name, neutral in _TOOLS.items():
-        if (value := getattr(chat, name)) is not None and value not in neutral:
-            message = (
-                f"{name}: this server calls no functions; remove the field, or ask for JSON with response_format and call"
-                " the function yourself"
-            )
-            raise RequestError(400, message, code="unsupported_parameter", param=name)
-    for name, neutral in _NEUTRAL.items():
-        _check_empty(name, getattr(chat, name), neutral)
-    for number, turn in enumerate(chat.messages):
-        for name, neutral in _NEUTRAL_IN_TURN.items():
-            _check_empty(f"messages[{number}].{name}", getattr(turn, name), neutral)
-
-
-def _check_empty(name: str, value: object, neutral: object) -> None:
-    if value is not None and value != neutral:
-        only = "no value" if neutral is None else f"only {neutral!r}"
-        raise RequestError(
-            400,
-            f"{name}: expected {only}, got {value!r:.80}; this server does not support it, remove it",
-            code="unsupported_parameter",
-            param=name.split("]")[-1].lstrip("."),
-        )
+    turns = [(f"messages[{number}].", turn, _NEUTRAL_IN_TURN) for number, turn in enumerate(chat.messages)]
+    for where, holder, fields in (("", chat, _NEUTRAL), *turns):
+        for name, neutral in fields.items():
+            if (value := getattr(holder, name)) is None or value in neutral:
+                continue
+            only = f"only {neutral[0]!r}" if neutral else "no value"
+            problem = f"expected {only}, got {value!r:.80}; this server does not support it, remove it"
+            if name in _TOOLS:
+                problem = "this server calls no functions; remove it, or ask for JSON and call the function yourself"
+            raise RequestError(400, f"{where}{name}: {problem}", code="unsupported_parameter", param=name)
 
 
 def _check_sizes(chat: ChatRequest, *, max_parts: int) -> None:
