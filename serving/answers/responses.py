@@ -14,6 +14,8 @@ from trio_edge.serving.requests.responses import parse_response
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from trio_edge.serving.requests.errors import RequestError
+
 
 @final
 class ResponseWriter(AnswerWriter):
@@ -22,10 +24,14 @@ class ResponseWriter(AnswerWriter):
     def __init__(self, body: bytearray, max_parts: int) -> None:
         """Read the request; raises RequestError as ``parse_response``."""
         self._asked, self.chat = parse_response(body, max_parts=max_parts)
-        self.renamed, self._number = self._asked.renamed, 0  # type: ignore[method-assign]
+        self._number = 0
         self._id, self._item_id = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
         self._place = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
         self._text, self._scores, self._trio = "", list[Any](), dict[str, Any]()
+
+    def renamed(self, error: RequestError) -> RequestError:
+        """Return an error with the names of a response's fields."""
+        return self._asked.renamed(error)
 
     def result(self, events: Sequence[Event], usage: dict[str, Any]) -> dict[str, Any]:
         """Return a ``response``."""
