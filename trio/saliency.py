@@ -339,7 +339,7 @@ class ProxySaliency(nn.Module):
 
         # If the model is certain, squares of its gradients underflow in float32: scale the largest to 1, and back at the end.
         # The added 0 gives a gradient without rows a largest element.
-        largest = torch.cat([gradient_RD.abs().flatten(), gradient_RD.new_zeros(1)]).amax(0)
+        largest = torch.cat([gradient_RD.abs().reshape(-1), gradient_RD.new_zeros(1)]).amax(0)
         scale = torch.where(largest > 0, largest, 1.0)
         gradient_RD = gradient_RD / scale
         if not self.is_quantized:
@@ -515,7 +515,7 @@ def _rotate_back(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _half_turn(rows: Tensor) -> Tensor:
-    first, second = rows.chunk(2, dim=-1)
+    first, second = torch.split(rows, rows.shape[-1] // 2, dim=-1)
     return torch.cat([-second, first], dim=-1)
 
 
@@ -533,9 +533,12 @@ def _forward_product(rows: Tensor, linear: Any) -> Tensor:
 
 
 def _unflatten(rows: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:
-    """``Tensor.unflatten``, which torch leaves untyped."""
-    result: Tensor = rows.unflatten(axis, sizes)  # type: ignore[no-untyped-call]
-    return result
+    """``Tensor.unflatten`` with the size of -1 worked out, since rows may have no elements."""
+    axis %= rows.dim()
+    rest = rows.shape[axis] // math.prod(size for size in sizes if size != -1)
+    return rows.reshape(
+        *rows.shape[:axis], *(rest if size == -1 else size for size in sizes), *rows.shape[axis + 1 :]
+    )
 
 
 def _unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,15 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import onnx_ir as ir
 import torch
-from onnxscript import optimizer, version_converter
+from onnxscript import opset18, optimizer, version_converter
+from onnxscript.function_libs.torch_lib.ops import core
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -47,6 +49,20 @@ _TRACING_LOG = "torch.onnx._internal.exporter._registration"
 _OPTIMIZER_LOG = "onnx_ir.passes.common.initializer_deduplication"
 # Sizes of symbols while tracing. All differ, and none is 0 or 1, so that torch.export neither merges nor fixes axes.
 _TRACE_BASE = {"B": 3, "C": 11}
+
+
+_aten = torch.ops.aten
+# Operators that torch would take apart before it translates them, for which it would capture the module a second time.
+_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    _aten.contiguous.default: core.aten_contiguous,
+    _aten.flatten.using_ints: core.aten_flatten,
+    _aten.numpy_T.default: lambda x: opset18.Transpose(x),
+    _aten.reshape.default: core.aten_view,  # torch's translation takes a size of 0 for a wildcard
+    _aten.rsub.Scalar: lambda x, other, _alpha=1: opset18.Sub(opset18.CastLike(other, x), x),
+    _aten.to.dtype: lambda x, dtype, *_: opset18.Cast(x, to=dtype),
+    _aten.__and__.Tensor: lambda x, y: opset18.And(x, y) if _is_bool(x) else opset18.BitwiseAnd(x, y),
+    _aten.__or__.Tensor: lambda x, y: opset18.Or(x, y) if _is_bool(x) else opset18.BitwiseOr(x, y),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +108,7 @@ def trace_graph(
     Its I/O tensors have the names and shapes of ``inputs`` and ``outputs``. Parameters and buffers of ``module`` become
     initializers without values; literals have values.
     """
-    with _errors_only(_TRACING_LOG), warnings.catch_warnings(), torch.no_grad():
+    with _errors_only(_TRACING_LOG), _captured_once(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
@@ -103,6 +119,7 @@ def trace_graph(
                 verbose=False,
                 opset_version=opset,
                 dynamic_shapes=dynamic_shapes,
+                custom_translation_table=_TRANSLATIONS,
             )
         except RuntimeError as error:
             raise _system_error(error) or error from None
@@ -116,6 +133,40 @@ def trace_graph(
         value.const_value = None  # fake, under FakeTensorMode; attach_weights sets the real one
     _optimize(model)
     return model
+
+
+@contextmanager
+def _captured_once() -> Iterator[None]:
+    """Let torch capture a module once if each of its operators has a translation, which takes half the time."""
+    program_type = torch.export.ExportedProgram
+    decompose = program_type.run_decompositions
+
+    def decompose_if_needed(
+        program: torch.export.ExportedProgram, table: Any
+    ) -> torch.export.ExportedProgram:
+        program.graph.eliminate_dead_code()
+        operators = {node.target for node in program.graph.nodes if node.op == "call_function" and node.users}
+        return decompose(program, table) if any(_is_apart(op, table) for op in operators) else program
+
+    with mock.patch.object(program_type, "run_decompositions", decompose_if_needed):
+        yield
+
+
+def _is_bool(value: ir.Value) -> bool:
+    return value.dtype == ir.DataType.BOOL
+
+
+def _is_apart(operator: Any, table: Any) -> bool:
+    """Return whether torch has to take ``operator`` apart.
+
+    It has no translation, writes to its input, holds a graph, or is a view whose translation may differ from that of its parts.
+    """
+    if not isinstance(operator, torch._ops.OpOverload):
+        return isinstance(operator, torch._ops.HigherOrderOperator)
+    if operator in _TRANSLATIONS:
+        return False
+    is_view = any(output.alias_info is not None for output in operator._schema.returns)
+    return operator in table or operator._schema.is_mutable or (is_view and operator._can_decompose())
 
 
 def _system_error(error: BaseException) -> OSError | None:

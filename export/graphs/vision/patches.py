@@ -110,10 +110,11 @@ def _head_blocks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield float32 weights [B, h, R, R] and mixed values [B, h, R, E] of blocks of h heads."""
     heads, size = module.num_heads, module.head_dim
-    rotated = _rotated(torch.unflatten(qkv_BRX[..., : 2 * module.dim], -1, (2 * heads, size)), rows)
+    by_head = qkv_BRX.reshape(*qkv_BRX.shape[:2], 3 * heads, size)
+    rotated = _rotated(by_head[:, :, : 2 * heads], rows)
     # scaling the query, not the scores, keeps float16 scores in range
     query, key = rotated[:, :, :heads] * module.scaling, rotated[:, :, heads:]
-    value = torch.unflatten(qkv_BRX[..., 2 * module.dim :], -1, (heads, size))
+    value = by_head[:, :, 2 * heads :]
     step = heads // head_blocks
     for start in range(0, heads, step):
         query_BRhE, key_BRhE, value_BRhE = (

@@ -100,11 +100,10 @@ class WindowedVision(nn.Module):
             return tokens_MD.index_select(0, token_index)
         merged = self.merge_size**2
         local_M, global_M = (
-            torch.unflatten(scores_P, 0, (-1, merged)).mean(dim=-1)
-            for scores_P in (received[0], received[-1])
+            scores_P.reshape(-1, merged).mean(dim=-1) for scores_P in (received[0], received[-1])
         )
         is_real_M = torch.arange(tokens_MD.shape[0]) * merged < num_patches
-        first_2M = torch.unflatten(patch_positions, 1, (-1, merged))[:, :, 0].to(torch.float32)
+        first_2M = patch_positions.reshape(2, -1, merged)[:, :, 0].to(torch.float32)
         row_M, column_M = torch.floor(first_2M / self.merge_size)
         kept_K = select_tokens(local_M, global_M, row_M, column_M, is_real_M, num_keep=self.num_keep)
         rows_KD = merge_into_kept(tokens_MD, kept_K, is_real_M)
@@ -179,7 +178,7 @@ class WindowedEncoder(nn.Module):
         is_used_WQ = window_slots >= 0
         patch_of_slot = torch.where(is_used_WQ, window_slots, 0).flatten()
         shape_WQ = window_slots.shape
-        in_windows = torch.unflatten(patch_positions.index_select(1, patch_of_slot), 1, shape_WQ)
+        in_windows = patch_positions.index_select(1, patch_of_slot).reshape(2, *shape_WQ)
         windows = rows_at(self.inv_freq, in_windows, is_used_WQ)
         # a dynamic axis has no number while it is traced
         num_rows = pixel_values.shape[0] if isinstance(pixel_values.shape[0], int) else self.max_patches
@@ -197,7 +196,7 @@ class WindowedEncoder(nn.Module):
                 else:
                     mixed_PD = attention(block.attn, qkv_P[None], whole, head_blocks=head_blocks)[0]
             else:
-                qkv_WQ = torch.unflatten(qkv_P.index_select(0, patch_of_slot), 0, shape_WQ)
+                qkv_WQ = qkv_P.index_select(0, patch_of_slot).reshape(*shape_WQ, qkv_P.shape[-1])
                 mixed_PD = attention(block.attn, qkv_WQ, windows).flatten(0, 1).index_select(0, patch_slot)
             hidden_PD = hidden_PD + block.attn.proj(mixed_PD).float()
             hidden_PD = hidden_PD + _mlp(block.mlp, block.norm2(hidden_PD))

@@ -213,7 +213,7 @@ def _projected(linear: Any, rows_RD: Tensor, head_size: int) -> Tensor:
 
 
 def _rotate(rows_RHE: Tensor, cos_RE: Tensor, sin_RE: Tensor) -> Tensor:
-    first, second = rows_RHE.chunk(2, dim=-1)
+    first, second = torch.split(rows_RHE, rows_RHE.shape[-1] // 2, dim=-1)
     half_turn_RHE = torch.cat([-second, first], dim=-1)
     cos_R1E, sin_R1E = cos_RE[:, None].to(rows_RHE.dtype), sin_RE[:, None].to(rows_RHE.dtype)
     return rows_RHE * cos_R1E + half_turn_RHE * sin_R1E
