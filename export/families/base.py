@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import transformers
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 
 from trio_edge.export.checkpoints.checkpoint import HEAD_NAME, read_json
@@ -341,10 +342,13 @@ def require_processor(checkpoint: Checkpoint, **wanted: object) -> None:
 def check_decoder(text_config: Any, *, folder: Path) -> None:
     """Raise CheckpointError if the decoder that ``text_config`` describes is not supported at any length."""
     rope, known = _rope(text_config), (*_FIXED_ROPE_TYPES, *_GROWING_ROPE_TYPES)
+    theta, act = rope.get("rope_theta", 1.0), getattr(text_config, "hidden_act", "silu")
     rope_type, rotary = rope.get("rope_type"), rope.get("partial_rotary_factor", 1.0)
     unknown = set(getattr(text_config, "layer_types", None) or ()) - set(_LAYER_TYPES)
     for name, is_supported, expected, got in (
         ("rope_type", rope_type in known, f"one for all layers, of {', '.join(known)}", repr(rope_type)),
+        ("rope_theta", isinstance(theta, (int, float)) and 0 < theta < 1e18, "0..1e18", f"{theta!r:.100}"),
+        ("hidden_act", act in ACT2FN, "an activation of transformers", f"{act!r:.100}"),
         ("partial_rotary_factor", rotary == 1.0, "1", str(rotary)),
         ("layer_types", not unknown, " or ".join(_LAYER_TYPES), ", ".join(sorted(unknown))),
     ):
