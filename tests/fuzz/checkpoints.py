@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import shutil
+import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from tests.checkpoints import save_checkpoint
-from tests.fuzz.subject import Outcome, judged
+from tests.fuzz.subject import Outcome, Subject, judged
 from tests.fuzz.values import hostile, mutated, places
 from tests.internvl_checkpoints import save_internvl_checkpoint
 from tests.onevision_checkpoints import save_onevision_checkpoint
@@ -23,7 +27,6 @@ from trio_edge.trio.budgets import ScheduleRequest
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable
-    from pathlib import Path
 
 FAMILIES: dict[str, Callable[[Path], object]] = {
     "llava": lambda folder: save_checkpoint(folder, family="llava"),
@@ -75,6 +78,20 @@ def checkpoint(rng: random.Random, original: Path, folder: Path) -> tuple[str, O
     if (seconds := time.process_time() - start) > _MOST_SECONDS:
         outcome = Outcome("broken", f"took {seconds:.0f} s: {outcome.text}")
     return f"{name}: {_difference(values, changed)}", outcome
+
+
+@functools.cache
+def _original(family: str) -> Path:
+    """Return a checkpoint that this process makes once."""
+    folder = Path(tempfile.mkdtemp(prefix="trio-fuzz-checkpoint-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    FAMILIES[family](folder / "ck")
+    return folder / "ck"
+
+
+def changed_checkpoint(rng: random.Random, subject: Subject) -> Outcome:
+    """A checkpoint of any family with a changed file, exported as far as tracing."""
+    return checkpoint(rng, _original(rng.choice(sorted(FAMILIES))), subject.folder)[1]
 
 
 def _one_setting(rng: random.Random, values: Any) -> Any:

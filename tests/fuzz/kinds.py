@@ -6,7 +6,7 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from tests.fuzz import images, prompts, templates, tokenizers_
+from tests.fuzz import checkpoints, images, prompts, templates, tokenizers_
 from tests.fuzz.commands import run_command
 from tests.fuzz.subject import Outcome, Subject, judged
 from tests.fuzz.values import damaged, mutated
@@ -87,13 +87,14 @@ def files(rng: random.Random, subject: Subject) -> Outcome:
 
 
 KINDS: dict[str, tuple[int, Callable[[random.Random, Subject], Outcome]]] = {
-    "manifest": (300, manifest),
+    "manifest": (290, manifest),
     "template": (200, templates.template),
     "tokenizer": (200, tokenizers_.tokenizer),
     "image": (150, images.image),
     "prompt": (60, prompts.prompt),
     "file": (60, files),
     "command": (20, run_command),
+    "checkpoint": (10, checkpoints.changed_checkpoint),
     "bundle": (10, bundle),
 }
 """Share of all inputs in thousandths, and what runs one."""
