@@ -18,12 +18,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trio_edge.export.checkpoints.checkpoint import (
-    EMBEDDING_NAME,
-    canonical_name,
-    only_checkpoint_errors,
-    read_checkpoint,
-)
+from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, canonical_name, read_checkpoint
 from trio_edge.export.checkpoints.text_files import read_text_files
 from trio_edge.export.families import family_of
 from trio_edge.export.graphs.attention import RotaryTables
@@ -108,13 +103,10 @@ def load_model(
     place = _device(device)
     checkpoint = read_checkpoint(model, revision=revision, check_config=family_of)
     family = family_of(checkpoint.folder, checkpoint.config)
-    with only_checkpoint_errors(checkpoint.folder):
+    with checkpoint.guarded():
         images = family.image_processing(checkpoint, encoder_keep=None, max_visual=max_visual)
-        text = read_text_files(
-            checkpoint,
-            default_template=family.default_chat_template(checkpoint),
-            image_marks=family.image_marks,
-        )
+        template = family.default_chat_template(checkpoint)
+        text = read_text_files(checkpoint, default_template=template, image_marks=family.image_marks)
         # real initial values would need the whole model's memory, and time
         with FakeTensorMode(allow_non_fake_inputs=True):
             parts = family.build(checkpoint, processing=images, dtype="float32", with_features=False)

@@ -84,14 +84,14 @@ def read_text_files(
     tokenizer = load_tokenizer(checkpoint)
     backend = tokenizer.backend_tokenizer
     _check_rules(backend.to_str().encode(), where=folder)
-    image_id = config.get("image_token_index", config.get("image_token_id"))
+    image_id: Any = config.get("image_token_index", config.get("image_token_id"))
     image_token = _token(backend, image_id)
     if image_token is None:
         raise CheckpointError(
             f"{folder}: expected image_token_index to be the id of a token, got {image_id};"
             " use the checkpoint's own tokenizer files"
         )
-    video_id = config.get("video_token_id")
+    video_id: Any = config.get("video_token_id")
     video_token = _token(backend, video_id)
     template = _with_special_tokens(_chat_template(folder) or default_template, tokenizer)
     if any(image_marks):  # no processor adds them at run time
