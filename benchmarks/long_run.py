@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from parts.arguments import errors_in_one_line, parser_for, positive
 from parts.tables import markdown
 
-from trio_edge.profiling.measure.measuring import resident_bytes
+from trio_edge.runtime.devices.machine import process_bytes
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _row(number: int, times: Sequence[float]) -> tuple[str, ...]:
     median, late = statistics.median(times), sorted(times)[int(0.95 * (len(times) - 1))]
     files, threads = _count("/proc/self/fd"), _count("/proc/self/task")
     gc.collect()
-    resident = (resident_bytes() or 0) / 1e6
+    resident = (process_bytes("VmRSS") or 0) / 1e6
     return (str(number), f"{median:.1f}", f"{late:.1f}", f"{resident:.1f}", str(files), str(threads))
 
 

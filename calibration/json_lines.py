@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar, final
 import msgspec
 
 from trio_edge.runtime.bundle.errors import DataError
+from trio_edge.runtime.bundle.files import lock_folder, unlock_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SUFFIX = ".jsonl"
-LOCK_NAME = ".lock"
 _ENCODER = msgspec.json.Encoder()
 Header = TypeVar("Header", bound=msgspec.Struct)
 Result = TypeVar("Result")
@@ -95,9 +95,8 @@ def opened_results(
         results, known = ResultFile(file, path), list[Result]()
         if b"\n" not in data:
             results.append(header)
-        for number, line in enumerate(
-            data.split(b"\n")[1:-1], start=2
-        ):  # the last one is empty or incomplete
+        # the last line is empty or incomplete
+        for number, line in enumerate(data.split(b"\n")[1:-1], start=2):
             try:
                 known.append(msgspec.json.decode(line, type=kind))
             except (msgspec.DecodeError, UnicodeDecodeError):
@@ -119,19 +118,13 @@ def work_folder(folder: Path | None) -> Iterator[Path]:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trio-edge-")))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((folder / LOCK_NAME).open("wb"))
+            stack.callback(unlock_folder, lock_folder(folder))
+        except BlockingIOError:
+            raise DataError(
+                f"{folder}: expected one run at a time, got a second one; wait, or choose another folder"
+            ) from None
         except OSError as error:
             raise DataError(
                 f"{folder}: expected a folder to write to ({error.strerror}); choose another"
-            ) from None
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows has no such lock; two runs at once only repeat work
-            pass
-        except OSError:
-            raise DataError(
-                f"{folder}: expected one run at a time, got a second one; wait, or choose another folder"
             ) from None
         yield folder

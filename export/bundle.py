@@ -95,6 +95,11 @@ def export_bundle(
     source = read(options)
     with source.checkpoint.guarded():
         resolved = resolve(options, source)
+    if (wanted := resolved.generation.max_new_tokens or 0) > options.max_new_tokens:
+        progress.warn(
+            f"generation_config.json max_new_tokens: expected at most {options.max_new_tokens} (--max-new-tokens), got {wanted};"
+            " answers end sooner than the checkpoint's"
+        )
     with without_values(resolved.dtype):
         with source.checkpoint.guarded():
             plan = build(options, source, resolved)

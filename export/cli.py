@@ -17,7 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 from trio_edge.export.options import ExportOptions
 from trio_edge.export.options import Progress as Callbacks
 from trio_edge.export.quantize.plan import parse_plan
-from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError, printable
 from trio_edge.runtime.bundle.schedule import Budget, Positions, ProbeRows, Schedule
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
@@ -205,7 +205,7 @@ _OPTIONS = (
     _option(
         "--follow-ups",
         bool,
-        "Lets the runtime keep an image for further questions, so that only their text runs; for --keep all.",
+        "Lets the runtime keep an image's rows before the first reduction for further questions; pays most with --keep all.",
     ),
     _option("--max-text", int, "Largest prompt, in text tokens."),
     _option(
@@ -283,7 +283,7 @@ def _run(
         with ctrl_c_held():  # importing torch turns Ctrl-C into other errors
             _import_exporter(quiet=quiet)
         manifest = _export(options, Console(stderr=True, quiet=quiet), check)
-        print(_summary(manifest, options.out))
+        print(printable(_summary(manifest, options.out), but="\n"))
         return 0
 
 

@@ -246,7 +246,7 @@ def _image_profiles(
     if options.num_units == 1:
         return ImageProfiles(sizes=sizes, largest=largest)
     others, several = sizes, largest
-    if (of_several := processing.of_several()) != processing and options.max_images > 1:
+    if options.max_images > 1 and (of_several := processing.of_several()) != processing:
         others, several = _sizes(of_several, options)
     units = []  # pairs of frames, for each image size, in a video of the most frames
     if videos is not None and options.max_frames is not None:

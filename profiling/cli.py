@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 PATH = click.Path(path_type=Path)
-_PREDICTING = frozenset({"devices", "model", "keep", "image_size", "num_images", "precision", "num_text"})
-"""Parameters of ``_predict`` and ``plan_for`` that are options."""
+_PREDICTING = {"devices"}
+"""Parameters of ``_predict`` and ``plan_for`` that are options; ``_wish`` adds the others."""
 _SHARED = ("bundle", "new_tokens", "json_file")
 """Parameters of both measuring and predicting."""
 
@@ -42,6 +42,12 @@ def _parsed_size(
     _context: click.Context, _option: click.Parameter, text: str | None
 ) -> tuple[int, int] | None:
     return None if text is None else parse_size(text)
+
+
+def _wish(name: str, parameter: str, text: str, **settings: Any) -> Callable[[Any], Any]:
+    """Return an option that needs --predict."""
+    _PREDICTING.add(parameter)
+    return click.option(name, parameter, help=f"With --predict: {text}", **settings)
 
 
 @click.command("trio-profile", context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -78,35 +84,18 @@ def _parsed_size(
     metavar="DEVICE",
     help="Predict the times on this device and measure nothing; several names separated by commas, or all.",
 )
-@click.option(
-    "--model", metavar="NAME", help="With --predict: predict for a released model instead of BUNDLE."
-)
-@click.option("--keep", metavar="PERCENT", help="With --predict: average keep. [default: BUNDLE's schedule]")
-@click.option(
-    "--image-size",
-    metavar="WxH",
-    callback=_parsed_size,
-    help="With --predict: image size in pixels. [default: BUNDLE's largest]",
-)
-@click.option(
-    "--images",
-    "num_images",
-    type=click.IntRange(1),
-    help="With --predict: images per prompt, or pairs of video frames. [default: as many as BUNDLE allows]",
-)
-@click.option(
-    "--dtype",
-    "precision",
-    type=click.Choice(PRECISIONS),
-    help="With --predict: format of the decoder's weights.",
-)
-@click.option(
-    "--text",
-    "num_text",
-    type=click.IntRange(1),
-    default=40,
-    help="With --predict: text tokens of the prompt.",
-)
+@_wish("--model", "model", "predict for a released model instead of BUNDLE.", metavar="NAME")
+@_wish("--keep", "keep", "average keep. [default: BUNDLE's schedule]", metavar="PERCENT")
+@_wish(
+    "--image-size", "image_size", "image size in pixels. [default: BUNDLE's largest]",
+    metavar="WxH", callback=_parsed_size,
+)  # fmt: skip
+@_wish(
+    "--images", "num_images",
+    "images per prompt, or pairs of video frames. [default: as many as BUNDLE allows]", type=click.IntRange(1),
+)  # fmt: skip
+@_wish("--dtype", "precision", "format of the decoder's weights.", type=click.Choice(PRECISIONS))
+@_wish("--text", "num_text", "text tokens of the prompt.", type=click.IntRange(1), default=40)
 def command(
     bundle: Path | None,
     compare: tuple[Path, ...],

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
 import numpy as np
+
+from trio_edge.runtime.bundle.errors import BackendError, ShapeError, TrioEdgeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -14,6 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trio_edge.runtime.images.processing import ImageLayout
+    from trio_edge.runtime.model.sampling import TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -64,6 +69,8 @@ class Generation:
         """Token ids of the answer, including the stop token if one came."""
         self.first_logits: NDArray[np.float32] = np.empty(0, np.float32)
         """[V], logits of the first token; available with the first piece."""
+        self.logprobs: list[TokenLogprobs] = []
+        """Of each token of ``token_ids``, if ``num_logprobs`` was given."""
         self.kept: list[NDArray[np.int32]] = []
         """Kept tokens of each stage: ascending indices into the visual tokens of all images."""
         self.images: tuple[Image.Image, ...] = ()
@@ -72,14 +79,40 @@ class Generation:
         """Layout of each image's visual tokens that entered the decoder."""
         self.is_cancelled = False
         self._pieces: list[str] = []
+        self._failure: TrioEdgeError | None = None
+        self._lock = threading.Lock()
+        """Held while a piece is generated."""
         self._steps = steps(self)
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the answer's text piece by piece."""
-        yield from tuple(self._pieces)
-        for piece in self._steps:
+        """Yield the answer's text piece by piece.
+
+        Raises:
+            TrioEdgeError: If the answer failed, also when it is read again, or another thread is reading it.
+        """
+        index = 0
+        while index < len(self._pieces) or self._advance():
+            yield self._pieces[index]
+            index += 1
+
+    def _advance(self) -> bool:
+        """Generate one more piece; return False at the end."""
+        if self._failure is not None:
+            raise copy(self._failure)
+        if not self._lock.acquire(blocking=False):
+            raise ShapeError("answer: expected one thread that reads it, got a second one; use one thread")
+        try:
+            piece = next(self._steps, None)
+        except BaseException as error:
+            # A copy, because the error itself holds this object in a cycle, and the pipeline.
+            text = f"answer: expected a whole one, it ended with {type(error).__name__}: {error}; ask again"
+            self._failure = copy(error) if isinstance(error, TrioEdgeError) else BackendError(text)
+            raise
+        finally:
+            self._lock.release()
+        if piece is not None:
             self._pieces.append(piece)
-            yield piece
+        return piece is not None
 
     def cancel(self) -> None:
         """End the answer at the next token. Any thread may call this."""
@@ -92,7 +125,7 @@ class Generation:
 
     @property
     def text(self) -> str:
-        """The whole answer; generates the part that has not been streamed yet."""
+        """The whole answer; generates the part that has not been streamed yet, with the errors of iterating."""
         for _ in self:
             pass
         return "".join(self._pieces)

@@ -30,9 +30,11 @@ from trio_edge.runtime.model.decoder_prompt import write_prompt
 from trio_edge.runtime.model.programs import Programs
 from trio_edge.runtime.model.sampling import (
     AnswerRules,
+    Sampler,
+    TokenBias,
     TokenChooser,
+    answer_limit,
     has_rules,
-    make_sampler,
     sampler_of,
     with_overrides,
 )
@@ -106,12 +108,7 @@ class Pipeline:
     """An opened bundle with all its graphs loaded. Answers one question at a time, from any thread of its process."""
 
     def __init__(
-        self,
-        bundle: Bundle,
-        backend: Backend,
-        *,
-        keep_images: int = 0,
-        max_pixels: int = MAX_IMAGE_PIXELS,
+        self, bundle: Bundle, backend: Backend, *, keep_images: int = 0, max_pixels: int = MAX_IMAGE_PIXELS
     ) -> None:
         """Load the bundle's graphs with ``backend``; see ``from_bundle``."""
         if not is_whole(max_pixels) or not 1 <= max_pixels <= MOST_IMAGE_PIXELS:
@@ -126,7 +123,11 @@ class Pipeline:
         manifest = bundle.manifest
         self.manifest: Manifest = manifest
         self.backend_name = backend.name
-        self.images = image_processing(manifest.image_processing, encoder_keep=manifest.encoder_keep)
+        self.images = image_processing(
+            manifest.image_processing,
+            encoder_keep=manifest.encoder_keep,
+            profiles=manifest.graphs[0].profiles,
+        )
         videos = manifest.video_processing
         self._videos = None if videos is None else video_processing(videos, images=self.images)
         self.tokenizer = Tokenizer.from_file(bundle.path(manifest.text.tokenizer))
@@ -252,6 +253,10 @@ class Pipeline:
         repetition_penalty: float | None = None,
         no_repeat_ngram_size: int | None = None,
         min_new_tokens: int | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        num_logprobs: int | None = None,
         constraint: TokenConstraint | None = None,
         override: SelectorOverride | None = None,
     ) -> Generation:
@@ -262,7 +267,7 @@ class Pipeline:
                 reading order: ``{"type": "text", "text": …}``, ``{"type": "image", "image": …}`` with a path, the bytes of
                 a file or a PIL image, and ``{"type": "video", "video": …}`` with a file, a folder of frames or a list of
                 images, and optionally with "fps", "num_frames" and "source_fps".
-            max_new_tokens: Longest answer in tokens; None means the bundle's limit.
+            max_new_tokens: Longest answer in tokens; None means the checkpoint's setting, at most the bundle's limit.
             temperature: 0 is greedy. None, here and below, means the checkpoint's setting (``manifest.generation``).
             top_p: Sample from the most likely tokens whose probabilities sum to this.
             top_k: Sample from the k most likely tokens; 0 means all.
@@ -270,6 +275,10 @@ class Pipeline:
             repetition_penalty: Divisor for logits of tokens that occurred before; 1 means none.
             no_repeat_ngram_size: Length of token sequences that may not occur twice; 0 means no limit.
             min_new_tokens: Shortest answer in tokens.
+            presence_penalty: Subtracted from the logits of tokens of the answer; like ``frequency_penalty`` in [-2, 2].
+            frequency_penalty: Subtracted from the logit of a token each time that the answer has it.
+            logit_bias: Numbers in [-100, 100] to add to logits, by token id.
+            num_logprobs: Number of most likely tokens in ``Generation.logprobs``; None leaves that empty.
             constraint: Decides which tokens may come next, for instance by a grammar; a new one for each answer.
             override: Selects visual tokens on the host instead of the select graphs, for comparisons.
 
@@ -291,6 +300,11 @@ class Pipeline:
             raise ShapeError(
                 f"override: expected a function, got {type(override).__name__}; see SelectorOverride"
             )
+        if constraint is not None and not (hasattr(constraint, "allowed") and hasattr(constraint, "add")):
+            kind = type(constraint).__name__
+            raise ShapeError(
+                f"constraint: expected a TokenConstraint, got {kind}; give it allowed() and add()"
+            )
         overrides = {"repetition_penalty": repetition_penalty, "no_repeat_ngram_size": no_repeat_ngram_size}
         overrides["min_new_tokens"] = min_new_tokens
         settings = with_overrides(self.manifest.generation, overrides)
@@ -299,19 +313,28 @@ class Pipeline:
         ids = self._encode(messages, [part.inset for part in shown])
         prepared = [image for part in shown for image in part.prepared]
         self._vision.rows_for(prepared)  # refuses too many
-        rules = None
-        if has_rules(settings) or constraint is not None:
-            run_lengths = [length for image in prepared for length in image.layout.run_lengths]
+        run_lengths = [length for image in prepared for length in image.layout.run_lengths]
+        if max_new_tokens is None:
+            limit = answer_limit(settings, room=limit, num_prompt=ids.num_tokens + sum(run_lengths))
+        rules = bias = None
+        if presence_penalty or frequency_penalty or logit_bias:
+            bias = TokenBias(
+                self.manifest.token_embedding.shape[0],
+                logit_bias=logit_bias,
+                presence_penalty=presence_penalty,
+                frequency_penalty=frequency_penalty,
+            )
+        if has_rules(settings) or constraint is not None or bias is not None:
             prompt, stops = ids.all_ids(run_lengths).tolist(), self.manifest.text.stop_token_ids
             rules = AnswerRules(
-                settings, prompt_ids=prompt, stop_ids=stops, limit=limit, constraint=constraint
+                settings, prompt_ids=prompt, stop_ids=stops, limit=limit, constraint=constraint, bias=bias
             )
         request = _Request(
             images=tuple(image for part in shown for image in part.images),
             prepared=prepared,
             ids=ids,
             limit=limit,
-            chooser=TokenChooser(sampler, rules),
+            chooser=TokenChooser(sampler, rules, num_logprobs=num_logprobs),
             override=override,
             prepare_ms=1e3 * (time.perf_counter() - start),
         )
@@ -332,11 +355,13 @@ class Pipeline:
             ShapeError: If the KV caches have no room for the tokens.
             BackendError: If the pipeline is closed, or a graph fails.
         """
+        if not is_whole(count) or not is_whole(skip):
+            raise ShapeError(f"tokens: expected whole numbers, got {count!r:.80} and {skip!r:.80}; give some")
         with self._lock:
             self._check_open()
             self._running = None
             self._decoder.skip(skip)
-            chooser, times = TokenChooser(make_sampler()), []
+            chooser, times = TokenChooser(Sampler()), []
             for token in range(count):  # any tokens, because the time does not depend on them
                 start = time.perf_counter()
                 top = self._decoder.decode(np.asarray(self._embedding[token]))
@@ -405,6 +430,7 @@ class Pipeline:
     def _steps(self, request: _Request, generation: Generation) -> Iterator[str]:
         """Yield the pieces of an answer."""
         generation.images, generation.statistics.ttft_ms = request.images, request.prepare_ms
+        generation.logprobs = request.chooser.logprobs
         with self._lock:
             token = self._first_token(request, generation)
         statistics, stream = generation.statistics, DetokenizeStream(self.tokenizer)

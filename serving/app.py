@@ -1,4 +1,4 @@
-"""The HTTP interface as an ASGI app: OpenAI's chat completions, models, health, metrics and the page.
+"""The HTTP interface as an ASGI app: OpenAI's chat completions and responses, models, health, metrics and the page.
 
 Starlette routes the requests and msgspec reads them, so FastAPI and its pydantic are not needed.
 """
@@ -11,8 +11,8 @@ import hashlib
 import hmac
 import re
 import time
-from functools import cache
-from importlib import resources
+from functools import cache, partial
+from importlib import metadata, resources
 from typing import TYPE_CHECKING, Any, final
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -21,13 +21,16 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from trio_edge.serving.answers.endpoint import ChatEndpoint
+from trio_edge.serving.answers.completion import Completion
+from trio_edge.serving.answers.endpoint import AnswerEndpoint
+from trio_edge.serving.answers.responses import ResponseWriter
 from trio_edge.serving.answers.worker import Worker
 from trio_edge.serving.metrics import Metrics
-from trio_edge.serving.requests.body import BodyDrain
+from trio_edge.serving.requests.body import BodyReader, OrderlyEnd
 from trio_edge.serving.requests.errors import RequestError, request_error_from, unknown_model
 from trio_edge.serving.requests.media import MediaReader
 from trio_edge.serving.settings import ServerSettings
@@ -51,6 +54,8 @@ _FOREIGN_HOST = RequestError(
     "host: expected localhost, got another name; start trio-serve with --api-key to allow it",
     code="invalid_host",
 )
+_OTHER_VERSION = RequestError(505, "request: expected HTTP/1.1, got another version; use that one")
+_HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+)(?::\d{1,5})?", re.ASCII)
 
 # The page may use only its own script and style.
 _POLICY = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -99,18 +104,39 @@ def app_of(
             for worker in workers.values():
                 await run_in_threadpool(worker.stop, timeout_s=_STOP_S)
 
-    endpoint = ChatEndpoint(workers, settings=settings, metrics=metrics, media=media or MediaReader(settings))
+    answering = partial(
+        AnswerEndpoint,
+        workers=workers,
+        settings=settings,
+        metrics=metrics,
+        media=media or MediaReader(settings),
+        bodies=BodyReader(settings),
+    )
+    # Outside of the check of keys, because a browser asks for permission without one.
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.allowed_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id", "retry-after"],
+    )
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", endpoint, methods=["POST"]),
+            Route("/v1/chat/completions", answering(Completion), methods=["POST"]),
+            Route("/v1/responses", answering(ResponseWriter), methods=["POST"]),
             Route("/v1/models", _models),
             Route("/v1/models/{name:path}", _model),
+            Route("/version", _version),
             Route("/health", _health),
             Route("/health/ready", _ready),
             Route("/metrics", _metrics),
             Route("/", _page),
         ],
-        middleware=[Middleware(BodyDrain), Middleware(_Guard, settings=settings)],
+        middleware=[
+            Middleware(OrderlyEnd),
+            *([cors] if settings.allowed_origins else []),
+            Middleware(_Guard, settings=settings),
+        ],
         exception_handlers={HTTPException: _http_error, RequestError: _error, Exception: _error},
         lifespan=lifespan,
     )
@@ -134,19 +160,21 @@ class _Guard:
             await self._app(scope, receive, send)
 
     def _error(self, scope: Scope) -> RequestError | None:
-        headers, key = Headers(scope=scope), self._settings.api_key
-        if key is None:
+        headers, keys = Headers(scope=scope), self._settings.api_keys
+        if not scope["http_version"].startswith(("1.", "2")):
+            return _OTHER_VERSION
+        if not keys:
             return None if self._is_allowed_host(headers.get("host", "")) else _FOREIGN_HOST
         if scope["path"] in _OPEN_PATHS:
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
         # In constant time against timing attacks. As bytes, because compare_digest refuses text beyond ASCII.
-        is_same = hmac.compare_digest(given.strip().encode(), key.encode())
-        return None if scheme.lower() == "bearer" and is_same else _NO_KEY
+        same = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
+        return None if scheme.lower() == "bearer" and any(same) else _NO_KEY
 
     def _is_allowed_host(self, host: str) -> bool:
-        name = host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
-        return name.lower() in self._settings.allowed_hosts
+        found = _HOST.fullmatch(host)
+        return found is not None and found[1].strip("[]").lower() in self._settings.allowed_hosts
 
 
 async def _models(request: Request) -> Response:
@@ -186,6 +214,10 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "max_text": manifest.text_buckets[-1],
         "max_new_tokens": manifest.max_new_tokens,
     }
+
+
+async def _version(_request: Request) -> Response:
+    return JSONResponse({"version": metadata.version("trio-edge")})
 
 
 async def _health(_request: Request) -> Response:

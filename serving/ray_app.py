@@ -14,10 +14,10 @@ from ray import serve
 
 from trio_edge.runtime.bundle.errors import TrioEdgeError
 from trio_edge.serving.app import app_of
-from trio_edge.serving.cli import command, named_bundles, settings_from_options
-from trio_edge.serving.fleet.cluster import FleetSettings, deployment_name, replicas
+from trio_edge.serving.fleet.cluster import deployment_name, replicas
 from trio_edge.serving.fleet.worker import FleetWorker
 from trio_edge.serving.metrics import Metrics
+from trio_edge.serving.options import fleet_of, named_bundles, server_options, settings_from_options
 from trio_edge.serving.server import MAX_CONNECTIONS
 
 if TYPE_CHECKING:
@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from trio_edge.serving.settings import ServerSettings
 
 _OPTIONS_OF_RAY = ("host", "port", "ray_address", "access_log")
+
+
+@click.command("serve run")
+@click.argument("bundles", nargs=-1, required=True)
+@server_options
+def _options(**_given: Any) -> None:
+    """Name the options. Only their parser is used."""
 
 
 def build(options: dict[str, Any]) -> Application:
@@ -41,8 +48,8 @@ def build(options: dict[str, Any]) -> Application:
     """
     given = _parsed(options)
     settings, loading = settings_from_options(given)
-    least, most = given["replicas"] or (1, 1)
-    fleet = FleetSettings(min_replicas=least, max_replicas=most, gpus=given["gpus"])
+    fleet = fleet_of({**given, "replicas": given["replicas"] or (1, 1)}, settings)
+    assert fleet is not None  # replicas are given
     try:
         bundles = named_bundles(given["bundles"])
     except TrioEdgeError as error:
@@ -74,12 +81,11 @@ def _parsed(options: dict[str, Any]) -> dict[str, Any]:
                 f"{name}: expected none here, got one; set it in Ray, as with http_options"
             )
     named = {name: str(value) for name, value in options.items() if name != "bundles"}
-    words = [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", value)]
+    words = list[str]()
+    for name, value in named.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value.lower() == "true" else [value])]
     bundles = str(options.get("bundles", "")).split(",")
-    given = command.make_context("serve run", [*words, "--", *filter(None, bundles)]).params
-    if given["max_queue"] < 1:
-        raise click.UsageError("max_queue: expected at least 1, got 0; choose more")
-    return given
+    return _options.make_context("serve run", [*words, "--", *filter(None, bundles)]).params
 
 
 def _front(names: list[str], settings: ServerSettings) -> Starlette:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class ServerSettings:
     """Limits for requests and clients. The defaults suit one device with one model."""
 
-    api_key: str | None = None
-    """Key that every request must carry; None for no key."""
+    api_keys: tuple[str, ...] = ()
+    """Keys, one of which every request must carry; none for a server without a key."""
     # A web page of another site can give its own host name the address 127.0.0.1.
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
     """Host names that a server without a key accepts."""
@@ -30,6 +30,10 @@ class ServerSettings:
     """Maximum pixels of all images of a request together, checked before any is decoded."""
     max_parts: int = 256
     """Maximum number of messages and content parts of a request together."""
+    clamp_max_tokens: bool = False
+    """Whether a limit on new tokens above the bundle's is lowered to it; otherwise it is refused."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins such as ``https://robot.example`` whose web pages may ask; "*" for all."""
     body_s: float = 30.0
     """Seconds that a client may take to send a body, and to accept a part of the answer."""
     media_s: float = 10.0

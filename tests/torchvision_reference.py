@@ -185,10 +185,7 @@ class TorchvisionReference:
 
     def theirs(self, name: str, size: Size, *, mode: str = "RGB") -> dict[str, NDArray[Any]]:
         """Return the outputs of processor ``name`` for ``noise_picture(*size, mode=mode)``, by their names."""
-        start = _key(name, size, mode, "")
-        return {
-            key.removeprefix(start): self._arrays[key] for key in self._arrays.files if key.startswith(start)
-        }
+        return self._below(_key(name, size, mode, ""))
 
     def constants(self, name: str) -> dict[str, Any]:
         """Return the loaded processor's ``to_dict()``."""
@@ -197,7 +194,13 @@ class TorchvisionReference:
 
     def video(self, name: str) -> dict[str, NDArray[Any]]:
         """Return what the processor gave for a case of ``VIDEO_CASES``, by name."""
-        start = f"videos/{name}/"
+        return self._below(f"videos/{name}/")
+
+    def several(self, family: str, conversation: str) -> dict[str, NDArray[Any]]:
+        """Return what a family's processor gave for a conversation of ``tests.several_images``, by name."""
+        return self._below(f"several/{family}/{conversation}/")
+
+    def _below(self, start: str) -> dict[str, NDArray[Any]]:
         return {
             key.removeprefix(start): self._arrays[key] for key in self._arrays.files if key.startswith(start)
         }
@@ -266,7 +269,10 @@ def main(folder: Path, out: Path) -> None:
         for size, mode in processor.pictures():
             outputs = loaded(noise_picture(*size, mode=mode), return_tensors="np")
             arrays |= {_key(name, size, mode, output): values for output, values in outputs.items()}
-    np.savez(out, **arrays, **video_arrays())
+    # It imports transformers, which looks for torchvision once.
+    from tests.several_images import several_arrays
+
+    np.savez(out, **arrays, **video_arrays(), **several_arrays())
 
 
 def _key(name: str, size: Size, mode: str, output: str) -> str:

@@ -35,7 +35,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     index: int
     sample_id: str
     kind: str
-    picture_id: str
+    image_id: str
     answers: tuple[str, ...]
     text: str
     reading: str
@@ -96,29 +96,24 @@ def answer(
         override=override,
     )
     text, statistics, logits = generation.text, generation.statistics, generation.first_logits
-    counts, kept = image_tokens(pipeline.images, generation.images), statistics.kept_tokens
+    counts = image_tokens(pipeline.images, generation.images)
+    num_text, tokens = statistics.text_tokens, {"image_tokens": counts, "kept": statistics.kept_tokens}
     metric = METRICS[settings.metric]
     reading = metric.read(text, question)
     return Outcome(
         index=question.index,
         sample_id=question.sample_id,
         kind=question.kind,
-        picture_id=question.image_id,
+        image_id=question.image_id,
         answers=question.answers,
         text=text,
         reading=reading,
         score=metric.score(reading, question),
         visual_tokens=statistics.visual_tokens,
-        processed_tokens=processed_tokens(manifest, image_tokens=counts, kept=kept),
-        text_tokens=statistics.text_tokens,
+        processed_tokens=processed_tokens(manifest, **tokens),
+        text_tokens=num_text,
         new_tokens=statistics.new_tokens,
-        flops=prefill_flops(
-            manifest,
-            image_tokens=counts,
-            kept=kept,
-            num_text=statistics.text_tokens,
-            select=override is None,
-        ),
+        flops=prefill_flops(manifest, **tokens, num_text=num_text, select=override is None),
         ttft_ms=statistics.ttft_ms,
         decode_ms=statistics.decode_ms,
         kv_bytes=statistics.kv_bytes,

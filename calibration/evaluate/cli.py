@@ -14,8 +14,9 @@ from trio_edge.calibration.evaluate.evaluation import EvaluationOptions, evaluat
 from trio_edge.calibration.evaluate.report import print_report
 from trio_edge.calibration.metrics import METRICS
 from trio_edge.calibration.progress import progress_bars
+from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.files import check_outputs, write_output
-from trio_edge.runtime.cli.console import EXIT_USER_ERROR, backend_options, run
+from trio_edge.runtime.cli.console import backend_options, run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,7 +74,9 @@ def command(json_file: Path | None, quiet: bool, **settings: Any) -> int:
         if json_file is not None:
             write_output("--json", json_file, json.dumps(msgspec.to_builtins(report), indent=1).encode())
         print_report(report)
-    return _fail(report) if report.failures else 0
+    if report.failures:
+        raise DataError(_failure(report))
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,12 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(command, argv)
 
 
-def _fail(report: EvaluationReport) -> int:
+def _failure(report: EvaluationReport) -> str:
     first, others = report.failures[0], len(report.failures) - 1
     more = f" (and {others} more)" if others else ""
-    click.echo(
-        f"trio-eval: {first['where']}: {' '.join(first['reason'].split())}, in {first['run']}{more};"
-        " the other questions were answered; correct it and run again with the same --work",
-        err=True,
+    return (
+        f"{first['where']}: {first['reason']}, in {first['run']}{more};"
+        " the other questions were answered; correct it and run again with the same --work"
     )
-    return EXIT_USER_ERROR

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.evaluate.answering import Outcome
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,7 +157,7 @@ def _against(outcomes: list[Outcome], reference: list[Outcome]) -> AgainstRefere
     return AgainstReference(
         difference=Estimate(
             value=ours - full,
-            interval_95=paired_interval(scores, theirs, [one.picture_id for one in outcomes]),
+            interval_95=paired_interval(scores, theirs, [one.image_id for one in outcomes]),
             questions=len(outcomes),
         ),
         retained=ours / full if full else None,
@@ -177,7 +177,7 @@ def _accuracy(outcomes: list[Outcome]) -> Estimate:
 def _estimate(outcomes: list[Outcome], values: list[float]) -> Estimate:
     return Estimate(
         value=statistics.fmean(values),
-        interval_95=score_interval(values, [outcome.picture_id for outcome in outcomes]),
+        interval_95=score_interval(values, [outcome.image_id for outcome in outcomes]),
         questions=len(values),
     )
 

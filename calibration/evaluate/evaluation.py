@@ -20,6 +20,7 @@ from trio_edge.calibration.metrics import METRICS, check_metric, metric_for
 from trio_edge.calibration.progress import SILENT
 from trio_edge.calibration.questions import digest_of, read_questions
 from trio_edge.profiling.measure.machine_info import find_machine, find_versions
+from trio_edge.runtime.bundle.errors import printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,7 +65,7 @@ def evaluate(options: EvaluationOptions, progress: StepProgress = SILENT) -> Eva
     return EvaluationReport(
         schema_version=SCHEMA_VERSION,
         data=EvaluationData(
-            name=options.data.name,
+            name=printable(options.data.name),
             sha256=data_sha256,
             metric=metric.name,
             questions=len(questions),

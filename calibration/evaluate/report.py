@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
+from trio_edge.runtime.bundle.errors import printable
 from trio_edge.runtime.cli.tables import whole_table, wide_console
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _yes_no_table(report: EvaluationReport) -> Table:
 def _kind_table(report: EvaluationReport) -> Table:
     kinds = list(report.runs[0].by_kind)
     table = whole_table(
-        "run", *(f"{escape(kind)} ({report.runs[0].by_kind[kind].questions})" for kind in kinds)
+        "run", *(f"{escape(printable(kind))} ({report.runs[0].by_kind[kind].questions})" for kind in kinds)
     )
     for run in report.runs:
         table.add_row(escape(run.run.label), *(f"{100 * run.by_kind[kind].value:.1f}" for kind in kinds))

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from trio_edge.calibration.evaluate.answering import OWN_SELECTION, Outcome, answer
-from trio_edge.calibration.json_lines import LOCK_NAME, SUFFIX, opened_results, read_header, work_folder
+from trio_edge.calibration.json_lines import SUFFIX, opened_results, read_header, work_folder
 from trio_edge.calibration.progress import SILENT
 from trio_edge.runtime.backends.registry import make_backend, with_accuracy
-from trio_edge.runtime.bundle.errors import DataError, ImageError, ShapeError
+from trio_edge.runtime.bundle.errors import DataError, ImageError, ShapeError, printable
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle, sha256_of
 from trio_edge.runtime.pipeline import Pipeline
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from trio_edge.calibration.evaluate.answering import AnswerSettings
     from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.questions import Question
+    from trio_edge.runtime.backends.interface import Backend
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.first_token import FirstToken
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,7 +135,7 @@ def answer_runs(
         DataError: If the folder is of other data or bundles, or cannot be written.
     """
     answers, keys = Answers([], []), [_key_of(run, runs[0], settings, data_sha256) for run in runs]
-    pictures = {question.index: question.image_id for question in questions}
+    image_ids = {question.index: question.image_id for question in questions}
     with work_folder(folder) as folder:
         _check_folder(folder, keys)
         firsts: dict[int, FirstToken | None] = {}  # filled by the reference, which is the first run
@@ -145,12 +146,12 @@ def answer_runs(
                     opened_results(folder / key.file_name, key, Outcome, what="an outcome")
                 )
                 # a question whose image has changed is asked again
-                done = {one.index: one for one in known if pictures.get(one.index) == one.picture_id}
+                done = {one.index: one for one in known if image_ids.get(one.index) == one.image_id}
                 missing = [question for question in questions if question.index not in done]
                 for _ in done:
                     progress.sample()
                 if missing:
-                    pipeline = stack.enter_context(_pipeline(run, settings))
+                    pipeline = stack.enter_context(Pipeline(run.bundle, _backend(run, settings)))
                 for question in missing:
                     try:
                         outcome = answer(
@@ -176,8 +177,12 @@ def answer_runs(
 
 def backend_of(run: Run, settings: AnswerSettings) -> str:
     """Return the name of the backend that a run uses, with its accuracy."""
-    backend = make_backend(settings.backend, bundle=run.bundle, threads=settings.threads)
-    return with_accuracy(backend.name, settings.cpu_accuracy)
+    return with_accuracy(_backend(run, settings).name, settings.cpu_accuracy)
+
+
+def _backend(run: Run, settings: AnswerSettings) -> Backend:
+    threads, accuracy = settings.threads, settings.cpu_accuracy
+    return make_backend(settings.backend, bundle=run.bundle, threads=threads, cpu_accuracy=accuracy)
 
 
 def _key_of(run: Run, first: Run, settings: AnswerSettings, data_sha256: str) -> RunKey:
@@ -192,20 +197,11 @@ def _key_of(run: Run, first: Run, settings: AnswerSettings, data_sha256: str) ->
     )
 
 
-def _pipeline(run: Run, settings: AnswerSettings) -> Pipeline:
-    return Pipeline.from_bundle(
-        run.bundle.folder,
-        backend=settings.backend,
-        threads=settings.threads,
-        cpu_accuracy=settings.cpu_accuracy,
-    )
-
-
 def _run(bundle: Bundle, label: str, selection: str, *, is_reference: bool = False) -> Run:
     info = RunInfo(
         label=label,
         method=method_of(bundle.manifest, selection),
-        bundle=str(bundle.folder),
+        bundle=printable(str(bundle.folder)),
         bundle_sha256=sha256_of(bundle.folder / MANIFEST_NAME),
         selection=selection,
         dtype=bundle.manifest.dtype,
@@ -233,7 +229,8 @@ def method_of(manifest: Manifest, selection: str) -> str:
 
 def _names(bundles: Sequence[Path]) -> list[str]:
     short = [folder.resolve().name for folder in bundles]
-    return [name if short.count(name) == 1 else str(folder) for name, folder in zip(short, bundles)]
+    names = (name if short.count(name) == 1 else str(folder) for name, folder in zip(short, bundles))
+    return [printable(name) for name in names]
 
 
 def _check_reference(reference: Bundle, bundles: Sequence[Bundle]) -> None:
@@ -266,8 +263,7 @@ def _check_selection(bundle: Bundle, selection: str) -> None:
 
 def _check_folder(folder: Path, keys: Collection[RunKey]) -> None:
     """Raise DataError unless the folder is empty, or has outcomes of these questions and of at least one of these bundles."""
-    paths = sorted(path for path in folder.iterdir() if path.name != LOCK_NAME)
-    found = [key for key in map(_header_of, paths) if key is not None]
+    found = [key for key in map(_header_of, sorted(folder.iterdir())) if key is not None]
     if not {key.data_sha256 for key in found} <= {own.data_sha256 for own in keys}:
         raise DataError(
             f"{folder}: expected outcomes of these questions, got others"

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import torch
@@ -99,7 +99,9 @@ def calibrate(
     with opened_measurements(setup.model, _record_key(setup), work, progress) as measurements:
         found = search(setup, measurements)
         schedule = cheapest_within(found.candidates, options.max_kl).schedule
-        usual = _usual(setup, schedule)
+        # trio-export's default schedule of the same average keep, if there is one
+        defaults = Schedule(positions=setup.model.positions[0])
+        usual = usual_schedules(setup.space, defaults, [setup.space.average_keep(schedule)])
         points = _points(setup, measurements, [*(one.schedule for one in found.front), schedule, *usual])
         rounds = measurements.most_rounds(schedule)
     held_out = points[schedule].held_out
@@ -178,7 +180,7 @@ def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: S
             samples=len(questions),
             search=len(split.search),
             held_out=len(split.held_out),
-            pictures=len({question.image_id for question in questions}),
+            images=len({question.image_id for question in questions}),
             num_visual=(min(visual), max(visual)),
             num_text=(min(text), max(text)),
         ),
@@ -229,12 +231,6 @@ def _record_key(setup: Setup) -> RecordKey:
     )
 
 
-def _usual(setup: Setup, schedule: Schedule) -> list[Schedule]:
-    """Return ``trio-export``'s default schedule of the same average keep, if there is one."""
-    defaults = Schedule(positions=setup.model.positions[0])
-    return usual_schedules(setup.space, defaults, [setup.space.average_keep(schedule)])
-
-
 def _points(
     setup: Setup, measurements: Measurements, schedules: list[Schedule]
 ) -> dict[Schedule, FrontPoint]:
@@ -260,47 +256,30 @@ def _points(
 
 def _quantize(setup: Setup, schedule: Schedule) -> tuple[Quantized, Fidelity, int] | None:
     """Return the calibrated quantization, its fidelity on held-out samples and most NMS rounds; None if the plan needs none."""
-    split, progress = setup.split, setup.progress
-    found = calibrate_quantization(
-        setup.model,
-        split.search,
-        schedule,
-        setup.plan,
-        dtype=setup.shape.dtype,
-        num_tokens=setup.options.answer_tokens,
-        progress=progress,
-    )
+    model, split, plan, progress = setup.model, setup.split, setup.plan, setup.progress
+    settings: dict[str, Any] = {"dtype": setup.shape.dtype, "num_tokens": setup.options.answer_tokens}
+    found = calibrate_quantization(model, split.search, schedule, plan, progress=progress, **settings)
     if found is None:
         return None
     progress.step("measuring the quantized layers", len(split.held_out))
     results = measure_quantized(
-        setup.model,
-        split.held_out,
-        schedule,
-        setup.plan,
-        found.scales,
-        dtype=setup.shape.dtype,
-        num_tokens=setup.options.answer_tokens,
-        progress=progress,
+        model, split.held_out, schedule, plan, found.scales, progress=progress, **settings
     )
     held_out = fidelity(results, split.held_out)
-    _warn_above(
-        setup.options.max_kl,
-        held_out,
-        progress,
-        what=f" with --quantize {setup.options.quantize}",
-        way_out="quantize fewer parts, or give a smaller bound",
+    what, way_out = (
+        f" with --quantize {setup.options.quantize}",
+        "quantize fewer parts, or give a smaller bound",
     )
+    _warn_above(setup.options.max_kl, held_out, progress, what=what, way_out=way_out)
     return found, held_out, max(result.rounds for result in results)
 
 
 def _warn_above(
     max_kl: float, held_out: Fidelity, progress: StepProgress, *, way_out: str, what: str = ""
 ) -> None:
-    if held_out.kl.value > max_kl:
-        progress.warn(
-            f"the held-out KL{what} is {held_out.kl.value:.3g}, above --max-kl {max_kl:g}; {way_out}"
-        )
+    kl = held_out.kl.value
+    if kl > max_kl:
+        progress.warn(f"the held-out KL{what} is {kl:.3g}, above --max-kl {max_kl:g}; {way_out}")
 
 
 def _digest(questions: Sequence[Question]) -> str:

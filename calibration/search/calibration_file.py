@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CALIBRATION_NAME = "calibration.json"
 BUNDLE_NAME = "bundle"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class Measure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,7 +66,7 @@ class CalibrationData(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     samples: int
     search: int
     held_out: int
-    pictures: int
+    images: int
     num_visual: tuple[int, int]
     """Fewest and most visual tokens of an image."""
     num_text: tuple[int, int]

@@ -11,7 +11,7 @@ import msgspec
 
 from trio_edge.calibration.progress import progress_bars
 from trio_edge.calibration.search.options import CalibrationOptions
-from trio_edge.runtime.bundle.errors import CheckpointError, DataError
+from trio_edge.runtime.bundle.errors import CheckpointError, DataError, printable
 from trio_edge.runtime.bundle.files import atomic_folder, check_place
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
@@ -170,7 +170,7 @@ def command(
                 before_rename=check_out,
             ) as folder:
                 write_calibration(calibrated, folder, progress, export=not no_export)
-        print(summary_of(calibrated.calibration, out, exported=not no_export))
+        print(printable(summary_of(calibrated.calibration, out, exported=not no_export), but="\n"))
         return 0
 
 

@@ -10,6 +10,7 @@ A sample agrees if each of these tokens is the schedule's likeliest too, so that
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, final
 
@@ -135,21 +136,17 @@ def opened_measurements(
 
 
 @final
+@dataclass
 class Measurements:
     """All measurements of one model on one set of samples."""
 
-    def __init__(
-        self,
-        model: TorchModel,
-        num_tokens: int,
-        record: ResultFile,
-        measured: dict[tuple[int, Schedule], MeasuredSchedule],
-        progress: StepProgress,
-    ) -> None:
-        self._model, self._num_tokens = model, num_tokens
-        self._record, self._measured, self._progress = record, measured, progress
-        self._whole: dict[int, KeepAll] = {}
-        self._whole_bytes = 0
+    _model: TorchModel
+    _num_tokens: int
+    _record: ResultFile
+    _measured: dict[tuple[int, Schedule], MeasuredSchedule]
+    _progress: StepProgress
+    _whole: dict[int, KeepAll] = field(default_factory=dict)
+    _whole_bytes: int = 0
 
     def of(
         self, schedules: Collection[Schedule], questions: Collection[Question]

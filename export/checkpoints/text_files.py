@@ -109,7 +109,8 @@ def read_text_files(
         bos_token=tokenizer.bos_token or "",
         eos_token=tokenizer.eos_token or "",
         stop_token_ids=_stop_token_ids(checkpoint),
-        **({} if video_token is None else {"video_token": video_token, "video_token_id": video_id}),
+        video_token=video_token,
+        video_token_id=None if video_token is None else video_id,
     )
     _check_vocabulary(checkpoint, backend)
     return TextFiles(spec=spec, tokenizer=backend.to_str(), chat_template=template)
@@ -243,6 +244,8 @@ def read_generation(checkpoint: Checkpoint) -> GenerationSettings:
         wanted["forced_eos_token_id"] = [wanted["forced_eos_token_id"]]
     if "min_new_tokens" in wanted:  # even 0 has precedence
         wanted.pop("min_length", None)
+    if "max_new_tokens" in wanted:
+        wanted.pop("max_length", None)
     if not wanted.get("do_sample"):  # files often keep sampling settings that have no effect
         wanted = {name: value for name, value in wanted.items() if name not in SAMPLING_SETTINGS}
     try:

@@ -446,12 +446,15 @@ def max_positions(text_config: Any) -> int:
 def sliding_window(text_config: Any) -> tuple[int, int] | None:
     """Return the first layer with a sliding window and the window in rows; None if there is none."""
     layer_types = getattr(text_config, "layer_types", None)
-    if (window := getattr(text_config, "sliding_window", None)) is None:
+    window = getattr(text_config, "sliding_window", None)
+    if window is None and not layer_types:  # transformers' cache drops the keys of earlier chunks, too
+        window = getattr(text_config, "attention_chunk_size", None)
+    if window is None:
         return None
     if layer_types:
         return (layer_types.index(_WINDOWED), int(window)) if _WINDOWED in layer_types else None
-    # Mistral has no layer types, its window holds for all layers; transformers' Llama ignores the setting.
-    return (0, int(window)) if text_config.model_type == "mistral" else None
+    # Without layer types the window holds for all layers: Mistral's mask has it, and transformers' cache for any decoder.
+    return 0, int(window)
 
 
 def check_positions(

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import gc
 import os
+import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 import msgspec
+import numpy as np
 
 from trio_edge.profiling.check.answers import (
     LOGITS_ATOL,
@@ -27,12 +30,12 @@ from trio_edge.profiling.check.answers import (
     exact_difference,
     largest_difference,
 )
-from trio_edge.profiling.measure.measuring import PROMPT, measured_sizes, resident_bytes
+from trio_edge.profiling.measure.measuring import PROMPT, measured_sizes
 from trio_edge.runtime.backends.registry import BACKENDS, make_backend
 from trio_edge.runtime.bundle.errors import BackendError, TrioEdgeError
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
-from trio_edge.runtime.devices.machine import cuda_problem, find_host
+from trio_edge.runtime.devices.machine import cuda_problem, find_host, process_bytes
 from trio_edge.runtime.engines.build import BuildOptions, BuildPlan, build_engines, plan_build
 from trio_edge.runtime.engines.files import open_engines
 from trio_edge.runtime.engines.package import ENGINE_BACKENDS, EngineBackend, is_installed, load_tensorrt
@@ -52,9 +55,15 @@ _LIMIT_SECONDS = 1800
 _ENVIRONMENT = {**os.environ, "PYTHONSAFEPATH": "1"}
 CHECKS = (ANSWERS, CUDA_GRAPH, LOADS) = ("answers", "CUDA graph", "load and close")
 """The checks in their order; building engines comes before them."""
+HOURS = "hours"
+"""The check that comes after them, if a time is given."""
 WARM_UP = 2
 """Loads before memory is compared, because libraries allocate at the first ones."""
 CYCLES = 8
+MOST_TIMED = 1000
+"""Rounds of answers at the beginning and at the end of the hours whose median times are told."""
+NUM_SAMPLES = 240
+"""Looks at the memory within the hours."""
 MOST_GROWN = 32_000_000
 """Bytes that host or GPU memory may grow over all loads: less than eight times the packaged model's weights."""
 
@@ -76,6 +85,8 @@ class WorkerJob(msgspec.Struct, frozen=True, kw_only=True):
     expected_from: str = ""
     """The backend that gave them; "" for stored answers, from which only rounding may differ."""
     cycles: int = CYCLES
+    seconds: float = 0.0
+    """Time to answer again and again at the end."""
 
 
 class CheckResult(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -96,6 +107,7 @@ def check_backends(
     *,
     questions: Sequence[CheckQuestion],
     stored: Sequence[AnswerRecord],
+    seconds: float = 0.0,
     starting: Callable[[str], None] = lambda _name: None,
 ) -> Iterator[CheckResult]:
     """Check every backend and yield each result.
@@ -105,6 +117,7 @@ def check_backends(
         folder: For temporary files.
         questions: Questions to ask; empty for one question that fits the bundle.
         stored: Answers to compare with; empty to compare with the first backend that answers.
+        seconds: Time that each backend answers again and again at the end.
         starting: Called with each backend before it runs.
     """
     expected, expected_from = list(stored), ""
@@ -120,6 +133,7 @@ def check_backends(
             build=bool(stored),
             expected=expected,
             expected_from=expected_from,
+            seconds=seconds,
         )
         for result in run_backend(job, folder):
             if result.answers and not expected:
@@ -129,10 +143,10 @@ def check_backends(
 
 def absent_reason(backend: str) -> str | None:
     """Return the reason why a backend cannot run on this machine; None if it can."""
-    for engine_backend in ENGINE_BACKENDS:
-        if backend == engine_backend and not is_installed(engine_backend):
+    if backend in ENGINE_BACKENDS:
+        if not is_installed(backend):
             return "not installed"
-    if backend not in ENGINE_BACKENDS:
+    else:
         if find_spec("onnxruntime") is None:
             return 'not installed; pip install "trio-edge[ort]"'
         from trio_edge.runtime.backends.onnxruntime import has_provider
@@ -154,19 +168,20 @@ def run_backend(job: WorkerJob, folder: Path) -> list[CheckResult]:
                 input=task,
                 stdout=output,
                 stderr=output,
-                timeout=_LIMIT_SECONDS,
+                timeout=_LIMIT_SECONDS + job.seconds,
                 check=False,
                 env=_ENVIRONMENT,
             ).returncode
         except subprocess.TimeoutExpired:
-            code, failure = 0, f"no end after {_LIMIT_SECONDS} s"
+            code, failure = 0, f"no end after {_LIMIT_SECONDS + job.seconds:.0f} s"
     if code:
         printed = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         ended = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
         failure = f"its process {ended}: {(printed or ['it printed nothing'])[-1][:300]}"
     written = report.read_bytes().splitlines() if report.exists() else []
     results = [msgspec.json.decode(line, type=CheckResult) for line in written]
-    missing = [check for check in CHECKS if check not in {result.check for result in results}]
+    checks = (*CHECKS, HOURS) if job.seconds else CHECKS
+    missing = [check for check in checks if check not in {result.check for result in results}]
     if failure is not None and missing:
         results.append(CheckResult(job.backend, missing[0], "fail", failure))
     return results
@@ -201,6 +216,10 @@ def run_worker(job: WorkerJob) -> Iterator[CheckResult]:
             yield result(check, "not here", "only engines of trio-build are captured")
         check = LOADS
         yield result(check, *judge_growth(_grown(bundle, job)))
+        if job.seconds:
+            check = HOURS
+            with Pipeline(bundle, make_backend(job.backend)) as pipeline:
+                yield result(check, *judge_hours(pipeline, questions, seconds=job.seconds))
     except TrioEdgeError as error:
         yield result(check, "fail", str(error))
 
@@ -225,13 +244,48 @@ def _grown(bundle: Bundle, job: WorkerJob) -> dict[str, int]:
     return {name: now - before[name] for name, now in memory_in_use().items()}
 
 
+def judge_hours(pipeline: Pipeline, questions: Sequence[CheckQuestion], *, seconds: float) -> Verdict:
+    """Answer again and again; return the verdict on changed answers and on the growth of memory."""
+    expected = answer(pipeline, questions)
+    first: list[float] = []
+    last: deque[float] = deque(maxlen=MOST_TIMED)
+    samples: list[tuple[float, dict[str, int]]] = []
+    count = num_changed = 0
+    start = time.perf_counter()
+    while (now := time.perf_counter() - start) < seconds or not count:
+        if now >= len(samples) * seconds / NUM_SAMPLES:
+            samples.append((now, memory_in_use()))
+        begin = time.perf_counter()
+        got = answer(pipeline, questions)
+        last.append(1e3 * (time.perf_counter() - begin) / len(got))
+        if len(first) < MOST_TIMED:
+            first.append(last[-1])
+        num_changed += sum(exact_difference(*pair) is not None for pair in zip(got, expected))
+        count += len(got)
+    late = [sample for sample in samples if sample[0] >= seconds / 10] or samples
+    times = [3600 / seconds * now for now, _ in late]  # 0 to 3600: polyfit likes small numbers
+    grown = {
+        name: float(np.polyfit(times, [memory[name] for _, memory in late], 1)[0]) * 3600
+        if len(late) > 2
+        else 0.0
+        for name in samples[0][1]
+    }
+    growth = ", ".join(
+        f"{name} {1e-6 * size * 3600 / seconds:+.2f} MB an hour" for name, size in grown.items()
+    )
+    medians = f"median {statistics.median(first):.1f} ms, at the end {statistics.median(last):.1f} ms"
+    is_right = num_changed == 0 and max(grown.values()) <= MOST_GROWN
+    text = f"{count} answers, {num_changed} changed; {medians}; {growth} ({MOST_GROWN / 1e6:.0f} MB in all allowed)"
+    return "pass" if is_right else "fail", text
+
+
 def memory_in_use() -> dict[str, int]:
     """Return the bytes of resident host memory and, if there is a GPU, minus the free bytes of GPU memory.
 
     Only differences of the GPU's values have a meaning.
     """
     gc.collect()
-    found = {"host": resident_bytes() or 0}
+    found = {"host": process_bytes("VmRSS") or 0}
     if cuda_problem() is None:
         device = CudaDevice(load_cuda())
         try:

@@ -33,8 +33,13 @@ SCHEMA_VERSION = 1
     type=click.Path(path_type=Path),
     help="Bundle to check, by comparing its backends with each other. [default: the packaged model]",
 )
+@click.option(
+    "--hours",
+    type=click.FloatRange(0, 8760, min_open=True),
+    help="Answer again and again for this time with each backend: no answer may change, and memory may not grow.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
-def command(bundle: Path | None, as_json: bool) -> int:
+def command(bundle: Path | None, hours: float | None, as_json: bool) -> int:
     """Check that every installed backend gives the right answers on this machine.
 
     The exit code is 0 if no check failed, 1 if one failed, and 2 if nothing could be checked.
@@ -54,6 +59,7 @@ def command(bundle: Path | None, as_json: bool) -> int:
             bundle = put_together(place / "bundle")
             settings = {"questions": QUESTIONS, "stored": stored_answers()}
         open_bundle(bundle)
+        settings["seconds"] = 3600 * (hours or 0.0)
 
         def starting(backend: str) -> None:
             status.update(f"{backend}: building, answering, reloading")
@@ -61,7 +67,8 @@ def command(bundle: Path | None, as_json: bool) -> int:
         for result in check_backends(bundle, place, starting=starting, **settings):
             results.append(result)
             if not as_json:
-                print(line_of(result), flush=True)
+                check = f"{result.backend}, {result.check}"
+                print(f"{result.status:10}{check:34}{' '.join(result.text.split())}", flush=True)
     if as_json:
         print(json.dumps(as_dict(facts, results), indent=1))
     if all(result.status == "not here" for result in results):
@@ -103,12 +110,6 @@ def facts_in_words(facts: dict[str, Any]) -> dict[str, str]:
         "power mode": facts["power_mode"] or "unknown: no nvpmodel here",
         "memory": f"{memory}{free}",
     }
-
-
-def line_of(result: CheckResult) -> str:
-    """Return the line for one check."""
-    text = " ".join(result.text.split())
-    return f"{result.status:10}{f'{result.backend}, {result.check}':34}{text}"
 
 
 def as_dict(facts: dict[str, Any], results: Sequence[CheckResult]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from trio_edge.runtime.devices.machine import find_host
+from trio_edge.runtime.devices.machine import find_host, found_in, memory_bytes
 
 NVPMODEL = "nvpmodel"
 _COMMAND_SECONDS = 5.0
@@ -42,13 +42,16 @@ class MachineReport(msgspec.Struct, frozen=True, kw_only=True):
 def find_machine() -> MachineReport:
     """Return the machine that this process runs on."""
     host = find_host()
-    gpu = host.gpu
+    gpu, module = host.gpu, found_in(_MODULE_NAME, r"^([^\0]*[^\s\0])")
     return MachineReport(
-        name=_module_name() or _processor_name() or host.machine,
+        name=module
+        or found_in(_CPUINFO, r"^model name\s*:\s*(.*\S)")
+        or platform.processor()
+        or host.machine,
         machine=host.machine,
         system=f"{host.system} {platform.release()}",
         cores=len(os.sched_getaffinity(0)) if host.system == "Linux" else os.cpu_count() or 1,
-        memory_bytes=_memory_bytes(),
+        memory_bytes=memory_bytes(),
         gpu=None if gpu is None else gpu.name,
         gpu_compute_capability=None if gpu is None else gpu.compute_capability,
         gpu_memory_bytes=None if gpu is None else gpu.memory_bytes,
@@ -90,7 +93,7 @@ def parse_power_mode(text: str) -> str | None:
 
 def find_governor() -> str | None:
     """Return the CPU frequency governor; None if the kernel shows none."""
-    return _first_line(_GOVERNOR)
+    return found_in(_GOVERNOR, r"^(.*\S)")
 
 
 def load_average() -> float | None:
@@ -98,31 +101,4 @@ def load_average() -> float | None:
     try:
         return os.getloadavg()[0]
     except (OSError, AttributeError):
-        return None
-
-
-def _module_name() -> str | None:
-    name = _first_line(_MODULE_NAME)
-    return None if name is None else name.rstrip("\0")
-
-
-def _processor_name() -> str | None:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", _CPUINFO.read_text(), re.MULTILINE)
-    except OSError:
-        return platform.processor() or None
-    return found[1].strip() if found else None
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-def _first_line(file: Path) -> str | None:
-    try:
-        return file.read_text().splitlines()[0].strip()
-    except (OSError, IndexError):
         return None

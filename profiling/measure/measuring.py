@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import re
 import statistics
 import tempfile
 import time
@@ -33,8 +32,9 @@ from trio_edge.profiling.measure.machine_info import (
 from trio_edge.profiling.measure.sensors.sampling_thread import SamplingThread, SensorSample, open_sensors
 from trio_edge.profiling.statistics import LEAST_FOR_INTERVAL, distribution
 from trio_edge.runtime.backends.registry import make_backend, with_accuracy
-from trio_edge.runtime.bundle.errors import BackendError, ShapeError, TrioEdgeError
+from trio_edge.runtime.bundle.errors import BackendError, ShapeError, TrioEdgeError, printable
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
+from trio_edge.runtime.devices.machine import process_bytes
 from trio_edge.runtime.images.reading import open_image
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class ProfileConditions(msgspec.Struct, frozen=True, kw_only=True):
     cpu_governor: str | None
     load_average: float | None
     """Mean of the last minute before the first run."""
-    picture: str
+    image: str
     prompt: str
     new_tokens: int
     warm_up: int
@@ -192,7 +192,7 @@ def measure(options: MeasureOptions) -> Measurement:
         power_mode=find_power_mode(),
         cpu_governor=find_governor(),
         load_average=busy,
-        picture=question.image_words,
+        image=question.image_words,
         prompt=question.prompt,
         new_tokens=question.new_tokens,
         warm_up=options.warm_up,
@@ -236,11 +236,11 @@ def _first_answers(
     measured: list[MeasuredBundle] = []
     question = None
     for folder in options.bundles:
-        options.on_step(f"loading {folder}")
-        memory = MeasuredMemory(before=resident_bytes())
+        options.on_step(f"loading {printable(str(folder))}")
+        memory = MeasuredMemory(before=process_bytes("VmRSS"))
         loaded = LoadedBundle(folder, options.make_backend(open_bundle(folder)))
         stack.callback(loaded.close)
-        memory.loaded = resident_bytes()
+        memory.loaded = process_bytes("VmRSS")
         memory.planned = dict(loaded.recording.memory)
         question = question or _question(options, loaded, num_new=num_new)
         first = _warm_up(loaded, memory, question, options)
@@ -252,7 +252,7 @@ def _first_answers(
 def _question(options: MeasureOptions, loaded: LoadedBundle, *, num_new: int) -> RunQuestion:
     image: Path | Image.Image
     if options.image is not None:
-        image, text = options.image, options.image.name
+        image, text = options.image, printable(options.image.name)
     else:
         size = measured_sizes(loaded.pipeline)[0]
         image, text = random_image(size), f"{size.width}x{size.height} random pixels"
@@ -271,7 +271,7 @@ def _warm_up(
         raise ShapeError(f"{loaded.bundle.folder}: {error}") from None
     for _ in range(options.warm_up):
         loaded.answer(question)
-    memory.peak = peak_bytes()
+    memory.peak = process_bytes("VmHWM")
     memory.device_free = loaded.recording.free_bytes()
     return first
 
@@ -333,10 +333,10 @@ def _separate_runs(one: MeasuredBundle, question: RunQuestion, options: MeasureO
     """Time layers, and graphs of captured decode steps, in runs that are slower than the others."""
     folder = one.loaded.bundle.folder
     if options.layers:
-        options.on_step(f"layers: {folder}")
+        options.on_step(f"layers: {printable(str(folder))}")
         one.layers = _measure_layers(one.loaded, question, options)
     if one.loaded.recording.captured:
-        options.on_step(f"decode steps one by one: {folder}")
+        options.on_step(f"decode steps one by one: {printable(str(folder))}")
         backend = options.make_backend(one.loaded.bundle)
         with closing(LoadedBundle(folder, backend, capture=False)) as again:
             again.answer(question)
@@ -417,7 +417,7 @@ def _points(last: int, *, count: int) -> list[int]:
     return [0] if count < 2 else [index * last // (count - 1) for index in range(count)]
 
 
-PROMPT = "What is in the picture?"
+PROMPT = "What is in the image?"
 _SIDES = (48, 96, 144, 336, 448, 672, 896, 1008, 1344)
 _SEED = 0
 
@@ -455,7 +455,6 @@ def random_image(size: MeasuredSize) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-_STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # see proc(5): sets the peak to what is resident now
 
@@ -473,25 +472,7 @@ class MeasuredMemory:
     """Free on the GPU after the first answers; None on a CPU."""
 
 
-def resident_bytes() -> int | None:
-    """Return the resident memory of this process; None if the system does not tell."""
-    return _kilobytes("VmRSS")
-
-
-def peak_bytes() -> int | None:
-    """Return the peak of resident memory since ``reset_peak``, or since the start if the system cannot reset it."""
-    return _kilobytes("VmHWM")
-
-
 def reset_peak() -> None:
     """Reset the peak of resident memory, if the system can."""
     with contextlib.suppress(OSError):
         _CLEAR.write_text(_RESET_PEAK)
-
-
-def _kilobytes(name: str) -> int | None:
-    try:
-        found = re.search(rf"^{name}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return None if found is None else 1024 * int(found[1])

@@ -263,9 +263,8 @@ def _label_decades(axis: Any) -> None:
     low, high = axis.get_view_interval()
     labels = EngFormatter() if high > _MANY else "{x:g}"
     axis.set_major_formatter(labels)
-    axis.set_minor_formatter(
-        labels if high < 10 * low else ""
-    )  # a whole decade needs labels only at its ends
+    # a whole decade needs labels only at its ends
+    axis.set_minor_formatter(labels if high < 10 * low else "")
 
 
 def colour(index: int) -> str:

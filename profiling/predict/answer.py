@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from trio_edge.profiling.predict.speed import (
+    BYTES_PER_WEIGHT,
     UNFUSED_SCORE_PASSES,
     Formats,
     GraphTime,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from trio_edge.profiling.predict.models import Model
+    from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.bundle.schedule import Schedule
     from trio_edge.trio.cost.devices import DeviceSpec
 
@@ -56,22 +58,16 @@ class Setting:
     """Text rows after padding."""
     num_new: int
     formats: Formats = field(default_factory=Formats)
-    one_size: bool = True
-    """Whether the first stage's graph has a fixed N."""
+    manifest: Manifest | None = None
+    """The bundle's; None for a released model."""
     entering: int | None = None
     """Visual tokens of an image that enter the decoder; None for N."""
     vision: Work | None = None
     """Work of the vision graph for one image, if the model does not describe its vision tower."""
     before: tuple[tuple[str, Work], ...] = ()
     """Names and work of the graphs between vision and decoder, for all images."""
-    other_weight_bytes: int = 0
-    """Weights of graphs that the model does not describe, such as CLIP's text tower."""
     memory: Mapping[str, int] | None = None
     """Bytes for loading the bundle by purpose, the runtime's ``estimate``; None without a bundle that has this setting."""
-    largest_text: int | None = None
-    """Text rows of the largest bucket; None for ``text_bucket``."""
-    most_new: int | None = None
-    """New tokens that fit the KV buffers; None for ``num_new``."""
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
@@ -89,12 +85,14 @@ class Setting:
     @property
     def text_rows(self) -> int:
         """Text rows of the largest prefill."""
-        return max(self.text_bucket, self.largest_text or 0)
+        largest = 0 if self.manifest is None else self.manifest.text_buckets[-1]
+        return max(self.text_bucket, largest)
 
     @property
     def room(self) -> int:
         """Rows of every KV buffer without the visual ones."""
-        return self.text_rows + max(self.num_new, self.most_new or 0)
+        most_new = 0 if self.manifest is None else self.manifest.max_new_tokens
+        return self.text_rows + max(self.num_new, most_new)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,7 +219,10 @@ def memory_of(setting: Setting, *, usable: int) -> MemoryNeed:
     if setting.memory is not None:
         parts = {name.lower().replace(" ", "_"): count for name, count in setting.memory.items()}
         return MemoryNeed(**parts, usable=usable)
-    decoder, tower, sizes = setting.model.decoder, setting.model.vision, setting.formats.bytes_per_weight()
+    decoder, tower, formats = setting.model.decoder, setting.model.vision, setting.formats
+    layer, head, vision = (BYTES_PER_WEIGHT[kind] for kind in (formats.layer, formats.head, formats.vision))
+    count = setting.sizes.get("P", setting.sizes.get("B", 1))
+    in_tower = 0 if tower is None else tower.workspace_bytes(count, element_bytes=2)
     bundle = memory.BundleSizes(
         decoder,
         setting.schedule,
@@ -233,17 +234,27 @@ def memory_of(setting: Setting, *, usable: int) -> MemoryNeed:
         bytes_per_cached=setting.formats.bytes_per_cached,
         element_bytes=2,
     )
-    weights = memory.WeightBytes(
-        [sizes["layer"]] * decoder.num_layers, sizes["head"], sizes["vision"], sizes["layer"]
-    )
+    weights = memory.WeightBytes([layer] * decoder.num_layers, head, vision, layer)
     found = memory.bundle_bytes(bundle, weights, vision_params=0 if tower is None else tower_weights(tower))
     return MemoryNeed(
-        weights=round(found.layers + found.head_and_vision + found.repeated) + setting.other_weight_bytes,
+        weights=round(found.layers + found.head_and_vision + found.repeated)
+        + _other_weight_bytes(setting.manifest),
         kv_caches=found.kv_caches,
         buffers=found.buffers,
-        workspace=found.workspace,
+        workspace=max(found.workspace, in_tower),
         usable=usable,
     )
+
+
+def _other_weight_bytes(manifest: Manifest | None) -> int:
+    """Return the bytes of graphs that ``Model`` does not describe, such as CLIP's text tower, in half precision."""
+    if manifest is None:
+        return 0
+    described = {"prefix", "segment", "suffix", "probe", "select", "head"}
+    if manifest.vision is not None:
+        described.add("vision")
+    stored = sum(graph.weight_bytes for graph in manifest.graphs if graph.role not in described)
+    return stored // 2 if manifest.dtype == "float32" else stored
 
 
 def _select(setting: Setting, stage: int) -> Work:
@@ -253,6 +264,6 @@ def _select(setting: Setting, stage: int) -> Work:
         num_keep=setting.schedule.stages[stage].keep,
         num_text=setting.text_bucket,
         prompt_visual=rows[0],
-        one_size=stage > 0 or setting.one_size,
+        one_size=stage > 0 or setting.manifest is None or len(setting.manifest.visual_sizes) == 1,
     )
     return stage_work(setting.model.decoder, setting.schedule, sizes)

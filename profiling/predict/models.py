@@ -63,24 +63,6 @@ def _tower(*sizes: Any, **more: int) -> VisionDimensions:
     return VisionDimensions(projector_weights=0, **dict(zip(_TOWER, sizes, strict=True)), **more)
 
 
-def _family(
-    tower: VisionDimensions,
-    images: ImageProcessing,
-    projector_weights: Callable[[int], int],
-    decoders: Mapping[str, Dimensions],
-) -> list[Model]:
-    """Return models with one vision tower; ``projector_weights`` is a function of the decoder's hidden size."""
-    return [
-        Model(
-            name=name,
-            decoder=decoder,
-            vision=msgspec.structs.replace(tower, projector_weights=projector_weights(decoder.hidden_size)),
-            images=images,
-        )
-        for name, decoder in decoders.items()
-    ]
-
-
 _LLAVA: dict[str, Any] = {"tile_size": 336, "patch_size": 14, "resize_size": 336}
 _PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 _LLAVA_NEXT = LlavaImages(kind="anyres", grid_pinpoints=_PINPOINTS, **_LLAVA)
@@ -118,14 +100,17 @@ _VICUNA_7B = _decoder(32, 4096, 32, 32, 11008, 32064)
 _VICUNA_13B = _decoder(40, 5120, 40, 40, 13824, 32064)
 _QWEN3_2B = _decoder(28, 2048, 16, 8, 6144, 151936)
 _QWEN3_8B = _decoder(36, 4096, 32, 8, 12288, 151936)
-_ALL = (
-    *_family(
+# Vision tower, image processing, the projector's weights as a function of the decoder's hidden size, and decoders by name.
+_FAMILIES: tuple[
+    tuple[VisionDimensions, ImageProcessing, Callable[[int], int], Mapping[str, Dimensions]], ...
+] = (
+    (
         _CLIP,
         LlavaImages(kind="single", **_LLAVA),
         _clip,
         {"llava-1.5-7b": _VICUNA_7B, "llava-1.5-13b": _VICUNA_13B},
     ),
-    *_family(
+    (
         _CLIP,
         _LLAVA_NEXT,
         _clip,
@@ -135,7 +120,7 @@ _ALL = (
             "llava-next-13b": _VICUNA_13B,
         },
     ),
-    *_family(
+    (
         _SIGLIP,
         _ONEVISION,
         lambda hidden: (1152 + hidden) * hidden,
@@ -144,7 +129,7 @@ _ALL = (
             "llava-onevision-7b": _decoder(28, 3584, 28, 4, 18944, 152128),
         },
     ),
-    *_family(
+    (
         _QWEN_VISION,
         QwenImages(patch_size=14, window_size=112, max_pixels=12845056),
         _merger(1280),
@@ -153,13 +138,11 @@ _ALL = (
             "qwen2.5-vl-7b": _decoder(28, 3584, 28, 4, 18944, 152064),
         },
     ),
-    *_family(
-        *_QWEN3_SMALL, {"qwen3-vl-2b": _QWEN3_2B, "qwen3-vl-4b": _decoder(36, 2560, 32, 8, 9728, 151936)}
-    ),
-    *_family(*_QWEN3_LARGE, {"qwen3-vl-8b": _QWEN3_8B}),
-    *_family(*_QWEN3_SMALL, {"cosmos-reason2-2b": _QWEN3_2B}),
-    *_family(*_QWEN3_LARGE, {"cosmos-reason2-8b": _QWEN3_8B}),
-    *_family(
+    (*_QWEN3_SMALL, {"qwen3-vl-2b": _QWEN3_2B, "qwen3-vl-4b": _decoder(36, 2560, 32, 8, 9728, 151936)}),
+    (*_QWEN3_LARGE, {"qwen3-vl-8b": _QWEN3_8B}),
+    (*_QWEN3_SMALL, {"cosmos-reason2-2b": _QWEN3_2B}),
+    (*_QWEN3_LARGE, {"cosmos-reason2-8b": _QWEN3_8B}),
+    (
         _tower(24, 1024, 4096, 1025),
         InternVlImages(tile_size=448, tokens_per_side=16),
         lambda hidden: (4 * 1024 + hidden) * hidden,
@@ -173,7 +156,7 @@ _ALL = (
             "internvl3.5-8b": _decoder(36, 4096, 32, 8, 12288, 151936),
         },
     ),
-    *_family(
+    (
         _tower(12, 768, 3072, 1024),
         SmolVlmImages(tile_size=512, token_size=64, longest_edge=2048),
         lambda hidden: 16 * 768 * hidden,
@@ -182,12 +165,21 @@ _ALL = (
             "smolvlm2-500m": _decoder(32, 960, 15, 5, 2560, 49280, head_size=64),
         },
     ),
-    *_family(
+    (
         _tower(27, 1152, 4304, 729),
         SmolVlmImages(tile_size=384, token_size=42, longest_edge=1536),
         lambda hidden: 9 * 1152 * hidden,
         {"smolvlm2-2.2b": _decoder(24, 2048, 32, 32, 8192, 49280, head_size=64)},
     ),
 )
-MODELS: dict[str, Model] = {model.name: model for model in _ALL}
+MODELS = {
+    name: Model(
+        name=name,
+        decoder=decoder,
+        vision=msgspec.structs.replace(tower, projector_weights=projector_weights(decoder.hidden_size)),
+        images=images,
+    )
+    for tower, images, projector_weights, decoders in _FAMILIES
+    for name, decoder in decoders.items()
+}
 """Released models by ``trio-export``'s aliases."""

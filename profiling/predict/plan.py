@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 KEEP_ALL = "100%"
 WITHOUT_STAGES = "all"
 """The keep without stages in the decoder."""
-USUAL_PICTURE = (672, 672)
+USUAL_SIZE = (672, 672)
 """Default image width and height for a released model."""
 
 
@@ -51,7 +51,7 @@ def plan_for(
     """Return the setting for a bundle's manifest, or for a released model by name.
 
     The defaults of ``keep``, ``image_size``, ``precision`` and ``num_images`` are the bundle's schedule, largest shapes,
-    precision and most images; for a released model 100 %, ``USUAL_PICTURE``, float16 and one image.
+    precision and most images; for a released model 100 %, ``USUAL_SIZE``, float16 and one image.
 
     Raises:
         TargetError: If no released model has the name.
@@ -65,7 +65,7 @@ def plan_for(
                 f"{name}: expected 1..{MOST_TOKENS} tokens, got {value}; choose a number in this range"
             )
     if manifest is None:
-        known, keep, image_size = find_model(model or ""), keep or KEEP_ALL, image_size or USUAL_PICTURE
+        known, keep, image_size = find_model(model or ""), keep or KEEP_ALL, image_size or USUAL_SIZE
     else:
         known = model_of(manifest)
     is_own = keep is None and image_size is None and precision in (None, _precision_of(manifest))
@@ -93,7 +93,7 @@ def plan_for(
         schedule = ScheduleRequest.like(schedule, average=average, is_strict=True).schedule(
             num_layers=num_layers,
             num_visual=num_visual,
-            image_tokens=num_images * _picture_tokens(manifest, sizes["N"]),
+            image_tokens=num_images * _image_tokens(manifest, sizes["N"]),
         )
     schedule.check_fits(num_layers=num_layers, max_visual=num_images * (entering or sizes["N"]))
     buckets = text_buckets(MAX_TEXT) if manifest is None else manifest.text_buckets
@@ -108,6 +108,7 @@ def plan_for(
         text_bucket=bucket_of(num_text, buckets),
         num_new=num_new,
         formats=Formats(layer=precision or _precision_of(manifest)),
+        manifest=manifest,
         entering=entering,
     )
     if manifest is None:
@@ -120,7 +121,7 @@ def plan_for(
     return dataclasses.replace(setting, **more)
 
 
-def _picture_tokens(manifest: Manifest | None, num_visual: int) -> int:
+def _image_tokens(manifest: Manifest | None, num_visual: int) -> int:
     """Return the image's visual tokens before the encoder removes any; a keep is a share of these."""
     whole = None if manifest is None else manifest.cost.image_tokens
     if manifest is None or whole is None:
@@ -145,7 +146,6 @@ def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
     """Return the fields of ``setting`` that only a manifest tells: formats, shapes, graphs outside the decoder."""
     num_visual, formats = setting.sizes["N"], _formats(manifest)
     more: dict[str, Any] = {
-        "one_size": len(manifest.visual_sizes) == 1,
         "formats": dataclasses.replace(
             setting.formats,
             head=formats.get("head", "float16"),
@@ -153,9 +153,6 @@ def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
             bytes_per_cached=1 if manifest.kv_dtype == "int8" else 2,
             inputs=_rounded_inputs(manifest, setting),
         ),
-        "other_weight_bytes": _other_weight_bytes(manifest),
-        "largest_text": manifest.text_buckets[-1],
-        "most_new": manifest.max_new_tokens,
     }
     if manifest.vision is None:
         flops = vision_flops(manifest, num_visual=num_visual)
@@ -197,15 +194,6 @@ def _rounded_inputs(manifest: Manifest, setting: Setting) -> frozenset[WeightKin
         ),
     }
     return frozenset(kind for kind, rounded in kinds.items() if rounded)
-
-
-def _other_weight_bytes(manifest: Manifest) -> int:
-    """Return the bytes of graphs that ``Model`` does not describe, in half precision."""
-    described = {"prefix", "segment", "suffix", "probe", "select", "head"}
-    if manifest.vision is not None:
-        described.add("vision")
-    stored = sum(graph.weight_bytes for graph in manifest.graphs if graph.role not in described)
-    return stored // 2 if manifest.dtype == "float32" else stored
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -26,7 +26,7 @@ def summary_of(prediction: Prediction) -> dict[str, Any]:
         "device": prediction.device.name,
         "model": setting.model.name,
         "keep": setting.keep,
-        "picture": None if setting.image_size is None else list(setting.image_size),
+        "image_size": None if setting.image_size is None else list(setting.image_size),
         "precision": setting.formats.layer,
         "visual_tokens": list(setting.visual_rows),
         "stages": [{"layer": stage.layer, "keep": stage.keep} for stage in setting.schedule.stages],

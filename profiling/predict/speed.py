@@ -83,11 +83,6 @@ class Formats:
         """Return the format of one kind of weights."""
         return {"layer": self.layer, "head": self.head, "vision": self.vision}[kind]
 
-    def bytes_per_weight(self) -> Mapping[WeightKind, float]:
-        """Return the bytes of a weight by kind."""
-        kinds: tuple[WeightKind, ...] = ("layer", "head", "vision")
-        return {kind: BYTES_PER_WEIGHT[self.of(kind)] for kind in kinds}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GraphTime:

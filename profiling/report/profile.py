@@ -16,7 +16,7 @@ from trio_edge.profiling.measure.measuring import ProfileConditions
 from trio_edge.profiling.measure.sensors.sampling_thread import SensorRange
 from trio_edge.profiling.statistics import Distribution, LineFit, Ratio
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Bound = Literal["compute", "memory", "neither"]
 
 

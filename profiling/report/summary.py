@@ -24,8 +24,9 @@ from trio_edge.profiling.report.profile import (
     SizePoint,
 )
 from trio_edge.profiling.statistics import distribution, distribution_of_runs, line_fit, median_ratio
+from trio_edge.runtime.bundle.errors import printable
 from trio_edge.runtime.bundle.graph_io import CANDIDATES, is_probe
-from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec, Manifest, Profile
+from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec, Profile
 from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.trio.cost.bundle_work import graph_work
 
@@ -62,7 +63,7 @@ def report_of(measurement: Measurement) -> ProfileReport:
 
 def _labels(measurement: Measurement) -> list[str]:
     """Return the folders' names, numbered if two are equal."""
-    names = [measured.loaded.bundle.folder.resolve().name for measured in measurement.measured]
+    names = [printable(one.loaded.bundle.folder.resolve().name) for one in measurement.measured]
     return [name if names.count(name) == 1 else f"{name} ({index + 1})" for index, name in enumerate(names)]
 
 
@@ -74,12 +75,12 @@ def _bundle_profile(measured: MeasuredBundle, measurement: Measurement, *, label
     energy = joules(measurement.samples, windows)
     return BundleProfile(
         label=label,
-        bundle=str(bundle.folder),
+        bundle=printable(str(bundle.folder)),
         manifest_sha256=sha256_of(bundle.folder / MANIFEST_NAME),
         model=manifest.model,
         dtype=manifest.dtype,
         formats={} if manifest.quantization is None else dict(manifest.quantization.formats),
-        selection=_selection(manifest),
+        selection=manifest.selection,
         visual_tokens=first.visual_tokens,
         processed_tokens=first.average_keep * first.visual_tokens,
         kept_tokens=first.kept_tokens,
@@ -121,19 +122,6 @@ def _bundle_profile(measured: MeasuredBundle, measurement: Measurement, *, label
         operators=operator_times(measured.layers),
         layers=slowest_layers(measured.layers),
     )
-
-
-def _selection(manifest: Manifest) -> str:
-    """Return the bundle's token reduction in words."""
-    parts = []
-    if manifest.encoder_keep is not None:
-        parts.append(f"vision graph keeps {manifest.encoder_keep}")
-    if manifest.token_method is not None:
-        parts.append(f"{manifest.token_method} keeps {manifest.token_keep} before the decoder")
-    if manifest.schedule.stages:
-        stages = ", ".join(f"{stage.keep} at layer {stage.layer}" for stage in manifest.schedule.stages)
-        parts.append(f"{manifest.schedule.method} keeps {stages}")
-    return "; ".join(parts) or "keeps all visual tokens"
 
 
 def _host_token_ms(measured: MeasuredBundle) -> float | None:
@@ -246,9 +234,10 @@ def _graph_profile(
     in_answer = statistics.median(sum(calls) for calls in answers)
     work = graph_work(measured.loaded.bundle.manifest, spec, profile)
     flops, moved = work.flops, work.moved_bytes
-    verdict = None
+    judged: Verdict | tuple[None, None, None] = (None, None, None)
     if ceilings is not None and call_ms.p50 > 0:
-        verdict = judge(flops=flops, moved_bytes=moved, milliseconds=call_ms.p50, ceilings=ceilings)
+        judged = judge(flops=flops, moved_bytes=moved, milliseconds=call_ms.p50, ceilings=ceilings)
+    bound, of_ceiling, verdict = judged
     return GraphProfile(
         name=spec.name,
         role="select" if is_probe(spec.part_at(profile)) or profile.name == CANDIDATES else spec.role,
@@ -263,9 +252,9 @@ def _graph_profile(
         flops_per_s=1e3 * flops / call_ms.p50 if call_ms.p50 > 0 else None,
         bytes_per_s=1e3 * moved / call_ms.p50 if call_ms.p50 > 0 else None,
         intensity=flops / moved,
-        bound=None if verdict is None else verdict.bound,
-        of_ceiling=None if verdict is None else verdict.of_ceiling,
-        verdict=None if verdict is None else verdict.text,
+        bound=bound,
+        of_ceiling=of_ceiling,
+        verdict=verdict,
     )
 
 
@@ -332,9 +321,8 @@ def _about_tokens(bundle: BundleProfile) -> Iterator[str]:
             f" {memory.kv_used / 1e6:.1f} MB: export with a smaller --max-new-tokens or --max-text"
         )
     slowest = max(steps, key=lambda graph: graph.answer_ms)
-    waits = (
-        slowest.bound == "memory" and (slowest.of_ceiling or 0.0) <= 1.0
-    )  # above 1, data comes from caches
+    # above 1, data comes from caches
+    waits = slowest.bound == "memory" and (slowest.of_ceiling or 0.0) <= 1.0
     if waits and slowest.role in _RANGES and not bundle.formats:
         yield (
             f"tokens wait for memory ({slowest.name}: {slowest.verdict}): export with --quantize int4, a quarter of float16's"

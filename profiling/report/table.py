@@ -49,7 +49,7 @@ def _heading(report: ProfileReport) -> list[str]:
         + (f"; power mode {conditions.power_mode}" if conditions.power_mode else ""),
         (
             f"{conditions.runs} runs in turns ({conditions.stopped}) after {conditions.warm_up} warm-up answers;"
-            f" {conditions.picture}, {conditions.new_tokens} new tokens"
+            f" {conditions.image}, {conditions.new_tokens} new tokens"
         ),
     ]
     if report.ceilings is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -48,13 +49,6 @@ _PROVIDERS: dict[OnnxRuntimeName, str] = {
     "onnxruntime-tensorrt": "TensorrtExecutionProvider",
 }
 _ONLY_FATAL = 4
-_ORT_FROM_DTYPE = {
-    "float32": "tensor(float)",
-    "float16": "tensor(float16)",
-    "int32": "tensor(int32)",
-    "int64": "tensor(int64)",
-    "int8": "tensor(int8)",
-}
 
 
 def has_provider(name: OnnxRuntimeName) -> bool:
@@ -63,46 +57,38 @@ def has_provider(name: OnnxRuntimeName) -> bool:
 
 
 @final
+@dataclass(frozen=True)
 class OnnxRuntimeBackend:
-    """Loads graphs into ONNX Runtime."""
+    """Loads graphs into ONNX Runtime. The fields are arguments of ``make_backend``; ``notes`` go to the loaded graphs.
 
-    def __init__(
-        self,
-        name: OnnxRuntimeName = "onnxruntime",
-        *,
-        threads: int = 0,
-        cpu_accuracy: CpuAccuracy = "auto",
-        layer_times: Path | None = None,
-        notes: Sequence[str] = (),
-    ) -> None:
-        """Check the installed onnxruntime. The arguments are those of ``make_backend``; ``notes`` go to the loaded graphs.
+    Raises:
+        BackendError: If the installed onnxruntime lacks the execution provider that ``name`` needs.
+    """
 
-        Raises:
-            BackendError: If the installed onnxruntime lacks the execution provider that ``name`` needs.
-        """
+    name: OnnxRuntimeName
+    threads: int
+    cpu_accuracy: CpuAccuracy
+    layer_times: Path | None
+    notes: Sequence[str]
+
+    def __post_init__(self) -> None:
         ort.set_default_logger_severity(_ONLY_FATAL)
-        if not has_provider(name):
+        if not has_provider(self.name):
             raise BackendError(
-                f"backend: expected onnxruntime {ort.__version__} with {_PROVIDERS[name]}, got one with"
+                f"backend: expected onnxruntime {ort.__version__} with {_PROVIDERS[self.name]}, got one with"
                 f" {', '.join(ort.get_available_providers())}; run pip install onnxruntime-gpu in place of onnxruntime"
             )
-        self.name: OnnxRuntimeName = name
-        """Name for messages and statistics."""
-        self._threads = threads
-        self._cpu_accuracy = cpu_accuracy
-        self._layer_times = layer_times
-        self._notes = notes
 
     def load(self, bundle: Bundle, names: Sequence[str] | None = None) -> LoadedGraphs:
         """Load graphs into ONNX Runtime."""
         specs = selected_graphs(bundle, names)
         device: Device = HostDevice() if self.name == "onnxruntime" else CudaDevice(load_cuda())
         stream = device.stream if isinstance(device, CudaDevice) else None
-        loaded = LoadedGraphs(device=device, engines={}, notes=list(self._notes))
+        loaded = LoadedGraphs(device=device, engines={}, notes=list(self.notes))
         try:
             weight_bytes = sum(spec.weight_bytes for spec in specs)
             loaded.memory.update(check_memory(device, bundle.manifest, specs, weight_bytes=weight_bytes))
-            prepared = Prepared({}, ()) if stream else open_prepared(bundle, accuracy=self._cpu_accuracy)
+            prepared = Prepared({}, ()) if stream else open_prepared(bundle, accuracy=self.cpu_accuracy)
             loaded.notes.extend(prepared.notes)
             last = [[spec for spec in specs if spec.role == role][-1:] for role in ("vision", "select")]
             # A session needs twice its memory while it is loaded: the largest first, so that it does not come on top of the others.
@@ -126,13 +112,8 @@ class OnnxRuntimeBackend:
         _check_interface(spec.outputs, session.get_outputs(), where=f"{spec.file} outputs")
         if stream is None:
             _release_free_memory()  # loading takes twice the memory, and the C library would keep half of it
-        return OnnxRuntimeEngine(
-            session,
-            spec,
-            on_gpu=stream is not None,
-            layer_times=self._layer_times,
-            num_heads=bundle.manifest.dimensions.num_heads,
-        )
+        num_heads, on_gpu = bundle.manifest.dimensions.num_heads, stream is not None
+        return OnnxRuntimeEngine(session, spec, num_heads, on_gpu, self.layer_times)
 
     def _session(
         self, bundle: Bundle, spec: GraphSpec, prepared: Path | None, stream: int | None
@@ -141,7 +122,7 @@ class OnnxRuntimeBackend:
         options = ort.SessionOptions()
         if prepared is not None:  # it was optimized then
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = self.threads
         options.log_severity_level = _ONLY_FATAL  # errors are raised as well, with our own message
         # Each session has its own threads. If they spun while another session runs, they would take its cores
         # (2 cores, 9 sessions: 107 ms instead of 26 ms for one answer of the packaged model).
@@ -149,10 +130,10 @@ class OnnxRuntimeBackend:
         if stream is not None:
             options.add_session_config_entry(ACCURACY_KEY, ACCURACY_LEVELS["float32"])
         else:
-            set_cpu_options(options, bundle, spec, accuracy=self._cpu_accuracy)
-        if self._layer_times is not None:
+            set_cpu_options(options, bundle, spec, accuracy=self.cpu_accuracy)
+        if self.layer_times is not None:
             options.enable_profiling = True
-            options.profile_file_prefix = str(self._layer_times / f".{spec.name}")
+            options.profile_file_prefix = str(self.layer_times / f".{spec.name}")
         try:
             session = ort.InferenceSession(
                 file,
@@ -165,9 +146,8 @@ class OnnxRuntimeBackend:
                 f"{file}: expected a graph that onnxruntime {ort.__version__} loads, got:"
                 f" {first_line(error)}; export the bundle again"
             ) from None
-        if (
-            wanted := _PROVIDERS[self.name]
-        ) not in session.get_providers():  # without an error it falls back to the CPU
+        # Without an error it falls back to the CPU.
+        if (wanted := _PROVIDERS[self.name]) not in session.get_providers():
             raise BackendError(
                 f"backend: expected {wanted} to start, onnxruntime {ort.__version__} fell back to"
                 f" {session.get_providers()[0]}; install the CUDA and cuDNN that it was built for"
@@ -214,7 +194,7 @@ def _release_free_memory() -> None:
 
 
 def _check_interface(expected: tuple[TensorSpec, ...], got: list[Any], *, where: str) -> None:
-    wanted = [(tensor.name, _ORT_FROM_DTYPE[tensor.dtype]) for tensor in expected]
+    wanted = [(one.name, f"tensor({one.dtype.replace('float32', 'float')})") for one in expected]
     found = [(tensor.name, tensor.type) for tensor in got]
     if wanted != found:
         odd = next((pair for pair in zip(wanted, found) if pair[0] != pair[1]), (len(wanted), len(found)))
@@ -222,27 +202,21 @@ def _check_interface(expected: tuple[TensorSpec, ...], got: list[Any], *, where:
 
 
 @final
+@dataclass
 class OnnxRuntimeEngine:
     """One graph in ONNX Runtime."""
 
-    def __init__(
-        self,
-        session: ort.InferenceSession,
-        spec: GraphSpec,
-        *,
-        on_gpu: bool,
-        layer_times: Path | None,
-        num_heads: int,
-    ) -> None:
-        self._session: ort.InferenceSession | None = session
-        self.spec = spec
-        """The graph's entry in the manifest."""
-        self._num_heads = num_heads
-        self._layer_times = layer_times
-        self._device_type = "cuda" if on_gpu else "cpu"
-        self._run_options = ort.RunOptions()
+    _session: ort.InferenceSession | None
+    spec: GraphSpec
+    """The graph's entry in the manifest."""
+    _num_heads: int
+    _on_gpu: bool
+    _layer_times: Path | None
+    _run_options: ort.RunOptions = field(default_factory=ort.RunOptions)
+
+    def __post_init__(self) -> None:
         self._run_options.log_severity_level = _ONLY_FATAL
-        if on_gpu:  # the next graph is enqueued on the same stream, so there is no need to wait
+        if self._on_gpu:  # the next graph is enqueued on the same stream, so there is no need to wait
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def prepare(
@@ -251,14 +225,14 @@ class OnnxRuntimeEngine:
         """Bind a profile to addresses."""
         session = self._open_session()
         # Layer times are those of one pass.
-        may_split = self._device_type == "cpu" and self._layer_times is None
+        may_split = not self._on_gpu and self._layer_times is None
         if may_split and has_long_prefill(self.spec, profile, num_heads=self._num_heads):
             return ChunkedLaunch(self.run, session, self.spec, tensors)
-        binding = session.io_binding()
+        binding, device = session.io_binding(), "cuda" if self._on_gpu else "cpu"
         for spec in self.spec.tensors:
             bind = binding.bind_input if spec in self.spec.inputs else binding.bind_output
             tensor = tensors[spec.name]
-            bind(spec.name, self._device_type, 0, np.dtype(spec.dtype), tensor.shape, tensor.address)
+            bind(spec.name, device, 0, np.dtype(spec.dtype), tensor.shape, tensor.address)
         return OnnxRuntimeLaunch(self, binding)
 
     def run(self, binding: ort.IOBinding) -> None:

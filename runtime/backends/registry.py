@@ -59,13 +59,11 @@ def make_backend(
     notes: tuple[str, ...] = ()
     if name == "auto":
         name, notes = _fastest(bundle)
-    for engine_backend in ENGINE_BACKENDS:
-        if name == engine_backend:
-            from trio_edge.runtime.backends.tensorrt import TensorRTBackend
+    if (engine_backend := next((known for known in ENGINE_BACKENDS if known == name), None)) is not None:
+        from trio_edge.runtime.backends.tensorrt import TensorRTBackend
 
-            return TensorRTBackend(engine_backend, cuda_graph=cuda_graph, layer_times=layer_times)
-    onnx_runtime = next((known for known in _ONNX_RUNTIMES if known == name), None)
-    if onnx_runtime is None:
+        return TensorRTBackend(engine_backend, cuda_graph=cuda_graph, layer_times=layer_times)
+    if (onnx_runtime := next((known for known in _ONNX_RUNTIMES if known == name), None)) is None:
         raise BackendError(
             f"backend: expected one of auto, {', '.join(BACKENDS)}, got {name!r:.80}; choose one of them"
         )
@@ -84,9 +82,7 @@ def make_backend(
         )
     from trio_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(
-        onnx_runtime, threads=threads, cpu_accuracy=cpu_accuracy, layer_times=layer_times, notes=notes
-    )
+    return OnnxRuntimeBackend(onnx_runtime, threads, cpu_accuracy, layer_times, notes)
 
 
 def with_accuracy(backend: str, cpu_accuracy: CpuAccuracy) -> str:
@@ -96,22 +92,25 @@ def with_accuracy(backend: str, cpu_accuracy: CpuAccuracy) -> str:
 
 def _fastest(bundle: Bundle | None) -> tuple[str, tuple[str, ...]]:
     """Return a backend's name and, if there is a GPU but the bundle's engines are not used, a note that says why."""
+    found, notes = _fastest_on_gpu(bundle) if machine.cuda_problem() is None else (None, ())
+    if found is None and bundle is not None and find_spec("onnxruntime") is None:
+        found = installed_backend()  # loading it reports what is missing
+    return found or "onnxruntime", notes
+
+
+def _fastest_on_gpu(bundle: Bundle | None) -> tuple[str | None, tuple[str, ...]]:
+    """Return the same of the backends for a GPU; engines first, because somebody took the time to build them."""
     notes: tuple[str, ...] = ()
-    # Engines first: somebody took the time to build them.
-    if machine.cuda_problem() is None:
-        if bundle is not None:
-            from trio_edge.runtime.backends.tensorrt import engines_that_run
+    if bundle is not None:
+        from trio_edge.runtime.backends.tensorrt import engines_that_run
 
-            found, reason = engines_that_run(bundle)
-            if found is not None:
-                return found, notes
-            if reason is not None:
-                notes = (f"engines are not used: {reason}",)
-        if find_spec("onnxruntime") is not None:
-            from trio_edge.runtime.backends.onnxruntime import has_provider
+        found, reason = engines_that_run(bundle)
+        if found is not None:
+            return found, notes
+        notes = () if reason is None else (f"engines are not used: {reason}",)
+    if find_spec("onnxruntime") is not None:
+        from trio_edge.runtime.backends.onnxruntime import has_provider
 
-            if has_provider("onnxruntime-cuda"):
-                return "onnxruntime-cuda", notes
-    if bundle is not None and find_spec("onnxruntime") is None:
-        return installed_backend() or "onnxruntime", notes  # loading it reports what is missing
-    return "onnxruntime", notes
+        if has_provider("onnxruntime-cuda"):
+            return "onnxruntime-cuda", notes
+    return None, notes

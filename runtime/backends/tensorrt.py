@@ -8,6 +8,7 @@ share one workspace, because they run one after the other on one stream.
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
@@ -101,8 +102,10 @@ class TensorRTBackend:
                 if self._layer_times is not None:
                     times = self._layer_times / f"{spec.name}.json"
                     layers = EngineLayerTimes(tensorrt.module, engine, times)
+                # A layer profiler waits after every run, which a CUDA graph cannot do.
+                may_capture = self._cuda_graph and layers is None
                 loaded.engines[spec.name] = TensorRTEngine(
-                    engine, spec, tensorrt, device, workspace, errors, kernels, layers, self._cuda_graph
+                    engine, spec, tensorrt, device.stream, workspace, errors, kernels, layers, may_capture
                 )
             loaded.memory["workspace"] = workspace.allocate()
         except BaseException:
@@ -158,31 +161,25 @@ class Workspace:
 
 
 @final
+@dataclass
 class TensorRTEngine:
     """One graph's engine and its execution contexts."""
 
-    def __init__(
-        self,
-        engine: Any,
-        spec: GraphSpec,
-        tensorrt: TensorRT,
-        device: CudaDevice,
-        workspace: Workspace,
-        errors: EngineErrors,
-        kernels: CompiledKernels | None,
-        layers: EngineLayerTimes | None = None,
-        cuda_graph: bool = True,
-    ) -> None:
-        self._engine, self._tensorrt = engine, tensorrt
-        self.spec = spec
-        """The graph's entry in the manifest."""
-        self.stream, self.errors, self.layers = device.stream, errors, layers
-        # A layer profiler waits after every run, which a CUDA graph cannot do.
-        self.may_capture = cuda_graph and layers is None
-        self._workspace, self._kernels = workspace, kernels
-        self._contexts: dict[str, _Context] = {}
-        """By "decode" or the name of a piece."""
-        workspace.reserve(engine.device_memory_size_v2)  # of the largest profile
+    _engine: Any
+    spec: GraphSpec
+    """The graph's entry in the manifest."""
+    _tensorrt: TensorRT
+    stream: int
+    _workspace: Workspace
+    errors: EngineErrors
+    _kernels: CompiledKernels | None
+    layers: EngineLayerTimes | None
+    may_capture: bool
+    _contexts: dict[str, _Context] = field(default_factory=dict)
+    """By "decode" or the name of a piece."""
+
+    def __post_init__(self) -> None:
+        self._workspace.reserve(self._engine.device_memory_size_v2)  # of the largest profile
 
     def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> TensorRTLaunch:
         """Bind a profile to addresses."""

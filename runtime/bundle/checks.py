@@ -29,7 +29,7 @@ from trio_edge.runtime.bundle.manifest import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from trio_edge.runtime.bundle.manifest import GraphSpec, Launch, Program, StoredTensor
 
@@ -94,6 +94,14 @@ def _check_sizes(manifest: Manifest) -> None:
             f"token_keep: expected a number if there is a token_method, and none otherwise, got {manifest.token_keep}"
             f" with {manifest.token_method!r}"
         )
+    kept = {
+        place for program in manifest.programs for one in program.launches for place in one.outputs.values()
+    }
+    if (manifest.encoder_keep is not None) != ("kept.vision" in kept):
+        raise ManifestError(
+            "encoder_keep: expected a number if the vision graph returns the kept tokens, and none otherwise, got"
+            f" {manifest.encoder_keep}"
+        )
     if manifest.max_images > most or dims.num_heads % dims.num_kv_heads:
         raise ManifestError(
             f"max_images, num_kv_heads: expected at most {most} (visual tokens) and a divisor of {dims.num_heads}, got"
@@ -104,7 +112,7 @@ def _check_sizes(manifest: Manifest) -> None:
 def _check_files(manifest: Manifest) -> None:
     known = {entry.path for entry in manifest.files}
     used = graph_files(manifest) | {manifest.text.tokenizer, manifest.text.chat_template}
-    used |= {tensor.file for *_, tensor, _ in _stored(manifest)}
+    used |= {tensor.file for _, tensor, *_ in _tables(manifest)}
     if manifest.clip_text is not None:
         used.add(manifest.clip_text.tokenizer)
     for path in sorted(known | used):
@@ -124,29 +132,25 @@ def graph_files(manifest: Manifest) -> set[str]:
     return {file for spec in manifest.graphs for file in (spec.file, *(piece.file for piece in spec.pieces))}
 
 
-def _stored(manifest: Manifest) -> list[tuple[str, bool, StoredTensor, bool]]:
-    """Return the tables that the host reads: name, whether it is a table's scales, tensor, and whether it has scales."""
-    found = []
+def _tables(manifest: Manifest) -> Iterator[tuple[str, StoredTensor, tuple[int, ...], bool]]:
+    """Yield the tables that the host reads: name, tensor, shape, and whether the elements are INT8."""
+    shape = manifest.dimensions.vocab_size, manifest.dimensions.hidden_size
     for name, rows, scales in (
         ("token_embedding", manifest.token_embedding, manifest.token_embedding_scales),
         ("head_rows", manifest.head_rows, manifest.head_row_scales),
     ):
         if rows is not None:
-            found.append((name, False, rows, scales is not None))
-        if rows is not None and scales is not None:
-            found.append((f"scales of {name}", True, scales, True))
-    return found
+            yield name, rows, shape, scales is not None
+            if scales is not None:
+                yield f"scales of {name}", scales, shape[:1], False
 
 
 def _check_tables(manifest: Manifest) -> None:
     sizes = {entry.path: entry.num_bytes for entry in manifest.files}
-    dims = manifest.dimensions
-    for name, are_scales, tensor, has_scales in _stored(manifest):
-        wanted = ("float32", "float16") if are_scales or not has_scales else ("int8",)
-        if tensor.dtype not in wanted:
-            rows = "" if are_scales else " rows, or int8 rows with scales"
+    for name, tensor, shape, is_int8 in _tables(manifest):
+        if tensor.dtype not in (("int8",) if is_int8 else ("float32", "float16")):
+            rows = " rows, or int8 rows with scales" if len(shape) > 1 else ""
             raise ManifestError(f"{name}: expected float32 or float16{rows}, got {tensor.dtype}")
-        shape = (dims.vocab_size,) if are_scales else (dims.vocab_size, dims.hidden_size)
         end = tensor.offset + tensor.num_bytes
         if tensor.shape != shape or end > sizes[tensor.file]:
             raise ManifestError(
@@ -272,11 +276,8 @@ def read_by_host(manifest: Manifest, program: str, sizes: Mapping[str, int]) -> 
     head = next(spec for spec in manifest.graphs if spec.role == "head")
     top = (1, best) if graph_io.is_shared(head) else (best,)
     if program in ("vision", "reduce"):
-        tokens, planes, count = graph_io.VISUAL_TOKENS, graph_io.DEEPSTACK_TOKENS, sizes["N"]
-        if program == "reduce":
-            tokens, planes = graph_io.REDUCED_TOKENS, graph_io.REDUCED_DEEPSTACK
-            count = manifest.token_keep or 0
-        names = [tokens, *(f"{planes}{plane}" for plane in range(manifest.num_deepstack))]
+        count = sizes["N"] if program == "vision" else manifest.token_keep or 0
+        names = graph_io.token_outputs(program, manifest.num_deepstack)
         found: dict[str, Array] = {f"{program}.{name}": (rows[0], (count, rows[1])) for name in names}
         return found if program == "vision" else found | {"kept.reduce": ("int32", (count,))}
     if program not in ("prefill", "decode"):

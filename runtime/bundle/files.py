@@ -77,7 +77,7 @@ def atomic_folder(
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        _unlock(lock)
+        unlock_folder(lock)
 
 
 def check_place(target: Path, *, num_bytes: int, error: type[TrioEdgeError], way_out: str) -> None:
@@ -117,12 +117,12 @@ def delete_leftovers(target: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(target.name)}\.partial-[a-z0-9_]{{8}}")
     for folder in [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]:
         try:
-            lock = _lock(folder)
+            lock = lock_folder(folder)
         except OSError:  # in use, not ours, or just deleted by another writer
             continue
         if lock is not None:
             shutil.rmtree(folder, ignore_errors=True)
-            _unlock(lock)
+            unlock_folder(lock)
 
 
 def _new_folder(target: Path) -> tuple[Path, int | None]:
@@ -130,15 +130,15 @@ def _new_folder(target: Path) -> tuple[Path, int | None]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         try:
-            lock = _lock(folder)
+            lock = lock_folder(folder)
         except (BlockingIOError, FileNotFoundError):  # another writer mistook it for a leftover
             continue
         if folder.exists():
             return folder, lock
-        _unlock(lock)
+        unlock_folder(lock)
 
 
-def _lock(folder: Path) -> int | None:
+def lock_folder(folder: Path) -> int | None:
     """Return a descriptor that locks ``folder`` until it is closed, also by a kill; None where folders have no locks.
 
     Raises:
@@ -160,7 +160,8 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _unlock(lock: int | None) -> None:
+def unlock_folder(lock: int | None) -> None:
+    """Release the lock of ``lock_folder``."""
     if lock is not None:
         os.close(lock)
 

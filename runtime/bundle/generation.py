@@ -7,12 +7,15 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+_Limit: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 _Factor: TypeAlias = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 _Penalty: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-3, le=1e3)]
 _Share: TypeAlias = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 SAMPLING_SETTINGS = ("temperature", "top_k", "top_p")
 """Settings that only sampling reads."""
+LIMIT_SETTINGS = ("max_new_tokens", "max_length")
+"""Settings that only say where an answer ends."""
 
 
 class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,6 +35,10 @@ class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     """Shortest prompt and answer together, visual tokens included; no stop token comes before."""
     min_new_tokens: _Count = 0
     """Shortest answer in tokens; above 0 it replaces ``min_length``."""
+    max_new_tokens: _Limit | None = None
+    """Longest answer in tokens, if the user asks for none and the bundle has room; None means the bundle's limit."""
+    max_length: _Limit | None = None
+    """Longest prompt and answer together, visual tokens included; ``max_new_tokens`` replaces it."""
     suppress_tokens: tuple[_Count, ...] = ()
     """Tokens that are never chosen."""
     begin_suppress_tokens: tuple[_Count, ...] = ()

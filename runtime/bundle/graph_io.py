@@ -12,11 +12,14 @@ if TYPE_CHECKING:
 # Graphs before the decoder.
 PIXEL_VALUES = "pixel_values"
 TOKEN_INDEX = "token_index"
+TOKEN_WEIGHTS = "token_weights"
 """[N], the row of each visual token in what the vision encoder returns."""
 PATCH_POSITIONS = "patch_positions"
 TABLE_INDEX = "table_index"
 TABLE_WEIGHTS = "table_weights"
 NUM_PATCHES = "num_patches"
+WINDOW_SLOTS = "window_slots"
+PATCH_SLOT = "patch_slot"
 """Inputs of the Qwen-VL families: see ``export/graphs/vision``."""
 VISUAL_TOKENS = "visual_tokens"
 KEPT_PATCHES = "kept_patches"
@@ -135,6 +138,13 @@ def is_shared(head: GraphSpec) -> bool:
 def is_probe(spec: GraphSpec) -> bool:
     """Return whether a graph, or a piece of one, belongs to a probe alone."""
     return {tensor.name for tensor in spec.outputs} <= {*PROBE_RESULTS, OUTPUT_GRADIENT, SALIENCY_SCORES}
+
+
+def token_outputs(role: str, num_deepstack: int) -> list[str]:
+    """Return the outputs of a vision or reduce graph: visual tokens and their DeepStack planes."""
+    is_vision = role == "vision"
+    tokens, planes = (VISUAL_TOKENS, DEEPSTACK_TOKENS) if is_vision else (REDUCED_TOKENS, REDUCED_DEEPSTACK)
+    return [tokens, *(f"{planes}{plane}" for plane in range(num_deepstack))]
 
 
 def gradient_graph(manifest: Manifest) -> GraphSpec | None:

@@ -271,6 +271,11 @@ class VisionDimensions(_Spec, frozen=True):
     merged_weights: Work = 0
     """Weights with the same cost per projector token as the encoder's own reduction."""
 
+    def workspace_bytes(self, count: int, *, element_bytes: int) -> int:
+        """Return the activations of the vision graph for ``count`` tiles, or patches of one tile, with fused attention."""
+        patches = count * (self.patches_per_tile or 1)
+        return patches * (6 * self.hidden_size + 2 * self.intermediate_size) * element_bytes
+
 
 class TextSpec(_Spec, frozen=True):
     """The tokenizer's files and special tokens."""
@@ -501,6 +506,19 @@ class Manifest(_Spec, frozen=True):
     def device_weight_ratio(self) -> float:
         """Weights in all graphs divided by the model's weights; above 1, probe layers and heads are repeated."""
         return sum(graph.weight_bytes for graph in self.graphs) / self.model_bytes
+
+    @property
+    def selection(self) -> str:
+        """The token reduction in words, with its methods."""
+        parts = []
+        if self.encoder_keep is not None:
+            parts.append(f"vision graph keeps {self.encoder_keep}")
+        if self.token_method is not None:
+            parts.append(f"{self.token_method} keeps {self.token_keep} before the decoder")
+        if self.schedule.stages:
+            stages = ", ".join(f"{stage.keep} at layer {stage.layer}" for stage in self.schedule.stages)
+            parts.append(f"{self.schedule.method} keeps {stages}")
+        return "; ".join(parts) or "keeps all visual tokens"
 
     @property
     def average_keep(self) -> float:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, final
 
+import msgspec
 import numpy as np
 
 from trio_edge.runtime.bundle.checks import graph_files, manifest_from_json
@@ -46,14 +47,15 @@ class Bundle:
         """Return a UTF-8 text file of the bundle."""
         path = self.path(name)
         try:
-            return read_regular(path, max_bytes=MAX_TEXT_BYTES).decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            return _content(path, max_bytes=MAX_TEXT_BYTES).decode("utf-8")
+        except UnicodeDecodeError as error:
             raise BundleError(f"{path}: expected UTF-8 text ({error}); export the bundle again") from None
 
     def map_tensor(self, tensor: StoredTensor) -> NDArray[Any]:
-        """Return a stored tensor as a read-only memory map."""
+        """Return a stored tensor as a read-only memory map; its file's header must list it."""
         path = self.path(tensor.file)
         try:
+            _check_listed(path, tensor)
             return np.memmap(path, dtype=tensor.dtype, mode="r", offset=tensor.offset, shape=tensor.shape)
         except (OSError, ValueError) as error:  # the second if the file has become shorter
             reason = getattr(error, "strerror", error)
@@ -98,6 +100,9 @@ def open_bundle(folder: str | Path, *, hash_all: bool = False) -> Bundle:
         BundleError: If the folder is no finished bundle, or a file is missing, changed or a link to elsewhere.
         ManifestError: If the manifest is broken or of another schema version.
     """
+    if not isinstance(folder, (str, os.PathLike)):
+        kind = type(folder).__name__
+        raise BundleError(f"bundle: expected the path of a folder, got {kind}; name one of trio-export")
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     try:
@@ -146,6 +151,19 @@ def read_regular(path: Path, *, max_bytes: int) -> bytes:
         if status.st_size > max_bytes:
             raise OSError(errno.EFBIG, f"larger than {max_bytes >> 20} MiB")
         return file.read(max_bytes)
+
+
+def _check_listed(path: Path, tensor: StoredTensor) -> None:
+    """Raise ValueError unless the header of a safetensors file has a tensor of this size and shape at this place."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = msgspec.json.decode(file.read(min(size, MAX_JSON_BYTES)), type=dict[str, dict[str, Any]])
+    start = tensor.offset - 8 - size
+    wanted = {"data_offsets": [start, start + tensor.num_bytes], "shape": [*tensor.shape]}
+    if not any(wanted.items() <= entry.items() for entry in header.values()):
+        raise ValueError(
+            f"expected {tensor.dtype} {wanted['shape']} at byte {tensor.offset}, got another tensor"
+        )
 
 
 class WrittenFile(Protocol):

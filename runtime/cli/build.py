@@ -14,7 +14,7 @@ import click
 from rich import progress as rich_progress
 from rich.console import Console
 
-from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.errors import BackendError, printable
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.console import EXIT_USER_ERROR, run
 from trio_edge.runtime.cli.interruption import interruptible
@@ -100,7 +100,7 @@ def command(
         _warn(text)
     with interruptible() as check, _bars(console, count=len(plan.graphs), check_interrupt=check) as progress:
         engine_set = build_engines(plan, progress=progress)
-    print(_summary(engine_set, plan.folder))
+    print(printable(_summary(engine_set, plan.folder)))
     return 0
 
 
@@ -127,7 +127,7 @@ def _prepare_for_cpu(bundle: Path, given: dict[str, Any], console: Console, *, f
 
         prepare_graphs(opened, started=started)
     num_bytes = sum(file.stat().st_size for file in target.iterdir())
-    print(f"{target}: graphs for this CPU, {num_bytes / 1e6:.1f} MB")
+    print(printable(f"{target}: graphs for this CPU, {num_bytes / 1e6:.1f} MB"))
     return 0
 
 
@@ -147,7 +147,7 @@ def _capabilities(text: str) -> tuple[int, ...]:
 
 
 def _tell(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
+    console.print(printable(text), soft_wrap=True, markup=False, highlight=False)
 
 
 def _warn(text: str) -> None:
@@ -165,11 +165,11 @@ def _report(needs: dict[str, Any], manifest: Manifest, *, as_json: bool) -> int:
             table.add_row(graph["name"], profile_list(manifest.graph(graph["name"])), *sizes)
         wide_console().print(table)
         for name, text in _lines(needs).items():
-            print(f"{name:14}{text}")
+            print(printable(f"{name:14}{text}"))
         for text in needs["warnings"]:
             _warn(text)
     for text in needs["problems"]:
-        print(f"trio-build: {text}", file=sys.stderr)
+        print(f"trio-build: {printable(text)}", file=sys.stderr)
     return EXIT_USER_ERROR if needs["problems"] else 0
 
 

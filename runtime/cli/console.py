@@ -6,8 +6,10 @@ import errno
 import io
 import os
 import sys
+import warnings
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import click
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's quota
+# A terminal that has hung up, or a file opened for reading.
+_UNWRITABLE = (errno.EIO, errno.EBADF, errno.ENXIO)
 _NAMES = {
     getattr(errno, name)
     for name in ("ENAMETOOLONG", "ELOOP", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR")
@@ -28,15 +32,30 @@ _NAMES = {
 
 def run(command: click.Command, argv: Sequence[str] | None) -> int:
     """Run a click command and return its exit code. Errors that a user can correct print one line."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal shows a question mark for a character that it lacks.
-        sys.stdout.reconfigure(errors="replace")
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    if not all(map(_is_text, arguments)):
-        return _fail(command, "arguments: expected text, got a null byte or half a character; remove it")
+    is_closed = sys.stdout is None
+    _open_closed_streams()
+    with redirect_stderr(cast("TextIO", _Messages(sys.stderr))), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, about numbers of hostile files
+        if is_closed:
+            return _fail(command, "standard output: expected an open one, got a closed one; leave out >&-")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A terminal shows a question mark for a character that it lacks.
+            sys.stdout.reconfigure(errors="replace")
+        arguments = sys.argv[1:] if argv is None else list(argv)
+        if not all(map(_is_text, arguments)):
+            return _fail(command, "arguments: expected text, got a null byte or half a character; remove it")
+        code = _run(command, arguments)
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            failed = _fail_with_files(command, error)
+            code = code or failed
+        return code
+
+
+def _run(command: click.Command, arguments: list[str]) -> int:
     try:
         result = command.main(args=arguments, prog_name=command.name, standalone_mode=False)
-        sys.stdout.flush()
     except click.exceptions.Abort:
         print(f"{command.name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -46,9 +65,6 @@ def run(command: click.Command, argv: Sequence[str] | None) -> int:
         return _fail(command, str(error))
     except MemoryError:
         return _fail(command, "expected more memory, the system has none left; close other programs")
-    except BrokenPipeError:  # the reading program has ended
-        _print_nowhere()
-        return 1
     except OSError as error:
         return _fail_with_files(command, error)
     return result if isinstance(result, int) else 0
@@ -63,9 +79,15 @@ def _is_text(argument: str) -> bool:
 
 
 def _fail_with_files(command: click.Command, error: OSError) -> int:
-    if error.errno in _FULL and error.filename is None:
-        _print_nowhere()
-        return _fail(command, f"expected room for the output, got: {error.strerror}; free some disk space")
+    if isinstance(error, BrokenPipeError):  # the reading program has ended
+        _lose(sys.stdout)
+        return 1
+    if error.errno in (*_FULL, *_UNWRITABLE) and error.filename is None:
+        _lose(sys.stdout)
+        text, advice = "expected room for the output", "free some disk space"
+        if error.errno in _UNWRITABLE:
+            text, advice = "standard output: expected to write to it", "send it to a file"
+        return _fail(command, f"{text}, got: {error.strerror}; {advice}")
     # This error is tempfile's, where no folder can be written to.
     if error.errno == errno.ENOENT and error.filename is None:
         room = f"expected a temporary folder with room, got: {error.strerror}"
@@ -75,10 +97,40 @@ def _fail_with_files(command: click.Command, error: OSError) -> int:
     return _fail(command, f"{error.filename}: cannot be used ({error.strerror}); choose another name")
 
 
-def _print_nowhere() -> None:
-    """Discard the rest of standard output, which has failed: Python would report the failure again at exit."""
-    with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+def _open_closed_streams() -> None:
+    """Open the standard streams that a shell has closed (``>&-``): the next file opened would take their place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+
+
+def _lose(stream: TextIO) -> None:
+    """Discard the rest of a stream that has failed: Python would report the failure again at exit."""
+    with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+class _Messages:
+    """Standard error whose loss changes nothing else: a closed terminal, a full disk, a reader that has gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            _lose(self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: ``write`` has flushed."""
 
 
 def _fail(command: click.Command, message: str) -> int:

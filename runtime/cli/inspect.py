@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from trio_edge.runtime.bundle.errors import printable
 from trio_edge.runtime.bundle.graph_io import has_follow_ups
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.console import run
@@ -47,7 +48,7 @@ def command(bundle: Path, as_json: bool, show_io: bool, verify: bool) -> int:
     for entry in _engines(bundle):
         size = f"{len(entry['graphs'])} graphs, {entry['num_bytes'] / 1e6:.1f} MB"
         built = f"{entry['backend']} {entry['tensorrt_version']}, {entry['platform']}"
-        _print_line(console, "engines", f"{entry['target']}: {size}, {built}")
+        _print_line(console, "engines", printable(f"{entry['target']}: {size}, {built}"))
     return 0
 
 
@@ -58,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def summary(manifest: Manifest) -> dict[str, Any]:
     """Return the facts that ``--json`` prints: sizes in bytes, ``average_keep`` as a fraction."""
-    cost, schedule = manifest.cost, msgspec.to_builtins(manifest.schedule)
-    del schedule["method"]
+    cost = manifest.cost
     flops: dict[str, Any] = {"full": cost.full_flops, "reduced": cost.reduced_flops}
     flops["ratio"] = sum(cost.full_flops.values()) / sum(cost.reduced_flops.values())
     return {
@@ -72,7 +72,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
             for size in manifest.image_sizes
         ],
         **_values(manifest, "text_buckets", "max_new_tokens"),
-        "schedule": schedule,
+        **_values(manifest, "schedule", "encoder_keep", "token_method", "token_keep"),
         "average_keep": manifest.average_keep,
         "flops": {**_values(cost, "num_visual", "num_text"), **flops},
         "kv": {
@@ -143,13 +143,14 @@ def _print_line(console: Console, name: str, text: str) -> None:
 def _print(console: Console, manifest: Manifest) -> None:
     facts = summary(manifest)
     schedule, flops, kv, weights = facts["schedule"], facts["flops"], facts["kv"], facts["weights"]
-    stages = ", ".join(f"layer {stage['layer']} keeps {stage['keep']}" for stage in schedule["stages"])
     total = {name: sum(flops[name].values()) / 1e9 for name in ("reduced", "full")}
     lines = {
         "model": f"{manifest.model} ({manifest.family}), {manifest.dtype}, opset {manifest.opset}",
         "visual tokens": _visual_sizes(manifest),
         "text": f"padded to {list(manifest.text_buckets)} tokens; {manifest.max_new_tokens} new tokens",
-        "stages": f"{stages or 'none'} ({schedule['probe_rows']} probe rows, {schedule['positions']} positions)",
+        "selection": (
+            f"{manifest.selection} ({schedule['probe_rows']} probe rows, {schedule['positions']} positions)"
+        ),
         "average keep": f"{100 * manifest.average_keep:.1f} %",
         "FLOPs": (
             f"{total['reduced']:.2f} G against {total['full']:.2f} G ({flops['ratio']:.2f}x)"

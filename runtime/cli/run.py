@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trio_edge.runtime.bundle.errors import BundleError, ImageError, printable
+from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS
 from trio_edge.runtime.cli.console import backend_options, run
 
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
     from trio_edge.runtime.pipeline import Pipeline
 
 
-_SAMPLING: dict[str, tuple[type, str]] = {
+_PATH = click.Path(path_type=Path)
+_SAMPLING = {
     "--temperature": (float, "Sampling temperature; 0 is greedy."),
     "--top-p": (float, "Sample only from the most likely tokens whose probabilities sum to this."),
     "--top-k": (int, "Sample only from this many most likely tokens; 0 means all."),
@@ -28,58 +31,57 @@ _SAMPLING: dict[str, tuple[type, str]] = {
     "--no-repeat-ngram-size": (int, "Length of token sequences that may not occur twice; 0 means no limit."),
     "--min-new-tokens": (int, "Shortest answer in tokens."),
 }
+_IMAGES = "Image to ask about. May be repeated; leave it out for a question without an image."
+_FPS = "Frames per second to sample from the video. [default: the checkpoint's]"
+_OPTIONS: tuple[Callable[..., Any], ...] = (
+    click.option("--image", "images", multiple=True, type=_PATH, help=_IMAGES),
+    click.option("--video", type=_PATH, help="Video file, or folder of frames, to ask about (Qwen-VL only)."),
+    click.option("--fps", type=float, help=_FPS),
+    click.option("--num-frames", type=int, help="Frames to sample from the whole video, instead of --fps."),
+    click.option("--source-fps", type=float, help="Frame rate of a folder of frames, in frames per second."),
+    click.option(
+        "--max-pixels",
+        type=click.IntRange(1, MOST_IMAGE_PIXELS),
+        default=MAX_IMAGE_PIXELS,
+        show_default=True,
+        help="Largest image in pixels; a larger one is refused before it is decoded.",
+    ),
+    click.option("--prompt", required=True, help="Question to answer."),
+    click.option("--system", help="System prompt, where the chat template takes one."),
+    backend_options(),
+    click.option(
+        "--max-new-tokens",
+        type=int,
+        help="Longest answer in tokens. [default: the checkpoint's, at most the bundle's]",
+    ),
+    *(
+        click.option(name, type=kind, help=f"{text} [default: the checkpoint's]")
+        for name, (kind, text) in _SAMPLING.items()
+    ),
+    click.option("--seed", type=int, help="Random seed that makes sampling repeatable."),
+    click.option(
+        "--show-kept",
+        type=_PATH,
+        help="Image file to write: the input images with the kept visual tokens marked, one below the other.",
+    ),
+    click.option(
+        "--compare-full",
+        type=_PATH,
+        metavar="BUNDLE",
+        help="Keep-all bundle that answers as well; prints how its answer, times and memory differ.",
+    ),
+)
 
 
-def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options whose defaults are the checkpoint's."""
-    for name, (kind, text) in reversed(_SAMPLING.items()):
-        command = click.option(name, type=kind, help=f"{text} [default: the checkpoint's]")(command)
+def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_OPTIONS):
+        command = option(command)
     return command
 
 
 @click.command("trio-run", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--image",
-    "images",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Image to ask about. May be repeated; leave it out for a question without an image.",
-)
-@click.option(
-    "--video",
-    type=click.Path(path_type=Path),
-    help="Video file, or folder of frames, to ask about (Qwen-VL only).",
-)
-@click.option(
-    "--fps", type=float, help="Frames per second to sample from the video. [default: the checkpoint's]"
-)
-@click.option("--num-frames", type=int, help="Frames to sample from the whole video, instead of --fps.")
-@click.option("--source-fps", type=float, help="Frame rate of a folder of frames, in frames per second.")
-@click.option(
-    "--max-pixels",
-    type=click.IntRange(1, MOST_IMAGE_PIXELS),
-    default=MAX_IMAGE_PIXELS,
-    show_default=True,
-    help="Largest image in pixels; a larger one is refused before it is decoded.",
-)
-@click.option("--prompt", required=True, help="Question to answer.")
-@click.option("--system", help="System prompt, where the chat template takes one.")
-@backend_options()
-@click.option("--max-new-tokens", type=int, help="Longest answer in tokens. [default: the bundle's limit]")
-@sampling_options
-@click.option("--seed", type=int, help="Random seed that makes sampling repeatable.")
-@click.option(
-    "--show-kept",
-    type=click.Path(path_type=Path),
-    help="Image file to write: the input images with the kept visual tokens marked, one below the other.",
-)
-@click.option(
-    "--compare-full",
-    type=click.Path(path_type=Path),
-    metavar="BUNDLE",
-    help="Keep-all bundle that answers as well; prints how its answer, times and memory differ.",
-)
+@click.argument("bundle", type=_PATH)
+@_with_options
 def command(
     bundle: Path,
     images: tuple[Path, ...],
@@ -148,26 +150,27 @@ def _shown(text: str) -> str:
     return printable(text, but="\n\t") if sys.stdout.isatty() else text
 
 
+_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
 def _check_drawing_target(path: Path) -> None:
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    if path.suffix.lower() not in _KINDS:
         raise click.UsageError(
             f"--show-kept: expected a .png, .jpg or .webp file, got {path.name!r}; rename it"
         )
-    if not path.absolute().parent.is_dir() or path.is_dir():
-        raise click.UsageError(
-            f"--show-kept: expected a file in an existing folder, got {path}; create the folder"
-        )
+    check_outputs({"--show-kept": path})
 
 
 def _draw(pipeline: Pipeline, answer: Generation, target: Path) -> None:
     from trio_edge.runtime.images.overlay import draw_all
 
     captions = [f"layer {stage.layer}" for stage in pipeline.manifest.schedule.stages]
-    drawing = draw_all(answer.images, answer.layouts, answer.kept, captions=captions)
+    drawing, content = draw_all(answer.images, answer.layouts, answer.kept, captions=captions), io.BytesIO()
     try:
-        drawing.save(target)
-    except (OSError, ValueError) as error:
+        drawing.save(content, _KINDS[target.suffix.lower()])
+    except (OSError, ValueError) as error:  # larger than the format allows
         raise ImageError(f"{target}: cannot be written ({error}); choose another file") from None
+    write_output("--show-kept", target, content.getvalue())
 
 
 def _print_comparison(answer: Generation, reference: Generation) -> None:

@@ -59,16 +59,21 @@ def is_jetson() -> bool:
 
 def l4t_release() -> str | None:
     """Return the release of Jetson Linux, such as "36.4.3" (JetPack 6.2); None on other machines."""
-    return _found_in(_TEGRA, r"R(\d+) \(release\), REVISION: ([\d.]+)")
+    return found_in(_TEGRA, r"R(\d+) \(release\), REVISION: ([\d.]+)")
 
 
-def _found_in(file: Path, pattern: str) -> str | None:
+def found_in(file: Path, pattern: str) -> str | None:
     """Return the groups of the first match in a text, with dots between them; None without the file or a match."""
     try:
-        found = re.search(pattern, file.read_text())
+        found = re.search(pattern, file.read_text(), re.MULTILINE)
     except OSError:
         return None
     return None if found is None else ".".join(found.groups())
+
+
+def memory_bytes() -> int | None:
+    """Return the machine's memory; None if it is not known."""
+    return _meminfo().get("MemTotal")
 
 
 def available_memory_bytes() -> int | None:
@@ -80,6 +85,12 @@ def whole_memory_bytes() -> int | None:
     """Return all memory of the machine, including swap; None if it is not known."""
     info = _meminfo()
     return info["MemTotal"] + info.get("SwapTotal", 0) if "MemTotal" in info else None
+
+
+def process_bytes(name: str) -> int | None:
+    """Return a size of this process by its name in Linux's ``/proc/self/status``: "VmRSS" is resident, "VmHWM" its peak."""
+    found = found_in(Path("/proc/self/status"), rf"^{name}:\s+(\d+) kB")
+    return None if found is None else 1024 * int(found)
 
 
 def _meminfo() -> dict[str, int]:
@@ -106,9 +117,12 @@ def find_gpu(library: str = _CUDA_LIBRARY) -> Gpu | None:
     Asks the driver through ctypes, because the driver is there before any package is installed.
     """
     try:
-        cuda = ctypes.CDLL(library)
+        return _first_gpu(ctypes.CDLL(library))
     except OSError:
         return None
+
+
+def _first_gpu(cuda: ctypes.CDLL) -> Gpu | None:
     device, major, minor, version = (ctypes.c_int() for _ in range(4))
     name, memory = ctypes.create_string_buffer(_NAME_BYTES), ctypes.c_size_t()
     calls: tuple[tuple[str, tuple[Any, ...]], ...] = (
@@ -133,4 +147,4 @@ def find_gpu(library: str = _CUDA_LIBRARY) -> Gpu | None:
 
 
 def _kernel_driver() -> str | None:
-    return _found_in(_DRIVER, r"Kernel Module.*?\s(\d+\.[\d.]+)")
+    return found_in(_DRIVER, r"Kernel Module.*?\s(\d+\.[\d.]+)")

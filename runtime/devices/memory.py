@@ -3,8 +3,9 @@
 weights      of all loaded graphs; with TensorRT, the sizes of the engine files
 KV caches    at full capacity
 buffers      inputs, results and tensors between the graphs: the sum of ``memory_plan``
-workspace    the largest activations of a layer range: 3 S D b + max(S (H + 2 G) E b, 3 S I b), with b bytes per element
-             and fused attention. TensorRT reports the real number once its engines are loaded
+workspace    the largest activations of a layer range, 3 S D b + max(S (H + 2 G) E b, 3 S I b), or of the vision graph,
+             P (6 D b + 2 I b) with its own sizes; b bytes per element, and fused attention. TensorRT reports the real
+             number once its engines are loaded
 """
 
 from __future__ import annotations
@@ -181,7 +182,14 @@ def check_memory(
 def estimate(manifest: Manifest, specs: Sequence[GraphSpec], *, weight_bytes: int) -> dict[str, int]:
     """Return the bytes by purpose for loading ``specs``; buffers and KV caches only if these are all graphs."""
     rows = max((profile.sizes.get("S", 0) for spec in specs for profile in spec.profiles), default=0)
-    workspace = manifest.dimensions.workspace_bytes(rows, element_bytes=np.dtype(manifest.dtype).itemsize)
+    size = np.dtype(manifest.dtype).itemsize
+    workspace = manifest.dimensions.workspace_bytes(rows, element_bytes=size)
+    vision, tower = next((spec for spec in specs if spec.role == "vision"), None), manifest.vision
+    if vision is not None and tower is not None:
+        # The first axis of the pixels has tiles or patches; a made-up manifest may lack both.
+        pixels = (tensor.shape[:1] for tensor in vision.inputs[:1] for _ in vision.profiles)
+        count = max(map(math.prod, map(shape_at, pixels, vision.profiles)), default=0)
+        workspace = max(workspace, tower.workspace_bytes(count, element_bytes=size))
     memory = {"weights": weight_bytes, "workspace": workspace}
     # Single graphs are loaded for comparisons and bring their own buffers.
     if len(specs) == len(manifest.graphs):
@@ -207,22 +215,18 @@ class Memory:
         self._blocks: dict[str, tuple[DeviceTensor, NDArray[np.uint8]]] = {}
         """Memory that one copy moves, and its pinned copy: a namespace, or a place that is copied alone."""
         blocks: dict[str, list[str]] = {}
-        for place, tensor in plan.tensors.items():
+        for place in plan.tensors:
             space = place.partition(".")[0]
-            if space in (*JOINT, *SINGLE):
-                blocks.setdefault(space if space in JOINT else place, []).append(place)
-            else:
-                address = allocator.allocate(tensor.num_bytes, purpose=place)
-                self._tensors[place] = tensor._replace(address=address)
+            blocks.setdefault(space if space in JOINT else place, []).append(place)
         for block, places in blocks.items():
-            sizes = [aligned(plan.tensors[place].num_bytes) for place in places]
+            start, sizes = 0, [aligned(plan.tensors[place].num_bytes) for place in places]
             whole = DeviceTensor(allocator.allocate(sum(sizes), purpose=block), (sum(sizes),), "uint8")
-            pinned = allocator.allocate_pinned(sum(sizes), purpose=block)
-            self._blocks[block] = whole, pinned
-            start = 0
+            if block.partition(".")[0] in (*JOINT, *SINGLE):
+                self._blocks[block] = whole, allocator.allocate_pinned(sum(sizes), purpose=block)
             for place, size in zip(places, sizes):
                 self._tensors[place] = plan.tensors[place]._replace(address=whole.address + start)
-                self._pinned[place] = pinned[start : start + size]
+                if block in self._blocks:
+                    self._pinned[place] = self._blocks[block][1][start : start + size]
                 start += size
         self._stacks = {
             name: stack.moved(allocator.allocate(stack.num_bytes, purpose=name))

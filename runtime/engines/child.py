@@ -23,6 +23,7 @@ from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.graph_io import CANDIDATE_ROWS, OUTPUT_GRADIENT
 from trio_edge.runtime.bundle.manifest import shape_at
 from trio_edge.runtime.bundle.reader import sha256_of
+from trio_edge.runtime.devices.machine import process_bytes
 from trio_edge.runtime.engines.files import TIMING_CACHE_NAME
 from trio_edge.runtime.engines.package import EngineBackend, TensorRT, load_tensorrt, make_logger
 from trio_edge.runtime.engines.passes import Network, join_attention, separate_products, split_lm_head
@@ -132,7 +133,7 @@ def build_engine(job: Job, reporter: Reporter) -> None:
         num_bytes=num_bytes,
         sha256=digest,
         seconds=time.perf_counter() - start,
-        peak_memory_bytes=_peak_memory_bytes(),
+        peak_memory_bytes=process_bytes("VmHWM"),
     )
 
 
@@ -288,13 +289,3 @@ def go_first_when_memory_runs_out() -> None:
     # In a container the score may already be higher; only the administrator may lower it.
     with suppress(OSError):
         _OOM_SCORE.write_text("800")
-
-
-def _peak_memory_bytes() -> int | None:
-    """Return the largest resident memory of this process, mapped weight files included."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -22,6 +22,7 @@ from trio_edge.runtime.bundle.graph_io import PROBE_OUTPUT, is_probe
 from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES, typed
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, PART_FROM_ROLE
 from trio_edge.runtime.bundle.reader import file_problem, read_regular, sha256_of
+from trio_edge.runtime.devices.machine import found_in
 from trio_edge.runtime.engines.files import ENGINES_FOLDER, atomic_engines
 
 if TYPE_CHECKING:
@@ -178,8 +179,11 @@ def open_prepared(bundle: Bundle, *, accuracy: CpuAccuracy) -> Prepared:
         BackendError: If a file was changed since it was written.
     """
     folder = bundle.folder / ENGINES_FOLDER / CPU_TARGET
-    if not (folder / _FILE_NAME).is_file():
-        return Prepared({}, ())
+    is_there = (folder / _FILE_NAME).is_file() and not folder.parent.is_symlink()
+    return _opened(folder, bundle, accuracy) if is_there else Prepared({}, ())
+
+
+def _opened(folder: Path, bundle: Bundle, accuracy: CpuAccuracy) -> Prepared:
     again = f"run trio-build {bundle.folder} --backend onnxruntime --force"
 
     def unused(reason: str, advice: str = again) -> Prepared:
@@ -257,12 +261,8 @@ def _file_names(graph: str) -> tuple[tuple[str, ...], ...]:
 
 def processor_key() -> str:
     """Return a key for the kernels that a library chooses here: the machine and a digest of the processor's features."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = platform.processor()
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    features = text if found is None else " ".join(sorted(found[1].split()))
+    flags = found_in(Path("/proc/cpuinfo"), r"^(?:flags|Features)\s*:(.*)$")
+    features = platform.processor() if flags is None else " ".join(sorted(flags.split()))
     return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:16]}"
 
 
@@ -270,7 +270,6 @@ def _prepare(bundle: Bundle, spec: GraphSpec, folder: Path, *, accuracy: CpuAccu
     options = ort.SessionOptions()
     options.log_severity_level = 4  # only what is fatal
     set_cpu_options(options, bundle, spec, accuracy=accuracy)
-    options.optimized_model_filepath = str(folder / f"{spec.name}.onnx")
     external = "session.optimized_model_external_initializers"
     options.add_session_config_entry(f"{external}_file_name", f"{spec.name}.data")
     options.add_session_config_entry(f"{external}_min_size_in_bytes", _LEAST_STORED_BYTES)
@@ -278,6 +277,7 @@ def _prepare(bundle: Bundle, spec: GraphSpec, folder: Path, *, accuracy: CpuAccu
     file = bundle.folder / spec.file
     unwanted = unwanted_optimizers(bundle, spec)
     try:
+        options.optimized_model_filepath = str(folder / f"{spec.name}.onnx")  # a name that is not UTF-8 fails
         ort.InferenceSession(file, options, providers=["CPUExecutionProvider"], disabled_optimizers=unwanted)
     except Exception as error:  # onnxruntime's exceptions have no common public base
         raise BackendError(

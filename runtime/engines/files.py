@@ -15,7 +15,7 @@ import msgspec
 
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.files import atomic_folder, check_place
-from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES, typed
+from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES, Name, typed
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, Profile
 from trio_edge.runtime.bundle.reader import Bundle, file_problem, read_regular, sha256_of
 
@@ -38,8 +38,8 @@ class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class EngineEntry(_Spec, frozen=True):
     """One graph's engine."""
 
-    graph: str
-    file: str
+    graph: Name
+    file: Name
     """Relative to the folder of ``engines.json``."""
     profiles: tuple[Profile, ...]
     """Profiles in the order of the engine's own profiles."""
@@ -55,14 +55,14 @@ class EngineSet(_Spec, frozen=True):
 
     schema_version: int
     backend: Literal["tensorrt", "tensorrt-rtx"]
-    tensorrt_version: str
+    tensorrt_version: Name
     compute_capabilities: tuple[int, ...]
     """Ascending; 87 is 8.7."""
-    platform: str
+    platform: Name
     """Machine and system, such as "aarch64-linux"."""
-    gpu: str | None
+    gpu: Name | None
     """The GPU of the machine that built them, if any."""
-    driver: str | None
+    driver: Name | None
     manifest_sha256: str
     """SHA-256 of the bundle's ``trio.json``."""
     detailed_layers: bool
@@ -121,7 +121,8 @@ def engine_sets(bundle_folder: Path) -> dict[str, EngineSet]:
 
 def _target_folders(bundle_folder: Path) -> list[Path]:
     """Return the folders of engines by name, except those that are still being written."""
-    files = sorted((bundle_folder / ENGINES_FOLDER).glob(f"*/{ENGINES_NAME}"))
+    root = bundle_folder / ENGINES_FOLDER
+    files = [] if root.is_symlink() else sorted(root.glob(f"*/{ENGINES_NAME}"))
     return [file.parent for file in files if not file.parent.name.startswith(".")]
 
 
@@ -244,6 +245,9 @@ _WAY_OUT = "make the bundle's folder writable"
 
 def check_engines_place(target: Path) -> None:
     """Raise BackendError if ``atomic_engines`` could not write ``target`` now; changes nothing."""
+    # A link may lead out of the bundle, so it is neither read nor written.
+    if target.parent.is_symlink() or (target.parent.exists() and not target.parent.is_dir()):
+        raise BackendError(f"{target.parent}: expected a folder, got a link or a file; move it away")
     check_place(target, num_bytes=0, error=BackendError, way_out=_WAY_OUT)
 
 
@@ -256,6 +260,7 @@ def atomic_engines(
     Raises:
         BackendError: If the folder cannot be written, or the disk is or becomes full.
     """
+    check_engines_place(target)
     # A failed build must leave the bundle as it was, so that copies and hashes stay equal.
     made_parent = not target.parent.exists()
     try:

@@ -15,11 +15,12 @@ from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages
 from trio_edge.runtime.images.tiles import InternVlImages, SmolVlmImages
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
     from PIL import Image
 
+    from trio_edge.runtime.bundle.manifest import Profile
     from trio_edge.runtime.images.processing import ImageLayout
 
 
@@ -61,11 +62,13 @@ class ImageProcessing(Protocol):
         """
 
 
-def image_processing(values: Mapping[str, Any], *, encoder_keep: int | None) -> ImageProcessing:
-    """Return the processing that ``ImageProcessing.to_dict`` wrote.
+def image_processing(
+    values: Mapping[str, Any], *, encoder_keep: int | None, profiles: Sequence[Profile] = ()
+) -> ImageProcessing:
+    """Return the processing that ``ImageProcessing.to_dict`` wrote; ``profiles`` are those of the vision graph.
 
     Raises:
-        ManifestError: If it is of an unknown kind, or a value is out of range.
+        ManifestError: If it is of an unknown kind, a value is out of range, or a profile larger than an image can need.
     """
     others = (QwenImages, Qwen3Images, InternVlImages, SmolVlmImages)
     kind = values.get("kind")
@@ -74,4 +77,12 @@ def image_processing(values: Mapping[str, Any], *, encoder_keep: int | None) -> 
         raise ManifestError(
             f"encoder_keep: expected none with kind {kind!r}, got {encoder_keep}; export the bundle again"
         )
-    return family.from_dict(values, encoder_keep=encoder_keep)
+    images = family.from_dict(values, encoder_keep=encoder_keep)
+    largest = images.any_image_sizes() if profiles else ()
+    for axis, size in (pair for profile in profiles for pair in profile.sizes.items()):
+        if size > (most := max(sizes.get(axis, size) for sizes in largest)):
+            raise ManifestError(
+                f"graph 'vision': expected profiles with {axis} <= {most}, the most of an image, got {size};"
+                " export the bundle again"
+            )
+    return images

@@ -18,7 +18,8 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from trio_edge.runtime.bundle.errors import CheckpointError, ManifestError
+from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
+from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS
 from trio_edge.runtime.images.processing import (
     ImageConstants,
     ImageLayout,
@@ -72,11 +73,11 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
     """Limit of a grid's tokens, in tiles; a grid with clearly more tokens is shrunk bilinearly (LLaVA-OneVision). None for
     no limit."""
     is_one_of_several: bool = False
-    """Use only the base tile and a newline, as LLaVA-OneVision does for several images in a prompt."""
+    """Use one tile with the padded image and a newline, as LLaVA-OneVision does for several images in a prompt."""
     do_resize: bool = True
     do_center_crop: bool = True
     do_pad: bool = False
-    """Pad to a square with the mean colour before resizing (LlavaImageProcessor); "single" only."""
+    """Pad to a square with the mean colour before resizing (LlavaImageProcessor); never for a grid."""
 
     def __post_init__(self) -> None:
         tile = self.tile_size
@@ -96,10 +97,10 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
             raise ManifestError(
                 f"max_grid_tiles: expected none for kind 'single' or with an encoder_keep, got {self.max_grid_tiles}"
             )
-        if self.kind == "anyres" and self.do_pad:
+        if self.has_grid and self.do_pad:
             raise ManifestError("do_pad: expected false for kind 'anyres', got true")
         # Without a crop, only these settings give tiles of the encoder's size.
-        squares = self.kind == "anyres" or (self.do_resize and (self.resize_mode == "stretch" or self.do_pad))
+        squares = self.has_grid or (self.do_resize and (self.resize_mode == "stretch" or self.do_pad))
         if not self.do_center_crop and not (squares and self.resize_size == tile):
             raise ManifestError(
                 f"do_center_crop: expected true unless resizing gives squares of tile_size {tile}, got false with"
@@ -137,6 +138,11 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
             return cls.from_dict({**fields, **pixel_fields(values, "do_resize", "do_center_crop")})
 
     @property
+    def has_grid(self) -> bool:
+        """Whether a grid of tiles follows the base tile; otherwise there is one tile."""
+        return self.kind == "anyres" and not self.is_one_of_several
+
+    @property
     def patches_per_side(self) -> int:
         """Patches along one side of a tile."""
         return self.tile_size // self.patch_size
@@ -158,7 +164,9 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
 
     def of_several(self) -> LlavaImages:
         """Return the processing for a prompt with several images."""
-        return self if self.max_grid_tiles is None else msgspec.structs.replace(self, is_one_of_several=True)
+        if self.max_grid_tiles is None:
+            return self
+        return msgspec.structs.replace(self, is_one_of_several=True, do_pad=True)
 
     def any_image_sizes(self) -> tuple[dict[str, int], ...]:
         """Return the largest N with every possible number of tiles.
@@ -193,7 +201,7 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
             height=height,
             sizes=sizes,
             boxes=boxes,
-            overview=range(0 if self.kind == "single" else self.patches_per_tile),
+            overview=range(self.patches_per_tile if self.has_grid else 0),
             patches_per_tile=self.patches_per_tile,
         )
 
@@ -205,7 +213,7 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         """
         own = self.sizes(*image.size)
         room = room_for(own, sizes, image=image)
-        tiles = [_single_tile(image, self)] if self.kind == "single" else _anyres_tiles(image, self)
+        tiles = _anyres_tiles(image, self) if self.has_grid else [_single_tile(image, self)]
         inputs: dict[str, NDArray[Any]] = {}
         if self.max_grid_tiles is not None:
             used, weights = self.weighted_index(*image.size, num_tiles=room["B"])
@@ -375,6 +383,11 @@ def _resized(image: Image.Image, size: tuple[int, int], images: LlavaImages) -> 
 def _single_tile(image: Image.Image, images: LlavaImages) -> NDArray[np.uint8]:
     if images.do_pad and image.width != image.height:
         side = max(image.size)
+        if side**2 > max(MAX_IMAGE_PIXELS, 4 * image.width * image.height):
+            raise ImageError(
+                f"image: expected one that can be padded to {side}x{side} pixels in memory, got {image.width}x{image.height};"
+                " crop the image so that it is less narrow"
+            )
         square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in images.image_mean))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = square
@@ -436,13 +449,13 @@ def _single_resized_size(width: int, height: int, images: LlavaImages) -> tuple[
 def _token_boxes(width: int, height: int, images: LlavaImages) -> NDArray[np.float32]:
     """Return the box of each visual token's patch in image pixels: float32 [N, 4]. Newlines are NaN; padding has no area."""
     edges = np.arange(images.patches_per_side + 1) * images.patch_size
-    if images.kind == "single":
-        return _clipped(boxes_between(*_single_edges(edges, width, height, images)), width, height)
+    if not images.has_grid:
+        boxes = _clipped(boxes_between(*_single_edges(edges, width, height, images)), width, height)
+        newlines = np.full((int(images.is_one_of_several), 4), np.nan, np.float32)
+        return np.concatenate([boxes, newlines])
     # For the base tile, and for each tile of the grid if tiles are resized again.
     unit = (edges + _crop_offset(images.resize_size, images.tile_size)) / images.resize_size
     base = boxes_between(unit * width, unit * height).reshape(-1, 4)
-    if images.is_one_of_several:
-        return _clipped(np.concatenate([base, np.full((1, 4), np.nan)]), width, height)
     on_grid = _grid(width, height, images)
     left, top = (on_grid.width - on_grid.fitted_width) // 2, (on_grid.height - on_grid.fitted_height) // 2
     x_edges, y_edges = (_grid_edges(unit, patches, images) for patches in (on_grid.columns, on_grid.rows))

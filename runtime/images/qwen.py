@@ -13,10 +13,11 @@ Letters: P patches, W windows, Q slots (patches of a full window), N visual toke
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeVar, final
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final
 
 import numpy as np
 
+from trio_edge.runtime.bundle import graph_io as io
 from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
 from trio_edge.runtime.images.processing import (
     ImageConstants,
@@ -43,6 +44,17 @@ MAX_ASPECT_RATIO = 200
 """Hugging Face's processor refuses thinner images."""
 _SLACK = 1 + 1e-9  # the bounds must hold for Hugging Face's results in float64
 _Images = TypeVar("_Images", bound="PatchImages")
+
+
+class _Patches(NamedTuple):
+    """The patches of an image as the vision graph reads them."""
+
+    grid: tuple[int, int]
+    """Rows and columns of visual tokens."""
+    order: NDArray[np.int64]
+    """[N], their raster indices."""
+    positions: NDArray[np.int32]
+    """[P, 2], row and column of each patch, padded."""
 
 
 class PatchImages(ImageConstants, frozen=True, kw_only=True):
@@ -126,18 +138,8 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
         """Return the raster index of each visual token in the order in which the vision graph reads them, [N]."""
         return np.arange(rows * columns)
 
-    def family_inputs(
-        self,
-        grid: tuple[int, int],
-        order: NDArray[np.int64],
-        positions: NDArray[np.int32],
-        room: dict[str, int],
-    ) -> dict[str, NDArray[Any]]:
-        """Return the inputs that only this family's vision graph has.
-
-        ``grid`` has the rows and columns of visual tokens and ``order`` [N] their raster indices; ``positions`` [P, 2] are
-        padded; ``room`` are the sizes to pad to.
-        """
+    def family_inputs(self, patches: _Patches, room: dict[str, int]) -> dict[str, NDArray[Any]]:
+        """Return ``token_index`` and the inputs that only this family's vision graph has; ``room`` are the sizes to pad to."""
         raise NotImplementedError  # abstract, but no ABC: msgspec's Struct has a metaclass of its own
 
     def layout(self, width: int, height: int) -> ImageLayout:
@@ -177,14 +179,11 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
         whole, order = self.whole_sizes(*grid), self.token_order(*grid)
         room = room_for(self._reduced(whole), sizes, image=frames[0])
         positions = padded_rows(patch_positions(order, grid[1], self), room["P"])
-        own = self.family_inputs(grid, order, positions, room)
-        token_index = own.pop("token_index")
         return {
-            "pixel_values": padded_rows(patches(frames, self, grid=grid, token_order=order), room["P"]),
-            "patch_positions": positions.T.copy(),
-            **own,
-            "num_patches": np.array([whole["P"]], np.int32),
-            "token_index": token_index,
+            io.PIXEL_VALUES: padded_rows(patches(frames, self, grid=grid, token_order=order), room["P"]),
+            io.PATCH_POSITIONS: positions.T.copy(),
+            io.NUM_PATCHES: np.array([whole["P"]], np.int32),
+            **self.family_inputs(_Patches(grid, order, positions), room),
         }
 
 
@@ -227,20 +226,15 @@ class QwenImages(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag="
         windows = (np.arange(rows) // side)[:, None] * math.ceil(columns / side) + np.arange(columns) // side
         return windows.ravel()
 
-    def family_inputs(
-        self,
-        grid: tuple[int, int],
-        order: NDArray[np.int64],
-        positions: NDArray[np.int32],
-        room: dict[str, int],
-    ) -> dict[str, NDArray[Any]]:
+    def family_inputs(self, patches: _Patches, room: dict[str, int]) -> dict[str, NDArray[Any]]:
         """Return the windows of the patches; arguments are those of ``PatchImages.family_inputs``.
 
         Returns:
             ``window_slots`` int32 [W, Q], a patch or -1; ``patch_slot`` int32 [P], the place of each patch in the flattened
             ``window_slots``; ``token_index``.
         """
-        window_of_patch = np.repeat(self._windows(*grid)[order], self.merge_size**2)
+        order = patches.order
+        window_of_patch = np.repeat(self._windows(*patches.grid)[order], self.merge_size**2)
         counts = np.bincount(window_of_patch, minlength=room["W"])
         starts = np.cumsum(counts) - counts
         slot = np.arange(self.slots_per_window)
@@ -252,9 +246,9 @@ class QwenImages(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag="
         else:  # the graph's rows are the kept tokens, in raster order
             token_index = padded_index(np.arange(min(len(order), self.encoder_keep)), room["N"])
         return {
-            "window_slots": slots.astype(np.int32),
-            "patch_slot": padded_rows(patch_slot.astype(np.int32), room["P"]),
-            "token_index": token_index,
+            io.WINDOW_SLOTS: slots.astype(np.int32),
+            io.PATCH_SLOT: padded_rows(patch_slot.astype(np.int32), room["P"]),
+            io.TOKEN_INDEX: token_index,
         }
 
 
@@ -265,13 +259,7 @@ class Qwen3Images(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag=
     table_size: Size
     """Entries along each side of the table."""
 
-    def family_inputs(
-        self,
-        grid: tuple[int, int],
-        order: NDArray[np.int64],
-        positions: NDArray[np.int32],
-        room: dict[str, int],
-    ) -> dict[str, NDArray[Any]]:
+    def family_inputs(self, patches: _Patches, room: dict[str, int]) -> dict[str, NDArray[Any]]:
         """Return the entries of the table around each patch; arguments are those of ``PatchImages.family_inputs``.
 
         The image's corners lie on the table's corners.
@@ -280,8 +268,9 @@ class Qwen3Images(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag=
             ``table_index`` int32 [4, P] and ``table_weights`` float32 [4, P], the nearest entries of the table [side * side]
             and their bilinear weights; ``token_index``.
         """
-        side, last = self.table_size, np.maximum(np.array(grid) * self.merge_size - 1, 1).astype(np.float32)
-        place = positions.astype(np.float32) * np.float32(side - 1) / last
+        last = np.maximum(np.array(patches.grid) * self.merge_size - 1, 1).astype(np.float32)
+        side = self.table_size
+        place = patches.positions.astype(np.float32) * np.float32(side - 1) / last
         low = np.floor(place).astype(np.int32)
         share = place - low.astype(np.float32)
         index, weights = [], []
@@ -291,9 +280,9 @@ class Qwen3Images(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag=
             parts = np.where((down, right), share, 1 - share)
             weights.append(parts[:, 0] * parts[:, 1])
         return {
-            "table_index": np.stack(index).astype(np.int32),
-            "table_weights": np.stack(weights).astype(np.float32),
-            "token_index": padded_index(order, room["N"]),
+            io.TABLE_INDEX: np.stack(index).astype(np.int32),
+            io.TABLE_WEIGHTS: np.stack(weights).astype(np.float32),
+            io.TOKEN_INDEX: padded_index(patches.order, room["N"]),
         }
 
 

@@ -40,9 +40,17 @@ if TYPE_CHECKING:
 
 _HEADER_BYTES, _BYTES_PER_PIXEL = 16 << 20, 8  # no format needs more
 
+MAX_SIDE = 1 << 17
+"""Longest side in pixels. Readers need memory for each row, however short; JPEG holds half as many."""
+MAX_SCANS = 100
+"""Scans of a progressive JPEG, which each take the time of the whole image. Encoders write about ten; libtiff has this limit."""
+_SEGMENT = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # in a scan, 0xff is followed by 0 or a restart marker
+_START, _END, _SCAN, _FIRST_WITH_LENGTH = 0xD8, 0xD9, 0xDA, 0xC0
+
 _A = {"image": "an image", "video": "a video"}
 _MAX_LEVEL = 255
-_FORMATS_NOT_READ = frozenset({"EPS"})  # Pillow passes EPS files to Ghostscript, which runs them as programs
+# Pillow passes EPS files to Ghostscript, which runs them as programs; the others hold files of their own, such as JPEGs.
+_FORMATS_NOT_READ = frozenset({"EPS", "BLP", "IPTC"})
 _logger = logging.getLogger(__name__)
 _pillows_settings = threading.Lock()  # Pillow's settings and warnings.catch_warnings affect the whole process
 
@@ -125,7 +133,8 @@ def _opened(file: IO[bytes], *, name: str, max_pixels: int) -> Image.Image:
         )
     try:
         with _pillows_limits(max_pixels):
-            return _open(file)
+            image = _open(file)
+        num_scans = _scans(file) if image.format in ("JPEG", "MPO") else 1
     except Image.DecompressionBombError as error:
         raise ImageError(_too_many(name, max_pixels)) from error
     except UnidentifiedImageError as error:
@@ -134,6 +143,28 @@ def _opened(file: IO[bytes], *, name: str, max_pixels: int) -> Image.Image:
         ) from error
     except Exception as error:  # Pillow's readers raise almost anything on damaged headers
         raise ImageError(f"{name}: expected a readable image, got {one_line(error)}") from error
+    if max(image.size) > MAX_SIDE:
+        size = f"{image.width}x{image.height}"
+        raise ImageError(
+            f"{name}: expected sides of at most {MAX_SIDE} pixels, got {size}; cut it into parts"
+        )
+    if num_scans > MAX_SCANS:
+        raise ImageError(f"{name}: expected at most {MAX_SCANS} scans, got more; save it as a plain JPEG")
+    return image
+
+
+def _scans(file: IO[bytes]) -> int:
+    """Return the number of scans of the first JPEG in a file, at most one more than ``MAX_SCANS``."""
+    file.seek(0)
+    data, place, count = file.read(), 0, 0
+    while count <= MAX_SCANS and (found := _SEGMENT.search(data, place)):
+        marker, place = found[1][0], found.end()
+        if marker == _END:
+            break
+        count += marker == _SCAN
+        if marker >= _FIRST_WITH_LENGTH and marker != _START:
+            place += max(int.from_bytes(data[place : place + 2], "big"), 2)
+    return count
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from trio_edge.runtime.bundle.errors import CheckpointError, ManifestError
+from trio_edge.runtime.bundle.graph_io import PIXEL_VALUES, TOKEN_INDEX
 from trio_edge.runtime.images.processing import (
     Colour,
     ImageConstants,
@@ -140,7 +141,7 @@ class TileImages(ImageConstants, frozen=True, kw_only=True):
         if len(tiles) > 1:
             tiles = np.concatenate([tiles, resize(whole, (side, side), resample=self.resample)[None]])
         index = padded_index(np.arange(own["N"]), room["N"])
-        return {"pixel_values": padded_tiles(tiles, room["B"], self), "token_index": index}
+        return {PIXEL_VALUES: padded_tiles(tiles, room["B"], self), TOKEN_INDEX: index}
 
 
 @final

@@ -58,11 +58,7 @@ class Decoder:
     """Runs prefill and decode of one sequence. Not thread-safe: it owns one set of KV caches."""
 
     def __init__(self, programs: Programs, *, keep_images: int = 0) -> None:
-        """Bind the decode step.
-
-        Args:
-            programs: The bundle's.
-            keep_images: Number of prompts whose rows up to the last visual token are kept, in a bundle with follow-ups.
+        """Bind the decode step; with follow-ups, the rows of ``keep_images`` prompts up to the last visual token are kept.
 
         Raises:
             BackendError: If the device has too little memory.
@@ -92,7 +88,8 @@ class Decoder:
         self._positions = [host(f"step.position_ids.{index}")[:, 0] for index in ranges]
         self._past_lengths = [host(f"step.past_length.{index}") for index in ranges]
         self._step_top = host(f"top.{TOP_IDS}").reshape(-1), host(f"top.{TOP_LOGITS}").reshape(-1)
-        self._captured: Callable[[], None] | None = None
+        # A method would hold this object in a cycle, and its memory until the garbage is collected.
+        self._run_step: Callable[[], None] = partial(_enqueue, self._step)
         self._num_steps = 0
         self._done = self._device.event()
         self._logits: NDArray[np.float32] | None = None
@@ -118,6 +115,7 @@ class Decoder:
         self.prefix_was_kept = False
         self._next_position = prompt.positions.next
         self._send(prompt, rows)
+        kept_of: dict[int, NDArray[np.int32]] = {}
         if override is not None:
             kept_of = self._run_overridden(launches, prompt, rows, override)
         else:
@@ -125,8 +123,9 @@ class Decoder:
         self._memory.fetch(self._device, "results")
         self._done.record()
         self._done.wait()
-        if override is None:
-            kept_of = self._repair(launches, prompt, rows)
+        unsettled = [self._memory.host(selection.outputs[UNSETTLED]) for selection in self._selections]
+        if override is None and any(count[0] for count in unsettled):
+            kept_of = self._repair(launches, prompt, rows, unsettled)
         return self._result(rows.spans, kept_of, has_scores=override is None)
 
     def decode(self, embedding: NDArray[Any]) -> TopTokens:
@@ -283,12 +282,18 @@ class Decoder:
         return kept_of
 
     def _repair(
-        self, launches: Sequence[BoundLaunch], prompt: DecoderPrompt, rows: PromptRows
+        self,
+        launches: Sequence[BoundLaunch],
+        prompt: DecoderPrompt,
+        rows: PromptRows,
+        unsettled: Sequence[NDArray[np.int32]],
     ) -> dict[int, NDArray[np.int32]]:
-        """Redo each stage whose parallel NMS had not settled exactly on the host; return the kept indices of these stages."""
+        """Redo each stage whose parallel NMS had not settled exactly on the host; return the kept indices of these stages.
+
+        ``unsettled`` are views of each stage's counter.
+        """
         kept_of: dict[int, NDArray[np.int32]] = {}
         memory, spans, tokens = self._memory, rows.spans, rows.tokens
-        unsettled = [memory.host(selection.outputs[UNSETTLED]) for selection in self._selections]
         for stage, selection in enumerate(self._selections):
             if not any(count[0] for count in unsettled[stage:]):
                 break
@@ -333,23 +338,12 @@ class Decoder:
         """Enqueue the decode program: launch by launch the first time, later as one captured sequence."""
         # The first run warms up the engines, because lazy work such as compiling kernels cannot be captured.
         self._num_steps += 1
-        if self._num_steps == 2:
-            self._captured = self._capture_step()
-        if self._captured is not None:
-            self._captured()
-        else:
-            _enqueue(self._step)
-
-    def _capture_step(self) -> Callable[[], None] | None:
-        """Return a function that enqueues the step as one sequence; None if the device or an engine cannot."""
-        if not all(launch.launch.capturable for launch in self._step):
-            return None
-        try:
-            # A method would hold this object in a cycle, and its memory until the garbage is collected.
-            return self._device.capture(partial(_enqueue, self._step))
-        except BackendError as error:  # TensorRT does not say beforehand whether it can be captured
-            self._programs.notes.append(f"decode runs without a CUDA graph, which costs time: {error}")
-            return None
+        if self._num_steps == 2 and all(launch.launch.capturable for launch in self._step):
+            try:
+                self._run_step = self._device.capture(self._run_step)
+            except BackendError as error:  # TensorRT does not say beforehand whether it can be captured
+                self._programs.notes.append(f"decode runs without a CUDA graph, which costs time: {error}")
+        self._run_step()
 
 
 def _enqueue(launches: Iterable[BoundLaunch]) -> None:

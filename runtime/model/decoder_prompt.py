@@ -153,13 +153,10 @@ class DecoderPrompt:
     def _check(self, manifest: Manifest, *, num_visual: int, length: int, num_after: int) -> None:
         """Raise ShapeError if the rows do not fit each other or the bundle."""
         num_text = len(self.text)
-        if not 1 <= num_text <= self.text_bucket:
+        if not 1 <= num_text <= self.text_bucket or num_visual > self.max_visual:
             raise ShapeError(
-                f"prompt: expected 1..{self.text_bucket} text tokens (the bucket), got {num_text}; use a larger one"
-            )
-        if num_visual > self.max_visual:
-            raise ShapeError(
-                f"prompt: expected at most {self.max_visual} visual tokens, got {num_visual}; use more rows"
+                f"prompt: expected 1..{self.text_bucket} text tokens (the bucket) and at most {self.max_visual} visual ones,"
+                f" got {num_text} and {num_visual}; use more rows"
             )
         steps = np.diff(self.visual_rows, prepend=-1, append=length)
         if len(self.visual_rows) != num_visual or (steps <= 0).any():
@@ -177,16 +174,12 @@ class DecoderPrompt:
             raise ShapeError(
                 f"prompt: expected position ids {list(shape)}, got {list(self.positions.ids.shape)}; count all rows"
             )
-        width, dtype = manifest.dimensions.hidden_size, np.dtype(manifest.dtype)
-        if any(plane.shape[0] != num_visual for plane in self.planes):
-            raise ShapeError(
-                f"prompt: expected {num_visual} rows in each plane of DeepStack, as many as visual tokens, got"
-                f" {[plane.shape[0] for plane in self.planes]}"
-            )
-        for values in (self.text, self.visual, *self.planes):
-            if tuple(values.shape[1:]) != (width,) or np.dtype(values.dtype) != dtype:
+        rows = [(self.text, num_text), *((values, num_visual) for values in (self.visual, *self.planes))]
+        for values, count in rows:
+            wanted = count, manifest.dimensions.hidden_size
+            if tuple(values.shape) != wanted or np.dtype(values.dtype) != manifest.dtype:
                 raise ShapeError(
-                    f"prompt: expected {dtype} rows of {width} numbers, got {values.dtype} {list(values.shape)}"
+                    f"prompt: expected rows {manifest.dtype} {list(wanted)}, got {values.dtype} {list(values.shape)}"
                 )
 
 
@@ -199,15 +192,9 @@ def write_prompt(
     text_bucket: int,
     kept_images: Sequence[PreparedImage] = (),
 ) -> DecoderPrompt:
-    """Return the rows of a prompt.
+    """Return the rows of a prompt with ``ids`` and the images of ``Vision.encode_images``, ``text_bucket`` of them for text.
 
-    Args:
-        ids: The text, and the places of the visual tokens.
-        visual: From ``Vision.encode_images``.
-        manifest: The bundle's.
-        embedding: Rows of the text's tokens.
-        text_bucket: Rows reserved for the text.
-        kept_images: Images of a prompt whose rows up to the last visual token may be kept; none otherwise.
+    ``embedding`` has the rows of text tokens. ``kept_images`` are the images if rows up to the last visual token may be kept.
     """
     num_rows, visual_rows = visual.rows + text_bucket, ids.visual_rows(visual.run_lengths)
     if manifest.position_axes == 1:
@@ -215,15 +202,8 @@ def write_prompt(
     else:
         runs = [RunPositions(*where, before) for where, before in zip(visual.positions, ids.text_before)]
         positions = mrope_positions(runs, num_text=ids.num_tokens, num_rows=num_rows)
-    key = b""
-    # Shapes and content up to the last visual token.
-    if kept_images and all(image.key for image in kept_images):
-        shapes = visual.rows, text_bucket, ids.text_before, visual_rows.tolist()
-        digest = hashlib.blake2b(repr(shapes).encode(), digest_size=32)
-        digest.update(ids.text[: ids.text_before[-1]].tobytes())
-        for image in kept_images:
-            digest.update(image.key)
-        key = digest.digest()
+    shapes = visual.rows, text_bucket, ids.text_before, visual_rows.tolist()
+    is_kept = kept_images and all(image.key for image in kept_images)
     return DecoderPrompt(
         text=embedding[ids.text],
         visual=visual.tokens,
@@ -233,5 +213,14 @@ def write_prompt(
         positions=positions,
         planes=visual.planes,
         images=np.repeat(np.arange(len(visual.image_lengths), dtype=np.int32), visual.image_lengths),
-        key=key,
+        key=_key_of(shapes, ids, kept_images) if is_kept else b"",
     )
+
+
+def _key_of(shapes: object, ids: PromptIds, images: Sequence[PreparedImage]) -> bytes:
+    """Return a digest of shapes and content up to the last visual token."""
+    digest = hashlib.blake2b(repr(shapes).encode(), digest_size=32)
+    digest.update(ids.text[: ids.text_before[-1]].tobytes())
+    for image in images:
+        digest.update(image.key)
+    return digest.digest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from trio_edge.runtime.devices.memory import Memory
 from trio_edge.runtime.model.head_candidates import EnterHead, LikeliestRows
@@ -53,9 +53,7 @@ class Programs:
         }
         """Launches of each program as the manifest describes them."""
         self._engines, self._head_rows = graphs.engines, head_rows
-        self._sizes: dict[str, list[Mapping[str, int]]] = {
-            program.name: [*program.sizes] for program in manifest.programs
-        }
+        self._sizes: dict[str, Any] = {program.name: program.sizes for program in manifest.programs}
         self._bound: dict[tuple[str, int], tuple[BoundLaunch, ...]] = {}
 
     def at(self, name: str, sizes: Mapping[str, int]) -> tuple[BoundLaunch, ...]:

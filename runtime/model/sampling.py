@@ -5,14 +5,14 @@ The device returns the most likely tokens, which suffice for greedy decoding and
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 import msgspec
 import numpy as np
 
-from trio_edge.runtime.bundle.errors import BackendError, ShapeError
-from trio_edge.runtime.bundle.generation import SAMPLING_SETTINGS
+from trio_edge.runtime.bundle.errors import BackendError, PromptTooLongError, ShapeError
+from trio_edge.runtime.bundle.generation import LIMIT_SETTINGS, SAMPLING_SETTINGS
 from trio_edge.runtime.bundle.limits import is_number, is_whole
 
 if TYPE_CHECKING:
@@ -34,9 +34,32 @@ class TopTokens(NamedTuple):
 
 @final
 class Sampler:
-    """Chooses tokens; see ``make_sampler``."""
+    """Chooses a token id from logits."""
 
-    def __init__(self, *, temperature: float, top_p: float, top_k: int, seed: int | None) -> None:
+    def __init__(
+        self, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None
+    ) -> None:
+        """Check the arguments.
+
+        Args:
+            temperature: Divides the logits; 0 always takes the most likely token, and the lowest id of equal ones.
+            top_p: Sample from the smallest set of most likely tokens whose probabilities sum to this, in (0, 1].
+            top_k: Sample from the k most likely tokens and those equal to the last one; 0 means all.
+            seed: Makes the choices repeatable; None takes a seed from the operating system.
+
+        Raises:
+            ShapeError: If an argument is out of range.
+        """
+        if not is_number(temperature) or not 0.0 <= temperature <= sys.float_info.max:
+            raise ShapeError(
+                f"temperature: expected a number >= 0, got {temperature!r:.80}; use 0 for greedy decoding"
+            )
+        if not is_number(top_p) or not 0.0 < top_p <= 1.0:
+            raise ShapeError(f"top_p: expected 0 < top_p <= 1, got {top_p!r}; use 1 to switch it off")
+        if not is_whole(top_k) or top_k < 0:
+            raise ShapeError(f"top_k: expected a whole number >= 0, got {top_k!r}; use 0 to switch it off")
+        if seed is not None and (not is_whole(seed) or seed < 0):
+            raise ShapeError(f"seed: expected a whole number >= 0 or None, got {seed!r}; choose one")
         self._temperature, self._top_p, self._top_k = temperature, top_p, top_k
         # Greedy decoding draws nothing, and numpy imports its generators at first use, which takes 10 ms.
         self._generator = None if temperature == 0.0 else np.random.default_rng(seed)
@@ -97,6 +120,59 @@ class TokenConstraint(Protocol):
         """Append a token to the answer."""
 
 
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of probabilities, before settings and constraints change the logits."""
+
+    chosen: float
+    top_ids: list[int]
+    """The most likely tokens, descending; of equal ones the lower id first."""
+    top: list[float]
+
+
+@final
+class TokenBias:
+    """A number for each token that is added to its logit: OpenAI's ``logit_bias``, less its penalties.
+
+    A token that came ``c`` times in the answer loses ``c * frequency_penalty``, and ``presence_penalty`` if ``c > 0``.
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        *,
+        logit_bias: Mapping[int, float] | None,
+        presence_penalty: float | None,
+        frequency_penalty: float | None,
+    ) -> None:
+        """Check the settings, for a vocabulary of ``num_tokens``; None means no effect.
+
+        Raises:
+            ShapeError: If a setting is out of range.
+        """
+        given = {"presence_penalty": presence_penalty or 0.0, "frequency_penalty": frequency_penalty or 0.0}
+        for name, value in given.items():
+            if not is_number(value) or not -2.0 <= value <= 2.0:
+                raise ShapeError(f"{name}: expected a number in [-2, 2], got {value!r}; 0 switches it off")
+        bias = logit_bias or {}
+        for token, value in bias.items():
+            if not (is_whole(token) and 0 <= token < num_tokens and is_number(value) and abs(value) <= 100):
+                raise ShapeError(
+                    f"logit_bias: expected token ids in 0..{num_tokens - 1} and numbers in [-100, 100], got"
+                    f" {token!r}: {value!r}; correct it"
+                )
+        self.values_V = np.zeros(num_tokens, np.float32)
+        self.values_V[list(bias)] = list(bias.values())
+        self.may_raise = min(*given.values(), -max(bias.values(), default=0.0)) < 0
+        """Whether a logit may become larger."""
+        self._presence, self._frequency = given.values()
+        self._seen: set[int] = set()
+
+    def add(self, token: int) -> None:
+        """Count a token of the answer."""
+        self.values_V[token] -= self._frequency + (0.0 if token in self._seen else self._presence)
+        self._seen.add(token)
+
+
 @final
 class AnswerRules:
     """Applies ``GenerationSettings`` to the logits of one answer, in the order of Hugging Face's ``_get_logits_processor``."""
@@ -109,10 +185,11 @@ class AnswerRules:
         stop_ids: Sequence[int],
         limit: int,
         constraint: TokenConstraint | None = None,
+        bias: TokenBias | None = None,
     ) -> None:
         """Start an answer of at most ``limit`` tokens; ``prompt_ids`` have a token for each visual token."""
         self._settings, self._stop_ids, self._limit = settings, list(stop_ids), limit
-        self._constraint = constraint
+        self._constraint, self._bias = constraint, bias
         self._ids, self._num_prompt = list(prompt_ids), len(prompt_ids)
         self._seen = set(self._ids)
 
@@ -120,8 +197,9 @@ class AnswerRules:
         """Append a token to the answer."""
         self._ids.append(token)
         self._seen.add(token)
-        if self._constraint is not None:
-            self._constraint.add(token)
+        for follower in (self._constraint, self._bias):
+            if follower is not None:
+                follower.add(token)
 
     def apply(self, logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the changed logits of all tokens.
@@ -139,7 +217,10 @@ class AnswerRules:
 
     def choose_from_top(self, top: TopTokens, sample: Sampler) -> int | None:
         """Return the next token, or None if all logits are needed, because others may exceed the lowered ones of ``top``."""
-        if self._settings.repetition_penalty < 1.0 or self._is_last:  # other logits may rise
+        may_raise = self._settings.repetition_penalty < 1.0 or (
+            self._bias is not None and self._bias.may_raise
+        )
+        if may_raise or self._is_last:
             return None
         changed = self._changed(top.logits, top.ids)
         if not np.isfinite(changed.max()):
@@ -161,6 +242,8 @@ class AnswerRules:
             seen_T = np.isin(ids_T, list(self._seen))
             scaled_T = np.where(changed_T < 0, changed_T * penalty, changed_T / penalty)
             changed_T = np.where(seen_T, scaled_T, changed_T)
+        if self._bias is not None:
+            changed_T += self._bias.values_V[ids_T]
         forbidden = self._after_same_words()
         least = settings.min_new_tokens or settings.min_length - self._num_prompt
         if self._num_new < least:
@@ -187,8 +270,14 @@ class AnswerRules:
 class TokenChooser:
     """Chooses the tokens of one answer."""
 
-    def __init__(self, sampler: Sampler, rules: AnswerRules | None = None) -> None:
-        self._sampler, self._rules = sampler, rules
+    def __init__(
+        self, sampler: Sampler, rules: AnswerRules | None = None, *, num_logprobs: int | None = None
+    ) -> None:
+        if num_logprobs is not None and (not is_whole(num_logprobs) or num_logprobs < 0):
+            raise ShapeError(f"num_logprobs: expected a whole number >= 0, got {num_logprobs!r}; choose one")
+        self._sampler, self._rules, self._num_logprobs = sampler, rules, num_logprobs
+        self.logprobs: list[TokenLogprobs] = []
+        """Of each chosen token, with ``num_logprobs`` others; empty without that number."""
 
     def choose(self, top: TopTokens, all_logits: Callable[[], NDArray[np.float32]]) -> int:
         """Return the next token from the most likely ones or, if these do not decide it, from ``all_logits`` [V].
@@ -197,6 +286,12 @@ class TokenChooser:
             BackendError: If logits are NaN or infinite.
             ShapeError: If the answer's rules allow no token.
         """
+        token = self._choose(top, all_logits)
+        if self._num_logprobs is not None:
+            self.logprobs.append(_logprobs(all_logits(), token, self._num_logprobs))
+        return token
+
+    def _choose(self, top: TopTokens, all_logits: Callable[[], NDArray[np.float32]]) -> int:
         sampler, rules = self._sampler, self._rules
         if rules is None:
             token = sampler.from_top(top)
@@ -208,17 +303,42 @@ class TokenChooser:
         return token
 
 
+def _logprobs(logits_V: NDArray[np.float32], token: int, count: int) -> TokenLogprobs:
+    scores_V = logits_V.astype(np.float64) - logits_V.max()
+    scores_V -= np.log(np.exp(scores_V).sum())
+    ids = np.argsort(-scores_V, kind="stable")[:count]
+    return TokenLogprobs(float(scores_V[token]), ids.tolist(), scores_V[ids].tolist())
+
+
 def has_rules(settings: GenerationSettings) -> bool:
     """Return whether any setting changes logits before a token is chosen."""
     neutral = type(settings)()
-    rules = set(settings.__struct_fields__) - {"do_sample", *SAMPLING_SETTINGS}
+    rules = set(settings.__struct_fields__) - {"do_sample", *SAMPLING_SETTINGS, *LIMIT_SETTINGS}
     return any(getattr(settings, name) != getattr(neutral, name) for name in rules)
 
 
+def answer_limit(settings: GenerationSettings, *, room: int, num_prompt: int) -> int:
+    """Return the most tokens of an answer for which the user sets no limit; ``room`` is the bundle's.
+
+    Raises:
+        PromptTooLongError: If a prompt of ``num_prompt`` tokens leaves nothing of the checkpoint's ``max_length``.
+    """
+    if settings.max_new_tokens is not None:
+        return min(settings.max_new_tokens, room)
+    if settings.max_length is None:
+        return room
+    if num_prompt >= settings.max_length:
+        raise PromptTooLongError(
+            f"prompt: expected fewer than {settings.max_length} tokens (max_length in the checkpoint's generation_config.json),"
+            f" got {num_prompt} with visual tokens; shorten it, or give max_new_tokens"
+        )
+    return min(settings.max_length - num_prompt, room)
+
+
 def sampler_of(settings: GenerationSettings, **given: Any) -> Sampler:
-    """Return a sampler of the checkpoint's ``settings``; arguments of ``make_sampler`` that are not None replace them."""
+    """Return a sampler of the checkpoint's ``settings``; arguments of ``Sampler`` that are not None replace them."""
     own = {name: getattr(settings, name) for name in SAMPLING_SETTINGS} if settings.do_sample else {}
-    return make_sampler(**own | {name: value for name, value in given.items() if value is not None})
+    return Sampler(**own | {name: value for name, value in given.items() if value is not None})
 
 
 def with_overrides(settings: GenerationSettings, overrides: Mapping[str, object]) -> GenerationSettings:
@@ -234,33 +354,6 @@ def with_overrides(settings: GenerationSettings, overrides: Mapping[str, object]
         except (msgspec.ValidationError, UnicodeError) as error:  # the second for lone surrogates
             raise ShapeError(f"{name}: expected a setting in range, got {value!r} ({error})") from None
     return msgspec.structs.replace(settings, **given)
-
-
-def make_sampler(
-    temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None
-) -> Sampler:
-    """Return a sampler that chooses a token id from logits.
-
-    Args:
-        temperature: Divides the logits; 0 always takes the most likely token, and the lowest id of equal ones.
-        top_p: Sample from the smallest set of most likely tokens whose probabilities sum to this, in (0, 1].
-        top_k: Sample from the k most likely tokens and those equal to the last one; 0 means all.
-        seed: Makes the choices repeatable; None takes a seed from the operating system.
-
-    Raises:
-        ShapeError: If an argument is out of range.
-    """
-    if not is_number(temperature) or not 0.0 <= temperature < math.inf:
-        raise ShapeError(
-            f"temperature: expected a number >= 0, got {temperature!r}; use 0 for greedy decoding"
-        )
-    if not is_number(top_p) or not 0.0 < top_p <= 1.0:
-        raise ShapeError(f"top_p: expected 0 < top_p <= 1, got {top_p!r}; use 1 to switch it off")
-    if not is_whole(top_k) or top_k < 0:
-        raise ShapeError(f"top_k: expected a whole number >= 0, got {top_k!r}; use 0 to switch it off")
-    if seed is not None and (not is_whole(seed) or seed < 0):
-        raise ShapeError(f"seed: expected a whole number >= 0 or None, got {seed!r}; choose one")
-    return Sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
 
 
 def _checked(logits_V: NDArray[np.float32]) -> NDArray[np.float32]:

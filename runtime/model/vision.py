@@ -7,6 +7,7 @@ waits for the device only if it needs to know which tokens were kept: see ``Visi
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
@@ -15,17 +16,14 @@ import numpy as np
 from trio_edge.runtime.bundle.errors import ManifestError, PromptTooLongError, ShapeError
 from trio_edge.runtime.bundle.graph_io import (
     CLIP_IDS,
-    DEEPSTACK_TOKENS,
     HAS_PREVIOUS,
     IS_NEWLINE,
     NUM_TEXT,
     NUM_VISUAL,
     PREVIOUS_TOKENS,
-    REDUCED_DEEPSTACK,
-    REDUCED_TOKENS,
     TEXT_EMBEDS,
     TEXT_MARKS,
-    VISUAL_TOKENS,
+    token_outputs,
 )
 from trio_edge.runtime.devices.memory import Recent, copy_tensor
 from trio_edge.runtime.model.programs import Timeline
@@ -139,10 +137,9 @@ class Vision:
     @property
     def graph_ms(self) -> dict[str, float]:
         """The device's milliseconds in each graph for the images of the last prompt."""
-        times: dict[str, float] = {}
+        times: defaultdict[str, float] = defaultdict(float)
         for name, milliseconds in self._timeline.milliseconds().items():
-            graph = name.partition(".")[0]
-            times[graph] = times.get(graph, 0.0) + milliseconds
+            times[name.partition(".")[0]] += milliseconds
         return times
 
     def prepare(
@@ -199,10 +196,8 @@ class Vision:
         The host waits for the device before it sends another image, and if it needs the indices that the graphs kept: for
         M-RoPE's positions, for the reduce graph's newlines, and for the lengths of an image's runs.
 
-        Args:
-            images: From ``prepare``, in the prompt's order; none for text only.
-            after: [T2, D], embeddings of the text after the last image; None unless ``reads_embeddings``.
-            text_bucket: Rows that the prompt's text is padded to.
+        ``images`` are those of ``prepare`` in the prompt's order, ``after`` [T2, D] the embeddings of the text after the last
+        one, padded to ``text_bucket`` rows; None unless ``reads_embeddings``.
 
         Raises:
             ShapeError: If the inputs do not fit, or all images together have more tokens than the exported shapes.
@@ -266,22 +261,17 @@ class Vision:
         manifest, num_visual = self._manifest, prepared.layout.num_visual
         has_mrope, keep = manifest.position_axes == 3, manifest.token_keep
         must_know = has_mrope or len(prepared.layout.runs) > 1
-        if prepared.has_previous:
-            self._keep_previous(prepared)
         (launch,) = self._programs.at("vision", prepared.profile.sizes)
-        slot = None if self._recent is None else self._recent.find(prepared.key)
-        was_kept = slot is not None
-        if slot is not None:
-            for name in launch.spec.outputs:
-                copy_tensor(self._device, launch.tensors[name], slot[name])
-            self._kept = {}
-            self._fetch_kept(launch, role="vision")
-        else:
+        if prepared.has_previous:
+            self._keep_previous(launch)
+        recent = self._recent
+        was_kept = recent is not None and self._bring_back(recent.find(prepared.key), launch)
+        if not was_kept:
             self.run_vision(prepared.inputs, prepared.profile)
-            if self._recent is not None and (slot := self._recent.take(prepared.key)) is not None:
-                for name in launch.spec.outputs:
-                    copy_tensor(self._device, slot[name], launch.tensors[name])
-        outputs = [tensor.rows(0, num_visual) for tensor in self._vision_tokens(prepared.profile)]
+            slot = None if recent is None else recent.take(prepared.key)
+            for name, kept in (slot or {}).items():
+                copy_tensor(self._device, kept, launch.tensors[name])
+        outputs = [tensor.rows(0, num_visual) for tensor in self._tokens_of(launch)]
         if manifest.encoder_keep is not None and (must_know or keep is not None):
             self._device.synchronize()
         if keep is not None:
@@ -292,10 +282,20 @@ class Vision:
         self._layouts.append((prepared.layout, self._kept))
         return outputs, was_kept
 
-    def _keep_previous(self, prepared: PreparedImage) -> None:
+    def _bring_back(self, slot: Mapping[str, DeviceTensor] | None, launch: BoundLaunch) -> bool:
+        """Enqueue copies of a kept image's outputs to the vision graph's; return False without any."""
+        if slot is None:
+            return False
+        for name, kept in slot.items():
+            copy_tensor(self._device, launch.tensors[name], kept)
+        self._kept = {}
+        self._fetch_kept(launch)
+        return True
+
+    def _keep_previous(self, launch: BoundLaunch) -> None:
         """Enqueue a copy of the last frames' tokens to the input of a reduce graph that compares frames."""
         if PREVIOUS_TOKENS in self._reduce_inputs:
-            tokens, *_ = self._vision_tokens(prepared.profile)
+            tokens, *_ = self._tokens_of(launch)
             place = self._programs.launches["reduce"][-1].inputs[PREVIOUS_TOKENS]
             copy_tensor(self._device, self._memory.tensor(place, tokens.shape), tokens)
 
@@ -311,9 +311,9 @@ class Vision:
         self._layouts[-1] = layout, {role: indices.copy() for role, indices in kept.items()}
         return places
 
-    def _vision_tokens(self, profile: Profile) -> tuple[DeviceTensor, ...]:
-        (launch,) = self._programs.at("vision", profile.sizes)
-        return self._with_planes(launch, VISUAL_TOKENS, DEEPSTACK_TOKENS)
+    def _tokens_of(self, launch: BoundLaunch) -> tuple[DeviceTensor, ...]:
+        names = token_outputs(launch.spec.runs, self._manifest.num_deepstack)
+        return tuple(launch.tensors[name] for name in names)
 
     @property
     def layouts(self) -> tuple[ImageLayout, ...]:
@@ -375,8 +375,7 @@ class Vision:
             ShapeError: If an input is missing, unknown or of another shape or dtype.
         """
         self._kept = {}
-        self._run(self._programs.at("vision", profile.sizes), inputs)
-        return self._vision_tokens(profile)
+        return self._run(self._programs.at("vision", profile.sizes), inputs)
 
     def reduce_tokens(
         self, inputs: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]
@@ -385,16 +384,12 @@ class Vision:
 
         ``inputs`` are those that no other graph provides. ``sizes`` are N, and T or M if it reads the question.
         """
-        launches = self._programs.at("reduce", sizes)
-        self._run(launches, inputs)
-        return self._with_planes(launches[-1], REDUCED_TOKENS, REDUCED_DEEPSTACK)
+        return self._run(self._programs.at("reduce", sizes), inputs)
 
-    def _with_planes(self, launch: BoundLaunch, tokens: str, planes: str) -> tuple[DeviceTensor, ...]:
-        names = [tokens, *(f"{planes}{index}" for index in range(self._manifest.num_deepstack))]
-        return tuple(launch.tensors[name] for name in names)
-
-    def _run(self, launches: Sequence[BoundLaunch], inputs: Mapping[str, NDArray[Any]]) -> None:
-        """Send ``inputs`` and enqueue the launches."""
+    def _run(
+        self, launches: Sequence[BoundLaunch], inputs: Mapping[str, NDArray[Any]]
+    ) -> tuple[DeviceTensor, ...]:
+        """Send ``inputs``, enqueue the launches, and return the tokens and planes of the last one."""
         for name, array in inputs.items():
             launch = next((launch for launch in launches if name in launch.spec.inputs), None)
             wanted = None if launch is None else launch.tensors[name]
@@ -406,13 +401,16 @@ class Vision:
             self._memory.send_one(self._device, launch.spec.inputs[name], array)
         for launch in launches:
             self._timeline.enqueue(f"{launch.spec.label}.{len(self._layouts)}", launch.launch)
-            self._fetch_kept(launch, role=launch.spec.runs)
+            self._fetch_kept(launch)
+        return self._tokens_of(launches[-1])
 
-    def _fetch_kept(self, launch: BoundLaunch, *, role: str) -> None:
+    def _fetch_kept(self, launch: BoundLaunch) -> None:
         """Enqueue a copy of the indices that a graph kept; nothing if it drops nothing."""
         for name, place in launch.spec.outputs.items():
-            if place == f"kept.{role}":
-                self._kept[role] = self._memory.fetch_one(self._device, place, launch.tensors[name].shape)
+            if place == f"kept.{launch.spec.runs}":
+                self._kept[launch.spec.runs] = self._memory.fetch_one(
+                    self._device, place, launch.tensors[name].shape
+                )
 
 
 def _key_of(image: Image.Image, processing: object) -> bytes:

@@ -242,14 +242,7 @@ def prompt_ids(
         tokenizer.check_user_text(written)
     if insets is None:
         insets = [Inset(is_video=part["type"] == "video") for part in visual_parts(messages)]
-    ids = tokenizer.encode_prompt(
-        rendered,
-        image_token=text.image_token,
-        image_token_id=text.image_token_id,
-        video=None if text.video_token is None else (text.video_token, text.video_token_id or 0),
-        insets=insets,
-        bos_token=text.bos_token,
-    )
+    ids = tokenizer.encode_prompt(rendered, text, insets)
     _check_length(len(ids.text), max_tokens, "text tokens")
     return ids
 
@@ -269,14 +262,10 @@ def render_chat(
     special_tokens: Mapping[str, str] | None = None,
     add_generation_prompt: bool = True,
 ) -> str:
-    """Return the prompt text that the template renders for the messages.
+    """Return the prompt text that the Jinja ``template`` renders for the messages, ending with the start of an answer.
 
-    Args:
-        messages: ``{"role", "content"}``, content a string or a list of ``{"type": "image"}`` and
-            ``{"type": "text", "text": …}``.
-        template: Jinja text.
-        special_tokens: Variables such as ``bos_token`` and ``eos_token``.
-        add_generation_prompt: End with the start of the assistant's answer.
+    A content is a string or a list of ``{"type": "image"}`` and ``{"type": "text", "text": …}``. ``special_tokens`` are
+    variables such as ``bos_token`` and ``eos_token``. Without ``add_generation_prompt`` no answer is started.
 
     Raises:
         BundleError: If the template is broken, or builds more than ``MAX_PROMPT_CHARACTERS``.

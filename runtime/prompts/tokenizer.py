@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from trio_edge.runtime.bundle.manifest import TextSpec
+
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _LARGEST_ID = (1 << 31) - 1
 _INCOMPLETE = "\ufffd"  # decoders write it for bytes that are not, or not yet, a character
@@ -165,13 +167,8 @@ class Tokenizer:
             BundleError: If the file is missing or broken, or could hang or end the process.
         """
         where = f"tokenizer {str(path)!r}"
-        if not Path(path).is_file():
-            raise BundleError(f"{where}: expected a file, found none; export the bundle again")
-        try:
+        with only_bundle_errors(where):
             content = read_regular(Path(path), max_bytes=MAX_TOKENIZER_BYTES)
-        except OSError as error:
-            text = f"{where}: cannot be read ({error.strerror}); export the bundle again"
-            raise BundleError(text) from None
         tokenizer, growth = tokenizer_from(content, where=where)
         return cls(tokenizer, growth=growth)
 
@@ -187,43 +184,27 @@ class Tokenizer:
             if token in text:
                 raise ShapeError(f"prompt: expected plain text, got the special token {token!r}; remove it")
 
-    def encode_prompt(
-        self,
-        text: str,
-        *,
-        image_token: str,
-        image_token_id: int,
-        video: tuple[str, int] | None = None,
-        insets: Sequence[Inset] = (),
-        bos_token: str = "",
-    ) -> PromptIds:
-        """Return the ids of a rendered chat without its placeholders of images and videos.
+    def encode_prompt(self, text: str, spec: TextSpec, insets: Sequence[Inset] = ()) -> PromptIds:
+        """Return the ids of a rendered chat, which has one placeholder for each image and each video, without placeholders.
 
-        Special tokens (a leading BOS) are added unless the text starts with ``bos_token``. This is the rule of Hugging
-        Face's ``processor.apply_chat_template(tokenize=True)``.
-
-        Args:
-            text: The chat, with one placeholder for each image and each video.
-            image_token: Placeholder of an image.
-            image_token_id: Id of ``image_token``.
-            video: Placeholder of a video and its id, if the model takes videos.
-            insets: The texts that replace the placeholders, in order.
-            bos_token: The text of the BOS token.
+        ``spec`` has the special tokens; ``insets`` replace the placeholders, in order. A leading BOS is added unless the
+        text starts with it, as by Hugging Face's ``processor.apply_chat_template(tokenize=True)``.
 
         Raises:
             ShapeError: If there are not as many image tokens as images; or the text is empty or not valid Unicode.
             BundleError: If the tokenizer has another id for the image token.
         """
-        if self._tokenizer.token_to_id(image_token) != image_token_id:
+        image_token, image_id = spec.image_token, spec.image_token_id
+        if self._tokenizer.token_to_id(image_token) != image_id:
             raise BundleError(
-                f"tokenizer: expected image token {image_token!r} to have id {image_token_id},"
+                f"tokenizer: expected image token {image_token!r} to have id {image_id},"
                 f" got {self._tokenizer.token_to_id(image_token)}; export the bundle again"
             )
         _check_unicode(text)
-        text = _with_insets(text, insets, image_token=image_token, video_token=video and video[0])
-        starts_with_bos = bool(bos_token) and text.startswith(bos_token)
+        text = _with_insets(text, insets, image_token=image_token, video_token=spec.video_token)
+        starts_with_bos = bool(spec.bos_token) and text.startswith(spec.bos_token)
         ids = self._encode(text, add_special_tokens=not starts_with_bos)
-        is_run = ids == image_token_id
+        is_run = ids == image_id
         places, num_runs = np.flatnonzero(is_run), sum(len(inset.text) - 1 for inset in insets)
         if len(places) != num_runs:
             raise BundleError(
@@ -231,8 +212,8 @@ class Tokenizer:
             )
         if is_run.all():
             raise ShapeError("prompt: expected some text, got none; write a question")
-        video_id = image_token_id if video is None else video[1]
-        run_ids = [video_id if inset.is_video else image_token_id for inset in insets for _ in inset.text[1:]]
+        video_id = spec.video_token_id or 0
+        run_ids = [video_id if inset.is_video else image_id for inset in insets for _ in inset.text[1:]]
         text_before = tuple((places - np.arange(num_runs)).tolist())
         return PromptIds(text=ids[~is_run], text_before=text_before, run_ids=tuple(run_ids))
 
@@ -431,6 +412,8 @@ def _longest_replacement(charsmap: str | None) -> int:
     except binascii.Error:
         raise ValueError("a table of characters that is no base64") from None
     size = int.from_bytes(table[:4], "little")
+    if size > len(table) - 4:  # the library would allocate it
+        raise ValueError(f"a table of characters that is cut short: {size} bytes of a trie in {len(table)}")
     return max(len(text) for text in table[4 + size :].split(b"\0")) or 1
 
 

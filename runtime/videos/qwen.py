@@ -68,6 +68,7 @@ _FILE = "video_preprocessor_config"
 _VALUES = ("min_frames", "max_frames", "do_sample_frames", "cap_pixels_per_frame", "max_video_tokens")
 _REQUESTS = ("fps", "num_frames")
 _HALF = (0.5, 0.5, 0.5)
+_MOST_TIME = 1 << 24  # float32 holds all whole numbers below it
 _Videos = TypeVar("_Videos", bound="QwenVideos")
 
 
@@ -157,7 +158,7 @@ class Qwen25Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=
 
     def indices(
         self, total: int, video_fps: float | None, *, fps: float | None, num_frames: int | None
-    ) -> list[int]:
+    ) -> Sequence[int]:
         """Return the frames to take of ``total``, see ``Sampling``.
 
         Hugging Face's class sometimes takes one frame more than the video has; this frame is left out.
@@ -168,7 +169,7 @@ class Qwen25Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=
         elif fps is not None:
             count = self._count_at(fps, total, video_fps)
         else:
-            return list(range(total))
+            return range(total)
         if not 0 < count <= total:
             too_few, wanted = count < 1 < total, max(count, 2)
             advice = "2 or more with num_frames" if too_few else "fewer, or ask about it as an image"
@@ -207,7 +208,13 @@ class Qwen25Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=
         taken_fps = UNKNOWN_FPS if video_fps is None else len(indices) / total * video_fps
         # float32, like the model's tensors
         interval = np.float32(self.tokens_per_second) * np.float32(2 / taken_fps)
-        return (np.arange(-(-len(indices) // 2), dtype=np.float32) * interval).astype(np.int32)
+        times = np.arange(-(-len(indices) // 2), dtype=np.float32) * interval
+        if not times[-1] < _MOST_TIME:
+            raise ImageError(
+                f"video: expected a time below position {_MOST_TIME}, got {times[-1]:.0f} at {taken_fps:.3g} frames a second;"
+                " give a shorter video"
+            )
+        return times.astype(np.int32)
 
     def texts(self, indices: Sequence[int], video_fps: float | None) -> list[tuple[str, str]]:
         """Return the text before and after each pair of frames: none."""
@@ -234,11 +241,11 @@ class Qwen3Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag="
 
     def indices(
         self, total: int, video_fps: float | None, *, fps: float | None, num_frames: int | None
-    ) -> list[int]:
+    ) -> Sequence[int]:
         """Return the frames to take of ``total``, see ``Sampling``."""
         asked = fps is not None or num_frames is not None
         if not asked and not self.do_sample_frames:
-            return list(range(total))
+            return range(total)
         fps, num_frames = self.request(fps, num_frames)
         if num_frames is None:
             wanted = total if fps is None else int(total / (video_fps or UNKNOWN_FPS) * fps)

@@ -14,7 +14,6 @@ Source: read_video_pyav of transformers 5.23, which has the same frames and rate
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from contextlib import contextmanager
@@ -39,8 +38,12 @@ MAX_VIDEO_PIXELS = 2**29
 """Most pixels of all sampled frames together; they take 1.5 GiB."""
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"})
-# Demuxers for single images and text, and those that open other files or addresses.
-_NO_VIDEO = re.compile(r"(?:^|,)(?:\w+_pipe|image2|tty|concat|concatf|hls|dash|imf|webvtt|sdp|rtsp)(?:,|$)")
+# Only these of FFmpeg's demuxers read a file: none of them opens the files or addresses that it names, as lists (HLS, ffconcat) do.
+_FORMATS = (
+    "apng,asf,av1,avi,dv,flv,gif,h263,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,"
+    "yuv4mpegpipe"
+)
+_SLOWEST, _FASTEST = 1e-6, 1e6  # frames per second
 _HAS_LENGTH = re.compile(r"matroska|mov|avi")  # demuxers whose files contain the length; others guess it
 _MISSING_AT_END = 0.5
 """Seconds by which a file may be shorter than its header says, because sound and pictures end at different times."""
@@ -51,7 +54,7 @@ class Sampling(Protocol):
 
     def indices(
         self, total: int, video_fps: float | None, *, fps: float | None, num_frames: int | None
-    ) -> list[int]:
+    ) -> Sequence[int]:
         """Return the frames to take of ``total``, ascending; a frame may come twice.
 
         Raises:
@@ -102,16 +105,18 @@ def open_video(
         ImageError: If it is no video, is damaged, truncated or too large, or cannot be sampled in this way.
     """
     for name, rate in (("fps", fps), ("source_fps", source_fps)):
-        if rate is not None and not (is_number(rate) and 0 < rate < math.inf):
+        if rate is not None and not (is_number(rate) and _SLOWEST <= rate <= _FASTEST):
             raise ImageError(
-                f"{name}: expected frames per second above 0, got {rate!r:.80}; choose a larger rate"
+                f"{name}: expected frames per second from {_SLOWEST} to {_FASTEST}, got {rate!r:.80}; choose another rate"
             )
-    if num_frames is not None and not (is_whole(num_frames) and num_frames >= 1):
-        raise ImageError(f"num_frames: expected at least 1, got {num_frames!r:.80}; choose more")
+    if num_frames is not None and not (is_whole(num_frames) and 1 <= num_frames <= MAX_FRAMES):
+        raise ImageError(
+            f"num_frames: expected 1..{MAX_FRAMES}, got {num_frames!r:.80}; choose another number"
+        )
     if fps is not None and num_frames is not None:
         raise ImageError(f"video: expected fps or num_frames, got both ({fps} and {num_frames}); give one")
 
-    def chosen(total: int, video_fps: float | None) -> list[int]:
+    def chosen(total: int, video_fps: float | None) -> Sequence[int]:
         indices = sampling.indices(total, video_fps, fps=fps, num_frames=num_frames)
         if len(indices) > MAX_FRAMES:
             raise ImageError(
@@ -134,7 +139,7 @@ def open_video(
 
 def _from_images(
     images: Sequence[str | Path | bytes | Image.Image],
-    chosen: Callable[[int, float | None], list[int]],
+    chosen: Callable[[int, float | None], Sequence[int]],
     fps: float | None,
     *,
     name: str,
@@ -177,13 +182,13 @@ def _check_size(size: tuple[int, int], first: tuple[int, int], *, num_frames: in
 
 
 def _from_file(
-    source: str | Path, chosen: Callable[[int, float | None], list[int]], *, max_pixels: int
+    source: str | Path, chosen: Callable[[int, float | None], Sequence[int]], *, max_pixels: int
 ) -> Video:
     path, name = file_of(source, kind="video"), f"video {short_name(source)}"
     av = import_av()
-    with _only_image_errors(name), _opened(av, path, name=name) as container:
+    with _only_image_errors(name), _opened(av, path) as container:
         total = _count(container, _stream(av, container, name=name).index, name=name)
-    with _only_image_errors(name), _opened(av, path, name=name) as container:
+    with _only_image_errors(name), _opened(av, path) as container:
         stream = _stream(av, container, name=name)
         rate = stream.average_rate or stream.guessed_rate  # MPEG transport streams only have the second
         fps = float(rate) if rate and rate > 0 else None
@@ -228,19 +233,14 @@ def _only_image_errors(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # PyAV raises IndexError, AttributeError and others on damaged data
         told = one_line(error)
-        raise ImageError(f"{name}: expected a readable video, got {told}; the file is damaged") from error
+        way_out = "the file is damaged or of another kind; convert it to MP4"
+        raise ImageError(f"{name}: expected a readable video, got {told}; {way_out}") from error
 
 
-def _opened(av: ModuleType, path: Path, *, name: str) -> Any:
+def _opened(av: ModuleType, path: Path) -> Any:
     """Return the container. Other files or addresses that the file names are never opened."""
-    url, allowed = f"file:{path.resolve()}", {"protocol_whitelist": "file"}
-    container = av.open(url, options=allowed, metadata_errors="replace")
-    if _NO_VIDEO.search(container.format.name):
-        container.close()
-        raise ImageError(
-            f"{name}: expected a video, got {container.format.long_name or container.format.name}; give a video file"
-        )
-    return container
+    allowed = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+    return av.open(f"file:{path.resolve()}", options=allowed, metadata_errors="replace")
 
 
 def _stream(av: ModuleType, container: Any, *, name: str) -> Any:

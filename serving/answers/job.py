@@ -23,6 +23,8 @@ class NewText(msgspec.Struct, frozen=True, tag=True):
     """More text of the answer."""
 
     text: str
+    logprobs: list[dict[str, Any]] = []
+    """OpenAI's entry for each new token, if the request asks for them."""
 
 
 class Kept(msgspec.Struct, frozen=True, tag=True):
@@ -31,8 +33,14 @@ class Kept(msgspec.Struct, frozen=True, tag=True):
     report: dict[str, Any]
 
 
+class NextAnswer(msgspec.Struct, frozen=True, tag=True):
+    """The end of an answer that another one to the same request follows."""
+
+    reason: str
+
+
 class Finished(msgspec.Struct, frozen=True, tag=True):
-    """The end of an answer."""
+    """The end of the last answer."""
 
     reason: str
     """"stop" or "length"."""
@@ -45,7 +53,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     error: RequestError
 
 
-Event: TypeAlias = NewText | Kept | Finished | Failed
+Event: TypeAlias = NewText | Kept | NextAnswer | Finished | Failed
 
 
 @final

@@ -94,22 +94,22 @@ class ChoiceConstraint:
     def __init__(
         self, sequences: Sequence[Sequence[int]], *, stop_ids: Sequence[int], num_tokens: int
     ) -> None:
-        self._sequences, self._stop_ids, self._num_tokens = sequences, list(stop_ids), num_tokens
-        self._answer: list[int] = []
+        self._left, self._stop_ids, self._num_tokens = list(sequences), list(stop_ids), num_tokens
+        self._length = 0
 
     def allowed(self) -> NDArray[np.bool_]:
         """Return [V], whether each token may come next."""
-        length = len(self._answer)
-        left = [sequence for sequence in self._sequences if list(sequence[:length]) == self._answer]
-        ids = [sequence[length] for sequence in left if len(sequence) > length]
-        ids += self._stop_ids if any(len(sequence) == length for sequence in left) else []
+        ids = [sequence[self._length] for sequence in self._left if len(sequence) > self._length]
+        ids += self._stop_ids if len(ids) < len(self._left) else []
         allowed_V = np.zeros(self._num_tokens, np.bool_)
         allowed_V[ids] = True
         return allowed_V
 
     def add(self, token: int) -> None:
         """Append a token to the answer."""
-        self._answer.append(token)
+        place = slice(self._length, self._length + 1)
+        self._left = [sequence for sequence in self._left if list(sequence[place]) == [token]]
+        self._length += 1
 
 
 @final

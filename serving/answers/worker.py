@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
+from trio_edge.runtime.answer import Statistics
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.serving.answers.interface import ModelWorker, cut_short, queue_full, smoothed, stopping
-from trio_edge.serving.answers.job import AnswerJob, Failed, Finished, Kept, NewText
+from trio_edge.serving.answers.job import AnswerJob, Failed, Finished, Kept, NewText, NextAnswer
 from trio_edge.serving.answers.structured import Constraints
 from trio_edge.serving.requests.errors import RequestError, request_error_from
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.answer import Generation, Statistics
+    from trio_edge.runtime.answer import Generation
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.bundle.schedule import Stage
     from trio_edge.runtime.images.processing import ImageLayout
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("trio_serve")
 _MAX_FAILURES = 3  # in a row; after these the worker is not ready
+_LEAST_LOGPROB = -9999.0  # OpenAI's; JSON has no infinity
 
 
 @final
@@ -66,7 +68,7 @@ class Worker(ModelWorker):
 
     @property
     def is_ready(self) -> bool:
-        """Whether the bundle is loaded, the server runs on, and the last answers did not all fail."""
+        """Whether the bundle is loaded, the server runs on, and the backend did not fail at all of the last answers."""
         return self.has_loaded and not self._is_stopping and self._num_failures < _MAX_FAILURES
 
     def submit(self, job: AnswerJob) -> None:
@@ -174,41 +176,56 @@ class Worker(ModelWorker):
         if failure.status >= 500:
             is_ours = isinstance(error, BackendError)  # its message says enough without a traceback
             _logger.error("model %s: %s", self.name, error, exc_info=None if is_ours else error)
-            self._num_failures += 1
+            self._num_failures += is_ours
         return failure
 
     def _answer(self, pipeline: Pipeline, constraints: Constraints, job: AnswerJob) -> None:
-        constraint, settings = constraints.make(job.chat), answer_settings(job.chat, pipeline.manifest)
-        answer = pipeline.chat(job.prompt.messages, constraint=constraint, **settings)
-        job.generation = answer
-        if job.is_cancelled:  # before the job knew its generation
-            answer.cancel()
-        stops = StopTexts(job.chat.stops)
-        self._stream(pipeline, answer, stops, job)
-        usage = usage_of(answer.statistics, queue_s=self._running_since - job.submitted)
+        reason, done = "", list[Statistics]()
+        for number in range(job.chat.n or 1):
+            if number:
+                job.emit(NextAnswer(reason))
+            settings = answer_settings(job.chat, pipeline.manifest, number=number)
+            constraint = constraints.make(job.chat)
+            answer = pipeline.chat(job.prompt.messages, constraint=constraint, **settings)
+            job.generation = answer
+            if job.is_cancelled:  # before the job knew its generation
+                answer.cancel()
+            reason = self._stream(pipeline, answer, job, needs_report=job.chat.trio.kept and not number)
+            done.append(answer.statistics)
+            if job.is_cancelled:
+                break
+        usage = usage_of(done, queue_s=self._running_since - job.submitted)
         self._metrics.count_answer(self.name, usage, is_cancelled=job.is_cancelled)
         with self._changed:
             self._service_s = smoothed(self._service_s, time.perf_counter() - self._running_since)
-        has_ended = stops.is_found or answer.token_ids[-1] in pipeline.manifest.text.stop_token_ids
-        job.emit(Finished("stop" if has_ended else "length", usage))
+        job.emit(Finished(reason, usage))
 
-    def _stream(self, pipeline: Pipeline, answer: Generation, stops: StopTexts, job: AnswerJob) -> None:
-        needs_report = job.chat.trio.kept
+    def _stream(self, pipeline: Pipeline, answer: Generation, job: AnswerJob, *, needs_report: bool) -> str:
+        """Emit an answer's events but its end; return why it ended."""
+        stops, num_scored = StopTexts(job.chat.stops), 0
+
+        def emit(text: str) -> None:
+            nonlocal num_scored
+            scores = logprobs_of(answer, pipeline, first=num_scored) if job.chat.logprobs else []
+            num_scored += len(scores)
+            if text or scores:
+                job.emit(NewText(text, scores))
+
         for piece in chain(answer, [""]):  # the empty piece: an answer without text has a report, too
             if needs_report:
                 job.emit(Kept(kept_report(answer, pipeline.manifest.schedule.stages)))
                 needs_report = False
-            if text := stops.push(piece):
-                job.emit(NewText(text))
+            emit(stops.push(piece))
             if stops.is_found:
                 answer.cancel()
                 break
-        if text := stops.finish():
-            job.emit(NewText(text))
+        emit(stops.finish())
+        has_ended = stops.is_found or answer.token_ids[-1] in pipeline.manifest.text.stop_token_ids
+        return "stop" if has_ended else "length"
 
 
-def answer_settings(chat: ChatRequest, manifest: Manifest) -> dict[str, Any]:
-    """Return the keyword arguments of ``Pipeline.chat`` that a request asks for.
+def answer_settings(chat: ChatRequest, manifest: Manifest, *, number: int = 0) -> dict[str, Any]:
+    """Return the keyword arguments of ``Pipeline.chat`` that a request asks for, for one of its answers.
 
     Raises:
         RequestError: If the limit on new tokens exceeds the bundle's.
@@ -224,24 +241,53 @@ def answer_settings(chat: ChatRequest, manifest: Manifest) -> dict[str, Any]:
         "temperature": chat.temperature,
         "top_p": chat.top_p,
         "top_k": chat.top_k,
-        "seed": chat.seed,
+        # Each answer has a seed of its own. Clients send negative ones, too.
+        "seed": None if chat.seed is None else (chat.seed + number) % (1 << 64),
         "repetition_penalty": chat.repetition_penalty,
+        "presence_penalty": chat.presence_penalty,
+        "frequency_penalty": chat.frequency_penalty,
+        "logit_bias": chat.logit_bias,
+        "num_logprobs": chat.top_logprobs or 0 if chat.logprobs else None,
         "min_new_tokens": (room if limit is None else limit) if chat.ignore_eos else chat.min_tokens,
     }
 
 
-def usage_of(statistics: Statistics, *, queue_s: float) -> dict[str, Any]:
-    """Return OpenAI's ``usage`` with our own fields. The prompt is counted before token reduction."""
-    prompt = statistics.text_tokens + statistics.visual_tokens
+def logprobs_of(answer: Generation, pipeline: Pipeline, *, first: int) -> list[dict[str, Any]]:
+    """Return OpenAI's entries for the tokens from the ``first`` one on, without a stop token."""
+    decode, ids = pipeline.tokenizer.decode, answer.token_ids
+
+    def scored(place: int, token: int, logprob: float) -> dict[str, Any]:
+        before = ids[max(0, place - 1) : place]  # a tokenizer may drop the blank before the first token
+        text = decode([*before, token]).removeprefix(decode(before))
+        return {"token": text, "bytes": list(text.encode()), "logprob": max(logprob, _LEAST_LOGPROB)}
+
+    return [
+        {
+            **scored(place, ids[place], found.chosen),
+            "top_logprobs": [scored(place, *other) for other in zip(found.top_ids, found.top)],
+        }
+        for place, found in enumerate(answer.logprobs[first:], first)
+        if ids[place] not in pipeline.manifest.text.stop_token_ids
+    ]
+
+
+def usage_of(answers: Sequence[Statistics], *, queue_s: float) -> dict[str, Any]:
+    """Return OpenAI's ``usage`` of the answers to one request, with our own fields.
+
+    The prompt is counted once and before token reduction. The time of further answers counts as decoding.
+    """
+    first, *others = answers
+    prompt, new = first.text_tokens + first.visual_tokens, sum(answer.new_tokens for answer in answers)
+    decode_ms = first.decode_ms + sum(answer.ttft_ms + answer.decode_ms for answer in others)
     return {
         "prompt_tokens": prompt,
-        "completion_tokens": statistics.new_tokens,
-        "total_tokens": prompt + statistics.new_tokens,
-        "visual_tokens": statistics.visual_tokens,
-        "kept_tokens": list(statistics.kept_tokens),
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "visual_tokens": first.visual_tokens,
+        "kept_tokens": list(first.kept_tokens),
         "queue_ms": round(1e3 * queue_s, 3),
-        "ttft_ms": round(statistics.ttft_ms, 3),
-        "decode_ms": round(statistics.decode_ms, 3),
+        "ttft_ms": round(first.ttft_ms, 3),
+        "decode_ms": round(decode_ms, 3),
     }
 
 

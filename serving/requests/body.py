@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
+import uuid
 from typing import TYPE_CHECKING, final
 
 from starlette.requests import ClientDisconnect, Request
@@ -18,26 +20,33 @@ if TYPE_CHECKING:
     from trio_edge.serving.settings import ServerSettings
 
 _LINGER_S = 2.0  # for the rest of a refused body
+_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 
 
 @final
-class BodyDrain:
-    """Middleware that reads the rest of a refused body, for a limited time, before it sends the refusal.
+class OrderlyEnd:
+    """Middleware that gives each response its ``x-request-id``, and closes a connection whose body has not ended.
 
-    A connection that closes while the client still sends is reset, and the client never sees the refusal.
+    It reads the rest of a refused body for a limited time before it sends the refusal: a connection that closes while the
+    client still sends is reset, and the client never sees the refusal.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on."""
+        """Pass a request on."""
+        headers = dict(scope["headers"]) if scope["type"] == "http" else {}
+        # With both lengths a proxy may see another end of the body than this server (RFC 9112, 6.1).
+        must_close = {b"content-length", b"transfer-encoding"} <= headers.keys()
         # A client that waits for "100 Continue" sends nothing before it. Reading would ask for the body.
-        is_left = scope["type"] == "http" and (b"expect", b"100-continue") not in scope["headers"]
+        is_left, is_waiting = True, headers.get(b"expect", b"").lower() == b"100-continue"
+        given = headers.get(b"x-request-id", b"")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
 
         async def receiving() -> Message:
-            nonlocal is_left
-            message = await receive()
+            nonlocal is_left, is_waiting
+            is_waiting, message = False, await receive()
             is_left = message["type"] == "http.request" and message.get("more_body", False)
             return message
 
@@ -46,9 +55,12 @@ class BodyDrain:
                 await receiving()
 
         async def sending(message: Message) -> None:
-            if message["type"] == "http.response.start" and is_left:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(drain(), _LINGER_S)
+            if message["type"] == "http.response.start":
+                if not is_waiting:
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(drain(), _LINGER_S)
+                ending = [(b"connection", b"close")] if is_left or must_close else []
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id), *ending]
             await send(message)
 
         await self._app(scope, receiving, sending)

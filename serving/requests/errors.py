@@ -12,6 +12,7 @@ from trio_edge.runtime.bundle.errors import (
     ImageError,
     PromptTooLongError,
     TrioEdgeError,
+    message_line,
 )
 
 if TYPE_CHECKING:
@@ -49,7 +50,10 @@ class RequestError(Exception):
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's form."""
         kind = _TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else message_line(self.param)
+        return {
+            "error": {"message": message_line(self.message), "type": kind, "param": param, "code": self.code}
+        }
 
     @property
     def headers(self) -> dict[str, str]:

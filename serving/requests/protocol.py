@@ -1,38 +1,40 @@
 """The body of ``POST /v1/chat/completions``: OpenAI's fields, some of vLLM's, and our own under ``trio``.
 
-Each field takes effect or is refused by name; none is ignored. ``user`` is accepted, as it has no effect at OpenAI either.
+Each field takes effect or is refused by name; none is ignored. ``user`` and its like have no effect at OpenAI either.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
 from trio_edge.serving.requests.errors import RequestError, invalid_value
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+_T = TypeVar("_T")
 
 _MAX_STOPS = 16
 _MAX_STOP_CHARACTERS = 256
 _MAX_CHOICES = 256
+_MAX_CHOICE_CHARACTERS = 1024
+_MAX_ANSWERS = 16
+_MAX_BIASES = 1024
+_MAX_LOGPROBS = 20  # as at OpenAI
 _MAX_SCHEMA_LEVELS = 32  # the grammar's compiler recurses
+_MAX_SCHEMA_BYTES = 1 << 16
+# llguidance (1.9) needs 4 times as long for 2 more patterns that must hold together, and builds a state for each remainder.
+_MAX_PATTERNS = 12
+_MAX_MULTIPLE = 10_000
 
 # Fields that are known but not supported, and the value that asks for nothing.
-_NEUTRAL = {
-    "n": 1,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "logprobs": False,
-    "top_logprobs": 0,
-    "logit_bias": {},
-    "tools": [],
-    "tool_choice": "none",
-    "functions": [],
-    "store": False,
-    "metadata": {},
+_NEUTRAL: dict[str, Any] = {"store": False, "metadata": {}}
+_TOOLS: dict[str, tuple[object, ...]] = {
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
 }
 _NEUTRAL_IN_TURN: dict[str, Any] = {
     "name": None,
@@ -44,23 +46,26 @@ _NEUTRAL_IN_TURN: dict[str, Any] = {
 }
 
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
-_Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
-_Text: TypeAlias = Annotated[str, msgspec.Meta(min_length=1)]
+Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+_Seed: TypeAlias = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+_Penalty: TypeAlias = Annotated[float, msgspec.Meta(ge=-2, le=2)]
+_Bias: TypeAlias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
+_Choice: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=_MAX_CHOICE_CHARACTERS)]
 _Stop: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=_MAX_STOP_CHARACTERS)]
 
 
-class _Spec(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
-    pass
+class Spec(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
+    """A JSON object whose fields are all known."""
 
 
-class ImageAddress(_Spec, kw_only=True, frozen=True):
+class ImageAddress(Spec, kw_only=True, frozen=True):
     """The address of an image."""
 
     url: str
     detail: Literal["low", "high", "auto"] = "auto"
 
 
-class VideoAddress(_Spec, kw_only=True, frozen=True):
+class VideoAddress(Spec, kw_only=True, frozen=True):
     """The address of a video, and the sampling of its frames."""
 
     url: str
@@ -68,19 +73,19 @@ class VideoAddress(_Spec, kw_only=True, frozen=True):
     num_frames: int | None = None
 
 
-class TextPart(_Spec, kw_only=True, frozen=True, tag="text", tag_field="type"):
+class TextPart(Spec, kw_only=True, frozen=True, tag="text", tag_field="type"):
     """A piece of text."""
 
     text: str
 
 
-class ImagePart(_Spec, kw_only=True, frozen=True, tag="image_url", tag_field="type"):
+class ImagePart(Spec, kw_only=True, frozen=True, tag="image_url", tag_field="type"):
     """An image."""
 
     image_url: ImageAddress
 
 
-class VideoPart(_Spec, kw_only=True, frozen=True, tag="video_url", tag_field="type"):
+class VideoPart(Spec, kw_only=True, frozen=True, tag="video_url", tag_field="type"):
     """A video, in vLLM's form."""
 
     video_url: VideoAddress
@@ -89,11 +94,11 @@ class VideoPart(_Spec, kw_only=True, frozen=True, tag="video_url", tag_field="ty
 Part: TypeAlias = TextPart | ImagePart | VideoPart
 
 
-class Turn(_Spec, kw_only=True, frozen=True):
+class Turn(Spec, kw_only=True, frozen=True):
     """A message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Annotated[list[Part], msgspec.Meta(min_length=1)]
     # openai-python sends these with earlier answers. All must be empty.
     name: str | None = None
     refusal: str | None = None
@@ -108,13 +113,14 @@ class Turn(_Spec, kw_only=True, frozen=True):
         return [TextPart(text=self.content)] if isinstance(self.content, str) else self.content
 
 
-class StreamOptions(_Spec, kw_only=True, frozen=True):
+class StreamOptions(Spec, kw_only=True, frozen=True):
     """Options of a streamed answer."""
 
     include_usage: bool | None = False
+    include_obfuscation: bool | None = None  # there is none
 
 
-class JsonSchema(_Spec, kw_only=True, frozen=True):
+class JsonSchema(Spec, kw_only=True, frozen=True):
     """The JSON schema of the answer."""
 
     name: str = ""
@@ -123,60 +129,73 @@ class JsonSchema(_Spec, kw_only=True, frozen=True):
     description: str | None = None
 
 
-class ResponseFormat(_Spec, kw_only=True, frozen=True):
+class ResponseFormat(Spec, kw_only=True, frozen=True):
     """The form of the answer's text."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class StructuredOutputs(_Spec, kw_only=True, frozen=True):
+class StructuredOutputs(Spec, kw_only=True, frozen=True):
     """vLLM's field for an answer that is one of several texts."""
 
-    choice: Annotated[list[_Text], msgspec.Meta(min_length=1, max_length=_MAX_CHOICES)]
+    choice: Annotated[list[_Choice], msgspec.Meta(min_length=1, max_length=_MAX_CHOICES)]
 
 
-class TrioOptions(_Spec, kw_only=True, frozen=True):
+class TrioOptions(Spec, kw_only=True, frozen=True):
     """Our own options."""
 
     kept: bool = False
     """Whether the answer has the boxes of the kept tokens and the times of the graphs."""
 
 
-class ChatRequest(_Spec, kw_only=True, frozen=True):
-    """A request for a chat completion."""
+class AnyRequest(Spec, kw_only=True, frozen=True):
+    """The fields of chat completions and of responses."""
 
     model: str
-    messages: Annotated[list[Turn], msgspec.Meta(min_length=1)]
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    max_tokens: _Positive | None = None
-    max_completion_tokens: _Positive | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
-    seed: _Count | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=_MAX_LOGPROBS)] | None = None
+    trio: TrioOptions = TrioOptions()
+    # Clients send these; none has an effect on an answer here.
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    parallel_tool_calls: bool | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    # Known but not supported.
+    tools: Any = None
+    tool_choice: Any = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+
+
+class ChatRequest(AnyRequest, kw_only=True, frozen=True):
+    """A request for a chat completion."""
+
+    messages: Annotated[list[Turn], msgspec.Meta(min_length=1)]
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None
+    seed: _Seed | None = None
     stop: _Stop | Annotated[list[_Stop], msgspec.Meta(max_length=_MAX_STOPS)] | None = None
     response_format: ResponseFormat | None = None
-    user: str | None = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=_MAX_ANSWERS)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    logit_bias: Annotated[dict[int, _Bias], msgspec.Meta(max_length=_MAX_BIASES)] | None = None
+    logprobs: bool | None = None
+    modalities: list[Literal["text"]] | None = None
+    functions: Any = None
+    function_call: Any = None
     # Fields of vLLM.
     top_k: _Count | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=0)] | None = None
     repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None = None
     min_tokens: _Count | None = None
     ignore_eos: bool | None = False
     structured_outputs: StructuredOutputs | None = None
-    trio: TrioOptions = TrioOptions()
-    # Known but not supported: see ``_NEUTRAL``.
-    n: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    logit_bias: dict[str, float] | None = None
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    store: bool | None = None
-    metadata: dict[str, str] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -189,13 +208,15 @@ class ChatRequest(_Spec, kw_only=True, frozen=True):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
+    def images(self) -> list[ImageAddress]:
+        """All images."""
+        parts = (part for turn in self.messages for part in turn.parts)
+        return [part.image_url for part in parts if isinstance(part, ImagePart)]
+
+    @property
     def details(self) -> frozenset[str]:
         """The ``detail`` values of all images, without "auto"."""
-        parts = (part for turn in self.messages for part in turn.parts)
-        return frozenset(part.image_url.detail for part in parts if isinstance(part, ImagePart)) - {"auto"}
-
-
-_DECODER = msgspec.json.Decoder(ChatRequest)
+        return frozenset(image.detail for image in self.images) - {"auto"}
 
 
 def parse_chat(body: bytes | bytearray, *, max_parts: int) -> ChatRequest:
@@ -208,8 +229,13 @@ def parse_chat(body: bytes | bytearray, *, max_parts: int) -> ChatRequest:
     Raises:
         RequestError: If the body is not JSON, or a field is missing, unknown, wrong or not supported.
     """
+    return checked(decoded(body, ChatRequest), max_parts=max_parts)
+
+
+def decoded(body: bytes | bytearray, kind: type[_T]) -> _T:
+    """Return the JSON in ``body`` as a ``kind``; raises RequestError if it is none."""
     try:
-        chat = _DECODER.decode(body)
+        return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise _field_error(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -217,6 +243,10 @@ def parse_chat(body: bytes | bytearray, *, max_parts: int) -> ChatRequest:
     except RecursionError:
         message = "body: expected fewer nested levels of JSON, got too many; send fewer"
         raise RequestError(400, message, code="invalid_json") from None
+
+
+def checked(chat: ChatRequest, *, max_parts: int) -> ChatRequest:
+    """Return the request; raises RequestError if fields are not supported, too large, or contradict each other."""
     _check_neutral(chat)
     _check_sizes(chat, max_parts=max_parts)
     _check_together(chat)
@@ -225,7 +255,7 @@ def parse_chat(body: bytes | bytearray, *, max_parts: int) -> ChatRequest:
 
 def _field_error(message: str) -> RequestError:
     """Return msgspec's error with the field's name first, such as ``messages[0].role: …``."""
-    reason, _, path = message.partition(" - at `$")
+    reason, _, path = re.sub(" - at `key` in `", " - at `", message).partition(" - at `$")
     path = path.rstrip("`").lstrip(".")
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", reason, re.DOTALL)
     missing = re.fullmatch(r"Object missing required field `(.*)`", reason)
@@ -239,6 +269,13 @@ def _field_error(message: str) -> RequestError:
 
 
 def _check_neutral(chat: ChatRequest) -> None:
+    for name, neutral in _TOOLS.items():
+        if (value := getattr(chat, name)) is not None and value not in neutral:
+            message = (
+                f"{name}: this server calls no functions; remove the field, or ask for JSON with response_format and call"
+                " the function yourself"
+            )
+            raise RequestError(400, message, code="unsupported_parameter", param=name)
     for name, neutral in _NEUTRAL.items():
         _check_empty(name, getattr(chat, name), neutral)
     for number, turn in enumerate(chat.messages):
@@ -264,23 +301,41 @@ def _check_sizes(chat: ChatRequest, *, max_parts: int) -> None:
         raise invalid_value("messages", problem)
     form = chat.response_format
     if form is not None and form.json_schema is not None:
-        _check_depth(form.json_schema.schema)
+        _check_schema(form.json_schema.schema)
 
 
-def _check_depth(schema: dict[str, Any]) -> None:
-    level: list[Any] = [schema]
+def _check_schema(schema: dict[str, Any]) -> None:
+    """Refuse a schema that could hold a bundle: a small one may keep the grammar's compiler busy for hours."""
+    level, named, problem = list[Any]([schema]), list[tuple[str, Any]](), None
     for _ in range(_MAX_SCHEMA_LEVELS):
+        named += [pair for value in level if isinstance(value, dict) for pair in value.items()]
         level = [item for value in level for item in _items(value)]
-        if not level:
-            return
-    problem = f"expected a schema of at most {_MAX_SCHEMA_LEVELS} levels, got more; make it flatter"
-    raise invalid_value("response_format", problem)
+    patterns = sum(name in ("pattern", "format") for name, _ in named)
+    patterns += sum(len(_items(value)) for name, value in named if name == "patternProperties")
+    factors = {value for name, value in named if name == "multipleOf" and isinstance(value, (int, float))}
+    if level:
+        problem = f"at most {_MAX_SCHEMA_LEVELS} levels, got more; make it flatter"
+    elif (size := len(msgspec.json.encode(schema))) > _MAX_SCHEMA_BYTES:
+        problem = f"at most {_MAX_SCHEMA_BYTES} bytes, got {size}; shorten it"
+    elif patterns > _MAX_PATTERNS:
+        problem = f"at most {_MAX_PATTERNS} patterns and formats, got {patterns}; use fewer"
+    elif math.prod(map(_digits, factors)) > _MAX_MULTIPLE:
+        problem = f"multipleOf with a product of digits up to {_MAX_MULTIPLE}, got more; use smaller ones"
+    if problem is not None:
+        raise invalid_value("response_format", f"expected a schema of {problem}")
 
 
-def _items(value: Any) -> Iterable[Any]:
+def _digits(factor: float) -> int:
+    """Return 25 for 0.25 and for 2500: powers of ten cost the compiler nothing."""
+    if not abs(factor) < 1e12:
+        return _MAX_MULTIPLE + 1
+    return int(repr(abs(float(factor))).partition("e")[0].replace(".", "").strip("0") or "1")
+
+
+def _items(value: Any) -> list[Any]:
     if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
+        return list(value.values())
+    return value if isinstance(value, list) else []
 
 
 def _check_together(chat: ChatRequest) -> None:
@@ -300,6 +355,12 @@ def _check_together(chat: ChatRequest) -> None:
         problem = ("structured_outputs", "expected this or response_format, got both; send one")
     elif chat.ignore_eos and (has_format or chat.structured_outputs is not None):
         problem = ("ignore_eos", "expected an answer that may end, as its form is given, got true; remove it")
+    elif chat.top_logprobs is not None and not chat.logprobs:
+        problem = ("top_logprobs", 'expected it with "logprobs": true only, got it without; add that')
+    elif not any(
+        part.text.strip() if isinstance(part, TextPart) else part for part in chat.messages[-1].parts
+    ):
+        problem = ("messages", "expected a question or an image in the last message, got none; write one")
     elif len(chat.details) > 1:
         problem = ("messages", 'expected one detail for all images, got "low" and "high"; choose one')
     if problem is not None:

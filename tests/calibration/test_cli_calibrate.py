@@ -67,7 +67,7 @@ def test_the_bundle_has_the_chosen_schedule_and_shapes(calibrated: Path, report:
 def test_the_bound_holds_and_the_parts_do_not_overlap(report: dict[str, Any]) -> None:
     assert report["chosen"]["search"]["kl"]["interval_95"][1] <= 1.0
     data = report["data"]
-    assert (data["samples"], data["search"], data["held_out"], data["pictures"]) == (6, 4, 2, 3)
+    assert (data["samples"], data["search"], data["held_out"], data["images"]) == (6, 4, 2, 3)
     assert report["chosen"]["held_out"]["samples"] == 2
     assert report["chosen"]["search"]["samples"] == 4
     assert report["accuracy"]["samples"] == 2

@@ -15,6 +15,7 @@ import pytest
 from tests.calibration.question_files import questions_about, write_questions
 from tests.pictures import random_picture
 from trio_edge.calibration.evaluate import cli as cli_eval
+from trio_edge.runtime.bundle.files import lock_folder, unlock_folder
 
 QUESTIONS = 40
 TIMES = ("ttft_ms", "decode_ms")
@@ -181,7 +182,7 @@ def test_other_files_are_refused(small: tuple[list[str], Path], capsys: pytest.C
 
 def test_another_schema_is_refused(small: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     arguments, work = small
-    text = only_file(work).read_text().replace('"schema_version":1', '"schema_version":9', 1)
+    text = only_file(work).read_text().replace('"schema_version":2', '"schema_version":9', 1)
     only_file(work).write_text(text)
     assert "schema_version 9" in refusal(arguments, capsys)
 
@@ -190,9 +191,9 @@ def test_another_schema_is_refused(small: tuple[list[str], Path], capsys: pytest
 def test_a_folder_in_use_is_refused(
     small: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import fcntl
-
     arguments, work = small
-    with (work / ".lock").open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    lock = lock_folder(work)
+    try:
         assert "got a second one" in refusal(arguments, capsys)
+    finally:
+        unlock_folder(lock)

@@ -111,7 +111,11 @@ def test_decoder_that_graphs_cannot_express_is_refused(config: Any, message: str
     [
         (MistralConfig(), (0, 4096)),
         (MistralConfig(sliding_window=None), None),
-        (llama(sliding_window=50), None),  # transformers' Llama knows no window
+        (
+            llama(sliding_window=50),
+            (0, 50),
+        ),  # Llama's mask has none, but transformers' cache drops older keys
+        (llama(attention_chunk_size=60), (0, 60)),
         (Qwen2Config(sliding_window=50), None),
         (
             Qwen2Config(sliding_window=50, use_sliding_window=True, num_hidden_layers=4, max_window_layers=4),
@@ -123,7 +127,16 @@ def test_decoder_that_graphs_cannot_express_is_refused(config: Any, message: str
         ),
         (Qwen2_5_VLConfig().text_config, None),
     ],
-    ids=["mistral", "mistral_none", "llama", "qwen2_off", "qwen2_no_layer", "qwen2_last_layer", "qwen2_5_vl"],
+    ids=[
+        "mistral",
+        "mistral_none",
+        "llama",
+        "llama_chunks",
+        "qwen2_off",
+        "qwen2_no_layer",
+        "qwen2_last_layer",
+        "qwen2_5_vl",
+    ],
 )
 def test_window_is_that_of_the_first_layer_with_one(config: Any, window: tuple[int, int] | None) -> None:
     assert sliding_window(config) == window

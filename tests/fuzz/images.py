@@ -1,17 +1,26 @@
-"""Images: small ones in every format, damaged; and headers that promise more than there is."""
+"""Images and videos: small ones in every format, damaged; headers that promise more than there is; lists that name other files."""
 
 from __future__ import annotations
 
+import functools
 import io
+import os
 import struct
+import tempfile
 import zlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import av
 from PIL import Image
 
 from tests.fuzz.subject import Outcome, Subject, judged
-from tests.fuzz.values import damaged
-from trio_edge.runtime.images.reading import open_image
+from tests.fuzz.values import NUMBERS, damaged, hostile
+from tests.videos import write_video
+from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages
+from trio_edge.runtime.images.reading import MAX_SCANS, open_image
+from trio_edge.runtime.videos.qwen import Qwen3Videos, Qwen25Videos, VideoProcessing
+from trio_edge.runtime.videos.reading import open_video
 
 if TYPE_CHECKING:
     import random
@@ -71,18 +80,32 @@ def _data(rng: random.Random) -> bytes:
     if kind == 2:
         narrow = (1, rng.choice((1000, 30_000, 300_000)))
         return _saved(rng, narrow if rng.random() < 0.5 else narrow[::-1], "PNG", "RGB")
+    if kind == 3:
+        return _many_scans(rng)
     data = _saved(rng, (rng.choice(_SIDES), rng.choice(_SIDES)), rng.choice(_FORMATS), rng.choice(_MODES))
-    return data if kind == 3 else damaged(rng, data)
+    return data if kind == 4 else damaged(rng, data)
 
 
-def _saved(rng: random.Random, size: tuple[int, int], file_format: str, mode: str) -> bytes:
+def _many_scans(rng: random.Random) -> bytes:
+    """Return a progressive JPEG with some scans many times, and other markers between them."""
+    data = _saved(rng, (rng.choice(_SIDES), rng.choice(_SIDES)), "JPEG", "RGB", progressive=True)
+    scans = data[data.find(b"\xff\xda") : -2].split(b"\xff\xda")[1:]
+    between = rng.choice(
+        (b"", b"", b"\xff", b"\xff\xd0", b"\xff\x02", b"\xff\xe1\0\x04ab", b"\xff\xff\xff\0")
+    )
+    chosen = [rng.choice(scans) for _ in range(rng.choice((1, MAX_SCANS - 9, MAX_SCANS, 5000)))]
+    return data[:-2] + b"".join(between + b"\xff\xda" + scan for scan in chosen) + data[-2:]
+
+
+def _saved(rng: random.Random, size: tuple[int, int], file_format: str, mode: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     picture = (
         Image.new("RGB", size, (200, 30, 30))
         .convert("L" if mode in ("I;16", "I", "F") else mode)
         .convert(mode)
     )
-    options: dict[str, Any] = {"exif": rng.randbytes(40)} if rng.random() < 0.1 else {}
+    if rng.random() < 0.1:
+        options["exif"] = rng.randbytes(40)
     if file_format in ("GIF", "TIFF", "WEBP") and rng.random() < 0.3:
         options |= {"save_all": True, "append_images": [picture] * 3}
     if mode == "P" and rng.random() < 0.5:
@@ -108,3 +131,125 @@ def _png(width: int, height: int, data: bytes) -> bytes:
         + chunk(b"IDAT", zlib.compress(data))
         + chunk(b"IEND", b"")
     )
+
+
+# Videos
+
+_CLIPS = (
+    ("mp4", "mpeg4"), ("mp4", "libx264"), ("mov", "libx264"), ("mkv", "ffv1"), ("mkv", "mpeg4"), ("webm", "libvpx"),
+    ("avi", "mpeg4"), ("avi", "rawvideo"), ("ts", "mpeg2video"), ("ts", "libx264"), ("flv", "flv"), ("mpg", "mpeg2video"),
+    ("nut", "mpeg4"), ("asf", "msmpeg4"), ("ivf", "libvpx"), ("y4m", "wrapped_avframe"),
+    ("h264", "libx264"),
+)  # fmt: skip
+_LISTS = (
+    "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{other}\n#EXT-X-ENDLIST\n",
+    "ffconcat version 1.0\nfile {other}\n",
+    "file '{other}'\n",
+    "<?xml version='1.0'?><MPD><Period><BaseURL>{other}</BaseURL></Period></MPD>",
+    '<?xml version="1.0"?><SmoothStreamingMedia><StreamIndex Url="{other}"/></SmoothStreamingMedia>',
+    "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+    "[playlist]\nFile1={other}\n",
+    "RTSPtext\nrtsp://{other}",
+    "[Reference]\nRef1=file://{other}",
+    "# imf\n{other}",
+)
+_VIDEOS = (
+    VideoProcessing(Qwen25Videos(tokens_per_second=2), QwenImages(patch_size=14, window_size=112)),
+    VideoProcessing(Qwen3Videos(), Qwen3Images(patch_size=14, table_size=4)),
+)
+
+
+def video(rng: random.Random, subject: Subject) -> Outcome:
+    """A file, a folder or a list that is opened, laid out and prepared; nothing that it opened stays open."""
+    source, processing = _video_source(rng, subject.folder), rng.choice(_VIDEOS)
+    asked: dict[str, Any] = {}
+    for name in rng.sample(("fps", "num_frames", "source_fps"), rng.choice((0, 0, 0, 1, 2))):
+        asked[name] = rng.choice((2, 3.0, rng.choice(NUMBERS), 10**400, hostile(rng)))
+    before = set(Path("/proc/self/fd").iterdir())
+
+    def use() -> str:
+        found = open_video(source, processing.sampling, max_pixels=_SMALL, **asked)
+        assert len(found.frames) == len(found.indices)
+        for unit, _ in enumerate(processing.layouts(found)[:2]):
+            processing.prepare(found, unit)
+        return "ok"
+
+    outcome = judged(use)
+    left = set(Path("/proc/self/fd").iterdir()) - before
+    return outcome if len(left) <= 1 else Outcome("broken", f"left open: {left}")  # one is the listing's own
+
+
+def _video_source(rng: random.Random, folder: Path) -> Any:
+    kind = rng.randrange(12)
+    if kind == 0:
+        return _frames(rng, folder)
+    if kind == 1:
+        for number in range(rng.choice((0, 1, 4))):
+            frame = _odd_frame(
+                rng, folder / f"{rng.choice(('', 'a', '9' * 30))}{number}.{rng.choice(('png', 'jpg', 'bmp'))}"
+            )
+            assert frame is not None
+        return rng.choice((folder, str(folder)))
+    path = (
+        folder / f"clip.{rng.choice(('mp4', 'mkv', 'ts', 'avi', 'm3u8', 'png', 'x', 'sdp', 'mpd', 'h264'))}"
+    )
+    if kind == 2:
+        os.mkfifo(folder / "pipe")
+        (folder / "other.mp4").write_bytes(_clip(*_CLIPS[0]))
+        other = rng.choice(
+            (
+                "pipe",
+                "other.mp4",
+                str(folder / "pipe"),
+                "/dev/zero",
+                "file:///dev/zero",
+                "http://127.0.0.1:9/a.ts",
+            )
+        )
+        path.write_text(rng.choice(_LISTS).format(other=other))
+    elif kind == 3:
+        _odd_frame(rng, path)
+    elif kind == 4:
+        path.write_bytes(
+            rng.choice((rng.randbytes(rng.choice((0, 1, 30, 3000))), _saved(rng, (40, 30), "GIF", "P")))
+        )
+    else:
+        data = _clip(*rng.choice(_CLIPS))
+        path.write_bytes(data if kind == 5 else damaged(rng, data))
+    return rng.choice((path, str(path)))
+
+
+def _frames(rng: random.Random, folder: Path) -> Any:
+    """Return a list of frames, of which one may be anything."""
+    size = rng.choice(_SIDES), rng.choice(_SIDES)
+    frames: list[Any] = [
+        Image.new("RGB", size, (number, 0, 0)) for number in range(rng.choice((1, 2, 3, 30)))
+    ]
+    if rng.random() < 0.5:
+        odd = (hostile(rng), _odd_frame(rng, folder / "frame.png"), _data(rng), Image.new("RGB", (3, 5)))
+        frames[rng.randrange(len(frames))] = rng.choice(odd)
+    return frames
+
+
+def _odd_frame(rng: random.Random, path: Path) -> Path:
+    """Write an image, or make a pipe, a folder or a link in its place."""
+    kind = rng.randrange(6)
+    if kind == 0:
+        os.mkfifo(path)
+    elif kind == 1:
+        path.mkdir()
+    elif kind == 2:
+        path.symlink_to(rng.choice(("/dev/zero", "/dev/random", path.name, "/etc/passwd")))
+    else:
+        path.write_bytes(_data(rng) if kind == 3 else _saved(rng, (40, 30), "PNG", "RGB"))
+    return path
+
+
+@functools.cache
+def _clip(suffix: str, codec: str) -> bytes:
+    """Return a small video; where this FFmpeg cannot write it, a Matroska."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return write_video(Path(folder) / f"clip.{suffix}", 6, codec=codec).read_bytes()
+        except (av.error.FFmpegError, ValueError):
+            return write_video(Path(folder) / "clip.mkv", 6).read_bytes()

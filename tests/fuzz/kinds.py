@@ -6,7 +6,7 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from tests.fuzz import checkpoints, images, prompts, templates, tokenizers_
+from tests.fuzz import checkpoints, images, prompts, requests_, templates, tokenizers_
 from tests.fuzz.commands import run_command
 from tests.fuzz.subject import Outcome, Subject, judged
 from tests.fuzz.values import damaged, mutated
@@ -87,12 +87,15 @@ def files(rng: random.Random, subject: Subject) -> Outcome:
 
 
 KINDS: dict[str, tuple[int, Callable[[random.Random, Subject], Outcome]]] = {
-    "manifest": (290, manifest),
-    "template": (200, templates.template),
-    "tokenizer": (200, tokenizers_.tokenizer),
-    "image": (150, images.image),
-    "prompt": (60, prompts.prompt),
-    "file": (60, files),
+    "manifest": (230, manifest),
+    "template": (160, templates.template),
+    "tokenizer": (160, tokenizers_.tokenizer),
+    "image": (130, images.image),
+    "video": (80, images.video),
+    "request": (80, requests_.request),
+    "prompt": (50, prompts.prompt),
+    "stream": (20, prompts.stream),
+    "file": (50, files),
     "command": (20, run_command),
     "checkpoint": (10, checkpoints.changed_checkpoint),
     "bundle": (10, bundle),

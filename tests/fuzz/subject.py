@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import traceback
 import unicodedata
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -66,6 +67,8 @@ class Subject:
     bundle: Path
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="trio-fuzz-")))
     """For files of inputs; empty between inputs."""
+    open_things: ExitStack = field(default_factory=ExitStack)
+    """Closed with the subject."""
 
     def __post_init__(self) -> None:
         self.manifest_text = (self.bundle / "trio.json").read_bytes()
@@ -120,6 +123,7 @@ class Subject:
 
     def close(self) -> None:
         """Delete everything."""
+        self.open_things.close()
         self.pipeline.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.picture.unlink(missing_ok=True)

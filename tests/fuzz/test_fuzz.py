@@ -155,11 +155,7 @@ def test_a_tokenizer_that_hung_or_ended_the_process_is_one_line(change: dict[str
     (copy / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(BundleError) as caught:
         tokenizer = Tokenizer.from_file(copy / "tokenizer.json")
-        tokenizer.encode_prompt(
-            "aaaaaaaaaaaaaaaaaaaa what?" * 50,
-            image_token=image.image_token,
-            image_token_id=image.image_token_id,
-        )
+        tokenizer.encode_prompt("aaaaaaaaaaaaaaaaaaaa what?" * 50, image)
     assert is_clear(str(caught.value))
 
 

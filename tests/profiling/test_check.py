@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -178,6 +179,56 @@ def test_what_differs_is_named() -> None:
 def test_memory_that_grows_fails() -> None:
     verdict = judge_growth({"host": 40_000_000, "GPU": 0})
     assert verdict == ("fail", "host +40.0 MB, GPU +0.0 MB after repeated loads (32 allowed)")
+
+
+class Rounds:
+    """Stands for ``answer``: each round takes a second of the pretended clock."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, changes_in: int = 0, growth: int = 0) -> None:
+        self.number, self.changes_in, self.growth = -1, changes_in, growth
+        monkeypatch.setattr(checks, "answer", self)
+        monkeypatch.setattr(checks, "memory_in_use", lambda: {"host": 10**8 + self.growth * self.number})
+        monkeypatch.setattr(checks.time, "perf_counter", lambda: float(max(self.number, 0)))
+
+    def __call__(self, *_: object) -> list[AnswerRecord]:
+        self.number += 1
+        stored = answers.stored_answers()
+        changed = msgspec.structs.replace(stored[0], ids=[0])
+        return [changed, *stored[1:]] if self.number == self.changes_in else stored
+
+
+@pytest.mark.parametrize(
+    ("changes_in", "growth", "status", "told"),
+    [
+        (0, 0, "pass", "3000 answers, 0 changed; .*; host [+-]0.00 MB an hour"),
+        (700, 0, "fail", "3000 answers, 1 changed"),
+        (0, 10_000, "pass", r"host \+36.00 MB an hour"),
+        (0, 40_000, "fail", r"host \+144.00 MB an hour \(32 MB in all allowed\)"),
+    ],
+    ids=["nothing", "an answer", "a little", "memory"],
+)
+def test_hours_tell_changed_answers_and_memory_that_grows(
+    monkeypatch: pytest.MonkeyPatch, changes_in: int, growth: int, status: str, told: str
+) -> None:
+    Rounds(monkeypatch, changes_in=changes_in or -1, growth=growth)
+    pipeline: Any = None
+    verdict, text = checks.judge_hours(pipeline, answers.QUESTIONS, seconds=1000.0)
+    assert verdict == status, text
+    assert re.search(told, text), text
+
+
+def test_hours_come_last_and_repeat_the_answers(bundle: Path) -> None:
+    job = WorkerJob(
+        bundle=str(bundle),
+        backend=checks.CPU,
+        questions=list(answers.QUESTIONS),
+        build=False,
+        cycles=1,
+        seconds=0.01,
+    )
+    *_, last = run_worker(job)
+    assert (last.check, last.status) == ("hours", "pass"), last.text
+    assert "0 changed" in last.text
 
 
 def test_the_tolerances_are_those_of_the_table() -> None:

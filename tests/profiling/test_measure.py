@@ -336,7 +336,7 @@ def test_an_image_of_the_users_is_asked_about(keep_all_bundle: Path, tmp_path: P
     options = ["--image", str(image), "--prompt", "w1 w2", "--runs", "1", "--no-layers", "--json", str(file)]
     assert main([str(keep_all_bundle), *options]) == 0
     conditions = json.loads(file.read_bytes())["conditions"]
-    assert (conditions["picture"], conditions["prompt"]) == (image.name, "w1 w2")
+    assert (conditions["image"], conditions["prompt"]) == (image.name, "w1 w2")
 
 
 @pytest.mark.parametrize("option", ["--json", "--html"])

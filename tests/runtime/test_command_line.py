@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +49,31 @@ def test_signs_that_a_terminal_has_not_are_replaced() -> None:
         [sys.executable, "-c", prints], env={"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False
     )
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, b"2.75?", b"")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such terminals")
+@COUNTS
+@pytest.mark.parametrize("ignores_it", [False, True], ids=["killed", "under nohup"])
+def test_a_terminal_that_hangs_up_ends_a_command_without_a_traceback(count: int, ignores_it: bool) -> None:
+    import pty
+
+    waits = _PRINTS.format(count=count).replace("lambda: print", "lambda: sys.stdin.read() or print")
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", waits],
+        stdin=subprocess.PIPE, stdout=slave, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if ignores_it else signal.SIG_DFL),
+    ) as process:  # fmt: skip
+        os.close(slave)
+        os.close(master)
+        if not ignores_it:
+            process.send_signal(signal.SIGHUP)
+        _, err = process.communicate("")
+    if ignores_it:
+        assert process.returncode == 2
+        assert (
+            err
+            == "speak: standard output: expected to write to it, got: Input/output error; send it to a file\n"
+        )
+    else:
+        assert (process.returncode, err) == (-signal.SIGHUP, "")

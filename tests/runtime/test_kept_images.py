@@ -127,6 +127,7 @@ def test_a_count_out_of_range_is_refused(count: Any, reduced_bundle: Path) -> No
 
 FOLLOW_UPS: dict[str, dict[str, Any]] = {
     "keep-all": {},
+    "two stages": {"schedule": Schedule(stages=(Stage(layer=1, keep=14), Stage(layer=2, keep=6)))},
     "two images": {"schedule": Schedule(stages=(Stage(layer=1, keep=14), Stage(layer=2, keep=6))), "max_images": 2},
     "looks at the layer before, before the decoder": {
         "schedule": Schedule(stages=(Stage(layer=2, keep=9),), method="fastv"), "token_method": "divprune", "token_keep": 15

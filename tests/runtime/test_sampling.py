@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
-from trio_edge.runtime.model.sampling import TopTokens, make_sampler
+from trio_edge.runtime.model.sampling import Sampler, TopTokens
 
 LOGITS_V = np.log(np.array([0.05, 0.5, 0.3, 0.15], np.float32))
 
@@ -14,41 +14,39 @@ def _frequencies(sample, *, num: int = 400) -> np.ndarray:
 
 
 def test_the_default_takes_the_most_likely_token():
-    assert make_sampler()(LOGITS_V) == 1
+    assert Sampler()(LOGITS_V) == 1
 
 
 def test_greedy_ties_keep_the_lowest_id():
-    assert make_sampler()(np.array([0.0, 2.0, 2.0], np.float32)) == 1
+    assert Sampler()(np.array([0.0, 2.0, 2.0], np.float32)) == 1
 
 
 def test_temperature_one_samples_the_probabilities():
-    np.testing.assert_allclose(_frequencies(make_sampler(1.0, seed=0), num=3000), np.exp(LOGITS_V), atol=0.03)
+    np.testing.assert_allclose(_frequencies(Sampler(1.0, seed=0), num=3000), np.exp(LOGITS_V), atol=0.03)
 
 
 def test_a_low_temperature_approaches_greedy():
-    assert _frequencies(make_sampler(0.05, seed=0))[1] == 1.0
+    assert _frequencies(Sampler(0.05, seed=0))[1] == 1.0
 
 
 def test_top_k_leaves_only_the_k_most_likely():
-    np.testing.assert_array_equal(
-        _frequencies(make_sampler(1.0, top_k=2, seed=0)) > 0, [False, True, True, False]
-    )
+    np.testing.assert_array_equal(_frequencies(Sampler(1.0, top_k=2, seed=0)) > 0, [False, True, True, False])
 
 
 @pytest.mark.parametrize(
     ("top_p", "kept"), [(0.4, [1]), (0.6, [1, 2]), (0.9, [1, 2, 3]), (1.0, [0, 1, 2, 3])]
 )
 def test_top_p_leaves_the_smallest_set_that_reaches_it(top_p, kept):
-    assert np.flatnonzero(_frequencies(make_sampler(1.0, top_p=top_p, seed=0))).tolist() == kept
+    assert np.flatnonzero(_frequencies(Sampler(1.0, top_p=top_p, seed=0))).tolist() == kept
 
 
 def test_the_same_seed_repeats_the_choices():
-    first, second = make_sampler(1.0, seed=7), make_sampler(1.0, seed=7)
+    first, second = Sampler(1.0, seed=7), Sampler(1.0, seed=7)
     assert [first(LOGITS_V) for _ in range(20)] == [second(LOGITS_V) for _ in range(20)]
 
 
 def test_masked_tokens_are_never_chosen():
-    sample = make_sampler(1.0, seed=0)
+    sample = Sampler(1.0, seed=0)
     assert {sample(np.array([-np.inf, 0.0, -np.inf], np.float32)) for _ in range(20)} == {1}
 
 
@@ -60,7 +58,7 @@ def test_masked_tokens_are_never_chosen():
     st.integers(0, 30),
 )
 def test_any_setting_returns_a_token_of_the_vocabulary(logits, temperature, top_p, top_k):
-    token = make_sampler(temperature, top_p, top_k, seed=0)(np.array(logits, np.float32))
+    token = Sampler(temperature, top_p, top_k, seed=0)(np.array(logits, np.float32))
     assert 0 <= token < len(logits)
 
 
@@ -70,12 +68,12 @@ def test_any_setting_returns_a_token_of_the_vocabulary(logits, temperature, top_
 )
 def test_broken_logits_are_an_error(logits, temperature):
     with pytest.raises(BackendError, match="expected finite numbers"):
-        make_sampler(temperature)(np.array(logits, np.float32))
+        Sampler(temperature)(np.array(logits, np.float32))
 
 
 def test_logits_of_another_rank_are_an_error():
     with pytest.raises(ShapeError, match=r"logits: expected \[V\], got \[1, 4\]"):
-        make_sampler()(LOGITS_V[None])
+        Sampler()(LOGITS_V[None])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +91,7 @@ def test_logits_of_another_rank_are_an_error():
 )
 def test_arguments_out_of_range_are_an_error(arguments, message):
     with pytest.raises(ShapeError, match=message):
-        make_sampler(**arguments)
+        Sampler(**arguments)
 
 
 def top_of(logits_V: np.ndarray, count: int) -> TopTokens:
@@ -114,24 +112,22 @@ def test_the_most_likely_tokens_give_what_all_logits_give_or_do_not_decide(
     values, temperature, top_p, top_k, seed
 ):
     logits = np.array(values, np.float32)
-    chosen = make_sampler(temperature, top_p, top_k, seed).from_top(top_of(logits, 8))
-    assert chosen in (None, make_sampler(temperature, top_p, top_k, seed)(logits))
+    chosen = Sampler(temperature, top_p, top_k, seed).from_top(top_of(logits, 8))
+    assert chosen in (None, Sampler(temperature, top_p, top_k, seed)(logits))
 
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "decides"), [(0.0, 0, True), (1.0, 2, True), (1.0, 3, False), (1.0, 0, False)]
 )
 def test_greedy_and_a_small_top_k_need_only_the_most_likely_tokens(temperature, top_k, decides):
-    chosen = make_sampler(temperature, top_k=top_k, seed=0).from_top(top_of(LOGITS_V, 3))
+    chosen = Sampler(temperature, top_k=top_k, seed=0).from_top(top_of(LOGITS_V, 3))
     assert (chosen is not None) == decides
 
 
 def test_a_tie_that_goes_on_behind_the_most_likely_tokens_is_not_decided():
-    assert make_sampler().from_top(top_of(np.array([1.0, 1.0, 1.0, 0.0], np.float32), 3)) is None
+    assert Sampler().from_top(top_of(np.array([1.0, 1.0, 1.0, 0.0], np.float32), 3)) is None
 
 
 def test_most_likely_tokens_that_are_not_finite_are_refused():
     with pytest.raises(BackendError, match="expected finite numbers, got a maximum of nan"):
-        make_sampler().from_top(
-            TopTokens(ids=np.arange(2, dtype=np.int32), logits=np.full(2, np.nan, np.float32))
-        )
+        Sampler().from_top(TopTokens(ids=np.arange(2, dtype=np.int32), logits=np.full(2, np.nan, np.float32)))

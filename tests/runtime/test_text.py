@@ -1,5 +1,6 @@
 import json
 
+import msgspec
 import numpy as np
 import pytest
 import tokenizers
@@ -11,6 +12,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 from trio_edge.runtime.bundle.errors import BundleError, ShapeError
+from trio_edge.runtime.bundle.manifest import TextSpec
 from trio_edge.runtime.prompts.chat import MISTRAL_TEMPLATE, VICUNA_TEMPLATE, build_messages, render_chat
 from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, Inset, Tokenizer
 
@@ -67,7 +69,15 @@ def _unigram() -> tokenizers.Tokenizer:
 
 BACKENDS = {"llama": _llama_like(), "byte level": _byte_level(), "unigram": _unigram()}
 LLAMA = Tokenizer(BACKENDS["llama"])
-IMAGE = {"image_token": "<image>", "image_token_id": BACKENDS["llama"].token_to_id("<image>")}
+IMAGE = TextSpec(
+    tokenizer="tokenizer.json",
+    chat_template="chat_template.jinja",
+    image_token="<image>",
+    image_token_id=BACKENDS["llama"].token_to_id("<image>"),
+    bos_token="",
+    eos_token="</s>",
+    stop_token_ids=(),
+)
 ONE = [Inset()]
 """One image, whose visual tokens are one run without text."""
 
@@ -105,9 +115,8 @@ def test_ids_equal_hugging_face_apply_chat_template(name, template, bos):
     rendered = render_chat(
         messages, template=template, special_tokens={"bos_token": "<s>", "eos_token": "</s>"}
     )
-    ids = Tokenizer(BACKENDS[name]).encode_prompt(
-        rendered, image_token="<image>", image_token_id=image_id, insets=ONE, bos_token="<s>"
-    )
+    spec = msgspec.structs.replace(IMAGE, image_token_id=image_id, bos_token="<s>")
+    ids = Tokenizer(BACKENDS[name]).encode_prompt(rendered, spec, ONE)
 
     first, last = theirs.index(image_id), len(theirs) - theirs[::-1].index(image_id)
     assert last - first > 1
@@ -117,7 +126,7 @@ def test_ids_equal_hugging_face_apply_chat_template(name, template, bos):
 
 
 def test_a_prompt_without_image_is_all_before():
-    ids = LLAMA.encode_prompt("USER: hi ASSISTANT:", **IMAGE)
+    ids = LLAMA.encode_prompt("USER: hi ASSISTANT:", IMAGE)
     assert len(ids.before) > 1
     assert len(ids.after) == 0
     assert ids.text_before == ()
@@ -133,12 +142,12 @@ def test_a_prompt_without_image_is_all_before():
 )
 def test_another_number_of_image_tokens_is_refused(text, num_images, message):
     with pytest.raises(ShapeError, match=message):
-        LLAMA.encode_prompt(text, **IMAGE, insets=ONE * num_images)
+        LLAMA.encode_prompt(text, IMAGE, ONE * num_images)
 
 
 def test_an_image_token_of_another_tokenizer_is_refused():
     with pytest.raises(BundleError, match="to have id 999, got 3"):
-        LLAMA.encode_prompt("<image>", image_token="<image>", image_token_id=999, insets=ONE)
+        LLAMA.encode_prompt("<image>", msgspec.structs.replace(IMAGE, image_token_id=999), ONE)
 
 
 @pytest.mark.parametrize("text", ["a <image> b", "</s>", "x<s>"])
@@ -154,27 +163,27 @@ def test_ordinary_text_is_accepted(text):
 
 def test_lone_surrogates_are_refused():
     with pytest.raises(ShapeError, match="a lone surrogate at character 2"):
-        LLAMA.encode_prompt("ab\ud800", **IMAGE)
+        LLAMA.encode_prompt("ab\ud800", IMAGE)
     with pytest.raises(ShapeError, match="a lone surrogate at character 0"):
         LLAMA.check_user_text("\udfff")
 
 
 def test_a_null_character_is_a_character_like_others():
-    assert LLAMA.decode(LLAMA.encode_prompt("a\0b", **IMAGE).before) == "a\0b"
+    assert LLAMA.decode(LLAMA.encode_prompt("a\0b", IMAGE).before) == "a\0b"
 
 
 def test_an_empty_prompt_is_its_bos_or_an_error():
-    assert LLAMA.encode_prompt("", **IMAGE).before.tolist() == [1]
+    assert LLAMA.encode_prompt("", IMAGE).before.tolist() == [1]
     with pytest.raises(ShapeError, match="expected some text, got none"):
-        Tokenizer(BACKENDS["byte level"]).encode_prompt("", **IMAGE)
+        Tokenizer(BACKENDS["byte level"]).encode_prompt("", IMAGE)
 
 
 def test_truncation_and_padding_of_the_file_are_ignored():
     backend = tokenizers.Tokenizer.from_str(BACKENDS["llama"].to_str())
     backend.enable_truncation(2)
     backend.enable_padding(length=100)
-    ids = Tokenizer(backend).encode_prompt("USER: what is shown", **IMAGE).before
-    assert ids.tolist() == LLAMA.encode_prompt("USER: what is shown", **IMAGE).before.tolist()
+    ids = Tokenizer(backend).encode_prompt("USER: what is shown", IMAGE).before
+    assert ids.tolist() == LLAMA.encode_prompt("USER: what is shown", IMAGE).before.tolist()
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "not json", "[1]"])

@@ -1,8 +1,12 @@
 """Patterns of tokenizers: those of released ones are matched, those that could take very long are refused."""
 
+import base64
+import json
+
 import pytest
 
-from trio_edge.runtime.prompts.tokenizer import check_pattern
+from trio_edge.runtime.bundle.errors import BundleError
+from trio_edge.runtime.prompts.tokenizer import check_pattern, tokenizer_from
 
 RELEASED = {
     "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -44,3 +48,13 @@ def test_patterns_of_released_tokenizers_are_allowed(pattern):
 def test_patterns_that_could_take_very_long_or_are_broken_are_refused(pattern):
     with pytest.raises(ValueError, match=r"^a pattern "):
         check_pattern(pattern)
+
+
+@pytest.mark.parametrize("size", [9, 1 << 20, (1 << 31) - 1, (1 << 32) - 1])
+def test_a_table_of_characters_larger_than_its_text_is_refused_before_it_is_allocated(size):
+    table = base64.b64encode(size.to_bytes(4, "little") + bytes(8)).decode()
+    file = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": table}, "model": {"type": "BPE"}}
+    with pytest.raises(
+        BundleError, match=f"a table of characters that is cut short: {size} bytes of a trie in 12"
+    ):
+        tokenizer_from(json.dumps(file).encode(), where="tokenizer")

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class RunningServer:
     """A server that answers."""
 
-    def __init__(self, port: int, workers: dict[str, Worker]) -> None:
-        self.port, self.workers = port, workers
+    def __init__(self, port: int, workers: dict[str, Worker], connections: set[Any]) -> None:
+        self.port, self.workers, self.connections = port, workers, connections
         self.clients = ExitStack()
         """Closed with the server."""
 
@@ -89,7 +89,8 @@ def running(
     listener = listen("127.0.0.1", 0)
     server = BundleServer(app, shutdown_s=1.0)
     thread = threading.Thread(target=serve, args=(server, listener), kwargs={"on_ready": ready.set})
-    running_server = RunningServer(listener.getsockname()[1], app.state.workers)
+    connections = server.server_state.connections
+    running_server = RunningServer(listener.getsockname()[1], app.state.workers, connections)
     thread.start()
     try:
         assert ready.wait(60), "the server did not start"

@@ -70,13 +70,13 @@ def test_the_curl_examples_answer(tiny: RunningServer) -> None:
     assert [name for name in named if name.removesuffix("_total") not in metrics] == []
 
 
-def test_the_python_example_answers(tiny: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_examples_answer(tiny: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    code = blocks("python")[0].replace("localhost:8000", f"localhost:{tiny.port}")
+    code = "\n".join(blocks("python")).replace("localhost:8000", f"localhost:{tiny.port}")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(code, {})
-    assert printed.getvalue() == "northeast"
+    assert printed.getvalue() == "northeastnortheast\n"
 
 
 def test_every_option_that_is_named_exists() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import http.client
 import json
 import re
+import socket
 import struct
 import time
 import zlib
@@ -17,10 +20,13 @@ import pytest
 
 from tests.pictures import random_picture
 from tests.serving.server import image_url, question, running, slowed, until
+from trio_edge.runtime.bundle.errors import BundleError
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.serving import server as server_module
 from trio_edge.serving.app import make_app
+from trio_edge.serving.requests import body as body_module
 from trio_edge.serving.requests.body import BodyReader
+from trio_edge.serving.requests.protocol import parse_chat
 from trio_edge.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -209,6 +215,139 @@ def test_a_body_that_does_not_come_ends_the_request(strict: RunningServer) -> No
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
 
 
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "status"),
+    [
+        (HEAD.replace(b"localhost", b"evil.example") + b"Content-Length: 1000\r\n\r\n", b"{", b"421"),
+        (HEAD.replace(b"/json", b"/pdf") + b"Content-Length: 1000\r\n\r\n", b"{", b"415"),
+        (HEAD + b"Content-Length: 1000\r\n\r\n", b"{", b"408"),
+        (
+            HEAD.replace(b"POST /v1/chat/completions", b"GET /health") + b"Content-Length: 9\r\n\r\n",
+            b"{",
+            b"200",
+        ),
+        (
+            HEAD.replace(b"localhost", b"evil") + b"Expect: 100-continue\r\nContent-Length: 9\r\n\r\n",
+            b"",
+            b"421",
+        ),
+        (HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n", b"2\r\n{}\r\n0\r\n\r\n", b"400"),
+    ],
+    ids=["host", "type", "slow", "a GET", "100-continue", "two lengths"],
+)
+def test_a_response_before_the_bodys_end_closes_the_connection(
+    strict: RunningServer, monkeypatch: pytest.MonkeyPatch, head: bytes, body: bytes, status: bytes
+) -> None:
+    """Otherwise a byte a second would hold the connection for ever, without a key."""
+    monkeypatch.setattr(body_module, "_LINGER_S", 0.05)
+    with strict.connect() as connection:
+        connection.sendall(head + body)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))  # to the connection's end
+    assert answer.split()[1] == status
+    assert b"\r\nconnection: close\r\n" in answer
+
+
+def test_a_whole_body_leaves_the_connection_open(strict: RunningServer) -> None:
+    body = json.dumps({**GOOD, "max_tokens": 1})
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", strict.port)) as connection:
+        sockets = []
+        for _ in range(2):
+            connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+            assert connection.getresponse().read().startswith(b'{"id"')
+            sockets.append(connection.sock)
+    assert sockets[0] is sockets[1] is not None
+
+
+@pytest.mark.parametrize(
+    "host", ["[::1].evil", "localhost:8000@evil", "localhost:", "[::1", "localhost:80:80", ""]
+)
+def test_a_host_that_only_looks_like_this_machine_is_refused(strict: RunningServer, host: str) -> None:
+    assert_refused(strict.post(json.dumps(GOOD).encode(), Host=host), 421, "host: expected")
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]", "[::1]:8000"])
+def test_a_host_of_this_machine_is_answered(strict: RunningServer, host: str) -> None:
+    assert strict.post(json.dumps({**GOOD, "max_tokens": 1}).encode(), Host=host)[0] == 200
+
+
+def test_an_unknown_version_of_http_is_refused(strict: RunningServer) -> None:
+    request = b"GET /health HTTP/9.9\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    assert_refused(strict.exchange(request), 505, "expected HTTP/1.1")
+
+
+def test_an_answer_is_sent_at_once_on_a_connection_that_is_kept() -> None:
+    """Nagle's algorithm would hold its end back until the client has acknowledged its beginning, after 40 ms."""
+
+    async def accepted() -> bool:
+        found: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def take(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            peer = writer.get_extra_info("socket")
+            found.set_result(bool(peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)))
+            writer.close()
+
+        with server_module.listen("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(take, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                writer.close()
+                return await found
+
+    assert asyncio.run(accepted())
+
+
+def schema(value: dict[str, Any]) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"schema": value}}}
+
+
+PATTERNS = [{"pattern": f".*{number}.*"} for number in range(16)]
+"""llguidance 1.9 needs seconds for 16 that must hold together, and hours for 30."""
+FORMS: dict[str, tuple[dict[str, Any], str]] = {
+    "long_choice": ({"structured_outputs": {"choice": ["x" * 1025]}}, "length <= 1024"),
+    "many_values": (schema({"enum": [f"v{number}" for number in range(10_000)]}), "at most 65536 bytes"),
+    "long_const": (schema({"const": "x" * 70_000}), "at most 65536 bytes"),
+    "patterns": (schema({"type": "string", "allOf": PATTERNS}), "at most 12 patterns and formats, got 16"),
+    "pattern_properties": (
+        schema({"patternProperties": {f"^{number}": {} for number in range(13)}}),
+        "at most 12 patterns and formats, got 13",
+    ),
+    "multiple": (schema({"type": "integer", "multipleOf": 1_000_003}), "multipleOf"),
+    "huge_multiple": (schema({"type": "integer", "multipleOf": 10**300 + 1}), "multipleOf"),
+    "two_multiples": (schema({"allOf": [{"multipleOf": 10_007}, {"multipleOf": 10_009}]}), "multipleOf"),
+}
+
+
+@pytest.mark.parametrize("case", FORMS)
+def test_a_form_that_would_hold_the_bundle_is_refused(strict: RunningServer, case: str) -> None:
+    fields, expected = FORMS[case]
+    assert_refused(strict.ask(**fields), 400, expected)
+
+
+@pytest.mark.parametrize("value", [0.01, 25, 2500, 0.25, 9999, 1e11, True, {"type": "integer"}, "text"])
+def test_a_small_multiple_is_no_reason_to_refuse(value: Any) -> None:
+    body = json.dumps({**GOOD, **schema({"type": "number", "multipleOf": value})}).encode()
+    assert parse_chat(body, max_parts=9).response_format is not None
+
+
+def test_a_request_that_fails_for_its_own_reasons_leaves_the_bundle_ready(
+    reduced_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running({"reduced": partial(Pipeline.from_bundle, reduced_bundle)}) as server:
+        pipeline = server.workers["reduced"].loaded.result()
+        for error in (BundleError("tokenizer: too many rules"), ValueError("a bug")):
+            with monkeypatch.context() as patched:
+                patched.setattr(pipeline.tokenizer, "plain_ids", partial(_raise, error))
+                for _ in range(3):
+                    assert server.ask(structured_outputs={"choice": ["w1"]})[0] == 500
+            assert server.workers["reduced"].is_ready
+
+
+def _raise(error: Exception, *_: object) -> None:
+    raise error
+
+
 def test_headers_that_drip_end_the_connection(strict: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "_HEADER_S", 0.3)
     with strict.connect() as connection:
@@ -287,7 +426,11 @@ def test_a_client_that_never_reads_is_given_up(reduced_bundle: Path, is_streamed
         app = make_app(models, ServerSettings(body_s=0.3))
         async with app.router.lifespan_context(app):
             await asyncio.wrap_future(app.state.workers["reduced"].loaded)
-            await app({**scope, "query_string": b"", "asgi": {"version": "3.0"}}, receive, send)
+            await app(
+                {**scope, "http_version": "1.1", "query_string": b"", "asgi": {"version": "3.0"}},
+                receive,
+                send,
+            )
 
     asyncio.run(ask())
     assert not waited_whole

@@ -23,6 +23,9 @@ import pytest
 from tests.serving.server import question, running, slowed, until
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.serving import cli
+from trio_edge.serving.app import make_app
+from trio_edge.serving.options import named_bundles
+from trio_edge.serving.server import BundleServer, listen, serve
 from trio_edge.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -138,12 +141,46 @@ def test_a_server_is_ready_when_its_bundles_are_loaded(reduced_bundle: Path) -> 
         assert workers["reduced"].is_ready
 
 
+def test_a_signal_while_a_bundle_loads_ends_the_server_in_silence(reduced_bundle: Path) -> None:
+    may_load, announced = threading.Event(), list[str]()
+
+    def load_late() -> Pipeline:
+        assert may_load.wait(30)
+        return Pipeline.from_bundle(reduced_bundle)
+
+    app, listener = make_app({"reduced": load_late}), listen("127.0.0.1", 0)
+    server = BundleServer(app, shutdown_s=1.0)
+    stopped = server.workers[0].stop
+
+    def stop(*, timeout_s: float) -> None:
+        may_load.set()  # the bundle is ready while the server stops
+        server.workers[0].loaded.result(30)
+        stopped(timeout_s=timeout_s)
+
+    server.workers[0].stop = stop  # type: ignore[method-assign]
+    thread = ThreadPoolExecutor(1)
+    serving = thread.submit(serve, server, listener, on_ready=lambda: announced.append("ready"))
+    until(lambda: server.started)
+    server.handle_exit(signal.SIGTERM, None)
+    serving.result(30)
+    thread.shutdown()
+    assert announced == []
+
+
+def test_a_bundle_has_the_name_of_the_link_that_leads_to_it(
+    reduced_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tmp_path / "small"
+    link.symlink_to(reduced_bundle)
+    assert named_bundles([str(link)]) == {"small": link}
+    assert list(named_bundles([f"{link}/", f"other={link}"])) == ["small", "other"]
+    monkeypatch.chdir(reduced_bundle)
+    assert list(named_bundles(["."])) == [reduced_bundle.name]
+
+
 @contextmanager
 def loading(models: Any) -> Iterator[tuple[str, Any]]:
     """Serve models without waiting until they are loaded."""
-    from trio_edge.serving.app import make_app
-    from trio_edge.serving.server import BundleServer, listen, serve
-
     app, listener = make_app(models), listen("127.0.0.1", 0)
     server = BundleServer(app, shutdown_s=1.0)
     thread = threading.Thread(target=serve, args=(server, listener), kwargs={"on_ready": lambda: None})
@@ -155,7 +192,7 @@ def loading(models: Any) -> Iterator[tuple[str, Any]]:
 
 
 def test_a_key_is_asked_for(reduced_bundle: Path) -> None:
-    settings = ServerSettings(api_key="secret")
+    settings = ServerSettings(api_keys=("secret",))
     with running({"reduced": partial(Pipeline.from_bundle, reduced_bundle)}, settings) as server:
         for path, status in (
             ("/health", 200),
@@ -177,7 +214,7 @@ CANNOT_START: dict[str, tuple[list[str], str]] = {
     "no_bundle": (["/nowhere/bundle"], "bundle"),
     "same_name_twice": (["a={bundle}", "a={bundle}"], "expected different names, got 'a' twice"),
     "no_key_for_others": (["{bundle}", "--host", "0.0.0.0"], "expected --api-key with 0.0.0.0"),
-    "empty_key_for_others": (["{bundle}", "--host", "::", "--api-key", ""], "expected --api-key with"),
+    "empty_key_for_others": (["{bundle}", "--host", "::", "--api-key", ""], "--api-key: expected ASCII"),
     "key_of_other_letters": (["{bundle}", "--api-key", "clé"], "--api-key: expected ASCII"),
     "foreign_host": (["{bundle}", "--host", "192.0.2.1"], "expected an address of this machine"),
     "no_host": (["{bundle}", "--host", "no such host"], "expected an address of this machine"),

@@ -270,7 +270,77 @@ def test_a_server_that_has_gone_is_told(browser: Chrome, reduced_bundle: Path) -
     with page_of(browser, {"reduced": partial(Pipeline.from_bundle, reduced_bundle)}) as (page, _):
         page.until_ready()
     page.ask("w1")
-    assert page.texts(".panel .problem") == ["The server cannot be reached: Failed to fetch"]
+    (problem,) = page.texts(".panel .problem")
+    assert re.fullmatch(r"The server 127\.0\.0\.1:\d+ cannot be reached: Failed to fetch", problem)
+
+
+@needs_browser
+def test_a_server_that_is_killed_while_it_answers_is_named(browser: Chrome, reduced_bundle: Path) -> None:
+    def slow() -> Pipeline:
+        return slowed(Pipeline.from_bundle(reduced_bundle), 0.25)
+
+    with page_of(browser, {"reduced": slow}) as (page, server):
+        page.until_ready().begin("w1")
+        until(lambda: len(page.texts(".answer")[0].split()) >= 2)
+        for protocol in list(server.connections):
+            protocol.transport.abort()
+        until(lambda: page.texts(".panel .problem") != [""])
+    (problem,) = page.texts(".panel .problem")
+    assert re.fullmatch(r"The server 127\.0\.0\.1:\d+ ended before the answer did\.", problem)
+
+
+@needs_browser
+def test_a_page_without_answers_says_what_it_shows(page: Page) -> None:
+    assert "the visual tokens that each stage keeps" in page["nothing"].text
+    page.ask("w1")
+    assert not page["nothing"].is_displayed()
+    page["restart"].click()
+    assert page["nothing"].is_displayed()
+
+
+@needs_browser
+def test_a_long_question_takes_three_lines(page: Page) -> None:
+    page.ask("w1 " * 60)
+    heading = page.all(".turn h2")[0]
+    line = float(heading.value_of_css_property("line-height").removesuffix("px"))
+    assert heading.rect["height"] <= 3.2 * line
+    assert heading.get_attribute("title") == "w1 " * 60
+
+
+@needs_browser
+def test_the_overlay_can_be_switched_off(page: Page, files: Path) -> None:
+    page.add(files / "small.png")
+    page.ask("w1")
+    overlay, switch = page.all(".shown svg")[0], page.all(".drawn")[0]
+    assert overlay.is_displayed()
+    switch.click()
+    page.choose_stage(0)  # another stage stays switched off, too
+    assert not page.all(".shown svg")[0].is_displayed()
+    switch.click()
+    assert page.all(".shown svg")[0].is_displayed()
+
+
+@needs_browser
+def test_an_answer_is_copied_as_it_came(page: Page) -> None:
+    page.ask("w1")
+    page.driver.execute_script(
+        "navigator.clipboard.writeText = (text) => { window.copied = text; return Promise.resolve(); };"
+        "document.querySelector('.answer').textContent = '**a**\\n\\n  <b>'"
+    )
+    page.all(".copy")[0].click()
+    until(lambda: page.texts(".copy") == ["Copied"])
+    assert page.driver.execute_script("return window.copied") == "**a**\n\n  <b>"
+
+
+@needs_browser
+def test_the_speed_of_a_few_tokens_is_not_told(page: Page) -> None:
+    for limit, is_told in (("7", False), ("8", True)):
+        page["restart"].click()
+        page.driver.execute_script(f"document.getElementById('max-tokens').value = '{limit}'")
+        page.ask("w1 w2")
+        (numbers,) = page.texts(".numbers")
+        assert re.search(rf"\+ {limit}$", numbers, re.MULTILINE)
+        assert ("tokens/s" in numbers) == is_told
 
 
 @needs_browser
@@ -455,7 +525,7 @@ def test_limits_that_are_set_are_sent(page: Page) -> None:
     page["max-tokens"].send_keys("3")
     page["temperature"].send_keys("0.5")
     page.ask("w1")
-    assert "+ 3\n" in page.texts(".numbers")[0]
+    assert re.search(r"\+ 3$", page.texts(".numbers")[0], re.MULTILINE)
     page["max-tokens"].send_keys("9999")
     page["question"].send_keys("w1")
     page["send"].click()  # the browser itself tells what is too much
@@ -502,8 +572,9 @@ def test_the_key_is_asked_for_only_where_it_is_needed(
 ) -> None:
     assert not page["key-form"].is_displayed()
     models = {"reduced": partial(Pipeline.from_bundle, reduced_bundle)}
-    with page_of(browser, models, api_key="secret") as (locked, _):
+    with page_of(browser, models, api_keys=("secret",)) as (locked, _):
         until(lambda: locked["key-form"].is_displayed())
+        assert not locked["model"].is_displayed()
         assert locked["served"].text == "api key: expected this server's, got another or none"
         locked["key"].send_keys("secret\n")
         locked.until_ready().ask("w1")

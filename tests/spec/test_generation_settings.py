@@ -13,15 +13,20 @@ import torch
 from tests.bundles import export
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import CAMERA, hugging_face_inputs, save_qwen_checkpoint
+from tests.shared_traces import shared_traces
+from trio_edge.export.bundle import export_bundle
 from trio_edge.export.checkpoints.checkpoint import read_checkpoint
 from trio_edge.export.checkpoints.text_files import read_generation
-from trio_edge.runtime.bundle.errors import CheckpointError, ShapeError
+from trio_edge.export.options import ExportOptions, Progress
+from trio_edge.runtime.bundle.errors import CheckpointError, PromptTooLongError, ShapeError
 from trio_edge.runtime.bundle.generation import GenerationSettings
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from trio_edge.runtime.bundle.manifest import Manifest
 
 NUM_STEPS = 20
 PROMPTS = ["w1 w2 w3", "w5 w4 w3 w2 w1 w0 w7 w7"]
@@ -38,6 +43,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "suppressed": {"suppress_tokens": [3, 9, 17, 40], "begin_suppress_tokens": [5, 60]},
     "forced end": {"forced_eos_token_id": 86},
     "two forced ends": {"forced_eos_token_id": [86, 88], "repetition_penalty": 1.3},
+}
+
+LIMITS: dict[str, dict[str, Any]] = {
+    "new tokens": {"max_new_tokens": 5},
+    "new tokens before the whole length": {"max_new_tokens": 6, "max_length": 7},
+    "whole length": {"max_length": 45},
+    "forced end at the limit": {"forced_eos_token_id": 86, "max_new_tokens": 4},
+    "more than the bundle has room for": {"max_new_tokens": 1000},
 }
 
 
@@ -87,6 +100,67 @@ def test_a_bundle_follows_what_its_checkpoint_wants(
             answer = pipeline.generate(picture, prompt, max_new_tokens=NUM_STEPS)
             assert answer.text is not None
             assert answer.token_ids == output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_answers_end_where_the_checkpoint_says_unless_the_bundle_or_the_user_says_less(
+    name: str, model: Any, bundle: Path, folder: Path, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(folder, tmp_path / "ck")
+    copy = with_settings(bundle, tmp_path / "bundle", LIMITS[name], checkpoint)
+    with Pipeline.from_bundle(copy) as pipeline:
+        room = pipeline.manifest.max_new_tokens
+        for picture, prompt in ((random_picture(*CAMERA), PROMPTS[0]), (None, PROMPTS[1])):
+            inputs = hugging_face_inputs(pipeline, picture, prompt)
+            model.model.rope_deltas = None
+            output = model.generate(
+                **inputs, attention_mask=torch.ones_like(inputs["input_ids"]), eos_token_id=[999_999], pad_token_id=0,
+                **{**LIMITS[name], **({"max_new_tokens": room} if "more" in name else {})},
+            )  # fmt: skip
+            theirs = output[0, inputs["input_ids"].shape[1] :].tolist()
+            pipeline.manifest = without_stops(pipeline.manifest)
+            answer = pipeline.generate(picture, prompt)
+            assert answer.text is not None
+            assert answer.token_ids == theirs[:room]
+            asked = pipeline.generate(picture, prompt, max_new_tokens=2)
+            assert (asked.text, asked.statistics.new_tokens)[1] == 2
+
+
+def without_stops(manifest: Manifest) -> Manifest:
+    """Return the manifest of a bundle whose answers end only at a limit."""
+    return msgspec.structs.replace(manifest, text=msgspec.structs.replace(manifest.text, stop_token_ids=()))
+
+
+def test_a_prompt_longer_than_the_checkpoints_whole_length_is_refused_unless_a_limit_is_given(
+    bundle: Path, folder: Path, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(folder, tmp_path / "ck")
+    copy = with_settings(bundle, tmp_path / "bundle", {"max_length": 9}, checkpoint)
+    with Pipeline.from_bundle(copy) as pipeline:
+        with pytest.raises(
+            PromptTooLongError, match=r"fewer than 9 tokens \(max_length .*; shorten it, or give"
+        ):
+            pipeline.generate(random_picture(*CAMERA), PROMPTS[0])
+        assert pipeline.generate(random_picture(*CAMERA), PROMPTS[0], max_new_tokens=3).text is not None
+
+
+def test_a_limit_above_the_bundles_is_told_at_export(folder: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(folder, tmp_path / "ck")
+    (checkpoint / "generation_config.json").write_text(json.dumps({"max_new_tokens": 17}))
+    told: list[str] = []
+    for room in (16, 17):
+        options = ExportOptions(
+            model=str(checkpoint),
+            out=tmp_path / str(room),
+            schedule=Schedule(positions="preserved"),
+            image_sizes=(CAMERA,),
+            max_text=64,
+            max_new_tokens=room,
+        )
+        with shared_traces():
+            export_bundle(options, progress=Progress(warn=told.append))
+    (line,) = told
+    assert "max_new_tokens: expected at most 16 (--max-new-tokens), got 17" in line
 
 
 def test_each_setting_changes_the_answer_or_its_end(bundle: Path, folder: Path, tmp_path: Path) -> None:
@@ -159,6 +233,11 @@ def test_rules_that_leave_no_token_are_one_line(bundle: Path) -> None:
         ({"bad_words_ids": [[3]]}, r"bad_words_ids: expected none, got \[\[3\]\]"),
         ({"do_sample": True, "min_p": 0.1}, "min_p: expected none, got 0.1"),
         ({"encoder_repetition_penalty": 1.2}, "encoder_repetition_penalty: expected none, got 1.2"),
+        (
+            {"max_new_tokens": 0},
+            r"expected generation settings in range, got 'Expected `int` >= 1 - at `\$.max_new",
+        ),
+        ({"max_length": 7.5}, "expected generation settings in range"),
         ({"do_sample": True, "top_p": 1.5}, "generation settings"),
         ({"repetition_penalty": -1.0}, "expected generation settings in range"),
         ("not an object", "expected a JSON object"),

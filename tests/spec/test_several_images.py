@@ -15,11 +15,9 @@ from tests.checkpoints import save_checkpoint
 from tests.decode_logits import record_logits
 from tests.engine_bundles import build_here
 from tests.hugging_face import merges_smolvlm
-from tests.internvl_checkpoints import save_internvl_checkpoint
-from tests.onevision_checkpoints import save_onevision_checkpoint
 from tests.pictures import random_picture
-from tests.qwen_checkpoints import save_qwen3_vl_checkpoint, save_qwen_checkpoint
-from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
+from tests.qwen_checkpoints import save_qwen_checkpoint
+from tests.several_images import CONVERSATIONS, FAMILIES, MAX_IMAGES, PRODUCT, Family
 from tests.spec.reduced_reference import entering_the_decoder, reduced_logits
 from tests.spec.test_selectors_through_bundles import rows_after
 from tests.spec.whole_answers import NUM_STEPS, generate
@@ -28,41 +26,15 @@ from trio_edge.runtime.bundle.errors import ImageError, ScheduleError, ShapeErro
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.prompts.tokenizer import Inset
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from trio_edge.runtime.bundle.schedule import Positions
-    from trio_edge.runtime.prompts.chat import Message
+    from tests.torchvision_reference import TorchvisionReference
 
 
-@dataclass(frozen=True)
-class Family:
-    save: Callable[..., Path]
-    model_class: str
-    positions: Positions = "compact"
-    options: tuple[tuple[str, Any], ...] = ()
-    num_stages: int = 1
-    """Two where a second one can go wrong in its own way: with one axis of positions, and with DeepStack's planes."""
-
-
-FAMILIES = {
-    "llava": Family(lambda folder: save_checkpoint(folder, family="llava"), "LlavaForConditionalGeneration"),
-    "llava_next": Family(save_checkpoint, "LlavaNextForConditionalGeneration", num_stages=2),
-    "llava_onevision": Family(save_onevision_checkpoint, "LlavaOnevisionForConditionalGeneration"),
-    "internvl": Family(save_internvl_checkpoint, "InternVLForConditionalGeneration"),
-    "smolvlm": Family(
-        save_smolvlm_checkpoint, "SmolVLMForConditionalGeneration", options=(("max_text", 192),)
-    ),
-    "qwen2_5_vl": Family(save_qwen_checkpoint, "Qwen2_5_VLForConditionalGeneration", "preserved"),
-    "qwen3_vl": Family(
-        save_qwen3_vl_checkpoint, "Qwen3VLForConditionalGeneration", "preserved", num_stages=2
-    ),
-}
 STAGES = (Stage(layer=1, keep=30), Stage(layer=2, keep=11))
-SIZES = [(60, 45), (37, 101), (28, 28), (130, 31)]
 
 
 @dataclass(frozen=True)
@@ -72,13 +44,24 @@ class Subject:
     model: Any
     keep_all: Pipeline
     reduced: Pipeline
+    reference: TorchvisionReference
+    name: str
+
+    def inputs(self, conversation: str) -> dict[str, torch.Tensor]:
+        """Return what Hugging Face's processor gives for a conversation."""
+        arrays = self.reference.several(self.name, conversation)
+        return {key: torch.from_numpy(value) for key, value in arrays.items() if key != "attention_mask"}
 
 
 @pytest.fixture(
     scope="module",
     params=[pytest.param(name, marks=merges_smolvlm) if name == "smolvlm" else name for name in FAMILIES],
 )
-def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+def subject(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    torchvision_reference: TorchvisionReference,
+) -> Iterator[Subject]:
     import transformers
 
     family = FAMILIES[request.param]
@@ -86,97 +69,44 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     model = getattr(transformers, family.model_class).from_pretrained(folder, dtype=torch.float32).eval()
     everything = Schedule(positions=family.positions)
     schedule = msgspec.structs.replace(everything, stages=STAGES[: family.num_stages])
-    options = {"max_images": 4, **dict(family.options)}
+    options = {"max_images": MAX_IMAGES, **dict(family.options)}
     with (
         Pipeline.from_bundle(export(folder, schedule=everything, **options)) as keep_all,
         Pipeline.from_bundle(export(folder, schedule=schedule, **options)) as reduced,
     ):
-        yield Subject(family, folder, model, keep_all, reduced)
-
-
-def _text(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}
-
-
-def _image(index: int) -> dict[str, Any]:
-    return {"type": "image", "image": random_picture(*SIZES[index], seed=index)}
-
-
-def _user(*content: Any) -> Message:
-    return {"role": "user", "content": list(content)}
-
-
-CONVERSATIONS: dict[str, list[Message]] = {
-    "two images": [_user(_image(0), _image(1), _text("w1 w2 w3"))],
-    "four images between text": [
-        _user(
-            _text("w5"), _image(0), _text("w6 w7"), _image(1), _image(2), _text("w8"), _image(3), _text("w9")
-        )
-    ],
-    "an image in each turn": [
-        _user(_image(3), _text("w1 w2")),
-        {"role": "assistant", "content": [_text("w3 w4")]},
-        _user(_text("w4"), _image(2), _text("w5 w6 w7 w8")),
-    ],
-    "twice the same": [_user(_image(2), _text("w1"), _image(2), _text("w2"))],
-}
-
-
-def hugging_face_inputs(pipeline: Pipeline, model: Any, messages: list[Message]) -> dict[str, torch.Tensor]:
-    """Return the model's inputs with the runtime's ids and pixels, which have tests of their own."""
-    pictures = [
-        part["image"] for message in messages for part in message["content"] if part["type"] == "image"
-    ]
-    processing: Any = pipeline.images if len(pictures) == 1 else pipeline.images.of_several()
-    layouts = [processing.layout(*picture.size) for picture in pictures]
-    ids = pipeline._encode(messages, [Inset(layout.text) for layout in layouts])
-    image_id = pipeline.manifest.text.image_token_id
-    runs = [length for layout in layouts for length in layout.run_lengths]
-    input_ids = torch.from_numpy(ids.all_ids(runs).astype(np.int64))[None]
-    prepared = [processing.prepare(picture) for picture in pictures]
-    inputs, model_type = {"input_ids": input_ids}, model.config.model_type
-    pixels = [one["pixel_values"] for one in prepared]
-    if model_type.startswith("qwen"):
-        by_token = [_in_raster_order(one["pixel_values"], one["token_index"]) for one in prepared]
-        grids = [[1, *(2 * side for side in processing.token_grid(*picture.size))] for picture in pictures]
-        inputs["pixel_values"] = torch.from_numpy(np.concatenate(by_token))
-        inputs["image_grid_thw"] = torch.tensor(grids)
-        inputs["mm_token_type_ids"] = (input_ids == image_id).to(torch.int32)
-    elif model_type in ("llava_next", "llava_onevision"):
-        most = max(len(tiles) for tiles in pixels)
-        padded = [np.pad(tiles, [(0, most - len(tiles)), (0, 0), (0, 0), (0, 0)]) for tiles in pixels]
-        inputs["pixel_values"] = torch.from_numpy(np.stack(padded))
-        inputs["image_sizes"] = torch.tensor([picture.size[::-1] for picture in pictures])
-        if model_type == "llava_onevision":
-            inputs["batch_num_images"] = torch.tensor([len(pictures)])
-    else:
-        tiles = torch.from_numpy(np.concatenate(pixels))
-        inputs["pixel_values"] = tiles[None] if model_type == "smolvlm" else tiles
-    return inputs
-
-
-def _in_raster_order(pixels: Any, token_index: Any) -> Any:
-    return pixels.reshape(len(token_index), 4, -1)[token_index].reshape(pixels.shape)
+        yield Subject(family, folder, model, keep_all, reduced, torchvision_reference, request.param)
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_keep_all_gives_the_tokens_of_hugging_face(
     subject: Subject, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    messages = CONVERSATIONS[name]
-    tokens, logits = generate(subject.model, hugging_face_inputs(subject.keep_all, subject.model, messages))
+    tokens, logits = generate(subject.model, subject.inputs(name))
     seen = record_logits(subject.keep_all, monkeypatch)
-    answer = subject.keep_all.chat(messages, max_new_tokens=NUM_STEPS)
+    answer = subject.keep_all.chat(CONVERSATIONS[name], max_new_tokens=NUM_STEPS)
     assert answer.text is not None
     assert answer.token_ids == tokens
     np.testing.assert_allclose(np.stack([answer.first_logits, *seen]), logits, **LOGITS_FLOAT32)
 
 
+@pytest.mark.parametrize("name", PRODUCT)
+def test_every_number_of_images_of_every_shape_gives_the_logits_of_hugging_face(
+    subject: Subject, name: str
+) -> None:
+    """The inputs are the original processor's: its tokens, and its pixels for as many images as there are."""
+    inputs = subject.inputs(name)
+    answer = subject.keep_all.chat(PRODUCT[name], max_new_tokens=1)
+    assert answer.text is not None
+    image_id = subject.keep_all.manifest.text.image_token_id
+    assert len(answer.boxes) == (inputs["input_ids"] == image_id).sum()
+    _, logits = generate(subject.model, inputs, num_steps=1)
+    np.testing.assert_allclose(answer.first_logits, logits[0], **LOGITS_FLOAT32)
+
+
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_reduced_bundle_equals_plain_torch(subject: Subject, name: str) -> None:
     """One budget for all images: text between them stays, kept tokens keep their order."""
-    messages = CONVERSATIONS[name]
-    inputs = hugging_face_inputs(subject.reduced, subject.model, messages)
+    inputs = subject.inputs(name)
     entering = entering_the_decoder(subject.model, inputs)
     spots = inputs["input_ids"][0] == subject.reduced.manifest.text.image_token_id
     positions = entering["position_ids"] if subject.family.positions == "preserved" else None
@@ -188,7 +118,7 @@ def test_reduced_bundle_equals_plain_torch(subject: Subject, name: str) -> None:
         positions=None if positions is None else positions[-3:],
         planes=entering.get("deepstack_visual_embeds") or (),
     )
-    answer = subject.reduced.chat(messages, max_new_tokens=3)
+    answer = subject.reduced.chat(CONVERSATIONS[name], max_new_tokens=3)
     assert answer.text is not None
     assert [indices.tolist() for indices in answer.kept] == kept
     np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
@@ -197,14 +127,11 @@ def test_reduced_bundle_equals_plain_torch(subject: Subject, name: str) -> None:
 
 def test_a_selection_before_the_decoder_is_each_images_own(subject: Subject) -> None:
     """A token stays in the run that it comes from, whatever is kept of the others."""
-    messages, everything = (
-        CONVERSATIONS["an image in each turn"],
-        Schedule(positions=subject.family.positions),
-    )
+    name, everything = "an image in each turn", Schedule(positions=subject.family.positions)
     options = {"max_images": 2, "token_method": "divprune", "token_keep": 7, **dict(subject.family.options)}
     with Pipeline.from_bundle(export(subject.folder, schedule=everything, **options)) as pipeline:
-        inputs = hugging_face_inputs(pipeline, subject.model, messages)
-        answer = pipeline.chat(messages, max_new_tokens=3)
+        inputs = subject.inputs(name)
+        answer = pipeline.chat(CONVERSATIONS[name], max_new_tokens=3)
         assert answer.text is not None
         each = pipeline._vision._layouts
     kept: list[int] = []

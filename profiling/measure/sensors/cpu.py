@@ -56,12 +56,9 @@ class Rapl(_FileSensor):
         for name, last in self._last.items():
             if (now := _number(self._zones[name] / "energy_uj")) is not None:
                 # the counter in microjoules wraps around at its range
-                added = (
-                    now
-                    - last
-                    + (0 if now >= last else _number(self._zones[name] / "max_energy_range_uj") or 0)
-                )
-                self._total[name], self._last[name] = self._total[name] + added, now
+                wrapped = 0 if now >= last else _number(self._zones[name] / "max_energy_range_uj") or 0
+                self._total[name] += now - last + wrapped
+                self._last[name] = now
                 readings[f"energy_j.{name}"] = self._total[name] / 1e6
         return readings
 

@@ -123,6 +123,15 @@ def test_a_picture_of_one_row_needs_no_huge_memory():
     assert SINGLE.prepare(noise_picture(4000, 1))["pixel_values"].shape == (1, 3, 336, 336)
 
 
+def test_a_narrow_picture_that_would_be_a_huge_square_is_refused():
+    padded = LlavaImages.from_preprocessor_config(CONFIGS["LLaVA-1.5 padded"], patch_size=14)
+    several = LlavaImages.from_preprocessor_config(CONFIGS["LLaVA-OneVision"], patch_size=14)
+    several = LlavaImages.from_dict({**several.to_dict(), "max_grid_tiles": 9}).of_several()
+    for processing in (padded, several):
+        with pytest.raises(ImageError, match=r"padded to 9000x9000 pixels in memory, got 9000x2; crop"):
+            processing.prepare(Image.new("RGB", (9000, 2)))
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([SMALL, NEXT]))
 def test_the_gather_equals_hugging_face_pack_image_features(width, height, processing):

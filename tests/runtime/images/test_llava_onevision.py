@@ -152,6 +152,31 @@ def test_a_box_shows_what_its_token_sees(size: tuple[int, int]) -> None:
     np.testing.assert_allclose(seen[inside], middle[inside], atol=0.015)
 
 
+@pytest.mark.parametrize("size", [(290, 100), (120, 310), (60, 60)], ids=str)
+def test_a_box_of_one_of_several_shows_what_its_token_sees_and_padding_has_none(
+    size: tuple[int, int],
+) -> None:
+    several = SMALL.of_several()
+    layout = several.layout(*size)
+    n, p = SMALL.patches_per_side, SMALL.patch_size
+    x, y = np.meshgrid((np.arange(size[0]) + 0.5) / size[0], (np.arange(size[1]) + 0.5) / size[1])
+    inputs = several.prepare(Image.fromarray((255 * np.stack([x, y, x], axis=-1)).round().astype(np.uint8)))
+    mean, std = (np.array(values)[:, None, None] for values in (SMALL.image_mean, SMALL.image_std))
+    levels = (inputs["pixel_values"] * std + mean)[0, :, : n * p, : n * p]
+    seen = levels.reshape(3, n, p, n, p).mean(axis=(2, 4)).transpose(1, 2, 0).reshape(-1, 3)[:, :2]
+    assert (len(layout.boxes), layout.overview) == (n * n + 1, range(0))
+    assert np.isnan(layout.boxes[-1]).all()
+    boxes = layout.boxes[:-1]
+    middle = (boxes[:, :2] + boxes[:, 2:]) / 2 / size
+    inside = (boxes[:, :2] > 2).all(axis=1) & (boxes[:, 2:] < np.array(size) - 2).all(axis=1)
+    np.testing.assert_allclose(seen[inside], middle[inside], atol=0.015)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    padding = np.abs(levels.reshape(3, n, p, n, p).transpose(1, 3, 0, 2, 4).reshape(n * n, 3, -1)
+                     - np.floor(255 * np.array(SMALL.image_mean))[:, None] / 255).max(axis=(1, 2)) < 0.003  # fmt: skip
+    assert (areas[padding] == 0).all()
+    assert padding.any() == (size[0] != size[1])
+
+
 def test_boxes_of_a_smaller_grid_share_the_picture_without_gaps() -> None:
     images = LlavaImages.from_dict({**SMALL.to_dict(), "patch_size": 5})  # patches fill a tile
     boxes = images.layout(90, 90).boxes[images.patches_per_tile :]

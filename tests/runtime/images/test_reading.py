@@ -12,7 +12,7 @@ from transformers.image_utils import load_image
 from tests.hugging_face import lays_over_white
 from trio_edge.runtime.bundle.errors import ImageError
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS
-from trio_edge.runtime.images.reading import open_image
+from trio_edge.runtime.images.reading import MAX_SCANS, MAX_SIDE, open_image
 
 
 def _noise(*shape: int, dtype: type = np.uint8) -> np.ndarray:
@@ -201,6 +201,57 @@ def test_a_file_of_gigabytes_is_not_read(tmp_path):
         ImageError, match=r"huge.png': expected at most \d+ bytes for 67108864 pixels, got 1099511627776"
     ):
         open_image(tmp_path / "huge.png")
+
+
+def _scanned(count: int) -> bytes:
+    """Return a JPEG in which its last scan comes so often that there are ``count``, ten of them its own."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), (9, 50, 200)).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    return data[:-2] + data[data.rfind(b"\xff\xda") : -2] * (count - 10) + data[-2:]
+
+
+def test_a_jpeg_has_at_most_100_scans(tmp_path):
+    assert open_image(_scanned(MAX_SCANS)).size == (40, 30)
+    (tmp_path / "many.jpg").write_bytes(_scanned(MAX_SCANS + 1))
+    with pytest.raises(ImageError, match=r"many.jpg': expected at most 100 scans, got more; save it as"):
+        open_image(tmp_path / "many.jpg")
+
+
+@pytest.mark.parametrize("hidden", [b"\xff\x02", b"\xff\xd0", b"\xff\xff\xff", b"\xff\xbf\xff\xff"])
+def test_scans_are_not_hidden_by_markers_that_libjpeg_passes_over(hidden):
+    data = _scanned(10)
+    last = data[data.rfind(b"\xff\xda") : -2]
+    with pytest.raises(ImageError, match="expected at most 100 scans"):
+        open_image(data[:-2] + (hidden + last) * 100 + data[-2:])
+
+
+def test_what_only_looks_like_a_scan_does_not_count():
+    buffer = io.BytesIO()
+    exif = b"Exif\0\0" + b"\xff\xda" * 500
+    Image.fromarray(_noise(40, 30, 3)).save(buffer, "JPEG", quality=95, exif=exif)
+    assert open_image(buffer.getvalue()[:-2] + b"\xff" * 1_000_000 + b"\0\xff\xd9").size == (30, 40)
+    assert open_image(buffer.getvalue() + b"a film after it" + b"\xff\xda" * 500).size == (30, 40)
+
+
+@pytest.mark.parametrize("file_format", ["BLP", "IPTC"])
+def test_formats_that_hold_other_files_are_not_read(file_format):
+    Image.init()
+    assert file_format in Image.OPEN
+    start = {"BLP": b"BLP1" + bytes(200), "IPTC": b"\x1c\x03\x3c\x00\x02\x01\x00\x1c\x08\x0a\x00\x00"}[
+        file_format
+    ]
+    with pytest.raises(ImageError, match="no known format"):
+        open_image(start)
+
+
+def test_a_side_that_needs_much_memory_for_its_rows_is_refused_before_decoding():
+    with pytest.raises(
+        ImageError, match="expected sides of at most 131072 pixels, got 1x50000000; cut it into"
+    ):
+        open_image(_png(1, 50_000_000))
+    with pytest.raises(ImageError, match="expected a whole image"):
+        open_image(_png(1, MAX_SIDE))
 
 
 def test_an_icon_with_a_larger_image_inside_is_refused():

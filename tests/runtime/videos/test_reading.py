@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -182,15 +184,58 @@ def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
 
 
 def test_sound_without_pictures_is_no_video(tmp_path: Path) -> None:
+    for name in ("sound.wav", "sound.mka"):
+        write_sound(tmp_path / name)
+    with pytest.raises(ImageError, match="expected a video, got a file without moving pictures"):
+        open_video(tmp_path / "sound.mka", ALL)
+    with pytest.raises(ImageError, match="the file is damaged or of another kind; convert it to MP4"):
+        open_video(tmp_path / "sound.wav", ALL)
+
+
+def write_sound(path: Path) -> None:
     import av
 
-    with av.open(str(tmp_path / "sound.wav"), "w") as container:
+    with av.open(str(path), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
-    with pytest.raises(ImageError, match="expected a video, got a file without moving pictures"):
-        open_video(tmp_path / "sound.wav", ALL)
+
+
+LISTS = {
+    "m3u8": "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{other}\n#EXT-X-ENDLIST\n",
+    "ffconcat": "ffconcat version 1.0\nfile {other}\n",
+    "mpd": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><Period><AdaptationSet>'
+    "<Representation><BaseURL>{other}</BaseURL></Representation></AdaptationSet></Period></MPD>",
+    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+}
+READS = "import sys; from trio_edge.runtime.videos.reading import open_video; open_video(sys.argv[1], None)"
+
+
+@pytest.mark.parametrize("kind", LISTS)
+@pytest.mark.parametrize("suffix", ["", ".mp4"])
+def test_a_list_opens_no_file_that_it_names(suffix: str, kind: str, tmp_path: Path) -> None:
+    """Here a pipe, which nobody writes to: a process that opens it waits forever."""
+    os.mkfifo(tmp_path / "other.ts")
+    path = tmp_path / f"list.{kind}{suffix}"
+    path.write_text(LISTS[kind].format(other="other.ts"))
+    result = subprocess.run(
+        [sys.executable, "-c", READS, str(path)], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert re.search(r"ImageError: video '.*': expected a readable video, got [^\n]*$", result.stderr.strip())
+
+
+def test_a_pipe_is_no_video(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(ImageError, match="expected a regular file, got a device or pipe"):
+        open_video(tmp_path / "pipe.mp4", ALL)
+
+
+def test_a_rate_whose_times_are_no_positions_is_refused() -> None:
+    frames = [random_picture(8, 6)] * 20
+    video = open_video(frames, ALL, source_fps=1e-6)
+    with pytest.raises(ImageError, match="expected a time below position 16777216, got 36000000 at 1e-06"):
+        ALL.times(video.indices, video.total, video.fps)
 
 
 def test_a_file_without_frames_is_refused(tmp_path: Path) -> None:
@@ -227,12 +272,15 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"fps": 0}, "fps: expected frames per second above 0, got 0"),
-        ({"fps": float("nan")}, "fps: expected frames per second above 0, got nan"),
-        ({"source_fps": 0.0}, "source_fps: expected frames per second above 0, got 0.0"),
-        ({"num_frames": 0}, "num_frames: expected at least 1, got 0"),
+        ({"fps": 0}, "^fps: expected frames per second from 1e-06 to 1000000.0, got 0;"),
+        ({"fps": float("nan")}, "fps: expected frames per second from 1e-06 to 1000000.0, got nan"),
+        ({"source_fps": 0.0}, "source_fps: expected frames per second from 1e-06 to 1000000.0, got 0.0"),
+        ({"fps": 1e300, "source_fps": 1e-300}, "^fps: expected frames per second from 1e-06"),
+        ({"fps": 10**400}, "^fps: expected frames per second from 1e-06"),
+        ({"num_frames": 0}, r"num_frames: expected 1\.\.4096, got 0"),
+        ({"num_frames": 10**400}, r"num_frames: expected 1\.\.4096, got 10{79};"),
         ({"num_frames": 2, "fps": 1.0}, "expected fps or num_frames, got both"),
-        ({"num_frames": 5000}, "expected at most 4096 frames, got 5000"),
+        ({"num_frames": 5000}, r"num_frames: expected 1\.\.4096, got 5000"),
     ],
 )
 def test_an_impossible_request_is_one_line(arguments: dict[str, Any], message: str) -> None:
