@@ -18,7 +18,7 @@ import numpy as np
 
 from trio_edge.export.check.fit import check_fit, fit_inputs
 from trio_edge.export.check.tensorrt import require_supported
-from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, only_checkpoint_errors
+from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME
 from trio_edge.export.checkpoints.weights import StoredName, bytes_to_write, store_constants, store_weights
 from trio_edge.export.families.base import max_positions
 from trio_edge.export.graphs.assembly.onnx_graph import attach_weights, save
@@ -93,8 +93,7 @@ def export_bundle(
     check_cache(options.quantize, scales)
     progress.step("reading the checkpoint")
     source = read(options)
-    guarded = partial(only_checkpoint_errors, source.checkpoint.folder)
-    with guarded():
+    with source.checkpoint.guarded():
         resolved = resolve(options, source)
     if (wanted := resolved.generation.max_new_tokens or 0) > options.max_new_tokens:
         progress.warn(
@@ -102,7 +101,7 @@ def export_bundle(
             " answers end sooner than the checkpoint's"
         )
     with without_values(resolved.dtype):
-        with guarded():
+        with source.checkpoint.guarded():
             plan = build(options, source, resolved)
         if (target := options.target) is not None:
             check_target(plan, find_device(target), progress)

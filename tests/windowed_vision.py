@@ -78,6 +78,11 @@ INPUTS = (
 )
 
 
+def in_order(inputs: dict[str, NDArray[Any]]) -> list[torch.Tensor]:
+    """Return the inputs as the module takes them."""
+    return [torch.from_numpy(inputs[tensor.name]) for tensor in INPUTS]
+
+
 def export_vision(
     graph: Callable[[nn.Module, torch.Tensor], nn.Module],
     visual: Qwen2_5_VisionTransformerPretrainedModel,

@@ -103,13 +103,13 @@ def load_model(
     place = _device(device)
     checkpoint = read_checkpoint(model, revision=revision, check_config=family_of)
     family = family_of(checkpoint.folder, checkpoint.config)
-    images = family.image_processing(checkpoint, encoder_keep=None, max_visual=max_visual)
-    text = read_text_files(
-        checkpoint, default_template=family.default_chat_template(checkpoint), image_marks=family.image_marks
-    )
-    # real initial values would need the whole model's memory, and time
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        parts = family.build(checkpoint, processing=images, dtype="float32", with_features=False)
+    with checkpoint.guarded():
+        images = family.image_processing(checkpoint, encoder_keep=None, max_visual=max_visual)
+        template = family.default_chat_template(checkpoint)
+        text = read_text_files(checkpoint, default_template=template, image_marks=family.image_marks)
+        # real initial values would need the whole model's memory, and time
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            parts = family.build(checkpoint, processing=images, dtype="float32", with_features=False)
     checkpoint.check_parameters(parts.root)
     dtype = _compute_type(checkpoint)
     values = _Values(checkpoint, dtype=dtype, device=place)

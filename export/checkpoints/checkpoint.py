@@ -75,23 +75,13 @@ _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 _READ_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".safetensors")
 """Of all files that we or transformers read."""
-_MOST_PIXELS = 4096
-_MOST_PATCH_PIXELS = 512
-_LAYER_COUNTS = ("num_hidden_layers", "depth")
-_AXES = (
-    "hidden_size",
-    "intermediate_size",
-    "out_hidden_size",
-    "head_dim",
-    "vocab_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_heads",
-    "num_position_embeddings",
+_LAYERS = re.compile(r"num_hidden_layers|depth")
+_AXES = re.compile(
+    r"(hidden|intermediate|out_hidden|vocab)_size|head_dim|num_(attention_|key_value_)?heads|num_position_embeddings"
 )
 """Settings that are not larger than the longest axis of all tensors."""
-_PIXELS = ("image_size", "window_size")
-_PATCH_PIXELS = ("patch_size", "temporal_patch_size", "spatial_merge_size", "scale_factor")
+_PIXELS = re.compile(r"(image|window)_size")
+_PATCHES = re.compile(r"(temporal_)?patch_size|spatial_merge_size|scale_factor")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "pytorch_model.bin.index.json")
 # Tensor names differ between checkpoints (before and after transformers 4.52); these rules make them the same.
 _CANONICAL_RULES = (
@@ -140,15 +130,32 @@ class Checkpoint:
     def check_sizes(self) -> None:
         """Raise CheckpointError unless config.json has sizes that its tensors can have: others may take hours to build."""
         longest = max((size for tensor in self.tensors.values() for size in tensor.shape), default=0)
-        most = dict.fromkeys(_LAYER_COUNTS, len(self.tensors)) | dict.fromkeys(_AXES, longest)
-        most |= dict.fromkeys(_PIXELS, _MOST_PIXELS) | dict.fromkeys(_PATCH_PIXELS, _MOST_PATCH_PIXELS)
-        for name, value in _settings(self.config):
+        bounds = ((_LAYERS, len(self.tensors)), (_AXES, longest), (_PIXELS, 4096), (_PATCHES, 512))
+        for name, value in settings_of(self.config):
+            most = next((number for pattern, number in bounds if pattern.fullmatch(name)), None)
             # None stands for a size that follows from others
-            if name in most and value is not None and not (type(value) is int and 1 <= value <= most[name]):
+            if not (most is None or value is None or (type(value) is int and 1 <= value <= most)):
                 raise CheckpointError(
-                    f"{self.folder}/config.json {name}: expected a number in 1..{most[name]}, got {value!r:.100}; configuration"
-                    " and weights belong to different models"
+                    f"{self.folder}/config.json {name}: expected a number in 1..{most}, got {value!r:.100}; configuration and"
+                    " weights belong to different models"
                 )
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Turn what bad settings make transformers and torch raise into one line; their warnings are not shown."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                yield
+            except (TrioEdgeError, MemoryError):
+                raise
+            except Exception as error:  # any type: these libraries do not check all of a configuration
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
+                raise CheckpointError(
+                    f"{self.folder}: expected settings in config.json that make a model, got"
+                    f" '{type(error).__name__}: {error!s:.300}'; use the checkpoint's own files"
+                ) from error
 
     def check_parameters(self, root: nn.Module) -> None:
         """Raise CheckpointError unless there are tensors for all parameters of the model ``root``, in their shapes."""
@@ -167,34 +174,16 @@ class Checkpoint:
             )
 
 
-def _settings(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def settings_of(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield all values in JSON that are neither objects nor lists, with the key that they are under."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _settings(inner, key)
+            yield from settings_of(inner, key)
     elif isinstance(value, list):
         for inner in value:
-            yield from _settings(inner, name)
+            yield from settings_of(inner, name)
     else:
         yield name, value
-
-
-@contextmanager
-def only_checkpoint_errors(folder: Path) -> Iterator[None]:
-    """Turn what bad settings make transformers and torch raise into one line; their warnings are not shown."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        except (TrioEdgeError, MemoryError):
-            raise
-        except Exception as error:  # any type: these libraries do not check all of a configuration
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            reason = f"{type(error).__name__}: {error}"
-            raise CheckpointError(
-                f"{folder}: expected settings in config.json that make a model, got '{reason:.300}'; use the checkpoint's own files"
-            ) from error
 
 
 def canonical_name(name: str) -> str:

@@ -94,7 +94,7 @@ def read_text_files(
             f"{folder}: expected image_token_index to be the id of a token, got {image_id};"
             " use the checkpoint's own tokenizer files"
         )
-    video_id = config.get("video_token_id")
+    video_id: Any = config.get("video_token_id")
     video_token = _token(backend, video_id)
     template = _with_special_tokens(_chat_template(folder) or default_template, tokenizer)
     if any(image_marks):  # no processor adds them at run time

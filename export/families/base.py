@@ -26,9 +26,10 @@ import numpy as np
 import torch
 import transformers
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 
-from trio_edge.export.checkpoints.checkpoint import HEAD_NAME, read_json
+from trio_edge.export.checkpoints.checkpoint import HEAD_NAME, read_json, settings_of
 from trio_edge.export.graphs.attention import ATTENTION_NAME, TILE_ATTENTION_NAME, register_attention
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.manifest import TensorSpec
@@ -273,6 +274,12 @@ def load_config(checkpoint: Checkpoint) -> Any:
         raise CheckpointError(
             f"{checkpoint.folder}/config.json: expected a valid configuration, got '{error!s:.300}'; download it again"
         ) from None
+    for name, value in settings_of(checkpoint.config):
+        if name.endswith("hidden_act") and value not in ACT2FN:
+            raise CheckpointError(
+                f"{checkpoint.folder}/config.json {name}: expected an activation of transformers, got {value!r:.100}; use the"
+                " checkpoint's own file"
+            )
     _forget_dtype(config)
     return config
 
@@ -341,10 +348,12 @@ def require_processor(checkpoint: Checkpoint, **wanted: object) -> None:
 def check_decoder(text_config: Any, *, folder: Path) -> None:
     """Raise CheckpointError if the decoder that ``text_config`` describes is not supported at any length."""
     rope, known = _rope(text_config), (*_FIXED_ROPE_TYPES, *_GROWING_ROPE_TYPES)
+    theta = rope.get("rope_theta", 1.0)
     rope_type, rotary = rope.get("rope_type"), rope.get("partial_rotary_factor", 1.0)
     unknown = set(getattr(text_config, "layer_types", None) or ()) - set(_LAYER_TYPES)
     for name, is_supported, expected, got in (
         ("rope_type", rope_type in known, f"one for all layers, of {', '.join(known)}", repr(rope_type)),
+        ("rope_theta", isinstance(theta, (int, float)) and 0 < theta < 1e18, "0..1e18", f"{theta!r:.100}"),
         ("partial_rotary_factor", rotary == 1.0, "1", str(rotary)),
         ("layer_types", not unknown, " or ".join(_LAYER_TYPES), ", ".join(sorted(unknown))),
     ):

@@ -122,7 +122,8 @@ def build_clip(clip: Clip) -> ClipGraphs:
     import transformers
 
     clip.config.text_config._attn_implementation = "eager"
-    root: Any = transformers.CLIPModel(clip.config)
+    with clip.checkpoint.guarded():
+        root: Any = transformers.CLIPModel(clip.config)
     parts = {name: value for name, value in root.named_parameters() if name.startswith(_PARTS)}
     for name, parameter in parts.items():
         clip.checkpoint.check_shape(name, parameter.shape)

@@ -12,7 +12,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from tests.pictures import random_picture
 from trio_edge.export.graphs.vision import deepstack
-from trio_edge.export.graphs.vision.deepstack import DeepstackVision, deepstack_groups
+from trio_edge.export.graphs.vision.deepstack import DeepstackVision, deepstack_groups, vision_inputs
 from trio_edge.runtime.images.qwen import Qwen3Images
 
 OUT = 24
@@ -69,7 +69,8 @@ def processing(tower: Qwen3VLVisionModel) -> Qwen3Images:
 def ours(tower: Qwen3VLVisionModel, inputs: dict[str, Any], *, num_planes: int = 3) -> list[np.ndarray]:
     inv_freq, _ = type(tower.rotary_pos_emb).compute_axial_rope_parameters(tower.config)
     module = DeepstackVision(tower, inv_freq=inv_freq, max_patches=10_000, num_planes=num_planes)
-    return [rows.numpy() for rows in module(*map(torch.from_numpy, inputs.values()))]
+    names = [tensor.name for tensor in vision_inputs(module.embedding.patch_values)]
+    return [rows.numpy() for rows in module(*(torch.from_numpy(inputs[name]) for name in names))]
 
 
 def hugging_face(tower: Qwen3VLVisionModel, images: Qwen3Images, size: tuple[int, int]) -> list[np.ndarray]:

@@ -9,7 +9,6 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-import torch
 
 from tests.pictures import random_picture
 from tests.windowed_vision import (
@@ -20,6 +19,7 @@ from tests.windowed_vision import (
     build_in_tensorrt,
     export_vision,
     hugging_face_tokens,
+    in_order,
     inv_freq_of,
     random_vision_encoder,
 )
@@ -66,7 +66,7 @@ def test_visual_tokens_equal_hugging_face(
 ) -> None:
     inputs = PROCESSING.prepare(random_picture(*SIZES[name]), LARGEST if padded else None)
     expected = hugging_face_tokens(visual, inputs, SIZES[name])
-    tokens = module(*map(torch.from_numpy, inputs.values())).numpy()
+    tokens = module(*in_order(inputs)).numpy()
     assert tokens.shape == (len(inputs["token_index"]), OUT)
     np.testing.assert_allclose(tokens[: len(expected)], expected, **TOLERANCES["float32"])
 
@@ -78,7 +78,7 @@ def test_window_attention_is_not_attention_over_the_picture(
     inputs = PROCESSING.prepare(random_picture(*size))
     everywhere = WindowedVision(visual, inv_freq=inv_freq_of(visual), max_patches=LARGEST["P"])
     everywhere.encoder.full_blocks = frozenset(range(ALL_BLOCKS["depth"]))
-    tokens = everywhere(*map(torch.from_numpy, inputs.values())).numpy()
+    tokens = everywhere(*in_order(inputs)).numpy()
     assert np.abs(tokens - hugging_face_tokens(visual, inputs, size)).max() > 0.1
 
 
@@ -97,7 +97,7 @@ def test_values_of_padding_reach_no_token(
     sizes = {axis: size + 8 for axis, size in PROCESSING.sizes(100, 60).items()}
     inputs = PROCESSING.prepare(picture, sizes)
     inputs["pixel_values"][inputs["num_patches"][0] :] = 100.0
-    tokens = module(*map(torch.from_numpy, inputs.values())).numpy()
+    tokens = module(*in_order(inputs)).numpy()
     expected = hugging_face_tokens(visual, PROCESSING.prepare(picture), (100, 60))
     np.testing.assert_allclose(tokens[: len(expected)], expected, **TOLERANCES["float32"])
 
@@ -110,9 +110,7 @@ def test_float16_holds_activations_beyond_its_range() -> None:
     expected = hugging_face_tokens(visual, inputs, (100, 60))
     half = visual.half()
     assert not np.isfinite(hugging_face_tokens(half, inputs, (100, 60))).all()
-    tokens = WindowedVision(half, inv_freq=inv_freq_of(half), max_patches=LARGEST["P"])(
-        *map(torch.from_numpy, inputs.values())
-    )
+    tokens = WindowedVision(half, inv_freq=inv_freq_of(half), max_patches=LARGEST["P"])(*in_order(inputs))
     np.testing.assert_allclose(tokens.numpy(), expected, **TOLERANCES["float16"])
 
 
@@ -126,7 +124,7 @@ def test_attention_in_blocks_of_heads_equals_hugging_face(
     monkeypatch.setattr(windowed, "num_head_blocks", lambda num_heads, _num_patches: num_heads)
     inputs = PROCESSING.prepare(random_picture(*SIZES[name]), LARGEST)
     expected = hugging_face_tokens(visual, inputs, SIZES[name])
-    tokens = module(*map(torch.from_numpy, inputs.values())).numpy()
+    tokens = module(*in_order(inputs)).numpy()
     np.testing.assert_allclose(tokens[: len(expected)], expected, **TOLERANCES["float32"])
 
 

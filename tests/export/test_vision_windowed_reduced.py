@@ -23,6 +23,7 @@ from tests.windowed_vision import (
     build_in_tensorrt,
     export_vision,
     hugging_face_tokens,
+    in_order,
     inv_freq_of,
     random_vision_encoder,
 )
@@ -131,7 +132,7 @@ def test_reduced_tokens_equal_the_specification(
     monkeypatch.setattr(windowed, "num_head_blocks", lambda _num_heads, _num_patches: blocks)
     size, visual = SIZES[name], random_vision_encoder(**ALL_BLOCKS)
     module = WindowedVision(visual, inv_freq=inv_freq_of(visual), max_patches=LARGEST["P"], num_keep=KEEP)
-    tokens, kept = module(*map(torch.from_numpy, reduced_inputs(size, padded=padded).values()))
+    tokens, kept = module(*in_order(reduced_inputs(size, padded=padded)))
     expected_tokens, expected_kept = expected(
         visual, PROCESSING.prepare(random_picture(*size)), size, keep=KEEP
     )

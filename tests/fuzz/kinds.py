@@ -6,7 +6,7 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from tests.fuzz import images, prompts, requests_, templates, tokenizers_
+from tests.fuzz import checkpoints, images, prompts, requests_, templates, tokenizers_
 from tests.fuzz.commands import run_command
 from tests.fuzz.subject import Outcome, Subject, judged
 from tests.fuzz.values import damaged, mutated
@@ -87,7 +87,7 @@ def files(rng: random.Random, subject: Subject) -> Outcome:
 
 
 KINDS: dict[str, tuple[int, Callable[[random.Random, Subject], Outcome]]] = {
-    "manifest": (240, manifest),
+    "manifest": (230, manifest),
     "template": (160, templates.template),
     "tokenizer": (160, tokenizers_.tokenizer),
     "image": (130, images.image),
@@ -97,6 +97,7 @@ KINDS: dict[str, tuple[int, Callable[[random.Random, Subject], Outcome]]] = {
     "stream": (20, prompts.stream),
     "file": (50, files),
     "command": (20, run_command),
+    "checkpoint": (10, checkpoints.changed_checkpoint),
     "bundle": (10, bundle),
 }
 """Share of all inputs in thousandths, and what runs one."""
