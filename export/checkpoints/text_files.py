@@ -84,7 +84,7 @@ def read_text_files(
     tokenizer = load_tokenizer(checkpoint)
     backend = tokenizer.backend_tokenizer
     _check_rules(backend.to_str().encode(), where=folder)
-    image_id = config.get("image_token_index", config.get("image_token_id"))
+    image_id: Any = config.get("image_token_index", config.get("image_token_id"))
     image_token = _token(backend, image_id)
     if image_token is None:
         raise CheckpointError(
@@ -109,7 +109,8 @@ def read_text_files(
         bos_token=tokenizer.bos_token or "",
         eos_token=tokenizer.eos_token or "",
         stop_token_ids=_stop_token_ids(checkpoint),
-        **({} if video_token is None else {"video_token": video_token, "video_token_id": video_id}),
+        video_token=video_token,
+        video_token_id=None if video_token is None else video_id,
     )
     _check_vocabulary(checkpoint, backend)
     return TextFiles(spec=spec, tokenizer=backend.to_str(), chat_template=template)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from trio_edge.profiling.predict.speed import (
+    BYTES_PER_WEIGHT,
     UNFUSED_SCORE_PASSES,
     Formats,
     GraphTime,
@@ -218,7 +219,8 @@ def memory_of(setting: Setting, *, usable: int) -> MemoryNeed:
     if setting.memory is not None:
         parts = {name.lower().replace(" ", "_"): count for name, count in setting.memory.items()}
         return MemoryNeed(**parts, usable=usable)
-    decoder, tower, sizes = setting.model.decoder, setting.model.vision, setting.formats.bytes_per_weight()
+    decoder, tower, formats = setting.model.decoder, setting.model.vision, setting.formats
+    layer, head, vision = (BYTES_PER_WEIGHT[kind] for kind in (formats.layer, formats.head, formats.vision))
     count = setting.sizes.get("P", setting.sizes.get("B", 1))
     in_tower = 0 if tower is None else tower.workspace_bytes(count, element_bytes=2)
     bundle = memory.BundleSizes(
@@ -232,9 +234,7 @@ def memory_of(setting: Setting, *, usable: int) -> MemoryNeed:
         bytes_per_cached=setting.formats.bytes_per_cached,
         element_bytes=2,
     )
-    weights = memory.WeightBytes(
-        [sizes["layer"]] * decoder.num_layers, sizes["head"], sizes["vision"], sizes["layer"]
-    )
+    weights = memory.WeightBytes([layer] * decoder.num_layers, head, vision, layer)
     found = memory.bundle_bytes(bundle, weights, vision_params=0 if tower is None else tower_weights(tower))
     return MemoryNeed(
         weights=round(found.layers + found.head_and_vision + found.repeated)
