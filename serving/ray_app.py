@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ray.serve import Application
     from starlette.applications import Starlette
 
-    from trio_edge.serving.settings import ServerSettings
 
 _OPTIONS_OF_RAY = ("host", "port", "ray_address", "access_log")
 
@@ -57,7 +56,13 @@ def build(options: dict[str, Any]) -> Application:
     names = list(bundles)
 
     def make_front() -> Starlette:  # Ray Serve accepts no partial here
-        return _front(names, settings)
+        app, metrics = serve.get_replica_context().app_name, Metrics()
+        handles = {name: serve.get_deployment_handle(deployment_name(name), app) for name in names}
+        workers = {
+            name: FleetWorker(name, handle, settings=settings, metrics=metrics)
+            for name, handle in handles.items()
+        }
+        return app_of(workers, settings, metrics=metrics)
 
     front = serve.deployment(
         name="front",
@@ -81,18 +86,7 @@ def _parsed(options: dict[str, Any]) -> dict[str, Any]:
                 f"{name}: expected none here, got one; set it in Ray, as with http_options"
             )
     named = {name: str(value) for name, value in options.items() if name != "bundles"}
-    words = list[str]()
-    for name, value in named.items():
-        words += [f"--{name.replace('_', '-')}", *([] if value.lower() == "true" else [value])]
+    pairs = [(f"--{name.replace('_', '-')}", value) for name, value in named.items()]
+    words = [word for pair in pairs for word in pair if word.lower() != "true"]  # a flag has no value
     bundles = str(options.get("bundles", "")).split(",")
     return _options.make_context("serve run", [*words, "--", *filter(None, bundles)]).params
-
-
-def _front(names: list[str], settings: ServerSettings) -> Starlette:
-    app, metrics = serve.get_replica_context().app_name, Metrics()
-    handles = {name: serve.get_deployment_handle(deployment_name(name), app) for name in names}
-    workers = {
-        name: FleetWorker(name, handle, settings=settings, metrics=metrics)
-        for name, handle in handles.items()
-    }
-    return app_of(workers, settings, metrics=metrics)

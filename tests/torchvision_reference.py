@@ -198,6 +198,8 @@ class TorchvisionReference:
 
     def several(self, family: str, conversation: str) -> dict[str, NDArray[Any]]:
         """Return what a family's processor gave for a conversation of ``tests.several_images``, by name."""
+        if (key := f"several/{family}/error") in self._arrays:
+            raise AssertionError(str(self._arrays[key]))
         return self._below(f"several/{family}/{conversation}/")
 
     def _below(self, start: str) -> dict[str, NDArray[Any]]:

@@ -43,8 +43,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "token_healing": (False,),
     "watermarking_config": (),
     "prompt_lookup_num_tokens": (),
+    "num_return_sequences": (1,),
+    "cache_implementation": ("dynamic", "static", "offloaded", "offloaded_static"),
 }
 """Generation settings that the runtime does not implement, and their values besides None that have no effect."""
+_OLD_MAX_LENGTH = 20  # transformers 4 wrote this default of its own into every config.json
 _NEUTRAL_IF_SAMPLED: dict[str, tuple[Any, ...]] = {
     "min_p": (0.0,),
     "top_h": (),
@@ -225,13 +228,20 @@ def _stop_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
 def read_generation(checkpoint: Checkpoint) -> GenerationSettings:
     """Return the checkpoint's generation settings, or Hugging Face's defaults if it has none.
 
+    As for ``generate``, the model's configuration is read only if there is no ``generation_config.json``.
+
     Raises:
         CheckpointError: If they cannot be read, or the runtime does not implement one.
     """
-    path = checkpoint.folder / _GENERATION_NAME
+    path, config = checkpoint.folder / _GENERATION_NAME, checkpoint.config
+    text_config = config.get("text_config")
+    places = [read_json(path)] if path.exists() else [text_config, config]
+    places = [place for place in places if isinstance(place, dict)]
+    values = {key: value for place in places for key, value in place.items() if value is not None}
     if not path.exists():
-        return GenerationSettings()
-    values = {key: value for key, value in read_json(path).items() if value is not None}
+        path = checkpoint.folder / "config.json"
+        if values.get("max_length") == _OLD_MAX_LENGTH:
+            values.pop("max_length")
     unknown = _NEUTRAL | (_NEUTRAL_IF_SAMPLED if values.get("do_sample") else {})
     for name, neutral in unknown.items():
         if name in values and values[name] not in neutral:
@@ -250,7 +260,7 @@ def read_generation(checkpoint: Checkpoint) -> GenerationSettings:
         wanted = {name: value for name, value in wanted.items() if name not in SAMPLING_SETTINGS}
     try:
         return msgspec.convert(wanted, GenerationSettings)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeError) as error:  # the second for lone surrogates
         raise CheckpointError(
             f"{path}: expected generation settings in range, got '{error}'; correct the file"
         ) from None

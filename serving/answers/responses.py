@@ -49,8 +49,8 @@ class ResponseWriter(AnswerWriter):
                 "response.output_text.delta", **self._place, delta=event.text, logprobs=event.logprobs
             )
         elif isinstance(event, Failed):
-            told = self.renamed(event.error)
-            yield self._event("error", code=told.code, message=told.message, param=told.param)
+            told = self.renamed(event.error).body["error"]
+            yield self._event("error", **{name: told[name] for name in ("code", "message", "param")})
         elif isinstance(event, Finished):
             whole = {"text": self._text, "logprobs": self._scores}
             yield self._event("response.output_text.done", **self._place, **whole)

@@ -241,12 +241,12 @@ def answer_settings(chat: ChatRequest, manifest: Manifest, *, number: int = 0) -
         "temperature": chat.temperature,
         "top_p": chat.top_p,
         "top_k": chat.top_k,
-        # Each answer has a seed of its own. Clients send negative ones, too.
-        "seed": None if chat.seed is None else (chat.seed + number) % (1 << 64),
         "repetition_penalty": chat.repetition_penalty,
         "presence_penalty": chat.presence_penalty,
         "frequency_penalty": chat.frequency_penalty,
         "logit_bias": chat.logit_bias,
+        # Each answer has a seed of its own. Clients send negative ones, too.
+        "seed": None if chat.seed is None else (chat.seed + number) % (1 << 64),
         "num_logprobs": chat.top_logprobs or 0 if chat.logprobs else None,
         "min_new_tokens": (room if limit is None else limit) if chat.ignore_eos else chat.min_tokens,
     }

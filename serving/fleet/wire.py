@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from trio_edge.serving.answers.job import AnswerJob, Event
-from trio_edge.serving.requests.errors import RequestError
 from trio_edge.serving.requests.protocol import ChatRequest, Turn
 
 if TYPE_CHECKING:
@@ -22,7 +20,7 @@ def packed_request(job: AnswerJob) -> bytes:
     """Return a request with the bytes of its images and videos, so that a replica fetches nothing."""
     # The client's own messages would carry every image a second time.
     chat = msgspec.structs.replace(job.chat, messages=_NO_MESSAGES)
-    return msgspec.msgpack.encode((chat, job.prompt.messages), enc_hook=_plain)
+    return msgspec.msgpack.encode((chat, job.prompt.messages), enc_hook=Path.read_bytes)
 
 
 def unpacked_request(data: bytes) -> tuple[ChatRequest, list[Message]]:
@@ -32,21 +30,9 @@ def unpacked_request(data: bytes) -> tuple[ChatRequest, list[Message]]:
 
 def packed_events(events: list[Event]) -> bytes:
     """Return events as bytes."""
-    return msgspec.msgpack.encode(events, enc_hook=_plain)
+    return msgspec.msgpack.encode(events)
 
 
 def unpacked_events(data: bytes) -> list[Event]:
     """Return the events in ``data``."""
-    return msgspec.msgpack.decode(data, type=list[Event], dec_hook=_error)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return value.read_bytes()
-    assert isinstance(value, RequestError)
-    return asdict(value)
-
-
-def _error(kind: type, value: Any) -> RequestError:
-    assert kind is RequestError
-    return RequestError(**value)
+    return msgspec.msgpack.decode(data, type=list[Event])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from fractions import Fraction
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
@@ -28,22 +29,24 @@ _MAX_SCHEMA_BYTES = 1 << 16
 _MAX_PATTERNS = 12
 _MAX_MULTIPLE = 10_000
 
-# Fields that are known but not supported, and the value that asks for nothing.
-_NEUTRAL: dict[str, Any] = {"store": False, "metadata": {}}
-_TOOLS: dict[str, tuple[object, ...]] = {
+# Fields that are known but not supported, and the values that ask for nothing.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
     "tools": ([],),
     "functions": ([],),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
+    "store": (False,),
+    "metadata": ({},),
 }
-_NEUTRAL_IN_TURN: dict[str, Any] = {
-    "name": None,
-    "refusal": None,
-    "audio": None,
-    "function_call": None,
-    "tool_calls": [],
-    "annotations": [],
+_NEUTRAL_IN_TURN: dict[str, tuple[object, ...]] = {
+    "name": (),
+    "refusal": (),
+    "audio": (),
+    "function_call": (),
+    "tool_calls": ([],),
+    "annotations": ([],),
 }
+_TOOLS = ("tools", "functions", "tool_choice", "function_call", "tool_calls")
 
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
@@ -204,7 +207,7 @@ class ChatRequest(AnyRequest, kw_only=True, frozen=True):
 
     @property
     def limit(self) -> int | None:
-        """Maximum number of new tokens; None for the bundle's limit."""
+        """Maximum number of new tokens; None for the checkpoint's setting, at most the bundle's limit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
@@ -269,29 +272,16 @@ def _field_error(message: str) -> RequestError:
 
 
 def _check_neutral(chat: ChatRequest) -> None:
-    for name, neutral in _TOOLS.items():
-        if (value := getattr(chat, name)) is not None and value not in neutral:
-            message = (
-                f"{name}: this server calls no functions; remove the field, or ask for JSON with response_format and call"
-                " the function yourself"
-            )
-            raise RequestError(400, message, code="unsupported_parameter", param=name)
-    for name, neutral in _NEUTRAL.items():
-        _check_empty(name, getattr(chat, name), neutral)
-    for number, turn in enumerate(chat.messages):
-        for name, neutral in _NEUTRAL_IN_TURN.items():
-            _check_empty(f"messages[{number}].{name}", getattr(turn, name), neutral)
-
-
-def _check_empty(name: str, value: object, neutral: object) -> None:
-    if value is not None and value != neutral:
-        only = "no value" if neutral is None else f"only {neutral!r}"
-        raise RequestError(
-            400,
-            f"{name}: expected {only}, got {value!r:.80}; this server does not support it, remove it",
-            code="unsupported_parameter",
-            param=name.split("]")[-1].lstrip("."),
-        )
+    turns = [(f"messages[{number}].", turn, _NEUTRAL_IN_TURN) for number, turn in enumerate(chat.messages)]
+    for where, holder, fields in (("", chat, _NEUTRAL), *turns):
+        for name, neutral in fields.items():
+            if (value := getattr(holder, name)) is None or value in neutral:
+                continue
+            only = f"only {neutral[0]!r}" if neutral else "no value"
+            problem = f"expected {only}, got {value!r:.80}; this server does not support it, remove it"
+            if name in _TOOLS:
+                problem = "this server calls no functions; remove it, or ask for JSON and call the function yourself"
+            raise RequestError(400, f"{where}{name}: {problem}", code="unsupported_parameter", param=name)
 
 
 def _check_sizes(chat: ChatRequest, *, max_parts: int) -> None:
@@ -312,24 +302,18 @@ def _check_schema(schema: dict[str, Any]) -> None:
         level = [item for value in level for item in _items(value)]
     patterns = sum(name in ("pattern", "format") for name, _ in named)
     patterns += sum(len(_items(value)) for name, value in named if name == "patternProperties")
-    factors = {value for name, value in named if name == "multipleOf" and isinstance(value, (int, float))}
+    multiples = [value for name, value in named if name == "multipleOf" and isinstance(value, (int, float))]
+    factors = {Fraction(str(value + 0)).numerator for value in multiples}
     if level:
         problem = f"at most {_MAX_SCHEMA_LEVELS} levels, got more; make it flatter"
     elif (size := len(msgspec.json.encode(schema))) > _MAX_SCHEMA_BYTES:
         problem = f"at most {_MAX_SCHEMA_BYTES} bytes, got {size}; shorten it"
     elif patterns > _MAX_PATTERNS:
         problem = f"at most {_MAX_PATTERNS} patterns and formats, got {patterns}; use fewer"
-    elif math.prod(map(_digits, factors)) > _MAX_MULTIPLE:
-        problem = f"multipleOf with a product of digits up to {_MAX_MULTIPLE}, got more; use smaller ones"
+    elif abs(math.prod(factors)) > _MAX_MULTIPLE:
+        problem = f"multipleOf with a product up to {_MAX_MULTIPLE}, got more; use smaller ones"
     if problem is not None:
         raise invalid_value("response_format", f"expected a schema of {problem}")
-
-
-def _digits(factor: float) -> int:
-    """Return 25 for 0.25 and for 2500: powers of ten cost the compiler nothing."""
-    if not abs(factor) < 1e12:
-        return _MAX_MULTIPLE + 1
-    return int(repr(abs(float(factor))).partition("e")[0].replace(".", "").strip("0") or "1")
 
 
 def _items(value: Any) -> list[Any]:

@@ -97,7 +97,7 @@ def test_a_wait_that_is_too_long_is_refused_though_the_queue_has_room(reduced_bu
         with ThreadPoolExecutor(1) as clients:
             answer = clients.submit(create)
             until(lambda: server.workers["reduced"]._running is not None)
-            with pytest.raises(openai.RateLimitError, match="0 requests wait, about 0"):
+            with pytest.raises(openai.RateLimitError, match="0 requests wait, about"):
                 create()
             assert answer.result().usage is not None
 

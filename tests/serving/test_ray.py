@@ -305,6 +305,26 @@ def test_wrong_options_are_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.filterwarnings("ignore")  # of Ray about pydantic
+def test_a_serve_configuration_has_the_options_of_the_command(reduced_bundle: Path) -> None:
+    import click
+
+    from trio_edge.serving import ray_app
+
+    named = {"bundles": f"small={reduced_bundle},all={reduced_bundle}"}
+    given = ray_app._parsed({**named, "clamp_max_tokens": True, "max_queue": 3, "api_key": "a"})
+    assert (given["clamp_max_tokens"], given["max_queue"], given["api_keys"]) == (True, 3, ("a",))
+    assert given["bundles"] == tuple(named["bundles"].split(","))
+    for options, message in (
+        ({"host": "::"}, "host: expected none here"),
+        ({"other": 1}, "No such option '?--other"),
+        ({"max_queue": 0}, "expected at least 1 with --replicas, got 0"),
+        ({"api_key": "a b"}, "--api-key: expected ASCII"),
+    ):
+        with pytest.raises(click.ClickException, match=message):
+            ray_app.build({**named, **options})
+
+
 def test_a_cluster_that_is_not_there_is_one_line(reduced_bundle: Path) -> None:
     options = ["--port", "0", "--replicas", "2", "--ray-address", "127.0.0.1:1"]
     result = subprocess.run(

@@ -226,9 +226,30 @@ def test_rules_that_leave_no_token_are_one_line(bundle: Path) -> None:
             _ = pipeline.generate(None, "w1").text
 
 
+@pytest.mark.parametrize("has_file", [True, False], ids=["generation_config.json", "without"])
+def test_settings_in_the_models_configuration_count_only_without_a_file_of_their_own(
+    has_file: bool, folder: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    checkpoint = shutil.copytree(folder, tmp_path / "ck")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["text_config"] |= {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "max_length": 20}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    if not has_file:
+        (checkpoint / "generation_config.json").unlink()
+    found = read_generation(read_checkpoint(str(checkpoint)))
+    theirs = AutoModelForImageTextToText.from_pretrained(checkpoint).generation_config
+    assert found.repetition_penalty == (theirs.repetition_penalty or 1.0) == (1.0 if has_file else 1.5)
+    assert found.no_repeat_ngram_size == (theirs.no_repeat_ngram_size or 0) == (0 if has_file else 2)
+    assert found.max_length is None
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"cache_implementation": "quantized"}, "cache_implementation: expected none, got 'quantized'"),
+        ({"do_sample": True, "num_return_sequences": 2}, "num_return_sequences: expected none, got 2"),
         ({"num_beams": 4}, "num_beams: expected none, got 4"),
         ({"bad_words_ids": [[3]]}, r"bad_words_ids: expected none, got \[\[3\]\]"),
         ({"do_sample": True, "min_p": 0.1}, "min_p: expected none, got 0.1"),
@@ -237,6 +258,7 @@ def test_rules_that_leave_no_token_are_one_line(bundle: Path) -> None:
             {"max_new_tokens": 0},
             r"expected generation settings in range, got 'Expected `int` >= 1 - at `\$.max_new",
         ),
+        ({"max_length": "\ud800"}, "expected generation settings in range"),
         ({"max_length": 7.5}, "expected generation settings in range"),
         ({"do_sample": True, "top_p": 1.5}, "generation settings"),
         ({"repetition_penalty": -1.0}, "expected generation settings in range"),
