@@ -17,12 +17,14 @@ converted like its image processors' ``do_convert_rgb``.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import logging
 import re
 import threading
 import warnings
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -208,6 +210,8 @@ def _decode(image: Image.Image, *, name: str, drop_alpha: bool, max_pixels: int)
         raise ImageError(f"{name}: expected at least 1x1 pixels, got {width}x{height}")
     if width * height > max_pixels:
         raise ImageError(_too_many(name, max_pixels, f"{width}x{height}"))
+    if image.format == "TIFF":
+        _silence_libtiff()
     try:
         with _pillows_limits(max_pixels):
             image.load()
@@ -217,6 +221,14 @@ def _decode(image: Image.Image, *, name: str, drop_alpha: bool, max_pixels: int)
     except Exception as error:  # Pillow's decoders raise almost anything on damaged data
         told = one_line(error)
         raise ImageError(f"{name}: expected a whole image, got {told}; the file is damaged") from error
+
+
+@cache
+def _silence_libtiff() -> None:
+    """Switch off libtiff's own lines on standard error; Pillow raises its errors as well."""
+    with suppress(OSError, AttributeError):  # another system, or a Pillow without libtiff
+        for library in set(re.findall(r"/\S*libtiff\S*", Path("/proc/self/maps").read_text())):
+            ctypes.CDLL(library).TIFFSetErrorHandler(None)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -6,6 +6,7 @@ The device returns the most likely tokens, which suffice for greedy decoding and
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 import msgspec
@@ -16,7 +17,7 @@ from trio_edge.runtime.bundle.generation import LIMIT_SETTINGS, SAMPLING_SETTING
 from trio_edge.runtime.bundle.limits import is_number, is_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -154,6 +155,10 @@ class TokenBias:
             if not is_number(value) or not -2.0 <= value <= 2.0:
                 raise ShapeError(f"{name}: expected a number in [-2, 2], got {value!r}; 0 switches it off")
         bias = logit_bias or {}
+        if not isinstance(bias, Mapping):
+            raise ShapeError(
+                f"logit_bias: expected numbers by token id, got {type(bias).__name__}; give a dict"
+            )
         for token, value in bias.items():
             if not (is_whole(token) and 0 <= token < num_tokens and is_number(value) and abs(value) <= 100):
                 raise ShapeError(

@@ -77,7 +77,7 @@ def test_a_place_that_cannot_be_written_is_a_problem(reduced_bundle: Path, tmp_p
     bundle = copy_bundle(reduced_bundle, tmp_path / "bundle")
     (bundle / "engines").write_text("a file")
     (problem,) = needs_of(bundle)["problems"]
-    assert "to be a writable folder, got none; make the bundle's folder writable" in problem
+    assert "expected a folder, got a link or a file; move it away" in problem
 
 
 def test_what_cannot_run_on_the_gpu_is_a_warning(reduced_bundle: Path) -> None:

@@ -253,7 +253,7 @@ def test_a_place_that_cannot_be_written_gives_one_line(
     copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (copy / "engines").write_text("a file")
-    assert "cannot be created" in refused([copy, *AHEAD, "--graphs", "head"], capsys)
+    assert "expected a folder, got a link or a file" in refused([copy, *AHEAD, "--graphs", "head"], capsys)
 
 
 @pytest.mark.skipif(

@@ -12,6 +12,8 @@ from trio_edge.runtime.bundle.checks import manifest_from_json
 from trio_edge.runtime.bundle.errors import BackendError, ManifestError
 from trio_edge.runtime.bundle.manifest import json_from_manifest
 from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.devices.host import HostDevice
+from trio_edge.runtime.devices.memory import check_memory
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -125,5 +127,10 @@ def test_sizes_that_the_machine_has_no_memory_for_are_refused_before_anything_is
     for sizes in (manifest["graphs"][0]["profiles"][0]["sizes"], manifest["programs"][0]["sizes"][0]):
         sizes["B"] = 1 << 25
     (bundle / "trio.json").write_text(json.dumps(manifest))
+    found = manifest_from_json((bundle / "trio.json").read_bytes(), where="trio.json")
     with pytest.raises(BackendError, match=r"CPU memory: expected .* GB in all .*, got|memory: expected"):
+        check_memory(HostDevice(), found, found.graphs, weight_bytes=0)
+    with pytest.raises(
+        ManifestError, match="expected profiles with B <= 5, the most of an image, got 33554432"
+    ):
         Pipeline.from_bundle(bundle, backend="onnxruntime")

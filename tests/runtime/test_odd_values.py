@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from tests.pictures import random_picture
 from trio_edge.calibration.evaluate import cli as cli_eval
@@ -34,7 +34,8 @@ ODD: dict[str, Any] = {
 LOADING = ("backend", "threads", "cpu_accuracy", "keep_images", "max_pixels")
 ASKING = (
     "video", "fps", "num_frames", "source_fps", "history", "system", "max_new_tokens", "temperature", "top_p", "top_k",
-    "seed", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "constraint", "override",
+    "seed", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "constraint", "override", "presence_penalty",
+    "frequency_penalty", "logit_bias", "num_logprobs",
 )  # fmt: skip
 
 
@@ -254,3 +255,23 @@ def test_a_manifest_that_would_change_answers_is_refused(
     (bundle / "trio.json").write_text(json.dumps(manifest))
     with pytest.raises((ManifestError, BundleError, ShapeError), match=CHANGES[change][1]):
         Pipeline.from_bundle(bundle, threads=1)
+
+
+# Libraries that print
+
+
+@pytest.mark.skipif(not features.check("libtiff"), reason="Pillow has no libtiff")
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate", "jpeg", "group4"])
+def test_a_damaged_tiff_prints_no_line_of_libtiff(
+    compression: str, reduced_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file, image = tmp_path / "image.tif", IMAGE.convert("1") if compression == "group4" else IMAGE
+    image.save(file, compression=compression)
+    data = bytearray(file.read_bytes())
+    for place in range(len(data) // 4, len(data) // 2, 3):
+        data[place] ^= 0x5A
+    file.write_bytes(data)
+    asked = ["--image", str(file), "--prompt", "w1", "--threads", "1", "--max-new-tokens", "1"]
+    assert cli_run.main([str(reduced_bundle), *asked]) in (0, 2)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(("trio-run: image ", "onnxruntime: first token "))
