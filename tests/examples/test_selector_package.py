@@ -93,7 +93,7 @@ def test_a_runtime_without_torch_and_without_the_package_runs_it(bundle: Path, t
 def test_it_is_inspected_without_and_predicted_with_the_package(site: Path, bundle: Path) -> None:
     shown = trio(None, "trio-inspect", bundle)
     assert shown.returncode == 0, shown.stderr
-    assert "layer 1 keeps" in shown.stdout
+    assert " at layer 1 " in shown.stdout
     predicted = trio(site, "trio-profile", bundle, "--predict", "orin-nano-8", "--keep", "70%")
     assert predicted.returncode == 0, predicted.stderr
     missing = trio(None, "trio-profile", bundle, "--predict", "orin-nano-8")
