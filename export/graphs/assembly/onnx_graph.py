@@ -58,7 +58,7 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     _aten.flatten.using_ints: core.aten_flatten,
     _aten.numpy_T.default: lambda x: opset18.Transpose(x),
     _aten.reshape.default: core.aten_view,  # torch's translation takes a size of 0 for a wildcard
-    _aten.rsub.Scalar: lambda x, other, _alpha=1: opset18.Sub(opset18.CastLike(other, x), x),
+    _aten.rsub.Scalar: lambda x, other: opset18.Sub(opset18.CastLike(other, x), x),
     _aten.to.dtype: lambda x, dtype, *_: opset18.Cast(x, to=dtype),
     _aten.__and__.Tensor: lambda x, y: opset18.And(x, y) if _is_bool(x) else opset18.BitwiseAnd(x, y),
     _aten.__or__.Tensor: lambda x, y: opset18.Or(x, y) if _is_bool(x) else opset18.BitwiseOr(x, y),
@@ -145,8 +145,8 @@ def _captured_once() -> Iterator[None]:
         program: torch.export.ExportedProgram, table: Any
     ) -> torch.export.ExportedProgram:
         program.graph.eliminate_dead_code()
-        operators = {node.target for node in program.graph.nodes if node.op == "call_function" and node.users}
-        return decompose(program, table) if any(_is_apart(op, table) for op in operators) else program
+        nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+        return decompose(program, table) if any(_is_apart(node, table) for node in nodes) else program
 
     with mock.patch.object(program_type, "run_decompositions", decompose_if_needed):
         yield
@@ -156,17 +156,20 @@ def _is_bool(value: ir.Value) -> bool:
     return value.dtype == ir.DataType.BOOL
 
 
-def _is_apart(operator: Any, table: Any) -> bool:
-    """Return whether torch has to take ``operator`` apart.
+def _is_apart(node: torch.fx.Node, table: Any) -> bool:
+    """Return whether torch has to take the operator of ``node`` apart.
 
     It has no translation, writes to its input, holds a graph, or is a view whose translation may differ from that of its parts.
     """
+    operator = node.target
     if not isinstance(operator, torch._ops.OpOverload):
         return isinstance(operator, torch._ops.HigherOrderOperator)
-    if operator in _TRANSLATIONS:
+    if operator._schema.is_mutable:
+        return True
+    if operator in _TRANSLATIONS or not node.users:  # checks of sizes have no users
         return False
     is_view = any(output.alias_info is not None for output in operator._schema.returns)
-    return operator in table or operator._schema.is_mutable or (is_view and operator._can_decompose())
+    return operator in table or (is_view and operator._can_decompose())
 
 
 def _system_error(error: BaseException) -> OSError | None:
