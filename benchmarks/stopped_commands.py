@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--moments", type=positive, default=200, help="stops before a command's end")
     parser.add_argument("--seconds", type=positive, default=3600, help="stop after this time")
     parser.add_argument("--seed", type=positive, default=1)
+    parser.add_argument("--only", nargs="+", help="names of commands; all by default")
     options = parser.parse_args()
     with errors_in_one_line(parser):
         run(options)
@@ -89,6 +90,7 @@ def run(options: argparse.Namespace) -> None:
     temporary.mkdir(parents=True, exist_ok=True)
     os.environ["TMPDIR"] = str(temporary)
     commands, rng = _commands(options.work), random.Random(options.seed)
+    commands = [command for command in commands if command.name in (options.only or command.name)]
     end = time.monotonic() + options.seconds
     seconds = {command.name: _whole_run(command.program, command.port) for command in commands}
     counts: Counter[tuple[str, str, str]] = Counter()
@@ -123,14 +125,15 @@ def _commands(work: Path) -> list[_Command]:
         folder.mkdir(exist_ok=True)
     tiny = "trio-export tiny --dtype float32 --max-text 64 --max-new-tokens 16 --force --out"
     export, further = _program(tiny, bundle), [sys.executable, "-c", _FURTHER, str(asked), _PICTURE]
-    _call(export)
-    if not built.exists():
-        shutil.copytree(bundle, built)
-    _call(_program(f"{tiny[:-6]} --follow-ups --out", asked))
+    if not (built.exists() and asked.exists()):
+        _call(export)
+        shutil.copytree(bundle, built, dirs_exist_ok=True)
+        _call(_program(f"{tiny[:-6]} --follow-ups --out", asked))
     content, answers = _content(asked), _call(further)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    search = f"trio-calibrate tiny --samples {drawn_questions(6)} --target jetson-orin-nano-8 --evaluations 2 --no-export"
+    search = f"trio-calibrate tiny --samples {drawn_questions(6)} --target jetson-orin-nano-8 --no-export"
+    search += " --layers 1,2 --keeps 10%,40% --evaluations 1 --max-stages 2 --nms-thresholds 0.8"
     serve = _program("trio-serve --port", port, asked)
     question = ["--image", _PICTURE, "--prompt", _QUESTION]
 
