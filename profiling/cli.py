@@ -22,6 +22,7 @@ from trio_edge.runtime.bundle.errors import BundleError, TargetError
 from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.console import backend_options, run
+from trio_edge.runtime.cli.interruption import interruptible
 from trio_edge.runtime.cli.tables import wide_console
 from trio_edge.trio.cost.devices import DEVICES, find_device
 
@@ -177,7 +178,7 @@ def _predict(
 
 def _profile(outputs: dict[str, Path], **settings: Any) -> None:
     console = Console(stderr=True)
-    with console.status("") as status:
+    with interruptible(), console.status("") as status:
         if console.is_terminal:
             settings["on_step"] = status.update
         measurement = measure(MeasureOptions(**settings))

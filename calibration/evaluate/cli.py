@@ -17,6 +17,7 @@ from trio_edge.calibration.progress import progress_bars
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.cli.console import backend_options, run
+from trio_edge.runtime.cli.interruption import interruptible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,7 +69,7 @@ def command(json_file: Path | None, quiet: bool, **settings: Any) -> int:
     """Ask all BUNDLEs the same questions and print accuracy, agreement with keep-all, FLOPs and time."""
     if json_file is not None:
         check_outputs({"--json": json_file})
-    with progress_bars("trio-eval", quiet=quiet) as progress:
+    with interruptible(), progress_bars("trio-eval", quiet=quiet) as progress:
         report = evaluate(EvaluationOptions(**settings), progress)
     if report.runs:
         if json_file is not None:

@@ -1,7 +1,7 @@
 """Writes folders and files completely or not at all: next to their target, and renamed at the end.
 
-The temporary folder is locked while its process lives. So the next writer of the same target can tell the leftovers of a
-killed process, which it deletes, from a folder that another process is still writing.
+The temporary folder or file is locked while its process lives. So the next writer of the same target can tell the leftovers
+of a killed process, which it deletes, from what another process is still writing.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import re
 import shutil
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.bundle.errors import DataError
 
@@ -60,7 +60,7 @@ def atomic_folder(
         target.parent.mkdir(parents=True, exist_ok=True)
         delete_leftovers(target)
         _check_free(target.parent, num_bytes=num_bytes, error=error, elsewhere=elsewhere)
-        partial, lock = _new_folder(target)
+        partial, lock = _new_partial(target, is_folder=True)
     except OSError as reason:
         raise error(f"{target}: cannot be created ({reason.strerror}); {way_out}") from None
     try:
@@ -109,37 +109,51 @@ def _check_free(folder: Path, *, num_bytes: int, error: type[TrioEdgeError], els
 
 
 def delete_leftovers(target: Path) -> None:
-    """Delete the temporary folders of killed writers of ``target``; a folder that a living process has locked stays.
+    """Delete what killed writers of ``target`` have left; what a living process has locked stays.
 
     Raises:
         OSError: If the folder that holds ``target`` cannot be listed.
     """
     pattern = re.compile(rf"\.{re.escape(target.name)}\.partial-[a-z0-9_]{{8}}")
-    for folder in [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]:
+    for partial in [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]:
         try:
-            lock = lock_folder(folder)
+            lock = lock_folder(partial)
         except OSError:  # in use, not ours, or just deleted by another writer
             continue
         if lock is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            _delete(partial)
             unlock_folder(lock)
 
 
-def _new_folder(target: Path) -> tuple[Path, int | None]:
-    """Return a new folder next to ``target``, and its lock."""
+def _delete(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    with suppress(OSError):  # a folder, which is gone, or a file of another user
+        partial.unlink()
+
+
+def _new_partial(target: Path, *, is_folder: bool) -> tuple[Path, int | None]:
+    """Return a new folder or file next to ``target``, and its lock."""
+    place: dict[str, Any] = {"prefix": f".{target.name}.partial-", "dir": target.parent}
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        if is_folder:
+            partial = Path(tempfile.mkdtemp(**place))
+        else:
+            handle, name = tempfile.mkstemp(**place)
+            os.close(handle)
+            partial = Path(name)
         try:
-            lock = lock_folder(folder)
+            lock = lock_folder(partial)
         except (BlockingIOError, FileNotFoundError):  # another writer mistook it for a leftover
             continue
-        if folder.exists():
-            return folder, lock
+        if partial.exists():
+            return partial, lock
         unlock_folder(lock)
 
 
 def lock_folder(folder: Path) -> int | None:
     """Return a descriptor that locks ``folder`` until it is closed, also by a kill; None where folders have no locks.
+
+    A file can be locked as well.
 
     Raises:
         BlockingIOError: If another process has locked it.
@@ -149,7 +163,7 @@ def lock_folder(folder: Path) -> int | None:
         return None
     import fcntl
 
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would block
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -216,22 +230,31 @@ def _check_output(option: str, path: Path) -> None:
     # Renaming onto a device would put a file in its place.
     if (path.exists() or path.is_symlink()) and not path.is_file():
         raise DataError(f"{option}: expected a regular file, got {path}; choose another name")
-    _new_partial_file(path).unlink()
+    partial, lock = _new_partial(path.resolve(), is_folder=False)
+    partial.unlink()
+    unlock_folder(lock)
 
 
 def write_output(option: str, path: Path, content: bytes) -> None:
     """Write ``content`` next to ``path`` and rename it; a link's target is replaced, not the link.
 
+    Leftovers of killed writers of ``path`` are deleted first.
+
     Raises:
         DataError: If it cannot be written; the message names ``option``, and an existing file stays as it was.
     """
     with _data_errors(option, path):
-        partial = _new_partial_file(path)
+        target = path.resolve()
+        with suppress(OSError):  # a folder that cannot be listed
+            delete_leftovers(target)
+        partial, lock = _new_partial(target, is_folder=False)
         try:
+            partial.chmod(0o644)  # mkstemp makes it private; a report is an ordinary file
             partial.write_bytes(content)
-            partial.replace(path.resolve())
+            partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
+            unlock_folder(lock)
 
 
 @contextmanager
@@ -244,12 +267,3 @@ def _data_errors(option: str, path: Path) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"{option} {path}: cannot be written ({reason}); choose another folder") from None
-
-
-def _new_partial_file(path: Path) -> Path:
-    place = path.resolve()
-    handle, name = tempfile.mkstemp(prefix=f".{place.name}.", dir=place.parent)
-    os.close(handle)
-    partial = Path(name)
-    partial.chmod(0o644)  # mkstemp makes it private; a report is an ordinary file
-    return partial

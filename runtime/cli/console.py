@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-_FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's quota
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, or a limit on files
 # A terminal that has hung up, or a file opened for reading.
 _UNWRITABLE = (errno.EIO, errno.EBADF, errno.ENXIO)
 _NAMES = {

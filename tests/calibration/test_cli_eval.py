@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import tempfile
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -203,6 +205,21 @@ def test_a_bad_request_gives_one_line(
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1
     assert expected in error
+
+
+def test_sigterm_leaves_no_temporary_folder(
+    reduced_bundle: Path,
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(Pipeline, "generate", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    assert cli_eval.main([str(reduced_bundle), "--data", str(questions), "--quiet"]) == 130
+    assert capsys.readouterr().err.strip() == "trio-eval: interrupted"
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 @pytest.mark.parametrize("selection", BASELINES)

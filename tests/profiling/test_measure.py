@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -423,11 +424,16 @@ def test_a_question_that_a_bundle_has_no_room_for_names_the_bundle(
     assert f"trio-profile: {keep_all_bundle}: prompt: expected at most 64 text tokens" in error
 
 
-def test_ctrl_c_leaves_no_file_and_closes_the_graphs(
-    keep_all_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_leaves_no_file_and_closes_the_graphs(
+    number: signal.Signals,
+    keep_all_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     closed = []
-    monkeypatch.setattr(LoadedBundle, "answer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(LoadedBundle, "answer", lambda *_: signal.raise_signal(number))
     monkeypatch.setattr(Pipeline, "close", lambda pipeline: closed.append(pipeline))
     assert main([str(keep_all_bundle), "--json", str(tmp_path / "profile.json")]) == 130
     assert capsys.readouterr().err.strip().endswith("trio-profile: interrupted")
