@@ -7,6 +7,7 @@ A process that ends or stands still is a finding; another one goes on after the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -87,10 +88,11 @@ def run(
             _Share(inputs.start + number, inputs.stop, processes, Path(folder) / str(number))
             for number in range(processes)
         ]
-        while any(share.first < share.last for share in shares) and time.monotonic() < end:
-            for share in shares:
-                _watch(share, bundle, seed, kinds)
-            time.sleep(0.2)
+        with contextlib.suppress(KeyboardInterrupt):  # what was run so far counts
+            while any(share.first < share.last for share in shares) and time.monotonic() < end:
+                for share in shares:
+                    _watch(share, bundle, seed, kinds)
+                time.sleep(0.2)
         for share in shares:
             if share.process is not None:
                 share.process.kill()
