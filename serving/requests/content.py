@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from trio_edge.serving.requests.errors import RequestError
 from trio_edge.serving.requests.protocol import ChatRequest, ImagePart, Part, TextPart
 
 if TYPE_CHECKING:
@@ -21,7 +22,11 @@ class Prompt:
     """The messages of a request, and the video files that they name."""
 
     def __init__(self, messages: Iterable[Message]) -> None:
-        """Write each video, given as bytes, to a file that exists until ``close``."""
+        """Write each video, given as bytes, to a file that exists until ``close``.
+
+        Raises:
+            RequestError: If the disk has no room for it.
+        """
         self._files = ExitStack()
         self._folders: list[str] = []
         try:
@@ -46,10 +51,14 @@ class Prompt:
     def _with_file(self, part: dict[str, Any]) -> dict[str, Any]:
         if part["type"] != "video":
             return part
-        folder = self._files.enter_context(tempfile.TemporaryDirectory(prefix="trio-serve-"))
-        self._folders.append(folder)
-        path = Path(folder) / "video"
-        path.write_bytes(part["video"])
+        try:
+            folder = self._files.enter_context(tempfile.TemporaryDirectory(prefix="trio-serve-"))
+            self._folders.append(folder)
+            path = Path(folder) / "video"
+            path.write_bytes(part["video"])
+        except OSError as error:
+            message = f"video: expected room on the server's disk, got '{error.strerror}'; try again later"
+            raise RequestError(503, message, code="disk_full", param="messages") from None
         return {**part, "video": path}
 
 

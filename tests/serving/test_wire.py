@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -38,6 +41,20 @@ def test_a_request_travels_with_its_images_read() -> None:
     chat, messages = travelled(prompt, temperature=0.5, stop=["a"], trio={"kept": True})
     assert messages == prompt.messages
     assert (chat.temperature, chat.stops, chat.trio.kept) == (0.5, ("a",), True)  # type: ignore[attr-defined]
+
+
+def test_a_full_disk_refuses_a_video_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_path: Path, _content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(RequestError, match="expected room on the server's disk, got 'No space left") as info:
+        Prompt([{"role": "user", "content": [{"type": "video", "video": b"frames"}]}])
+    assert info.value.status == 503
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_video_travels_as_bytes_and_becomes_a_file_again() -> None:
