@@ -6,6 +6,7 @@ graph. With stages it is TRIO as in the paper's code: probes by autograd over al
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -100,9 +101,10 @@ class LayersInTorch:
         *,
         mask: Tensor | None = None,
     ) -> Tensor:
-        result: Tensor = self._layers[index](
-            hidden, attention_mask=mask, position_embeddings=tables, past_key_values=rows
-        )
+        layer = self._layers[index]
+        # transformers 5.24 has renamed the argument
+        name = "cache" if "cache" in inspect.signature(layer.forward).parameters else "past_key_values"
+        result: Tensor = layer(hidden, attention_mask=mask, position_embeddings=tables, **{name: rows})
         return result
 
     def _prefill(self, index: int) -> Callable[[], None]:
