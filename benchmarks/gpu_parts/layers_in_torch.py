@@ -30,7 +30,7 @@ class _Rows:
         """Write after ``past_length`` rows, or from the first row if it is None."""
         self._pair, self._past_length = pair, past_length
 
-    def update(self, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    def update(self, key: Tensor, value: Tensor, *_: Any, **_settings: Any) -> tuple[Tensor, ...]:
         """Store the new rows; return the rows for the new queries: these in a prefill, the whole buffer in decode."""
         for cache, rows in zip(self._pair, (key, value)):
             if self._past_length is None:
