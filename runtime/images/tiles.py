@@ -214,8 +214,11 @@ class InternVlImages(TileImages, frozen=True, kw_only=True, tag_field="kind", ta
 @lru_cache
 def _grids(least: int, most: int) -> tuple[tuple[int, int], ...]:
     """Return (columns, rows) of every grid, by number of tiles. Source: get_all_supported_aspect_ratios."""
-    sides = range(1, most + 1)
-    grids = [(columns, rows) for columns in sides for rows in sides if least <= columns * rows <= most]
+    grids = [
+        (columns, rows)
+        for columns in range(1, most + 1)
+        for rows in range(max(1, -(-least // columns)), most // columns + 1)
+    ]
     # The sort is stable: grids with equally many tiles keep the original's order, which decides ties.
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
