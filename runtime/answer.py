@@ -70,7 +70,7 @@ class Generation:
         self.first_logits: NDArray[np.float32] = np.empty(0, np.float32)
         """[V], logits of the first token; available with the first piece."""
         self.logprobs: list[TokenLogprobs] = []
-        """Of each token of ``token_ids``, if ``num_logprobs`` was given."""
+        """Log probabilities of each token in ``token_ids``; empty if ``num_logprobs`` was not given."""
         self.kept: list[NDArray[np.int32]] = []
         """Kept tokens of each stage: ascending indices into the visual tokens of all images."""
         self.images: tuple[Image.Image, ...] = ()

@@ -74,7 +74,7 @@ HEAD_NAME = "lm_head.weight"
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 _READ_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".safetensors")
-"""Of all files that we or transformers read."""
+"""Ends of the names of all files that this package or transformers reads."""
 _LAYERS = re.compile(r"num_hidden_layers|depth")
 _AXES = re.compile(
     r"(hidden|intermediate|out_hidden|vocab)_size|head_dim|num_(attention_|key_value_)?heads|num_position_embeddings"

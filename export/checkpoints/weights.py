@@ -145,9 +145,8 @@ def bytes_to_write(sources: Mapping[str, SourceTensor], *, dtype: FloatType, who
 
 
 def _need_no_change(sources: Mapping[str, SourceTensor], dtype: FloatType) -> bool:
-    size = np.dtype(
-        dtype
-    ).itemsize  # pieces of a file divide no number if its place is a multiple of its size
+    # A piece of a file divides no number whose place is a multiple of its size.
+    size = np.dtype(dtype).itemsize
     return all(
         source.dtype == _FILE_TYPES[dtype] and source.offset % size == 0 for source in sources.values()
     )

@@ -282,7 +282,7 @@ class TokenChooser:
             raise ShapeError(f"num_logprobs: expected a whole number >= 0, got {num_logprobs!r}; choose one")
         self._sampler, self._rules, self._num_logprobs = sampler, rules, num_logprobs
         self.logprobs: list[TokenLogprobs] = []
-        """Of each chosen token, with ``num_logprobs`` others; empty without that number."""
+        """Log probabilities of each chosen token and of the ``num_logprobs`` most likely ones; empty if that number is None."""
 
     def choose(self, top: TopTokens, all_logits: Callable[[], NDArray[np.float32]]) -> int:
         """Return the next token from the most likely ones or, if these do not decide it, from ``all_logits`` [V].

@@ -44,7 +44,7 @@ _FILES = ("config.json",) * 6 + (
     "tokenizer_config.json",
 )
 _MOST_SECONDS = 20.0
-"""Of the processor; most take half a second."""
+"""Processor time of one input; most inputs take half a second."""
 
 
 class _Traced(Exception):  # noqa: N818  # no error
