@@ -216,6 +216,7 @@ def write(
     if constants:
         weights = weights.with_more(store_constants(constants, folder))
     texts = {text.spec.tokenizer: text.tokenizer, text.spec.chat_template: text.chat_template}
+    texts[text.decisions.template] = text.decision_template
     if clip is not None:
         texts[clip.spec.tokenizer] = clip.tokenizer
     for name, content in texts.items():
@@ -295,6 +296,7 @@ def record(
         max_position=max_positions(model.text_config),
         position_axes=model.position_axes,
         text=resolved.text.spec,
+        decisions=resolved.text.decisions,
         generation=resolved.generation,
         image_processing=resolved.processing.to_dict(),
         max_images=options.num_units,

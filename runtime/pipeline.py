@@ -13,16 +13,20 @@ import os
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 
 import numpy as np
 
-from trio_edge.runtime.answer import Generation
+from trio_edge.runtime.answer import Generation, Statistics
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import BackendError, BundleError, ShapeError
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS, is_whole
 from trio_edge.runtime.bundle.reader import Bundle, TokenTable, open_bundle
+from trio_edge.runtime.decisions.labels import log_probabilities, normalized
+from trio_edge.runtime.decisions.questions import Decision, Question, check_questions
+from trio_edge.runtime.decisions.wording import Wording, with_text
 from trio_edge.runtime.images.interface import image_processing
 from trio_edge.runtime.images.reading import load_common_formats, open_image
 from trio_edge.runtime.model.decoder import Decoder
@@ -56,15 +60,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
     from PIL import Image
 
     from trio_edge.runtime.backends.interface import Backend
     from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.runtime.decisions.wording import Asked, Plan, Sharing
     from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.images.reading import ImageSource
+    from trio_edge.runtime.model.decoder import PrefillResult
     from trio_edge.runtime.model.host_selection import SelectorOverride
     from trio_edge.runtime.model.sampling import TokenConstraint
-    from trio_edge.runtime.model.vision import PreparedImage
+    from trio_edge.runtime.model.vision import PreparedImage, VisualInput
     from trio_edge.runtime.prompts.chat import Message
     from trio_edge.runtime.prompts.tokenizer import PromptIds
 
@@ -103,6 +110,16 @@ class _Request(NamedTuple):
     prepare_ms: float
 
 
+@dataclass(slots=True)
+class _Seen:
+    """What questions about the same images share."""
+
+    visual: VisualInput | None = None
+    result: PrefillResult | None = None
+    """The last prefill's, whose rows are in the KV caches."""
+    kept: Sequence[NDArray[np.int32]] = ()
+
+
 @final
 class Pipeline:
     """An opened bundle with all its graphs loaded. Answers one question at a time, from any thread of its process."""
@@ -122,6 +139,7 @@ class Pipeline:
             )
         manifest = bundle.manifest
         self.manifest: Manifest = manifest
+        self._bundle = bundle
         self.backend_name = backend.name
         self.images = image_processing(
             manifest.image_processing,
@@ -151,8 +169,8 @@ class Pipeline:
         load_common_formats()
         with suppress(BundleError):
             compile_template(self._template)
-        self._running: Generation | None = None
-        """The answer whose rows are in the KV caches."""
+        self._running: object = None
+        """The answer, or the plan of questions, whose rows are in the KV caches."""
         self._is_open = True
         self._process = os.getpid()
         self._lock = threading.Lock()
@@ -222,23 +240,8 @@ class Pipeline:
             ShapeError: If prompt, images or request exceed what the bundle was exported for.
             BackendError: If the pipeline is closed; while streaming also if a graph fails.
         """
-        if image is None:
-            images: Sequence[ImageSource] = ()
-        else:
-            images = list(image) if isinstance(image, (list, tuple)) else [cast("ImageSource", image)]
-        if not isinstance(prompt, str):
-            raise ShapeError(f"prompt: expected text, got {type(prompt).__name__}; write a question")
-        if system is not None and not isinstance(system, str):
-            raise ShapeError(f"system: expected text, got {type(system).__name__}; write a system prompt")
-        for turn in history if isinstance(history, (list, tuple)) else (history,):
-            is_pair = isinstance(turn, (list, tuple)) and len(turn) == 2
-            if not is_pair or not all(isinstance(text, str) for text in turn):
-                raise ShapeError(
-                    f"history: expected pairs of question and answer, got {turn!r:.80}; pass pairs"
-                )
         sampling = {"fps": fps, "num_frames": num_frames, "source_fps": source_fps}
-        videos = [] if video is None else [{"video": video, **sampling}]
-        messages = build_messages(prompt, images=images, videos=videos, history=history, system=system)
+        messages = _messages(image, prompt, video=video, history=history, system=system, **sampling)
         return self.chat(messages, **settings)
 
     def chat(
@@ -339,6 +342,72 @@ class Pipeline:
             prepare_ms=1e3 * (time.perf_counter() - start),
         )
         return Generation(partial(self._steps, request))
+
+    def decide(
+        self,
+        image: ImageSource | Sequence[ImageSource] | None,
+        questions: Question | Sequence[Question],
+        *,
+        evidence: str = "",
+        sharing: Sharing = "auto",
+        both_orders: bool = False,
+        **shown: Any,
+    ) -> list[Decision]:
+        """Return the probabilities of the answers to ``questions`` about images or a video, without decoding an answer.
+
+        Args:
+            image: As for ``generate``.
+            questions: One or several; the vision graph runs once for all of them.
+            evidence: Text that the questions are about as well.
+            sharing: "each" selects visual tokens for every question; "joint" does it once with all of them in view, which needs
+                a bundle exported with --follow-ups; "auto" takes "joint" for several questions where that is possible.
+            both_orders: Also read each choice and score with its options reversed, and return the mean.
+            shown: ``video``, ``fps``, ``num_frames``, ``source_fps`` and ``system`` of ``generate``.
+
+        Raises:
+            ImageError: If an image cannot be read.
+            ShapeError: If a question or an image does not fit the bundle, or an answer cannot be told from the others.
+            BundleError: If the bundle has no template for questions.
+            BackendError: If the pipeline is closed, or a graph fails.
+        """
+        messages = _messages(image, evidence, **shown)
+        asked = [questions] if isinstance(questions, Question) else questions
+        return list(self.iter_decisions(messages, asked, sharing=sharing, both_orders=both_orders))
+
+    def iter_decisions(
+        self,
+        messages: Sequence[Message],
+        questions: Sequence[Question],
+        *,
+        sharing: Sharing = "auto",
+        both_orders: bool = False,
+    ) -> Iterator[Decision]:
+        """Yield the answers to ``questions`` about a conversation one by one; the rest is as for ``decide`` and ``chat``.
+
+        The last turn is evidence: its images and its text come before each question. All is checked before a graph runs.
+        """
+        self._check_open()
+        start = time.perf_counter()
+        check_messages(messages)
+        asked, wording = check_questions(questions), Wording(self._bundle, self.tokenizer)
+        shown = self._open(with_text(messages, wording.text_of(asked, messages)))
+        plan = wording.plan(
+            asked,
+            messages,
+            [part.inset for part in shown],
+            sharing=sharing,
+            both_orders=both_orders,
+            can_branch=self._decoder.can_branch,
+        )
+        prepared = [image for part in shown for image in part.prepared]
+        self._vision.rows_for(prepared)  # refuses too many
+        images = {asked.text: prepared for orders in plan.rounds for asked in orders}
+        if self._vision.reads_question and plan.joint is None:
+            for text in images:
+                shown = self._open(with_text(messages, text))
+                images[text] = [image for part in shown for image in part.prepared]
+        prepare_ms = 1e3 * (time.perf_counter() - start)
+        return self._decisions(plan, images, wording=wording, prepare_ms=prepare_ms)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -445,12 +514,8 @@ class Pipeline:
                 break
             start = time.perf_counter()
             with self._lock:
-                # The caller may have closed the pipeline or asked another question in the meantime.
-                self._check_open()
-                if self._running is not generation:
-                    raise ShapeError(
-                        "answer: expected one answer at a time, another was started; finish streaming first"
-                    )
+                self._check_open()  # the caller may have closed the pipeline in the meantime
+                self._check_running(generation)
                 top = self._decoder.decode(np.asarray(self._embedding[token]))
                 statistics.kv_bytes = self._decoder.kv_bytes
                 token = request.chooser.choose(top, self._decoder.logits)
@@ -463,33 +528,160 @@ class Pipeline:
         """See the images, write the prompt, prefill, and return the first token."""
         self._check_open()
         self._running, statistics = generation, generation.statistics
-        start = time.perf_counter()
-        manifest, vision, ids, prepared = self.manifest, self._vision, request.ids, request.prepared
-        bucket = next(size for size in manifest.text_buckets if size >= ids.num_tokens)
-        after = self._embedding[ids.after] if vision.reads_embeddings else None
-        visual = vision.encode_images(prepared, after=after, text_bucket=bucket)
+        start, ids, prepared = time.perf_counter(), request.ids, request.prepared
+        visual = self._see(ids, prepared)
         prefill_start = time.perf_counter()
-        prompt = write_prompt(
-            ids,
-            visual,
-            manifest=manifest,
-            embedding=self._embedding,
-            text_bucket=bucket,
-            kept_images=() if vision.reads_question else prepared,
-        )
-        result = self._decoder.prefill(prompt, override=request.override)
-        statistics.kv_bytes = self._decoder.kv_bytes
+        result = self._prefill(ids, visual, prepared, override=request.override)
         token = request.chooser.choose(result.top, self._decoder.logits)
         now = time.perf_counter()
         # Choosing the token has waited for the device, so the kept indices are valid.
-        generation.layouts, statistics.graph_ms = vision.layouts, vision.graph_ms
+        generation.layouts, statistics.graph_ms = self._vision.layouts, self._vision.graph_ms
         generation.first_logits, generation.kept = result.logits, result.kept
-        statistics.visual_tokens, statistics.text_tokens = visual.num_visual, ids.num_tokens
-        statistics.kept_tokens = tuple(len(kept) for kept in result.kept)
-        statistics.average_keep = manifest.average_keep_of(visual.num_visual, num_images=len(prepared))
+        self._count(statistics, visual, result, num_images=len(prepared))
+        statistics.text_tokens, statistics.image_was_kept = ids.num_tokens, visual.was_kept
         statistics.ttft_ms += 1e3 * (now - start)
         statistics.prefill_ms = 1e3 * (now - prefill_start)
-        statistics.graph_ms |= self._decoder.timeline.milliseconds()
-        statistics.repaired_stages, statistics.image_was_kept = result.num_repaired, visual.was_kept
-        statistics.prefix_was_kept = self._decoder.prefix_was_kept
         return token
+
+    def _see(self, ids: PromptIds, prepared: Sequence[PreparedImage]) -> VisualInput:
+        """Enqueue the graphs before the decoder for a prompt's images."""
+        after = self._embedding[ids.after] if self._vision.reads_embeddings else None
+        return self._vision.encode_images(prepared, after=after, text_bucket=self._bucket(ids))
+
+    def _bucket(self, ids: PromptIds) -> int:
+        return next(size for size in self.manifest.text_buckets if size >= ids.num_tokens)
+
+    def _prefill(
+        self,
+        ids: PromptIds,
+        visual: VisualInput,
+        prepared: Sequence[PreparedImage],
+        *,
+        override: SelectorOverride | None = None,
+    ) -> PrefillResult:
+        """Write the prompt and run it."""
+        prompt = write_prompt(
+            ids,
+            visual,
+            manifest=self.manifest,
+            embedding=self._embedding,
+            text_bucket=self._bucket(ids),
+            kept_images=() if self._vision.reads_question else prepared,
+        )
+        return self._decoder.prefill(prompt, override=override)
+
+    def _count(
+        self, statistics: Statistics, visual: VisualInput, result: PrefillResult, *, num_images: int
+    ) -> None:
+        """Write the size of a prefill and the device's times to ``statistics``."""
+        statistics.visual_tokens, statistics.kv_bytes = visual.num_visual, self._decoder.kv_bytes
+        statistics.kept_tokens = tuple(len(kept) for kept in result.kept)
+        statistics.average_keep = self.manifest.average_keep_of(visual.num_visual, num_images=num_images)
+        statistics.graph_ms |= self._decoder.timeline.milliseconds()
+        statistics.repaired_stages = result.num_repaired
+        statistics.prefix_was_kept = self._decoder.prefix_was_kept
+
+    def _decisions(
+        self,
+        plan: Plan,
+        images: Mapping[str, Sequence[PreparedImage]],
+        *,
+        wording: Wording,
+        prepare_ms: float,
+    ) -> Iterator[Decision]:
+        """Yield the answers to the questions of a plan; ``images`` are those for each question's text."""
+        seen = _Seen()
+        for number, orders in enumerate(plan.rounds):
+            statistics, start = Statistics(ttft_ms=prepare_ms * (number == 0)), time.perf_counter()
+            with self._lock:
+                self._check_open()
+                if number > 0:
+                    self._check_running(plan)
+                self._running = plan
+                reads = []
+                for asked in orders:
+                    logits = self._first_logits(asked, plan.joint, images[asked.text], seen, statistics)
+                    reads.append(self._probabilities(asked, logits, wording))
+            statistics.ttft_ms += 1e3 * (time.perf_counter() - start)
+            # The second of two orders has the options reversed.
+            shares = np.mean([shares[:: -1 if turn else 1] for turn, (shares, _) in enumerate(reads)], axis=0)
+            mass = float(np.mean([mass for _, mass in reads]))
+            yield Decision(orders[0].question, tuple(shares.tolist()), mass, statistics, tuple(seen.kept))
+
+    def _first_logits(
+        self,
+        asked: Asked,
+        joint: PromptIds | None,
+        prepared: Sequence[PreparedImage],
+        seen: _Seen,
+        statistics: Statistics,
+    ) -> NDArray[np.float32]:
+        """Return the logits [V] of a question's first answer token; ``seen`` has what earlier questions left."""
+        start, ids = time.perf_counter(), joint or asked.ids
+        is_own = joint is None and self._vision.reads_question
+        statistics.image_was_kept = seen.visual is not None and not is_own
+        if seen.visual is None or is_own:
+            seen.visual = self._see(ids, prepared)
+            statistics.image_was_kept = seen.visual.was_kept
+        if seen.result is None or joint is None:
+            seen.result = self._prefill(ids, seen.visual, prepared)
+            statistics.graph_ms |= self._vision.graph_ms
+        self._count(statistics, seen.visual, seen.result, num_images=len(prepared))
+        seen.kept, logits = seen.result.kept, seen.result.logits
+        if joint is not None and asked.ids is not joint:
+            logits = self._decoder.branch(self._embedding[asked.ids.after])
+        statistics.text_tokens += asked.ids.num_tokens
+        statistics.prefill_ms += 1e3 * (time.perf_counter() - start)
+        return logits
+
+    def _probabilities(
+        self, asked: Asked, logits: NDArray[np.float32], wording: Wording
+    ) -> tuple[NDArray[np.float64], float]:
+        """Return the options' probabilities, whose sum is 1, and their share of the whole, from the first token's logits."""
+
+        def step(token: int) -> NDArray[np.float32]:
+            self._decoder.decode(np.asarray(self._embedding[token]))
+            return self._decoder.logits()
+
+        logs = log_probabilities(
+            asked.labels,
+            logits,
+            stop_ids=self.manifest.text.stop_token_ids,
+            step=step,
+            back=lambda: self._decoder.skip(-1),
+        )
+        mass = float(np.exp(np.logaddexp.reduce(logs)))
+        return normalized(logs, temperature=wording.temperature(asked.question)), mass
+
+    def _check_running(self, answer: object) -> None:
+        # The caller may have asked another question in the meantime.
+        if self._running is not answer:
+            raise ShapeError(
+                "answer: expected one answer at a time, another was started; finish streaming first"
+            )
+
+
+def _messages(
+    image: ImageSource | Sequence[ImageSource] | None,
+    prompt: str,
+    *,
+    video: str | Path | Sequence[ImageSource] | None = None,
+    history: Sequence[tuple[str, str]] = (),
+    system: str | None = None,
+    **sampling: float | None,
+) -> list[Message]:
+    """Return the messages of ``Pipeline.generate``."""
+    if image is None:
+        images: Sequence[ImageSource] = ()
+    else:
+        images = list(image) if isinstance(image, (list, tuple)) else [cast("ImageSource", image)]
+    if not isinstance(prompt, str):
+        raise ShapeError(f"prompt: expected text, got {type(prompt).__name__}; write a question")
+    if system is not None and not isinstance(system, str):
+        raise ShapeError(f"system: expected text, got {type(system).__name__}; write a system prompt")
+    for turn in history if isinstance(history, (list, tuple)) else (history,):
+        is_pair = isinstance(turn, (list, tuple)) and len(turn) == 2
+        if not is_pair or not all(isinstance(text, str) for text in turn):
+            raise ShapeError(f"history: expected pairs of question and answer, got {turn!r:.80}; pass pairs")
+    videos = [] if video is None else [{"video": video, **sampling}]
+    return build_messages(prompt, images=images, videos=videos, history=history, system=system)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import string
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -13,8 +14,9 @@ from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, read_json
 from trio_edge.export.checkpoints.hub import first_line
 from trio_edge.runtime.bundle.errors import BundleError, CheckpointError
 from trio_edge.runtime.bundle.generation import SAMPLING_SETTINGS, GenerationSettings
-from trio_edge.runtime.bundle.manifest import TextSpec
+from trio_edge.runtime.bundle.manifest import DecisionSpec, TextSpec
 from trio_edge.runtime.bundle.reader import MAX_TEXT_BYTES, read_regular
+from trio_edge.runtime.decisions.wording import LETTERS_TEMPLATE, WORDING_VERSION, WORDS_TEMPLATE
 from trio_edge.runtime.prompts.tokenizer import MAX_TOKENIZER_BYTES, only_bundle_errors, tokenizer_from
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 TOKENIZER_NAME = "tokenizer.json"
 TEMPLATE_NAME = "chat_template.jinja"
+DECISION_TEMPLATE_NAME = "decision_template.jinja"
 _GENERATION_NAME = "generation_config.json"
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -64,6 +67,8 @@ class TextFiles:
     spec: TextSpec
     tokenizer: str
     chat_template: str
+    decisions: DecisionSpec
+    decision_template: str
 
 
 def read_text_files(
@@ -116,7 +121,14 @@ def read_text_files(
         video_token_id=None if video_token is None else video_id,
     )
     _check_vocabulary(checkpoint, backend)
-    return TextFiles(spec=spec, tokenizer=backend.to_str(), chat_template=template)
+    decisions, decision_template = _decision_template(folder, backend)
+    return TextFiles(
+        spec=spec,
+        tokenizer=backend.to_str(),
+        chat_template=template,
+        decisions=decisions,
+        decision_template=decision_template,
+    )
 
 
 def _token(backend: Any, token_id: Any) -> str | None:
@@ -193,6 +205,20 @@ def _chat_template(folder: Path) -> str | None:
             if template is not None:
                 return _default_template(template, folder / name)
     return None
+
+
+def _decision_template(folder: Path, backend: Any) -> tuple[DecisionSpec, str]:
+    """Return the wording of questions: the checkpoint's own, or one that its tokenizer can answer."""
+    known = all(
+        backend.decode(backend.encode(label, add_special_tokens=False).ids).strip() == label
+        for label in (*string.ascii_uppercase, *string.digits)
+    )
+    labels: Literal["letters", "words"] = "letters" if known else "words"
+    version, template = WORDING_VERSION, LETTERS_TEMPLATE if known else WORDS_TEMPLATE
+    if (folder / DECISION_TEMPLATE_NAME).exists():
+        version = "own"
+        template = _read_text(folder / DECISION_TEMPLATE_NAME, max_bytes=MAX_TEXT_BYTES)
+    return DecisionSpec(version=version, template=DECISION_TEMPLATE_NAME, labels=labels), template
 
 
 def _default_template(template: Any, path: Path) -> str:

@@ -196,6 +196,7 @@ class Wiring:
             "reduce": images.get("reduce", []),
             "prefill": prompts,
             "question": [{"T": bucket} for bucket in self._layout.text_buckets],
+            "branch": [{"T": bucket} for bucket in self._layout.text_buckets],
             "decode": [{}],
             "exact": prompts,
         }
@@ -379,6 +380,9 @@ class Wiring:
         top = {name: f"top.{name}" for name in (io.TOP_LOGITS, io.TOP_IDS)}
         step = {io.LAST_ROW: "zeros.last_row", io.LOGITS: "logits.logits", **top}
         self._run("decode", heads[0], step, profiles=["decode"], stage=len(selectors))
+        if follows := [profile.name for profile in self._follows(0)]:
+            after = {io.HIDDEN: f"after_{len(selectors)}.{io.HIDDEN_OUT}", io.LAST_ROW: "branch.last_row"}
+            self._run("branch", heads[0], after, profiles=follows, label="branch", stage=len(selectors))
         self.graphs += heads
 
     def _max_visual(self, index: int) -> int:
@@ -424,6 +428,11 @@ class Wiring:
         at_sizes = [next(one.name for one in found.values() if one.sizes == given) for given in wanted]
         return list(found.values()), at_sizes
 
+    def _follows(self, capacity: int) -> list[Profile]:
+        """Return the profiles of a question's rows after KV rows; none without --follow-ups."""
+        buckets = self._layout.text_buckets if self._plan.options.follow_ups else ()
+        return [Profile(name=f"follow_{rows}", sizes={"S": rows, "C": capacity}) for rows in buckets]
+
     def _range(self, index: int, layers: range, *, piece: PieceName | None) -> Outline:
         """Describe decoder layers; DeepStack planes, one for each of the model's first layers, are the last inputs."""
         layout, dims, dtype, name = self._layout, self._dimensions, self._dtype, self._name(index)
@@ -451,11 +460,7 @@ class Wiring:
         if index < len(layout.schedule.stages) and self._method.reads_previous:
             outputs.append(_tensor(io.PREVIOUS, f"{name}.", rows, dtype))
         capacity = self._max_visual(index) + layout.text_buckets[-1] + layout.max_new_tokens
-        questions = [
-            Profile(name=f"follow_{bucket}", sizes={"S": bucket, "C": capacity})
-            for bucket in layout.text_buckets
-            if self._plan.options.follow_ups and index == 0
-        ]
+        questions = self._follows(capacity)
         decode = Profile(name="decode", sizes={"S": 1, "C": capacity})
         prefills, at_sizes = self._prefills(index, lambda _all, rows, text: {"S": rows + text, "C": 0})
         graph = _outline(
@@ -475,7 +480,7 @@ class Wiring:
         return graph
 
     def _run_range(self, index: int, graph: Outline, questions: Sequence[str]) -> None:
-        """Let prefill, decode and, at the profiles ``questions``, a later question run layer range ``index``."""
+        """Let prefill, decode and, at the profiles ``questions``, later questions run layer range ``index``."""
         name = graph.spec.name
         new = [tensor.name for tensor in graph.spec.outputs if tensor.name.startswith(io.PRESENT_PREFIX)]
         planes = [tensor.name for tensor in graph.spec.inputs if tensor.name.startswith(io.DEEPSTACK)]
@@ -491,7 +496,17 @@ class Wiring:
                 **{part: f"question_rows[{i}]" for i, part in enumerate(new)},
                 **no_planes,
             }
-            self._run("question", graph, question, profiles=questions, label="question")
+            if index == 0:
+                self._run("question", graph, question, profiles=questions, label="question")
+            question |= {
+                io.EMBEDS: "branch.embeds",
+                io.HIDDEN: f"after_{index - 1}.{io.HIDDEN_OUT}",
+                io.POSITIONS: f"branch.position_ids.{index}",
+                io.PAST_LENGTH: f"branch.past_length.{index}",
+                io.HIDDEN_OUT: f"after_{index}.{io.HIDDEN_OUT}",
+                io.PREVIOUS: f"after_{index}.{io.PREVIOUS}",
+            }
+            self._run("branch", graph, question, profiles=questions, label="branch", stage=index)
         before = {io.HIDDEN: f"{self._name(index - 1)}.{io.HIDDEN_OUT}"}
         step = {
             **(before if index else {io.EMBEDS: "step.embedding"}),
@@ -618,6 +633,7 @@ class Wiring:
         rows, top = ("L", ("L", count)) if is_shared else (1, (count,))
         own = {"L": 1} if is_shared else {}
         more = [Profile(name="decode", sizes={"S": 1, **own})]
+        more += [Profile(name=one.name, sizes={"S": one.sizes["S"], **own}) for one in self._follows(0)]
         is_quantized = is_shared and self._is_quantized("head")
         if is_quantized and num_rows > 1:  # one row is as in decode
             more.append(Profile(name=io.CANDIDATES, sizes={"S": num_rows, "L": num_rows}))

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 Array: TypeAlias = "tuple[str, tuple[int, ...]]"
 """Dtype and shape."""
 _NUMBER = re.compile(r"[0-9]{1,4}")
+_FOLLOW_UPS = ("question", "branch")
 _TENSORS_ON_HOST = {
     "enter_head": ({graph_io.PROBE_OUTPUT}, {graph_io.HIDDEN, graph_io.LAST_ROW}),
     "likeliest_rows": (
@@ -115,6 +116,8 @@ def _check_files(manifest: Manifest) -> None:
     used |= {tensor.file for _, tensor, *_ in _tables(manifest)}
     if manifest.clip_text is not None:
         used.add(manifest.clip_text.tokenizer)
+    if manifest.decisions is not None:
+        used.add(manifest.decisions.template)
     for path in sorted(known | used):
         # A downloaded bundle must not name files outside of its folder.
         pure = PurePosixPath(path)
@@ -231,11 +234,14 @@ def sent_by_host(manifest: Manifest, program: str, sizes: Mapping[str, int]) -> 
     ``rows`` are put together on the device from text and visual tokens.
     """
     width, dtype, axes = manifest.dimensions.hidden_size, manifest.dtype, manifest.position_axes
-    if program == "decode":
-        found: dict[str, Array] = {"step.embedding": (dtype, (1, 1, width))}
+    if program in ("decode", "branch"):
+        rows = sizes.get("T", 1)
+        found: dict[str, Array] = {"branch.last_row": ("int32", (1,))} if program == "branch" else {}
+        space, embeds = ("branch", "embeds") if program == "branch" else ("step", "embedding")
+        found[f"{space}.{embeds}"] = dtype, (1, rows, width)
         for index in range(len(manifest.schedule.stages) + 1):
-            found[f"step.position_ids.{index}"] = "int32", (axes, 1)
-            found[f"step.past_length.{index}"] = "int32", (1,)
+            found[f"{space}.position_ids.{index}"] = "int32", (axes, rows)
+            found[f"{space}.past_length.{index}"] = "int32", (1,)
         return found
     if program == "question":
         rows = sizes["T"]
@@ -280,15 +286,15 @@ def read_by_host(manifest: Manifest, program: str, sizes: Mapping[str, int]) -> 
         names = graph_io.token_outputs(program, manifest.num_deepstack)
         found: dict[str, Array] = {f"{program}.{name}": (rows[0], (count, rows[1])) for name in names}
         return found if program == "vision" else found | {"kept.reduce": ("int32", (count,))}
-    if program not in ("prefill", "decode"):
+    if program not in ("prefill", "branch", "decode"):
         return {}
-    space, top_space = ("results", "results") if program == "prefill" else ("logits", "top")
+    space, top_space = ("logits", "top") if program == "decode" else ("results", "results")
     found = {
         f"{space}.logits": ("float32", (1, manifest.dimensions.vocab_size)),
         f"{top_space}.top_logits": ("float32", top),
         f"{top_space}.top_ids": ("int32", top),
     }
-    if program == "decode":
+    if program != "prefill":
         return found
     entering = sizes["N"]
     for index, stage in enumerate(stages):
@@ -310,7 +316,8 @@ def _check_programs(manifest: Manifest) -> None:
     wanted = ["vision", *([] if manifest.token_method is None else ["reduce"]), "prefill", "decode"]
     if manifest.schedule.stages:
         wanted.append("exact")
-    if [name for name in names if name != "question"] != wanted or names.count("question") > 1:
+    optional = [name for name in names if name in _FOLLOW_UPS]
+    if [name for name in names if name not in optional] != wanted or len(set(optional)) < len(optional):
         raise ManifestError(f"programs: expected {wanted}, got {names}")
     used = {launch.runs for program in manifest.programs for launch in program.launches}
     if unused := [spec.name for spec in manifest.graphs if spec.name not in used]:
@@ -335,7 +342,7 @@ def _sizes_of(manifest: Manifest, program: Program) -> tuple[dict[str, int], ...
     if program.name in ("vision", "reduce"):
         (spec,) = (spec for spec in manifest.graphs if spec.name == program.name)
         return tuple(profile.sizes for profile in spec.profiles)
-    if program.name == "question":
+    if program.name in _FOLLOW_UPS:
         return tuple({"T": bucket} for bucket in manifest.text_buckets)
     if program.name == "decode":
         return ({},)

@@ -74,17 +74,18 @@ Place: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_.]{1,200}(\[[0
 HostFunction = Literal["enter_head", "likeliest_rows", "exact_nms"]
 """What the host does between two graphs: send probe rows to the head, look up the rows of the lm_head for the likeliest
 tokens, or select in place of a select graph. See ``runtime/model``."""
-ProgramName = Literal["vision", "reduce", "prefill", "question", "decode", "exact"]
-"""Images to visual tokens; their selection before the decoder; the prompt; a question after kept rows of the first layer
-range (--follow-ups); one new token; and the selection of each stage on the host, after which a prefill goes on."""
+ProgramName = Literal["vision", "reduce", "prefill", "question", "branch", "decode", "exact"]
+"""Images to visual tokens; their selection before the decoder; the prompt; with --follow-ups a question after kept rows of the
+first layer range, and other text after kept rows of all ranges; one new token; and the selection of each stage on the host, after
+which a prefill goes on."""
 
 ZEROS = "zeros."
 CACHE = "cache."
-JOINT = ("prompt", "question", "step", "results", "top", "logits", "entering", "found", "likeliest")
+JOINT = ("prompt", "question", "branch", "step", "results", "top", "logits", "entering", "found", "likeliest")
 """Namespaces whose places one copy moves between host and device."""
 SINGLE = ("image", "kept")
 """Namespaces whose places are copied one by one."""
-SENT = ("prompt", "rows", "question", "step", "entering", "likeliest", "image", "zeros", "cache")
+SENT = ("prompt", "rows", "question", "branch", "step", "entering", "likeliest", "image", "zeros", "cache")
 """Namespaces that no launch writes; rows of KV caches are appended between launches."""
 
 
@@ -303,6 +304,19 @@ class ClipTextSpec(_Spec, frozen=True):
     """L, tokens per text, including start and end."""
 
 
+class DecisionSpec(_Spec, frozen=True):
+    """How questions with a fixed set of answers are asked."""
+
+    version: Name
+    """Version of the wording; "own" if the checkpoint brought a template of its own."""
+    template: Name
+    """File of the Jinja template; see ``runtime/decisions/wording.py``."""
+    labels: Literal["letters", "words"]
+    """Whether options are answered by letters and digits, or by their names."""
+    temperatures: dict[Name, Annotated[float, msgspec.Meta(ge=1e-3, le=1e3)]] = {}
+    """By kind of question: divides the logarithms of probabilities before they are normalized; 1 where it is missing."""
+
+
 class ImageSize(_Spec, frozen=True):
     """An image size that the bundle has exact shapes for."""
 
@@ -433,6 +447,8 @@ class Manifest(_Spec, frozen=True):
     """None if all weights and the KV caches are in ``dtype``."""
     clip_text: ClipTextSpec | None = None
     """Set if the reduce graph compares the question with the image in CLIP's space; CLIP's text tower is a graph then."""
+    decisions: DecisionSpec | None = None
+    """None in bundles of releases that did not write it."""
     generation: GenerationSettings = GenerationSettings()
     """The checkpoint's generation settings, which apply where the user sets nothing else."""
     video_processing: dict[str, Any] | None = None

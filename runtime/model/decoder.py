@@ -72,6 +72,12 @@ class Decoder:
         """The selection of each stage, with the places of its select graph."""
         has_follow_ups = "question" in programs.launches
         self._question = QuestionRows(programs, count=keep_images) if has_follow_ups else None
+        self.can_branch = "branch" in programs.launches
+        """Whether the bundle has the program of ``branch``."""
+        self._before: list[int] = []
+        """Rows before the text after the last visual token in each KV cache, after a prefill."""
+        self._first_position = 0
+        """Position of the first row after them."""
         shape = (manifest.text_buckets[-1], manifest.dimensions.hidden_size)
         num_bytes = shape[0] * shape[1] * np.dtype(manifest.dtype).itemsize
         text = self._device.allocate_pinned(num_bytes, purpose="text embeddings")
@@ -113,7 +119,10 @@ class Decoder:
         launches = self._programs.at("prefill", {"N": prompt.max_visual, "T": prompt.text_bucket})
         self.timeline.recorded.clear()
         self.prefix_was_kept = False
+        num_after = rows.length - rows.num_before
+        self._before = [span.length - num_after for span in rows.spans]
         self._next_position = prompt.positions.next
+        self._first_position = self._next_position - num_after
         self._send(prompt, rows)
         kept_of: dict[int, NDArray[np.int32]] = {}
         if override is not None:
@@ -127,6 +136,46 @@ class Decoder:
         if override is None and any(count[0] for count in unsettled):
             kept_of = self._repair(launches, prompt, rows, unsettled)
         return self._result(rows.spans, kept_of, has_scores=override is None)
+
+    def branch(self, text: NDArray[Any]) -> NDArray[np.float32]:
+        """Put other text in the place of the prompt's after its last visual token; return the last row's logits [V].
+
+        ``text`` has embeddings [Q, D]. The selection of the last prefill stays, and decoding goes on after the new text.
+
+        Raises:
+            ShapeError: If there was no prefill before, or the text has no row or more than the largest bucket.
+            BackendError: If a graph fails.
+        """
+        buckets, count = self._manifest.text_buckets, len(text)
+        if not self._before or not 1 <= count <= buckets[-1]:
+            raise ShapeError(f"branch: expected 1..{buckets[-1]} rows after a prefill, got {count}")
+        device, memory, axes = self._device, self._memory, self._manifest.position_axes
+        bucket = next(size for size in buckets if size >= count)
+        launches = self._programs.at("branch", {"T": bucket})
+        embeds = np.zeros((1, bucket, text.shape[1]), self._manifest.dtype)
+        embeds[0, :count] = text
+        values: dict[str, NDArray[Any]] = {
+            "branch.embeds": embeds,
+            "branch.last_row": np.array([count - 1], np.int32),
+        }
+        is_compact = self._schedule.positions == "compact"
+        for index, (cache, before) in enumerate(zip(self.caches, self._before)):
+            first = before if is_compact and index else self._first_position
+            values[f"branch.position_ids.{index}"] = np.tile(
+                np.arange(first, first + bucket, dtype=np.int32), (axes, 1)
+            )
+            values[f"branch.past_length.{index}"] = np.array([before], np.int32)
+            cache.length = before
+        memory.send(device, "branch", values)
+        self.timeline.recorded.clear()
+        for launch in launches:
+            self.timeline.enqueue(launch.spec.runs, launch.launch)
+            self._append([launch], num_rows=count)
+        self._next_position = self._first_position + count
+        memory.fetch(device, "results")
+        device.synchronize()
+        self._logits = memory.host("results.logits")[0].copy()
+        return self._logits
 
     def decode(self, embedding: NDArray[Any]) -> TopTokens:
         """Run one new token through all layers and return the most likely next tokens.

@@ -71,7 +71,7 @@ class Sampler:
         Raises:
             BackendError: If the logits are NaN, +inf or all -inf, because the graph overflowed.
         """
-        logits_V = _checked(logits_V)
+        logits_V = checked_logits(logits_V)
         return int(np.argmax(logits_V)) if self._temperature == 0.0 else self._draw(logits_V)
 
     def from_top(self, top: TopTokens, *, floor: float | None = None) -> int | None:
@@ -82,7 +82,7 @@ class Sampler:
         Raises:
             BackendError: If the logits are NaN, +inf or all -inf.
         """
-        logits_T = _checked(top.logits)
+        logits_T = checked_logits(top.logits)
         needed = 1 if self._temperature == 0.0 else self._top_k
         above = int((logits_T > (logits_T.min() if floor is None else floor)).sum())
         if not 1 <= needed <= above:
@@ -361,7 +361,12 @@ def with_overrides(settings: GenerationSettings, overrides: Mapping[str, object]
     return msgspec.structs.replace(settings, **given)
 
 
-def _checked(logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
+def checked_logits(logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return logits [V].
+
+    Raises:
+        BackendError: If they are NaN, +inf or all -inf, because a graph overflowed.
+    """
     if logits_V.ndim != 1 or logits_V.size == 0:
         raise ShapeError(f"logits: expected [V], got {list(logits_V.shape)}")
     largest = logits_V.max()  # NaN if any is

@@ -228,26 +228,35 @@ def prompt_ids(
         ShapeError: If a text holds a special token, or the template refuses the messages.
         BundleError: If the template is broken.
     """
+    rendered = prompt_text(messages, tokenizer=tokenizer, template=template, text=text, max_tokens=max_tokens)
+    if insets is None:
+        insets = [Inset(is_video=part["type"] == "video") for part in visual_parts(messages)]
+    ids = tokenizer.encode_prompt(rendered, text, insets)
+    check_length(len(ids.text), max_tokens, "text tokens")
+    return ids
+
+
+def prompt_text(
+    messages: Sequence[Message], *, tokenizer: Tokenizer, template: str, text: TextSpec, max_tokens: int
+) -> str:
+    """Return the rendered conversation of ``prompt_ids``, with a placeholder for each image and video; same errors."""
     most = max(_FEW_CHARACTERS, _CHARACTERS_PER_TOKEN * max_tokens)
     texts = [part["text"] for part in _parts(messages) if part["type"] == "text"]
     characters = f"characters for {max_tokens} text tokens"
-    _check_length(sum(map(len, texts)), most, characters)
+    check_length(sum(map(len, texts)), most, characters)
     rendered = render_chat(
         [{**message, "content": _places(message["content"])} for message in messages],
         template=template,
         special_tokens={"bos_token": text.bos_token, "eos_token": text.eos_token},
     )
-    _check_length(len(rendered), most, characters)
+    check_length(len(rendered), most, characters)
     for written in texts:
         tokenizer.check_user_text(written)
-    if insets is None:
-        insets = [Inset(is_video=part["type"] == "video") for part in visual_parts(messages)]
-    ids = tokenizer.encode_prompt(rendered, text, insets)
-    _check_length(len(ids.text), max_tokens, "text tokens")
-    return ids
+    return rendered
 
 
-def _check_length(count: int, most: int, noun: str) -> None:
+def check_length(count: int, most: int, noun: str) -> None:
+    """Raise PromptTooLongError if a prompt has more than ``most`` of ``noun``."""
     if count > most:
         raise PromptTooLongError(
             f"prompt: expected at most {most} {noun} (the largest bucket), got {count};"
@@ -271,22 +280,26 @@ def render_chat(
         BundleError: If the template is broken, or builds more than ``MAX_PROMPT_CHARACTERS``.
         ShapeError: If the template refuses the messages.
     """
-    compiled = compile_template(template)
     values = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-    values = {**(special_tokens or {}), **values, "tools": None, "documents": None}
+    return render(template, {**(special_tokens or {}), **values, "tools": None, "documents": None})
+
+
+def render(template: str, values: Mapping[str, Any], *, what: str = "chat template") -> str:
+    """Return the text that the Jinja ``template`` renders; ``what`` names it in errors, which are those of ``render_chat``."""
+    compiled = compile_template(template, what=what)
     try:
         with budget():
             return "".join(_bounded(compiled.generate(_plain(values))))
     except TemplateRefusal as error:
-        raise ShapeError(f"messages: refused by the chat template: {_one_line(error)}") from error
+        raise ShapeError(f"messages: refused by the {what}: {_one_line(error)}") from error
     except TooMuchError as error:
         raise BundleError(
-            f"chat template: expected at most {MAX_PROMPT_CHARACTERS} characters of text and some seconds of work, got"
+            f"{what}: expected at most {MAX_PROMPT_CHARACTERS} characters of text and some seconds of work, got"
             " more; export the checkpoint with another template"
         ) from error
     except Exception as error:  # a template can raise whatever Python code can
         raise BundleError(
-            f"chat template: expected it to render, got {_one_line(error)}; export with another template"
+            f"{what}: expected it to render, got {_one_line(error)}; export with another template"
         ) from error
 
 
@@ -301,8 +314,8 @@ def _bounded(pieces: Iterable[str]) -> Iterator[str]:
 
 
 @lru_cache(maxsize=16)  # compiling takes milliseconds, and each question renders the same template
-def compile_template(template: str) -> jinja2.Template:
-    """Return the compiled template.
+def compile_template(template: str, *, what: str = "chat template") -> jinja2.Template:
+    """Return the compiled template, which errors call ``what``.
 
     Raises:
         BundleError: If it is no valid Jinja text.
@@ -312,7 +325,7 @@ def compile_template(template: str) -> jinja2.Template:
             return Sandbox().from_string(template)
     except Exception as error:  # syntax errors, and recursion or overflow in hostile templates
         raise BundleError(
-            f"chat template: expected valid Jinja text, got {_one_line(error)}; export with another template"
+            f"{what}: expected valid Jinja text, got {_one_line(error)}; export with another template"
         ) from error
 
 

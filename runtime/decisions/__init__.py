@@ -1,0 +1,1 @@
+"""Typed answers with probabilities from one prefill: questions, their wording, and the scores of their labels."""

@@ -1,0 +1,128 @@
+"""Scores the labels of a question: their tokens at the answer's place, and the probability of each as a sequence.
+
+A label may be written in several ways, and each way may have several tokens. The probability of an option is the sum over its
+ways; that of a way is the product over its tokens, each after the ones before. If one way is the beginning of another option's,
+all of them also count the end of the answer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trio_edge.runtime.bundle.errors import ShapeError
+from trio_edge.runtime.model.sampling import checked_logits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+
+    from numpy.typing import NDArray
+
+Tokens = tuple[int, ...]
+
+
+def label_tokens(
+    labels: Sequence[str],
+    *,
+    encode: Callable[[str], Sequence[int]],
+    decode: Callable[[Sequence[int]], str],
+    most_tokens: int,
+) -> list[set[Tokens]]:
+    """Return the token sequences that count as each label: as it is or capitalized, with a blank before it or not.
+
+    ``encode`` returns the ids of the rendered prompt with a text after it, ``decode`` the text of ids. A spelling does not count
+    if it changes the prompt's own tokens, or if the tokenizer does not know it. One that belongs to two labels counts for
+    neither, unless it is the label itself.
+
+    Raises:
+        ShapeError: If a label has no sequence of at most ``most_tokens`` tokens.
+    """
+    prompt = tuple(encode(""))
+    owners: dict[Tokens, dict[int, bool]] = {}
+    for index, label in enumerate(labels):
+        forms = dict.fromkeys((label, label[:1].upper() + label[1:]))
+        for text in (blank + form for form in forms for blank in ("", " ")):
+            ids = tuple(encode(text))
+            rest = ids[len(prompt) :]
+            is_known = ids[: len(prompt)] == prompt and _same(decode(rest), text)
+            if is_known and 0 < len(rest) <= most_tokens:
+                exact = owners.setdefault(rest, {})
+                exact[index] = exact.get(index, False) or text.strip() == label
+    found: list[set[Tokens]] = [set() for _ in labels]
+    for tokens, by_label in owners.items():
+        exact_labels = [index for index, is_exact in by_label.items() if is_exact]
+        candidates = [*by_label] if len(by_label) == 1 else exact_labels
+        if len(candidates) == 1:
+            found[candidates[0]].add(tokens)
+    for label, ways in zip(labels, found):
+        if not ways:
+            raise ShapeError(
+                f"label {label!r:.80}: expected one that the model's tokenizer can write after this prompt in at most"
+                f" {most_tokens} tokens and that differs from the others, got none; choose another word"
+            )
+    return found
+
+
+def _same(decoded: str, text: str) -> bool:
+    return decoded.strip().casefold() == text.strip().casefold()
+
+
+def log_probabilities(
+    options: Sequence[Collection[Tokens]],
+    logits: NDArray[np.float32],
+    *,
+    stop_ids: Sequence[int],
+    step: Callable[[int], NDArray[np.float32]],
+    back: Callable[[], None],
+) -> NDArray[np.float64]:
+    """Return the logarithm of each option's probability [len(options)].
+
+    ``logits`` [V] are those of the answer's first token. ``step`` appends a token and returns the next one's logits, ``back``
+    takes it away again.
+
+    Raises:
+        BackendError: If a graph fails.
+    """
+    ways = {tokens: index for index, option in enumerate(options) for tokens in option}
+    has_end = len(stop_ids) > 0 and any(
+        tokens[:length] in ways and ways[tokens[:length]] != index
+        for tokens, index in ways.items()
+        for length in range(1, len(tokens))
+    )
+    scores: list[list[float]] = [[] for _ in options]
+
+    def walk(rest: Sequence[tuple[Tokens, int]], logits: NDArray[np.float32], so_far: float) -> None:
+        logs = _log_softmax(checked_logits(logits))
+        by_token: dict[int, list[tuple[Tokens, int]]] = {}
+        for tokens, index in rest:
+            if tokens:
+                by_token.setdefault(tokens[0], []).append((tokens[1:], index))
+            else:
+                scores[index].append(so_far + float(np.logaddexp.reduce(logs[list(stop_ids)])))
+        for token, below in by_token.items():
+            score = so_far + float(logs[token])
+            ended = [index for tokens, index in below if not tokens and not has_end]
+            for index in ended:
+                scores[index].append(score)
+            deeper = [(tokens, index) for tokens, index in below if tokens or has_end]
+            if deeper:
+                walk(deeper, step(token), score)
+                back()
+
+    walk([*ways.items()], logits, 0.0)
+    return np.array([np.logaddexp.reduce(found) for found in scores])
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    values = logits.astype(np.float64)
+    values -= values.max()
+    shifted: NDArray[np.float64] = values - np.log(np.exp(values).sum())
+    return shifted
+
+
+def normalized(logs: NDArray[np.float64], *, temperature: float = 1.0) -> NDArray[np.float64]:
+    """Return the probabilities of options whose logarithms are ``logs``, which sum to 1; a larger temperature evens them out."""
+    weights = np.exp((logs - logs.max()) / temperature)
+    shares: NDArray[np.float64] = weights / weights.sum()
+    return shares
