@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.questions import Sample
     from trio_edge.runtime.answer import Generation
     from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.model.host_selection import SelectorOverride
@@ -68,7 +68,7 @@ class AnswerSettings:
 
 def answer(
     pipeline: Pipeline,
-    question: Question,
+    question: Sample,
     settings: AnswerSettings | None = None,
     *,
     selection: str = OWN_SELECTION,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.evaluate.answering import AnswerSettings
     from trio_edge.calibration.progress import StepProgress
-    from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.questions import Sample
     from trio_edge.runtime.backends.interface import Backend
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.first_token import FirstToken
@@ -120,7 +120,7 @@ def plan_runs(
 
 def answer_runs(
     runs: Sequence[Run],
-    questions: Sequence[Question],
+    questions: Sequence[Sample],
     settings: AnswerSettings,
     *,
     data_sha256: str,
