@@ -17,6 +17,7 @@ from trio_edge.runtime.bundle.generation import SAMPLING_SETTINGS, GenerationSet
 from trio_edge.runtime.bundle.manifest import DecisionSpec, TextSpec
 from trio_edge.runtime.bundle.reader import MAX_TEXT_BYTES, read_regular
 from trio_edge.runtime.decisions.wording import LETTERS_TEMPLATE, WORDING_VERSION, WORDS_TEMPLATE
+from trio_edge.runtime.prompts.chat import compile_template
 from trio_edge.runtime.prompts.tokenizer import MAX_TOKENIZER_BYTES, only_bundle_errors, tokenizer_from
 
 if TYPE_CHECKING:
@@ -218,6 +219,7 @@ def _decision_template(folder: Path, backend: Any) -> tuple[DecisionSpec, str]:
     if (folder / DECISION_TEMPLATE_NAME).exists():
         version = "own"
         template = _read_text(folder / DECISION_TEMPLATE_NAME, max_bytes=MAX_TEXT_BYTES)
+        compile_template(template, what="decision template")
     return DecisionSpec(version=version, template=DECISION_TEMPLATE_NAME, labels=labels), template
 
 

@@ -13,6 +13,9 @@ from trio_edge.runtime.bundle.errors import BundleError, ImageError, printable
 from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS
 from trio_edge.runtime.cli.console import backend_options, run
+from trio_edge.runtime.cli.decide import NAMES as DECISION_NAMES
+from trio_edge.runtime.cli.decide import OPTIONS as DECISION_OPTIONS
+from trio_edge.runtime.cli.decide import decide, question_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -59,6 +62,7 @@ _OPTIONS: tuple[Callable[..., Any], ...] = (
         for name, (kind, text) in _SAMPLING.items()
     ),
     click.option("--seed", type=int, help="Random seed that makes sampling repeatable."),
+    *DECISION_OPTIONS,
     click.option(
         "--show-kept",
         type=_PATH,
@@ -96,7 +100,8 @@ def command(
 ) -> int:
     """Answer a question about images or a video with BUNDLE.
 
-    Prints the answer while it is generated, then the number of visual tokens kept. Times go to standard error.
+    Prints the answer while it is generated, then the number of visual tokens kept. Times go to standard error. With --yes-no,
+    --choices or --levels it prints probabilities instead, which takes no decoding.
     """
     from trio_edge.runtime.bundle.reader import open_bundle
     from trio_edge.runtime.pipeline import Pipeline  # slow to import, and --help needs none of it
@@ -111,6 +116,14 @@ def command(
         )
     loading: dict[str, Any] = {"backend": backend, "threads": threads}
     loading |= {"cpu_accuracy": cpu_accuracy, "max_pixels": max_pixels}
+    decision = {name: settings.pop(name) for name in DECISION_NAMES}
+    if any(value not in (None, False) for value in decision.values()):
+        how = {name: decision.pop(name) for name in ("both_orders", "as_json")}
+        settings |= {"show_kept": show_kept, "compare_full": compare_full}
+        question = question_of(prompt, **decision)
+        with Pipeline.from_bundle(bundle, **loading) as pipeline:
+            decide(pipeline, images, question, **how, **settings)
+        return 0
     with Pipeline.from_bundle(bundle, **loading) as pipeline:
         answer = pipeline.generate(images, prompt, **settings)
         for piece in answer:

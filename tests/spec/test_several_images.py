@@ -15,6 +15,7 @@ from tests.engine_bundles import build_here
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import save_qwen_checkpoint
 from tests.several_images import CONVERSATIONS, PRODUCT
+from tests.spec.conftest import STAGES
 from tests.spec.reduced_reference import entering_the_decoder, reduced_logits
 from tests.spec.test_selectors_through_bundles import rows_after
 from tests.spec.whole_answers import NUM_STEPS, generate
