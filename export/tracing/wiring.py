@@ -168,6 +168,10 @@ class Wiring:
             **{f"{io.DEEPSTACK}{plane}": f"rows.deepstack.{plane}" for plane in range(num_planes)},
         }
         """Place of each input that the next graph of a prefill may read from the graph before."""
+        buckets = layout.text_buckets
+        small = [rows for rows in io.SMALL_FOLLOW_UPS if rows < buckets[0]]
+        self._follow_rows = [*small, *buckets] if plan.options.follow_ups else []
+        """Rows of a question that follows KV rows, as it is shorter than a prompt."""
         self._sizes = {
             "width": self._dimensions.hidden_size,
             "axes": plan.model.position_axes,
@@ -195,8 +199,8 @@ class Wiring:
             "vision": images["vision"],
             "reduce": images.get("reduce", []),
             "prefill": prompts,
-            "question": [{"T": bucket} for bucket in self._layout.text_buckets],
-            "branch": [{"T": bucket} for bucket in self._layout.text_buckets],
+            "question": [{"T": rows} for rows in self._follow_rows],
+            "branch": [{"T": rows} for rows in self._follow_rows],
             "decode": [{}],
             "exact": prompts,
         }
@@ -430,8 +434,7 @@ class Wiring:
 
     def _follows(self, capacity: int) -> list[Profile]:
         """Return the profiles of a question's rows after KV rows; none without --follow-ups."""
-        buckets = self._layout.text_buckets if self._plan.options.follow_ups else ()
-        return [Profile(name=f"follow_{rows}", sizes={"S": rows, "C": capacity}) for rows in buckets]
+        return [Profile(name=f"follow_{rows}", sizes={"S": rows, "C": capacity}) for rows in self._follow_rows]
 
     def _range(self, index: int, layers: range, *, piece: PieceName | None) -> Outline:
         """Describe decoder layers; DeepStack planes, one for each of the model's first layers, are the last inputs."""
