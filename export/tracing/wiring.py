@@ -434,7 +434,9 @@ class Wiring:
 
     def _follows(self, capacity: int) -> list[Profile]:
         """Return the profiles of a question's rows after KV rows; none without --follow-ups."""
-        return [Profile(name=f"follow_{rows}", sizes={"S": rows, "C": capacity}) for rows in self._follow_rows]
+        return [
+            Profile(name=f"follow_{rows}", sizes={"S": rows, "C": capacity}) for rows in self._follow_rows
+        ]
 
     def _range(self, index: int, layers: range, *, piece: PieceName | None) -> Outline:
         """Describe decoder layers; DeepStack planes, one for each of the model's first layers, are the last inputs."""

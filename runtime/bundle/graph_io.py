@@ -166,7 +166,7 @@ def goes_around_mlp(spec: GraphSpec) -> bool:
     return not {PROBE_HIDDEN, GRADIENT_HIDDEN} <= set(spec.input_names)
 
 
-SMALL_FOLLOW_UPS = (16, 32)
+SMALL_FOLLOW_UPS = (8, 16, 32)
 """Rows of questions that follow kept rows, besides the text buckets."""
 MAX_TEXT = 256
 """Default limit of a prompt in text tokens."""

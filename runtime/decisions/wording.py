@@ -185,7 +185,9 @@ class Wording:
             tokenizer.check_user_text(label)
         found = label_tokens(
             labels,
-            encode=lambda more: tokenizer.encode_prompt(rendered + more, spec, insets).text.tolist(),
+            encode=lambda texts: [
+                ids.tolist() for ids in tokenizer.with_endings(rendered, spec, insets, texts)
+            ],
             decode=tokenizer.decode,
             most_tokens=self._manifest.max_new_tokens,
         )

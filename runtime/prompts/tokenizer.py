@@ -200,10 +200,7 @@ class Tokenizer:
                 f"tokenizer: expected image token {image_token!r} to have id {image_id},"
                 f" got {self._tokenizer.token_to_id(image_token)}; export the bundle again"
             )
-        _check_unicode(text)
-        text = _with_insets(text, insets, image_token=image_token, video_token=spec.video_token)
-        starts_with_bos = bool(spec.bos_token) and text.startswith(spec.bos_token)
-        ids = self._encode(text, add_special_tokens=not starts_with_bos)
+        (ids,) = self.with_endings(text, spec, insets, ("",))
         is_run = ids == image_id
         places, num_runs = np.flatnonzero(is_run), sum(len(inset.text) - 1 for inset in insets)
         if len(places) != num_runs:
@@ -216,6 +213,19 @@ class Tokenizer:
         run_ids = [video_id if inset.is_video else image_id for inset in insets for _ in inset.text[1:]]
         text_before = tuple((places - np.arange(num_runs)).tolist())
         return PromptIds(text=ids[~is_run], text_before=text_before, run_ids=tuple(run_ids))
+
+    def with_endings(
+        self, text: str, spec: TextSpec, insets: Sequence[Inset], endings: Sequence[str]
+    ) -> list[NDArray[np.int32]]:
+        """Return the ids of a rendered chat followed by each of ``endings``; each run of visual tokens is one placeholder.
+
+        Raises:
+            ShapeError: If there are not as many image tokens as images; or a text is not valid Unicode.
+        """
+        _check_unicode("".join((text, *endings)))
+        text = _with_insets(text, insets, image_token=spec.image_token, video_token=spec.video_token)
+        starts_with_bos = bool(spec.bos_token) and text.startswith(spec.bos_token)
+        return [self._encode(text + ending, add_special_tokens=not starts_with_bos) for ending in endings]
 
     def plain_ids(self, text: str) -> NDArray[np.int32]:
         """Return the ids of a text without special tokens around it.

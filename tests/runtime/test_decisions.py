@@ -115,7 +115,10 @@ class Letters:
         self.tokens = [*string.printable, *words]
         self.lowercase, self.merges = lowercase, merges
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode_one(text) for text in texts]
+
+    def encode_one(self, text: str) -> list[int]:
         text = ("Q:" + text).lower() if self.lowercase else "Q:" + text
         ids = []
         while text:
@@ -156,7 +159,7 @@ def test_a_label_that_cannot_be_told_from_others_is_refused(
     letters: Letters, labels: tuple[str, ...]
 ) -> None:
     if labels == ("a", "é"):
-        letters.encode = lambda text: [0, *(1 for _ in text)]  # type: ignore[method-assign]
+        letters.encode_one = lambda text: [0, *(1 for _ in text)]  # type: ignore[method-assign]
     if labels == ("a", "b"):
         letters.tokens += [":A", ": "]
     with pytest.raises(
