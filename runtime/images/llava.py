@@ -12,6 +12,7 @@ LlavaNextModel.pack_image_features and LlavaOnevisionModel.pack_image_features o
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
 
 import msgspec
@@ -190,17 +191,15 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
 
     def layout(self, width: int, height: int) -> ImageLayout:
         """Return the layout of an image. The overview is the base tile; a patch of padding has a box without area."""
-        sizes, keep = self.sizes(width, height), self.encoder_keep
-        boxes = _token_boxes(width, height, self)
-        if keep is not None:  # the encoder chooses among all patches of all tiles, including padding
-            box_of_patch = np.full((sizes["B"] * self.patches_per_tile + 1, 4), np.nan, np.float32)
-            box_of_patch[self.token_index(width, height)] = boxes
-            boxes = box_of_patch[:-1]
+        sizes = self.sizes(width, height)
+        # An encoder that drops patches chooses among all patches of all tiles, including padding.
+        count = sizes["N"] if self.encoder_keep is None else sizes["B"] * self.patches_per_tile
         return ImageLayout(
             width=width,
             height=height,
             sizes=sizes,
-            boxes=boxes,
+            make_boxes=partial(_boxes, width, height, self),
+            run_lengths=(count,),
             overview=range(self.patches_per_tile if self.has_grid else 0),
             patches_per_tile=self.patches_per_tile,
         )
@@ -444,6 +443,17 @@ def _single_resized_size(width: int, height: int, images: LlavaImages) -> tuple[
 
 
 # Boxes
+
+
+def _boxes(width: int, height: int, images: LlavaImages) -> NDArray[np.float32]:
+    """Return the boxes of all visual tokens or, if the encoder drops patches, of all patches."""
+    boxes = _token_boxes(width, height, images)
+    if images.encoder_keep is None:
+        return boxes
+    num_patches = images.sizes(width, height)["B"] * images.patches_per_tile
+    box_of_patch = np.full((num_patches + 1, 4), np.nan, np.float32)
+    box_of_patch[images.token_index(width, height)] = boxes
+    return box_of_patch[:-1]
 
 
 def _token_boxes(width: int, height: int, images: LlavaImages) -> NDArray[np.float32]:

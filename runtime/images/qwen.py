@@ -155,7 +155,8 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
             width=width,
             height=height,
             sizes=self._reduced(self.whole_sizes(rows, columns)),
-            boxes=boxes_between(x, y).reshape(-1, 4).astype(np.float32),
+            make_boxes=lambda: boxes_between(x, y).reshape(-1, 4).astype(np.float32),
+            run_lengths=(rows * columns,),
             positions=np.stack([np.zeros_like(row), row, column]).reshape(3, -1),
             position_span=max(rows, columns),
         )

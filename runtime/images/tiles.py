@@ -104,18 +104,22 @@ class TileImages(ImageConstants, frozen=True, kw_only=True):
     def layout(self, width: int, height: int) -> ImageLayout:
         """Return the layout of an image; the overview is the tile with the whole image."""
         (rows, columns), sizes = self.grid(width, height), self.sizes(width, height)
-        boxes, text = self._boxes(rows, columns), self.text(rows, columns)
-        overview, num_runs = range(len(boxes), sizes["N"]), len(text) - 1
-        if overview:
-            boxes = np.concatenate([boxes, self._boxes(1, 1)])
+        text = self.text(rows, columns)
+        num_runs = len(text) - 1
+
+        def make_boxes() -> NDArray[np.float32]:
+            parts = [self._boxes(rows, columns), self._boxes(1, 1)]
+            boxes = np.concatenate(parts)[: sizes["N"]] * [width, height, width, height]
+            return boxes.astype(np.float32)
+
         return ImageLayout(
             width=width,
             height=height,
             sizes=sizes,
-            boxes=(boxes * [width, height, width, height]).astype(np.float32),
-            overview=overview,
+            make_boxes=make_boxes,
+            overview=range(rows * columns * self.tokens_per_tile, sizes["N"]),
             text=text,
-            runs=(sizes["N"] // num_runs,) * num_runs,
+            run_lengths=(sizes["N"] // num_runs,) * num_runs,
         )
 
     def _boxes(self, rows: int, columns: int) -> NDArray[np.float64]:
