@@ -71,7 +71,7 @@ class PromptRows(NamedTuple):
     tokens: VisualTokens
     """The visual tokens that enter the first stage."""
     values: dict[str, NDArray[np.int32]]
-    """The arrays that the host sends, by place: ``prompt`` in ``trio_edge.runtime.bundle.checks.sent_by_host``."""
+    """The arrays that the host sends, by place: ``prompt`` in ``trio_edge.runtime.bundle.checks.SENT_BY_HOST``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
