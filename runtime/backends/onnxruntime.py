@@ -81,7 +81,7 @@ class OnnxRuntimeBackend:
 
     def load(self, bundle: Bundle, names: Sequence[str] | None = None) -> LoadedGraphs:
         """Load graphs into ONNX Runtime."""
-        specs = selected_graphs(bundle, names)
+        specs = bundle.manifest.graphs if names is None else selected_graphs(bundle, names)
         device: Device = HostDevice() if self.name == "onnxruntime" else CudaDevice(load_cuda())
         stream = device.stream if isinstance(device, CudaDevice) else None
         loaded = LoadedGraphs(device=device, engines={}, notes=list(self.notes))
@@ -95,8 +95,7 @@ class OnnxRuntimeBackend:
             for spec in sorted(specs, key=lambda spec: -spec.weight_bytes):
                 parts = sessions_of(bundle, spec, on_gpu=stream is not None)
                 engines = [self._engine(bundle, part, prepared, stream) for part in parts]
-                is_last = [spec] in last
-                if stream is None and is_last:
+                if stream is None and [spec] in last:
                     engines[0].shrink_after_runs()
                 loaded.engines[spec.name] = engines[0] if parts == (spec,) else PiecedEngine(spec, engines)
         except BaseException:
@@ -138,7 +137,9 @@ class OnnxRuntimeBackend:
             session = ort.InferenceSession(
                 file,
                 options,
-                providers=self._providers(stream, bundle.folder, spec),
+                providers=[_PROVIDERS[self.name]]
+                if stream is None
+                else self._on_gpu(stream, bundle.folder, spec),
                 disabled_optimizers=unwanted_optimizers(bundle, spec),
             )
         except Exception as error:  # onnxruntime's exceptions have no common public base
@@ -154,9 +155,7 @@ class OnnxRuntimeBackend:
             )
         return session
 
-    def _providers(self, stream: int | None, folder: Path, spec: GraphSpec) -> list[Any]:
-        if stream is None:
-            return [_PROVIDERS[self.name]]
+    def _on_gpu(self, stream: int, folder: Path, spec: GraphSpec) -> list[Any]:
         cuda = {
             "device_id": "0",
             "user_compute_stream": str(stream),

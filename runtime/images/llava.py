@@ -178,15 +178,9 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         """
         pinpoints = self.grid_pinpoints or ((self.tile_size, self.tile_size),)
         found = [self.sizes(width, height) for height, width in pinpoints]
-        counts = sorted({sizes["B"] for sizes in found})
-        if self.max_grid_tiles is None or self.is_one_of_several:
-            most = max(sizes["N"] for sizes in found)
-        else:
-            limited = (
-                _limited(*size, self) for pinpoint in pinpoints for size in _unpadded_sizes(pinpoint, self)
-            )
-            most = self.patches_per_tile + max(lines * (tokens + 1) for lines, tokens in limited)
-            counts = few_counts(counts)
+        counts, most = sorted({sizes["B"] for sizes in found}), max(sizes["N"] for sizes in found)
+        if self.max_grid_tiles is not None and not self.is_one_of_several:
+            counts, most = few_counts(counts), self.patches_per_tile + _most_limited(self)
         return tuple({"B": count, "N": most} for count in counts)
 
     def layout(self, width: int, height: int) -> ImageLayout:
@@ -320,6 +314,12 @@ def _limited(rows: int, columns: int, images: LlavaImages) -> tuple[int, int]:
         return rows, columns
     excess = math.sqrt(rows * columns / (images.max_grid_tiles * images.patches_per_tile))
     return (int(rows // excess), int(columns // excess)) if excess > _MOST_EXCESS else (rows, columns)
+
+
+def _most_limited(images: LlavaImages) -> int:
+    """Return the most tokens of a grid that may be shrunk, with newlines."""
+    sizes = (size for pinpoint in images.grid_pinpoints for size in _unpadded_sizes(pinpoint, images))
+    return max(lines * (tokens + 1) for lines, tokens in (_limited(*size, images) for size in sizes))
 
 
 def _unpadded_sizes(pinpoint: tuple[int, int], images: LlavaImages) -> Iterator[tuple[int, int]]:
