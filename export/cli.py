@@ -338,13 +338,8 @@ def _export(options: ExportOptions, console: Console, check: Callable[[], None])
     """Export with a progress display on ``console``; ``check`` raises if the user has interrupted."""
     from trio_edge.export.bundle import export_bundle
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeElapsedColumn(),
-    )
+    texts, times = TextColumn("{task.description}"), TimeElapsedColumn()
+    columns = SpinnerColumn(), texts, BarColumn(), DownloadColumn(), times
     bars = Progress(*columns, console=console, transient=True)
     task = bars.add_task("", total=None)
     steps = itertools.count()
