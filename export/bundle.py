@@ -26,14 +26,7 @@ from trio_edge.export.graphs.assembly.pieces import join, with_pieces
 from trio_edge.export.model_cost import cost_of
 from trio_edge.export.options import Progress
 from trio_edge.export.plan import build, read, resolve, without_values
-from trio_edge.export.quantize.assign import (
-    is_quantized,
-    plain_tensors,
-    quantization_of,
-    quantize_graphs,
-    row_tables,
-    unquantized_parts,
-)
+from trio_edge.export.quantize import assign
 from trio_edge.export.quantize.cache import check_cache, quantize_caches
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.export.quantize.store import quantized_bytes, store_quantized
@@ -105,7 +98,7 @@ def export_bundle(
             plan = build(options, source, resolved)
         if (target := options.target) is not None:
             check_target(plan, find_device(target), progress)
-        quantized = partial(is_quantized, plan=options.quantize, checkpoint=source.checkpoint)
+        quantized = partial(assign.is_quantized, plan=options.quantize, checkpoint=source.checkpoint)
         wiring = Wiring(plan, is_quantized=quantized)
         programs = wiring.programs()
         traced = trace_graphs(plan, wiring.graphs, step=progress.step)
@@ -171,7 +164,7 @@ def quantize(
     if wanted.formats or checkpoint.packed:
         contents = _quantized(plan, traced, scales, progress)
     forms = contents.forms
-    plain = plain_tensors(contents.graphs, checkpoint, forms)
+    plain = assign.plain_tensors(contents.graphs, checkpoint, forms)
     # Copied files would repeat tensors that are stored in another form. CLIP's files hold a vision tower that is not used,
     # and their names may be those of the model's files.
     whole_files = not forms and plan.source.clip is None
@@ -184,16 +177,16 @@ def _quantized(
     plan: ExportPlan, traced: Sequence[TracedGraph], scales: CalibratedScales, progress: Progress
 ) -> BundleContents:
     wanted = plan.options.quantize
-    graphs, forms = quantize_graphs(traced, wanted, scales, checkpoint=plan.source.checkpoint)
-    for part, kind in unquantized_parts(forms, wanted, graphs=graphs).items():
+    graphs, forms = assign.quantize_graphs(traced, wanted, scales, checkpoint=plan.source.checkpoint)
+    for part, kind in assign.unquantized_parts(forms, wanted, graphs=graphs).items():
         progress.warn(
             f"--quantize: expected weights in {part} that {kind} can store (INT4 needs an even number of outputs and a"
             f" multiple of 16 inputs), got none; {part} stays in {plan.resolved.dtype}"
         )
     if wanted.has_cache:
         graphs = quantize_caches(graphs, scales.cache_max)
-    table, rows = row_tables(graphs, wanted)
-    quantization = quantization_of(forms, wanted, scales, graphs=graphs)
+    table, rows = assign.row_tables(graphs, wanted)
+    quantization = assign.quantization_of(forms, wanted, scales, graphs=graphs)
     head_rows = None if rows is None else rows.stored_name
     return BundleContents(graphs, forms, table.stored_name, head_rows, quantization)
 

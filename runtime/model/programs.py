@@ -12,13 +12,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.bundle.manifest import Launch, Manifest
     from trio_edge.runtime.bundle.reader import TokenTable
-    from trio_edge.runtime.devices.interface import (
-        Device,
-        DeviceTensor,
-        Event,
-        LoadedGraphs,
-        PreparedLaunch,
-    )
+    from trio_edge.runtime.devices.interface import Device, DeviceTensor, Event, LoadedGraphs, PreparedLaunch
     from trio_edge.runtime.devices.memory import KVCache, Stack
 
 
