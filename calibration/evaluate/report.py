@@ -12,11 +12,7 @@ from trio_edge.runtime.cli.tables import whole_table, wide_console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from trio_edge.calibration.evaluate.comparison import (
-        AgainstReference,
-        Estimate,
-        EvaluationReport,
-    )
+    from trio_edge.calibration.evaluate.comparison import AgainstReference, Estimate, EvaluationReport
 
 
 def print_report(report: EvaluationReport) -> None:

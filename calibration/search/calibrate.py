@@ -38,12 +38,7 @@ from trio_edge.calibration.search.calibration_file import (
 from trio_edge.calibration.search.measuring import RecordKey, opened_measurements
 from trio_edge.calibration.search.samples import read_samples, split_samples
 from trio_edge.calibration.search.schedules.search import Setup, cheapest_within, search
-from trio_edge.calibration.search.schedules.space import (
-    make_space,
-    stages_of,
-    usual_schedules,
-    with_stages,
-)
+from trio_edge.calibration.search.schedules.space import make_space, stages_of, usual_schedules, with_stages
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.profiling.measure.machine_info import find_versions

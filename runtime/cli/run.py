@@ -103,17 +103,12 @@ def command(
     Prints the answer while it is generated, then the number of visual tokens kept. Times go to standard error. With --yes-no,
     --choices or --levels it prints probabilities instead, which takes no decoding.
     """
-    from trio_edge.runtime.bundle.reader import open_bundle
     from trio_edge.runtime.pipeline import Pipeline  # slow to import, and --help needs none of it
 
     if show_kept is not None:
-        if not images and settings["video"] is None:
-            raise click.UsageError("--show-kept: expected --image or --video as well, got none; name one")
-        _check_drawing_target(show_kept)
-    if compare_full is not None and open_bundle(compare_full).manifest.schedule.stages:
-        raise BundleError(
-            f"{compare_full}: expected a keep-all bundle, got one with stages; export --keep all"
-        )
+        _check_drawing_target(show_kept, is_seen=bool(images) or settings["video"] is not None)
+    if compare_full is not None:
+        _check_keep_all(compare_full)
     loading: dict[str, Any] = {"backend": backend, "threads": threads}
     loading |= {"cpu_accuracy": cpu_accuracy, "max_pixels": max_pixels}
     decision = {name: settings.pop(name) for name in DECISION_NAMES}
@@ -166,7 +161,16 @@ def _shown(text: str) -> str:
 _KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def _check_drawing_target(path: Path) -> None:
+def _check_keep_all(bundle: Path) -> None:
+    from trio_edge.runtime.bundle.reader import open_bundle
+
+    if open_bundle(bundle).manifest.schedule.stages:
+        raise BundleError(f"{bundle}: expected a keep-all bundle, got one with stages; export --keep all")
+
+
+def _check_drawing_target(path: Path, *, is_seen: bool) -> None:
+    if not is_seen:
+        raise click.UsageError("--show-kept: expected --image or --video as well, got none; name one")
     if path.suffix.lower() not in _KINDS:
         raise click.UsageError(
             f"--show-kept: expected a .png, .jpg or .webp file, got {path.name!r}; rename it"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, NamedTuple, final
 
 from trio_edge.runtime.devices.memory import Memory
 from trio_edge.runtime.model.head_candidates import EnterHead, LikeliestRows
@@ -12,13 +12,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.bundle.manifest import Launch, Manifest
     from trio_edge.runtime.bundle.reader import TokenTable
-    from trio_edge.runtime.devices.interface import (
-        Device,
-        DeviceTensor,
-        Event,
-        LoadedGraphs,
-        PreparedLaunch,
-    )
+    from trio_edge.runtime.devices.interface import Device, DeviceTensor, Event, LoadedGraphs, PreparedLaunch
     from trio_edge.runtime.devices.memory import KVCache, Stack
 
 

@@ -463,6 +463,7 @@ class _Scanner:
     _ESCAPE = re.compile(r"\\(?:[pP]\{\^?[\w ]{1,40}\}|x\{[0-9A-Fa-f]{1,8}\}|[^0-9kgXK\\]|\\|0)", re.DOTALL)
     _GROUP = re.compile(r"\((?:\?(?:[imx-]*:|<?[=!]|>|<[A-Za-z_]\w*>)|(?![?*]))")
     _FLAGS = re.compile(r"\(\?[imx-]+\)")
+    _CLASS_MARK = re.compile(r"\\.|\[\^?\]?|\]", re.DOTALL)  # directly after the start, a "]" is a character
 
     def __init__(self, pattern: str) -> None:
         self.rest = pattern
@@ -535,21 +536,10 @@ class _Scanner:
 
     def _skip_class(self) -> None:
         """Skip a character class, which may contain other classes."""
-        depth, place = 0, 0
-        while place < len(self.rest):
-            char = self.rest[place]
-            if char == "\\":
-                place += 1
-            elif char == "[":
-                depth += 1
-                if self.rest[place + 1 : place + 2] == "^":
-                    place += 1
-                if self.rest[place + 1 : place + 2] == "]":  # directly after the start it is a character
-                    place += 1
-            elif char == "]":
-                depth -= 1
-                if depth == 0:
-                    self.rest = self.rest[place + 1 :]
-                    return
-            place += 1
+        depth = 0
+        for found in self._CLASS_MARK.finditer(self.rest):
+            depth += {"[": 1, "]": -1}.get(found[0][0], 0)
+            if depth == 0:
+                self.rest = self.rest[found.end() :]
+                return
         raise ValueError("a pattern with an open class of characters")
