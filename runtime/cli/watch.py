@@ -31,8 +31,8 @@ _CHANGES = "Print a decision only if its answer is another than before."
 _HOLD = "Frames in a row that must have an answer before it counts as a change."
 _MARGIN = "Smallest difference of the two highest probabilities with which an answer counts as a change."
 _THRESHOLD = (
-    "Mean difference of gray levels, 0 to 255, from which a frame is not the last one again; 0 runs the model for every frame."
-    " [default: 1]"
+    "Difference of gray levels, 0 to 255, from which a frame is not like the last one that the model saw; 0 runs the model for"
+    " every frame. [default: 2]"
 )
 _WEBHOOK = "Address, http or https, that gets each line as a POST."
 _SAVE = "Folder for a JPEG of each event, with the kept visual tokens."
@@ -113,7 +113,7 @@ def _watch(
         )  # opened when the bundle is ready
         for frame in frames:
             for event in watcher.see(frame.image(), frame=frame.number, at=frame.time):
-                line = event.to_json(source=place.name)
+                line = event.to_json(source=frame.source)
                 print(line, flush=True)
                 if hook is not None:
                     hook.post(line.encode())

@@ -65,6 +65,8 @@ class Frame(NamedTuple):
     """From 0; skipped frames count."""
     time: float
     """Seconds since 1970 when it was read."""
+    source: str
+    """The source's name; of a folder, the image's path."""
     image: Callable[[], Image.Image]
 
 
@@ -195,7 +197,7 @@ def _images(folder: Path) -> Iterator[Frame]:
             f"source {short_name(folder)}: expected at least one image, got none; name another folder"
         )
     for number, path in enumerate(paths):
-        yield Frame(number, time.time(), partial(open_image, path))
+        yield Frame(number, time.time(), str(path), partial(open_image, path))
 
 
 def _written_images(folder: Path, closed: threading.Event) -> Iterator[Frame]:
@@ -209,14 +211,14 @@ def _written_images(folder: Path, closed: threading.Event) -> Iterator[Frame]:
             image = open_image(newest[1])
         except (ImageError, OSError):  # half written: it is looked at again; or deleted
             continue
-        yield Frame(number, time.time(), image.copy)
+        yield Frame(number, time.time(), newest[1], image.copy)
         number, last = number + 1, newest
 
 
 def _camera(source: Source, closed: threading.Event, note: Callable[[str], None]) -> Iterator[Frame]:
     number, wait, is_lost = 0, FIRST_WAIT, False
     while not closed.is_set():
-        reason = "it ended"
+        reason = f"source {short_name(source.name)}: ended"
         try:
             for picture in _pictures(source, closed):
                 if is_lost:
@@ -228,7 +230,7 @@ def _camera(source: Source, closed: threading.Event, note: Callable[[str], None]
                 raise
             reason = str(error)
         if not is_lost:
-            note(f"source {short_name(source.name)}: is lost ({reason}); opening it again until it is back")
+            note(f"{reason}; opening it again until it is back")
         is_lost = True
         closed.wait(wait)
         wait = min(2 * wait, LONGEST_WAIT)
@@ -248,7 +250,7 @@ def _pictures(source: Source, closed: threading.Event, *, is_paced: bool = False
                 if is_paced:
                     start = time.monotonic() - (picture.time or 0.0) if start is None else start
                     closed.wait(max(0.0, start + (picture.time or 0.0) - time.monotonic()))
-                yield Frame(number, time.time(), partial(upright, picture))
+                yield Frame(number, time.time(), source.name, partial(upright, picture))
     except ImageError:
         raise
     except av.error.ExitError as error:
