@@ -2,54 +2,49 @@
 
 from __future__ import annotations
 
-import queue
+import re
 import threading
-from functools import partial
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from typing import TYPE_CHECKING, final
-from urllib.parse import urlsplit
+import time
+from http.client import HTTPException
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, final
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SECONDS_TO_ANSWER = 5.0
-SECONDS_TO_CLOSE = 10.0
+SECONDS_TO_ANSWER, SECONDS_TO_CLOSE = 5.0, 10.0
 MOST_TRIES, MOST_WAITING = 3, 100
-_CONNECTIONS = {"http": HTTPConnection, "https": HTTPSConnection}
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    def redirect_request(self, *_: Any, **_named: Any) -> None:
+        """Refuse: a redirected POST becomes a GET without the event, and may go to another protocol."""
 
 
 @final
 class Webhook:
-    """An address that gets a POST for each event. Redirects are not followed, and count as failures."""
+    """An address that gets a POST for each event."""
 
     def __init__(self, address: str, note: Callable[[str], None]) -> None:
         """Start the thread; connects to nothing yet.
 
         Args:
             address: http:// or https://, without user and password.
-            note: Called with one line for the first event that was not delivered, and again after a success.
+            note: Called with one line for the first event that is lost, and for the first one after a delivery.
 
         Raises:
             DataError: If the address is another one.
         """
-        try:
-            url = urlsplit(address)
-            host, port = url.hostname, url.port
-        except ValueError:  # a port that is no number, half an IPv6 address
-            host = None
-        is_plain = address.isascii() and address.isprintable() and " " not in address
-        if not is_plain or not host or url.scheme not in _CONNECTIONS or url.username is not None:
+        if not (found := re.fullmatch(r"(https?://[^\s/@?#\\]+)([/?][!-~]*)?", address, re.ASCII)):
             raise DataError(
-                "webhook: expected an address such as http://host:8123/path, without user and password, got another; correct"
-                " --webhook"
+                "webhook: expected http://host/path or https://…, without user, got another; correct it"
             )
-        self._connect = partial(_CONNECTIONS[url.scheme], host, port, timeout=SECONDS_TO_ANSWER)
-        self._path = (url.path or "/") + (f"?{url.query}" if url.query else "")
-        self._name, self._note, self._has_failed = f"webhook {url.scheme}://{host}", note, False
-        self._waiting: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._closed = threading.Event()
+        self._address, self._name, self._note, self._has_failed = address, found[1], note, False
+        self._opener = build_opener(_NoRedirects)
+        self._waiting: SimpleQueue[bytes | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._deliver_all, name="webhook", daemon=True)
         self._thread.start()
 
@@ -58,39 +53,31 @@ class Webhook:
         if self._waiting.qsize() < MOST_WAITING:
             self._waiting.put(body)
         else:
-            self._fail(f"{MOST_WAITING} events that wait")
+            self._fail("no answer in time")
 
     def close(self) -> None:
         """Deliver what waits, for at most ``SECONDS_TO_CLOSE``."""
-        self._closed.set()
         self._waiting.put(None)
         self._thread.join(SECONDS_TO_CLOSE)
 
     def _deliver_all(self) -> None:
-        while (body := self._waiting.get()) is not None:
+        for body in iter(self._waiting.get, None):
             for attempt in range(MOST_TRIES):
-                # 1 and 2 seconds, during which a server can start again.
-                if attempt and not self._closed.is_set():
-                    self._closed.wait(attempt)
-                if not (problem := self._deliver(body)):
+                time.sleep(attempt)  # a server may be starting again
+                try:
+                    request = Request(self._address, body, {"Content-Type": "application/json"})
+                    self._opener.open(request, timeout=SECONDS_TO_ANSWER).close()
+                except (OSError, HTTPException, ValueError) as error:  # the last: a host that is no name
+                    problem = f"{type(error).__name__}: {error}"
+                else:
                     self._has_failed = False
                     break
             else:
                 self._fail(problem)
 
-    def _deliver(self, body: bytes) -> str:
-        """Return what went wrong, or an empty text."""
-        connection = self._connect()
-        try:
-            connection.request("POST", self._path, body, {"Content-Type": "application/json"})
-            status = connection.getresponse().status
-        except (OSError, HTTPException) as error:
-            return f"{type(error).__name__}: {error}"
-        finally:
-            connection.close()
-        return "" if 200 <= status < 300 else f"status {status}"
-
     def _fail(self, got: str) -> None:
         if not self._has_failed:
             self._has_failed = True
-            self._note(f"{self._name}: expected status 200, got {got}; events are lost until it answers")
+            self._note(
+                f"webhook {self._name}: expected an answer 200, got {got}; events are lost until it comes"
+            )

@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 from PIL import Image
@@ -46,25 +46,27 @@ class WatchEvent:
     previous: str | None
     """The answer before it; None for the first one."""
     image: Image.Image
-    """The frame as the model saw it; its decision may be that of an earlier frame with the same look."""
+    """The image that the model saw: the frame, or an earlier one that looked like it."""
 
-    def to_dict(self, *, source: str = "") -> dict[str, Any]:
-        """Return the event as JSON types: the line that trio-watch prints."""
-        decision, question = self.decision, self.decision.question
+    def to_json(self, *, source: str) -> str:
+        """Return the line of ASCII that trio-watch prints; ``source`` is the frame's."""
+        decision, question, statistics = self.decision, self.decision.question, self.decision.statistics
         when = datetime.fromtimestamp(self.time, timezone.utc).isoformat(timespec="milliseconds")
-        line: dict[str, Any] = {"time": when, "source": source, "frame": self.frame}
-        line |= {"question": question.name or question.text, "answer": decision.choice}
-        line["previous"] = self.previous
-        line["probabilities"] = {name: round(share, 6) for name, share in decision.by_name().items()}
-        if question.kind == "score":
-            line["score"] = round(decision.score, 4)
-        statistics = decision.statistics
-        line |= {"label_mass": round(decision.label_mass, 6), "ms": round(statistics.ttft_ms, 2)}
-        return line | {"visual_tokens": statistics.visual_tokens, "kept_tokens": list(statistics.kept_tokens)}
-
-    def to_json(self, *, source: str = "") -> str:
-        """Return ``to_dict`` as one line of ASCII."""
-        return json.dumps(self.to_dict(source=source))
+        line = {
+            "time": when,
+            "source": source,
+            "frame": self.frame,
+            "question": question.name or question.text,
+            "answer": decision.choice,
+            "previous": self.previous,
+            "probabilities": {name: round(share, 6) for name, share in decision.by_name().items()},
+            "score": round(decision.score, 6) if question.kind == "score" else None,
+            "label_mass": round(decision.label_mass, 6),
+            "ms": round(statistics.ttft_ms, 2),
+            "visual_tokens": statistics.visual_tokens,
+            "kept_tokens": statistics.kept_tokens,
+        }
+        return json.dumps(line)
 
 
 @final
@@ -104,11 +106,9 @@ class Watcher:
         self._only_changes, self._threshold = only_changes, threshold
         self._answers = [_HeldAnswer(hold, margin) for _ in self._questions]
         self._decisions: list[Decision] = []
+        self._image = Image.new("RGB", (1, 1))
         self._small: NDArray[np.float32] | None = None
-        self.num_frames = 0
-        """Frames seen."""
-        self.num_runs = 0
-        """Frames that the model ran for."""
+        self._num_frames = 0
 
     def see(
         self, image: ImageSource, *, frame: int | None = None, at: float | None = None
@@ -125,21 +125,21 @@ class Watcher:
             ShapeError: If a question or the frame does not fit the bundle.
             BackendError: If the pipeline is closed, or a graph fails.
         """
-        number = self.num_frames if frame is None else frame
+        number = self._num_frames if frame is None else frame
         when = time.time() if at is None else at
         rgb = open_image(image)
-        self.num_frames += 1
+        self._num_frames += 1
         small = small_gray(rgb)
         # Compared with the last frame that the model saw, so that a slow change is not missed.
         has_run = self._small is None or difference(small, self._small) >= self._threshold
         if has_run:
-            self._decisions, self._small = self._pipeline.decide(rgb, self._questions), small
-            self.num_runs += 1
+            self._decisions = self._pipeline.decide(rgb, self._questions)
+            self._image, self._small = rgb, small
         events = []
         for decision, answer in zip(self._decisions, self._answers):
             previous, has_changed = answer.current, answer.take(decision)
             if has_changed if self._only_changes else has_run:
-                events.append(WatchEvent(number, when, decision, previous, rgb))
+                events.append(WatchEvent(number, when, decision, previous, self._image))
         return events
 
     def drawing(self, event: WatchEvent) -> Image.Image:
