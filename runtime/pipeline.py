@@ -225,7 +225,7 @@ class Pipeline:
         """Return the answer to ``prompt`` about images or a video, to be streamed.
 
         Args:
-            image: A path, the bytes of a file or a PIL image; a list of them; or None for text only.
+            image: A path, the bytes of a file, a PIL image or an array (see ``open_image``); a list of them; or None.
             prompt: The user's question.
             video: A file, a folder of frames or a list of images; it comes after the images.
             fps: Frames per second to sample from the video; by default the checkpoint's.
@@ -268,7 +268,7 @@ class Pipeline:
         Args:
             messages: Turns such as ``{"role": "user", "content": …}``. A content is text, or a list of parts in the model's
                 reading order: ``{"type": "text", "text": …}``, ``{"type": "image", "image": …}`` with a path, the bytes of
-                a file or a PIL image, and ``{"type": "video", "video": …}`` with a file, a folder of frames or a list of
+                a file, a PIL image or an array, and ``{"type": "video", "video": …}`` with a file, a folder of frames or a list of
                 images, and optionally with "fps", "num_frames" and "source_fps".
             max_new_tokens: Longest answer in tokens; None means the checkpoint's setting, at most the bundle's limit.
             temperature: 0 is greedy. None, here and below, means the checkpoint's setting (``manifest.generation``).
@@ -609,7 +609,8 @@ class Pipeline:
             # The second of two orders has the options reversed.
             shares = np.mean([shares[:: -1 if turn else 1] for turn, (shares, _) in enumerate(reads)], axis=0)
             mass = float(np.mean([mass for _, mass in reads]))
-            yield Decision(orders[0].question, tuple(shares.tolist()), mass, statistics, tuple(seen.kept))
+            answer = orders[0].question, tuple(shares.tolist()), mass
+            yield Decision(*answer, statistics, tuple(seen.kept), self._vision.layouts)
 
     def _first_logits(
         self,
