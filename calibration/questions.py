@@ -39,6 +39,10 @@ class Sample:
     choices: tuple[str, ...] = ()
     where: str = ""
     """FILE:LINE, for messages."""
+    prompt: str = ""
+    """The question without choices and suffix."""
+    options: tuple[str, ...] = ()
+    """Answers that a question with a fixed set of them allows; see ``evaluate/decisions.py``."""
 
 
 def read_questions(
@@ -102,6 +106,7 @@ def read_questions(
                 answers=answers,
                 choices=choices,
                 where=where,
+                prompt=prompt,
             )
         )
     if not questions:
@@ -118,7 +123,8 @@ def digest_of(questions: Sequence[Sample], *, metric: str) -> str:
     digest = hashlib.sha256(metric.encode())
     for question in questions:
         fields = [question.sample_id, question.kind, *question.image_names, question.question]
-        digest.update(json.dumps([*fields, question.answers, question.choices]).encode())
+        options = [question.options] if question.options else []
+        digest.update(json.dumps([*fields, question.answers, question.choices, *options]).encode())
     return digest.hexdigest()
 
 

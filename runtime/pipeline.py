@@ -115,6 +115,7 @@ class _Request(NamedTuple):
 class _Seen:
     """What questions about the same images share."""
 
+    override: SelectorOverride | None
     visual: VisualInput | None = None
     result: PrefillResult | None = None
     """The last prefill's, whose rows are in the KV caches."""
@@ -354,6 +355,7 @@ class Pipeline:
         evidence: str = "",
         sharing: Sharing = "auto",
         both_orders: bool = False,
+        override: SelectorOverride | None = None,
         **shown: Any,
     ) -> list[Decision]:
         """Return the probabilities of the answers to ``questions`` about images or a video, without decoding an answer.
@@ -365,6 +367,7 @@ class Pipeline:
             sharing: "each" selects visual tokens for every question; "joint" does it once with all of them in view, which needs
                 a bundle exported with --follow-ups; "auto" takes "joint" for several questions where that is possible.
             both_orders: Also read each choice and score with its options reversed, and return the mean.
+            override: As for ``chat``.
             shown: ``video``, ``fps``, ``num_frames``, ``source_fps`` and ``system`` of ``generate``.
 
         Raises:
@@ -375,7 +378,8 @@ class Pipeline:
         """
         messages = _messages(image, evidence, **shown)
         asked = [questions] if isinstance(questions, Question) else questions
-        return list(self.iter_decisions(messages, asked, sharing=sharing, both_orders=both_orders))
+        how: dict[str, Any] = {"sharing": sharing, "both_orders": both_orders, "override": override}
+        return list(self.iter_decisions(messages, asked, **how))
 
     def iter_decisions(
         self,
@@ -384,6 +388,7 @@ class Pipeline:
         *,
         sharing: Sharing = "auto",
         both_orders: bool = False,
+        override: SelectorOverride | None = None,
     ) -> Iterator[Decision]:
         """Yield the answers to ``questions`` about a conversation one by one; the rest is as for ``decide`` and ``chat``.
 
@@ -410,7 +415,12 @@ class Pipeline:
                 shown = self._open(with_text(messages, text))
                 images[text] = [image for part in shown for image in part.prepared]
         prepare_ms = 1e3 * (time.perf_counter() - start)
-        return self._decisions(plan, images, wording=wording, prepare_ms=prepare_ms)
+        return self._decisions(plan, images, wording=wording, override=override, prepare_ms=prepare_ms)
+
+    @property
+    def folder(self) -> Path:
+        """The bundle's."""
+        return self._bundle.folder
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -590,10 +600,11 @@ class Pipeline:
         images: Mapping[str, Sequence[PreparedImage]],
         *,
         wording: Wording,
+        override: SelectorOverride | None,
         prepare_ms: float,
     ) -> Iterator[Decision]:
         """Yield the answers to the questions of a plan; ``images`` are those for each question's text."""
-        seen = _Seen()
+        seen = _Seen(override)
         for number, orders in enumerate(plan.rounds):
             statistics, start = Statistics(ttft_ms=prepare_ms * (number == 0)), time.perf_counter()
             with self._lock:
@@ -628,7 +639,7 @@ class Pipeline:
             seen.visual = self._see(ids, prepared)
             statistics.image_was_kept = seen.visual.was_kept
         if seen.result is None or joint is None:
-            seen.result = self._prefill(ids, seen.visual, prepared)
+            seen.result = self._prefill(ids, seen.visual, prepared, override=seen.override)
             statistics.graph_ms |= self._vision.graph_ms
         self._count(statistics, seen.visual, seen.result, num_images=len(prepared))
         seen.kept, logits = seen.result.kept, seen.result.logits

@@ -313,8 +313,6 @@ class DecisionSpec(_Spec, frozen=True):
     """File of the Jinja template; see ``runtime/decisions/wording.py``."""
     labels: Literal["letters", "words"]
     """Whether options are answered by letters and digits, or by their names."""
-    temperatures: dict[Name, Annotated[float, msgspec.Meta(ge=1e-3, le=1e3)]] = {}
-    """By kind of question: divides the logarithms of probabilities before they are normalized; 1 where it is missing."""
 
 
 class ImageSize(_Spec, frozen=True):
