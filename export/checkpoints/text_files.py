@@ -243,10 +243,7 @@ def _default_template(template: Any, path: Path) -> str:
 
 
 def _stop_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Return the tokens that end an answer, as for ``generate``: those in ``generation_config.json``, if there are any.
-
-    The model's configuration is read only if that file is missing. The result may be empty.
-    """
+    """Return the tokens that end an answer: those in ``generation_config.json`` or, without it, the configuration's."""
     path, config = checkpoint.folder / _GENERATION_NAME, checkpoint.config
     places = (read_json(path),) if path.exists() else (config, config.get("text_config") or {})
     ids = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), ())
@@ -285,10 +282,9 @@ def read_generation(checkpoint: Checkpoint) -> GenerationSettings:
     wanted = {name: values[name] for name in GenerationSettings.__struct_fields__ if name in values}
     if isinstance(wanted.get("forced_eos_token_id"), int):
         wanted["forced_eos_token_id"] = [wanted["forced_eos_token_id"]]
-    if "min_new_tokens" in wanted:  # even 0 has precedence
-        wanted.pop("min_length", None)
-    if "max_new_tokens" in wanted:
-        wanted.pop("max_length", None)
+    for first, other in (("min_new_tokens", "min_length"), ("max_new_tokens", "max_length")):
+        if first in wanted:  # even 0 has precedence
+            wanted.pop(other, None)
     if not wanted.get("do_sample"):  # files often keep sampling settings that have no effect
         wanted = {name: value for name, value in wanted.items() if name not in SAMPLING_SETTINGS}
     try:

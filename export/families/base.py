@@ -330,7 +330,6 @@ def _processor(folder: Path, part: str, *names: str) -> dict[str, Any]:
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    """Return the JSON object in ``path``, empty if there is no such file."""
     return read_json(path) if path.exists() else {}
 
 

@@ -65,27 +65,21 @@ class Llava(Family):
     ) -> tuple[VisionGraph, VisionDimensions]:
         """Return the graph of CLIP's tower; see ``Family``."""
         text, vision, keep = config.text_config, config.vision_config, processing.encoder_keep
-        tower, projector, states = inner.vision_tower, inner.multi_modal_projector, feature_layers_of(config)
-        tokens = base.visual_tokens(text.hidden_size, dtype=dtype)
-        inputs = base.tile_inputs(processing.tile_size)
+        states, projector = feature_layers_of(config), inner.multi_modal_projector
+        tokens, inputs = (
+            base.visual_tokens(text.hidden_size, dtype=dtype),
+            base.tile_inputs(processing.tile_size),
+        )
         module: clip.ClipVision | clip.ReducedVision
-        more_outputs: list[TensorSpec] = []
-        if keep is not None and with_features:
-            raise ScheduleError(
-                "--token-method: expected one that needs no class token with --encoder-keep, got one that does; leave out"
-                " --encoder-keep"
-            )
         if keep is not None:
-            module = clip.ReducedVision(tower, projector, feature_layers=states, num_keep=keep)
-            more_outputs = [TensorSpec(name=KEPT_PATCHES, dtype="int32", shape=("B", keep))]
+            module, more_outputs = _reduced(inner, states, keep, with_features=with_features)
             layers = module.layers
         else:
-            features = clip.ClipFeatures(tower, feature_layers=states)
-            parts = features, projector, getattr(inner, "image_newline", None)
-            layers = features.layers
-            module = clip.ClipVision(*parts, observed=vision.num_hidden_layers - 2 if with_features else None)
-            if with_features:
-                more_outputs = _feature_tensors(vision, len(states), dtype=dtype)
+            features = clip.ClipFeatures(inner.vision_tower, feature_layers=states)
+            observed = vision.num_hidden_layers - 2 if with_features else None
+            newline, layers = getattr(inner, "image_newline", None), features.layers
+            module = clip.ClipVision(features, projector, newline, observed=observed)
+            more_outputs = _feature_tensors(vision, len(states), dtype=dtype) if with_features else []
         graph = VisionGraph(
             module=module,
             inputs=inputs,
@@ -118,6 +112,21 @@ class LlavaNext(Llava):
         return MISTRAL_TEMPLATE if text_type == "mistral" else VICUNA_TEMPLATE
 
 
+def _reduced(
+    inner: Any, states: tuple[int, ...], keep: int, *, with_features: bool
+) -> tuple[clip.ReducedVision, list[TensorSpec]]:
+    """Return the tower that keeps ``keep`` patches of each tile, and its output besides the visual tokens."""
+    if with_features:
+        raise ScheduleError(
+            "--token-method: expected one that needs no class token with --encoder-keep, got one that does; leave out"
+            " --encoder-keep"
+        )
+    module = clip.ReducedVision(
+        inner.vision_tower, inner.multi_modal_projector, feature_layers=states, num_keep=keep
+    )
+    return module, [TensorSpec(name=KEPT_PATCHES, dtype="int32", shape=("B", keep))]
+
+
 def _feature_tensors(vision: Any, num_states: int, *, dtype: FloatType) -> list[TensorSpec]:
     """Return the outputs that selectors with ``needs_features`` read."""
     features, keys, attention = FEATURE_NAMES
@@ -148,18 +157,13 @@ def _position_ids(module: nn.Module, count: int) -> dict[str, NDArray[np.int64]]
 
 
 def _images(checkpoint: Checkpoint, config: Any, *, default_type: str) -> LlavaImages:
-    """Return the constants of the checkpoint's image processor, of class ``default_type`` if its file names none.
-
-    Raises:
-        CheckpointError: If it is not supported, or does not fit the model's configuration.
-    """
+    """Return the constants of the checkpoint's image processor, of class ``default_type`` if its file names none."""
     images = LlavaImages.from_preprocessor_config(
         {"image_processor_type": default_type, **base.read_image_processor(checkpoint)},
         patch_size=config.vision_config.patch_size,
     )
-    base.require_same(
-        "tiles of", checkpoint, tower=config.vision_config.image_size, processor=images.tile_size
-    )
+    side = config.vision_config.image_size
+    base.require_same("tiles of", checkpoint, tower=side, processor=images.tile_size)
     theirs = [list(pinpoint) for pinpoint in getattr(config, "image_grid_pinpoints", None) or []]
     ours = [list(pinpoint) for pinpoint in images.grid_pinpoints]
     if images.kind == "anyres" and theirs and ours != theirs:

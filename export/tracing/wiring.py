@@ -332,13 +332,11 @@ class Wiring:
         return stages[index - 1].keep if index else self._layout.visual_sizes[-1]
 
     def _role(self, index: int) -> Role:
-        """Return the role of layer range ``index``."""
         if index == 0:
             return "prefix"
         return "suffix" if index == len(self._layout.schedule.stages) else "segment"
 
     def _name(self, index: int) -> str:
-        """Return the name of layer range ``index``."""
         role = self._role(index)
         return f"segment_{index}" if role == "segment" else role
 
@@ -459,7 +457,6 @@ class Wiring:
         self._run("branch", graph, question, profiles=profiles, label="branch", stage=index)
 
     def _select(self, stage: int, selector: Any) -> Outline:
-        """Describe the selection of a stage."""
         schedule, method, name = self._layout.schedule, self._method, f"select_{stage + 1}"
         keep, layer = schedule.stages[stage].keep, schedule.stages[stage].layer
         flags = "reads_previous", "reads_prompt", "has_probe"

@@ -79,9 +79,8 @@ class OnnxRuntimeBackend:
         try:
             weight_bytes = sum(spec.weight_bytes for spec in specs)
             loaded.memory.update(check_memory(device, bundle.manifest, specs, weight_bytes=weight_bytes))
-            prepared = (
-                cpu.Prepared({}, ()) if stream else cpu.open_prepared(bundle, accuracy=self.cpu_accuracy)
-            )
+            nothing, accuracy = cpu.Prepared({}, ()), self.cpu_accuracy
+            prepared = nothing if stream else cpu.open_prepared(bundle, accuracy=accuracy)
             loaded.notes.extend(prepared.notes)
             last = [[spec for spec in specs if spec.role == role][-1:] for role in ("vision", "select")]
             # A session needs twice its memory while it is loaded: the largest first, so that it does not come on top of the others.
@@ -110,7 +109,7 @@ class OnnxRuntimeBackend:
     def _session(
         self, bundle: Bundle, spec: GraphSpec, prepared: Path | None, stream: int | None
     ) -> ort.InferenceSession:
-        file = prepared or bundle.folder / spec.file
+        file, own = prepared or bundle.folder / spec.file, [_PROVIDERS[self.name]]
         options = ort.SessionOptions()
         if prepared is not None:  # it was optimized then
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -130,9 +129,7 @@ class OnnxRuntimeBackend:
             session = ort.InferenceSession(
                 file,
                 options,
-                providers=[_PROVIDERS[self.name]]
-                if stream is None
-                else self._on_gpu(stream, bundle.folder, spec),
+                providers=own if stream is None else self._on_gpu(stream, bundle.folder, spec),
                 disabled_optimizers=cpu.unwanted_optimizers(bundle, spec),
             )
         except Exception as error:  # onnxruntime's exceptions have no common public base

@@ -197,10 +197,9 @@ class LlavaImages(processing.ImageConstants, frozen=True, kw_only=True):
         if self.max_grid_tiles is not None:
             used, weights = self.weighted_index(*image.size, num_tiles=room["B"])
             inputs["token_weights"] = np.pad(weights, ((0, room["N"] - own["N"]), (0, 0)))
-        elif self.encoder_keep is None:
-            used = self.token_index(*image.size, num_tiles=room["B"])
-        else:  # the graph's rows are only kept patches, without newlines
-            used = np.arange(own["N"], dtype=np.int32)
+        else:  # with an encoder_keep, the graph's rows are only kept patches, without newlines
+            whole = self.token_index(*image.size, num_tiles=room["B"])
+            used = whole if self.encoder_keep is None else np.arange(own["N"], dtype=np.int32)
         pixels = processing.padded_tiles(np.stack(tiles), room["B"], self)
         return {"pixel_values": pixels, "token_index": processing.padded_index(used, room["N"]), **inputs}
 
@@ -361,7 +360,6 @@ def _best_pinpoint(width: int, height: int, images: LlavaImages) -> tuple[int, i
 
 
 def _resized(image: Image.Image, size: tuple[int, int], images: LlavaImages) -> Image.Image:
-    """Return the image at (height, width)."""
     return Image.fromarray(resize(image, size, resample=images.resample))
 
 

@@ -138,7 +138,8 @@ class ImageLayout:
         runs = np.bincount(np.searchsorted(ends, indices, side="right"), minlength=len(ends))
         overview = np.flatnonzero(np.isin(indices, self.overview))
         marks: dict[str, Any] = {"overview": tuple(overview.tolist()), "run_lengths": tuple(runs.tolist())}
-        return replace(self, make_boxes=lambda: self.boxes[indices], positions=positions, **marks)
+        own = indices.copy()  # the caller may read the next image's indices into the same memory
+        return replace(self, make_boxes=lambda: self.boxes[own], positions=positions, **marks)
 
 
 def check_not_empty(width: int, height: int) -> None:

@@ -535,7 +535,6 @@ class _Scanner:
         return part._replace(is_long=is_long, can_fail=part.can_fail and least > 0, has_choice=has_choice)
 
     def _skip_class(self) -> None:
-        """Skip a character class, which may contain other classes."""
         depth = 0
         for found in self._CLASS_MARK.finditer(self.rest):
             depth += {"[": 1, "]": -1}.get(found[0][0], 0)
