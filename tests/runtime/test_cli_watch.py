@@ -22,6 +22,7 @@ from tests.runtime.test_watcher import PICTURES, STAGES
 from trio_edge.runtime import Pipeline, Question
 from trio_edge.runtime.cli import watch
 from trio_edge.runtime.cli.watch import main
+from trio_edge.runtime.decisions.question_file import read_questions
 from trio_edge.runtime.videos import live
 
 if TYPE_CHECKING:
@@ -285,6 +286,37 @@ def test_a_reader_that_ends_ends_it_cleanly(kind: str, bundle: Path, questions: 
             assert process.stderr is not None
             errors = process.stderr.read()
             assert (process.wait(timeout=120), errors) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("stream", "expected"), [("/dev/full", "expected room for the output"), (None, "standard output: ")]
+)
+def test_an_output_that_is_full_or_closed_is_one_line(
+    stream: str | None, expected: str, bundle: Path, questions: Path, tmp_path: Path
+) -> None:
+    source = str(write_folder(tmp_path / "frames"))
+    command = f'exec "$0" "$@" >{stream or "&-"}'
+    arguments = [
+        sys.executable,
+        "-c",
+        COMMAND,
+        source,
+        "--bundle",
+        str(bundle),
+        "--questions",
+        str(questions),
+    ]
+    result = subprocess.run(["sh", "-c", command, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"trio-watch: {expected}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_file_in_the_documents_is_one_of_questions(tmp_path: Path) -> None:
+    text = (PICTURES.parents[1] / "docs" / "watching.md").read_text(encoding="utf-8")
+    file = tmp_path / "gate.json"
+    file.write_text(text.partition("```json\n")[2].partition("```")[0])
+    assert [question.name for question in read_questions(file)] == ["gate", "person", "bin"]
 
 
 BAD_SOURCES = [

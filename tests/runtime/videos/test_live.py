@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.camera_server import gray_part, serving
+from tests.rtsp_server import rtsp_serving
 from tests.runtime.videos.test_reading import LISTS, write_sound
 from tests.videos import write_video
 from trio_edge.runtime.bundle.errors import ImageError
@@ -209,6 +210,28 @@ def test_a_video_at_an_address_is_a_camera(suffix: str, tmp_path: Path) -> None:
         frames.close()  # type: ignore[attr-defined]
 
 
+def test_a_camera_with_rtsp_is_read_and_opened_again(tmp_path: Path) -> None:
+    """Its last frame is lost, because MPEG-TS does not say where it ends."""
+    data = write_video(tmp_path / "clip.ts", NUM_FRAMES, level_step=STEP).read_bytes()
+    notes: list[str] = []
+    with rtsp_serving(lambda _connection: data) as server:
+        frames = list(live._pictures(server.address, live._OPTIONS["rtsp"]))
+        assert [gray_level(frame) for frame in frames] == list(range(NUM_FRAMES - 1))
+        newest = read_frames(server.address, note=notes.append)
+        later = next(frame for frame in newest if frame.number >= 2 * NUM_FRAMES)
+        assert later.source == server.address
+        newest.close()  # type: ignore[attr-defined]
+    assert server.num_connections >= 4
+    assert notes[1] == f"source '{server.address}': is back"
+
+
+def test_a_file_in_memory_is_no_device(tmp_path: Path) -> None:
+    with pytest.raises(
+        ImageError, match=r"^video '/dev/shm/none.mp4': expected an existing file, found none"
+    ):
+        read_frames("/dev/shm/none.mp4")
+
+
 def test_closing_ends_the_thread(tmp_path: Path) -> None:
     clip = write_video(tmp_path / "clip.mp4", 600, fps=1)
     for source in (str(clip), str(folder_of_images(tmp_path / "frames"))):
@@ -252,7 +275,7 @@ def assert_one_line(read: Callable[[], object], *, allow_frames: bool = False) -
 BAD: dict[str, tuple[Callable[[Path], str], str]] = {
     "missing": (lambda tmp: str(tmp / "none.mp4"), "expected an existing file, found none"),
     "pipe": (lambda tmp: made(os.mkfifo, tmp / "pipe.mp4"), "expected a regular file, got a device or pipe"),
-    "device": (lambda tmp: "/dev/null", "expected a regular file, got a device or pipe"),
+    "device": (lambda tmp: "/dev/null", "source '/dev/null': expected frames of a video, got "),
     "camera": (lambda tmp: "/dev/video99", "expected frames of a video, got "),
     "camera by number": (lambda tmp: "99", "source '/dev/video99': expected frames of a video, got "),
     "empty folder": (str, "expected images, got none"),
