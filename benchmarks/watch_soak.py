@@ -3,7 +3,7 @@
     python benchmarks/watch_soak.py out/tiny questions.json examples/pictures/*.png --minutes 10
 
 The camera is a server of this script: JPEG frames with noise, each image for half a second, and the connection ends after 300
-frames. The events go to a webhook and into a folder of at most 50 files, too.
+frames. The events go to a webhook and into a folder, too.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def main() -> None:
         address = f"http://127.0.0.1:{camera.server_port}/"
         command = [sys.executable, "-c", _COMMAND, address, "--bundle", str(options.bundle)]
         command += ["--questions", str(options.questions), "--threads", "1", "--webhook", address]
-        command += ["--save-frames", folder, "--max-saved", "50"]
+        command += ["--save-frames", folder]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             lines: list[str] = []
             threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True).start()

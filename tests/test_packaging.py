@@ -128,6 +128,7 @@ def test_the_repositorys_trio_folder_does_not_shadow_pypis_package() -> None:
         "trio-inspect",
         "trio-build",
         "trio-run",
+        "trio-watch",
         "trio-profile",
         "trio-check",
         "trio-eval",

@@ -70,19 +70,15 @@ def command(
     SOURCE is a camera (0 or /dev/video0), an address (rtsp, rtsps, http, https), a video file or a folder of images. A camera or an
     address is read until Ctrl-C, and always at its newest frame. Files and folders are read whole.
     """
-    # Slow to import, and --help needs none of it.
-    from trio_edge.runtime.cli.webhook import Webhook
-    from trio_edge.runtime.decisions.question_file import read_questions
-    from trio_edge.runtime.decisions.watcher import Watcher
-    from trio_edge.runtime.pipeline import Pipeline
-    from trio_edge.runtime.videos.live import read_frames
-
     settings = {name: value for name, value in watching.items() if value is not None}
-    with (
-        suppress(KeyboardInterrupt),
-        interruptible() as check,
-        ExitStack() as stack,
-    ):  # Ctrl-C is the usual end
+    # Ctrl-C is the usual end, also while the modules are imported.
+    with suppress(KeyboardInterrupt), interruptible() as check, ExitStack() as stack:
+        from trio_edge.runtime.cli.webhook import Webhook
+        from trio_edge.runtime.decisions.question_file import read_questions
+        from trio_edge.runtime.decisions.watcher import Watcher
+        from trio_edge.runtime.pipeline import Pipeline
+        from trio_edge.runtime.videos.live import read_frames
+
         # What can be wrong is read first, and the camera opened last, when the bundle is ready.
         frames, asked = read_frames(source, live=live, note=_note), read_questions(questions)
         if save_frames is not None:

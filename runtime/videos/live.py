@@ -84,7 +84,7 @@ def read_frames(
     closed = threading.Event()
     place = f"/dev/video{source}" if re.fullmatch(r"\d{1,3}", source) else source
     address = re.match("(http|rtsp)s?://", place, re.IGNORECASE)
-    if address or re.match("/dev/v(ideo|4l)", place):
+    if address or re.match("/dev/(?!shm/)", place):
         options = _OPTIONS[address[1].lower()] if address else {}
         return _newest(_camera(place, options, closed, note), closed)
     if os.path.isdir(place):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
