@@ -28,10 +28,17 @@ from trio_edge.serving.requests.protocol import (
 _NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
 
 
+class CacheBreakpoint(Spec, kw_only=True, frozen=True):
+    """The end of a part of the prompt that comes again."""
+
+    mode: Literal["explicit"]
+
+
 class InputText(Spec, kw_only=True, frozen=True, tag="input_text", tag_field="type"):
     """A piece of text."""
 
     text: str
+    prompt_cache_breakpoint: CacheBreakpoint | None = None  # without effect, as all about caching
 
 
 class OutputText(Spec, kw_only=True, frozen=True, tag="output_text", tag_field="type"):
@@ -46,8 +53,9 @@ class InputImage(Spec, kw_only=True, frozen=True, tag="input_image", tag_field="
     """An image."""
 
     image_url: str
-    detail: Literal["low", "high", "auto"] = "auto"
+    detail: Literal["low", "high", "auto", "original"] | None = None
     file_id: None = None
+    prompt_cache_breakpoint: CacheBreakpoint | None = None
 
 
 InputPart: TypeAlias = InputText | OutputText | InputImage
@@ -134,11 +142,15 @@ def _content(turn: InputTurn) -> str | list[Part]:
     if isinstance(turn.content, str):
         return turn.content
     return [
-        ImagePart(image_url=ImageAddress(url=part.image_url, detail=part.detail))
-        if isinstance(part, InputImage)
-        else TextPart(text=part.text)
+        TextPart(text=part.text) if not isinstance(part, InputImage) else image_of(part)
         for part in turn.content
     ]
+
+
+def image_of(part: InputImage) -> ImagePart:
+    """Return an image in the form of chat completions."""
+    detail = "high" if part.detail == "original" else part.detail or "auto"
+    return ImagePart(image_url=ImageAddress(url=part.image_url, detail=detail))
 
 
 def _format(form: TextFormat | None) -> ResponseFormat | None:
