@@ -15,7 +15,7 @@ from trio_edge.serving.answers.completion import CLOSED, StreamWriter
 from trio_edge.serving.answers.job import AnswerJob
 from trio_edge.serving.answers.worker import answer_settings
 from trio_edge.serving.requests.content import read_prompt
-from trio_edge.serving.requests.errors import RequestError, request_error_from, unknown_model
+from trio_edge.serving.requests.errors import RequestError, invalid_value, request_error_from, unknown_model
 from trio_edge.serving.requests.protocol import VideoPart
 
 if TYPE_CHECKING:
@@ -97,6 +97,10 @@ class AnswerEndpoint:
 
     async def _submit(self, worker: ModelWorker, chat: ChatRequest, asking: Asking | None) -> AnswerJob:
         answer_settings(chat, worker.manifest)  # refuses a wrong setting before the images are read
+        if asking is not None and worker.manifest.decisions is None:
+            raise invalid_value(
+                "model", "expected a bundle with a template for questions, got none; export it again"
+            )
         prompt = await run_in_threadpool(read_prompt, chat, self._media, max_pixels=self._settings.max_pixels)
         job = AnswerJob(chat, prompt, asking)
         try:
