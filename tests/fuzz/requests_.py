@@ -256,7 +256,7 @@ def _decision(rng: random.Random) -> dict[str, Any]:
         {"type": "choice", "instructions": rng.choice(("?", parts)), "choices": [{"value": value} for value in ("yes", "no")]},
         {"type": "score", "instructions": "?", "levels": [{"label": label, "description": "x"} for label in ("0", "1", "2")]},
     ]  # fmt: skip
-    number = rng.choice((1, 1, 2, 400))
+    number = rng.choice((1,) * 9 + (2, 2, 400))
     return {
         "model": "tiny",
         "input": rng.choice(("what?", turns, turns[:1])),
