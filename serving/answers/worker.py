@@ -340,7 +340,8 @@ def decisions_of(
     The last messages are the questions' own, one for each, with these images.
     """
     first = len(messages) - len(asking.questions)
-    shared, own = list(messages[:first]), [_images(message) for message in messages[first:]]
+    shared = list(messages[:first])
+    own = [[part for part in message["content"] if part["type"] == "image"] for message in messages[first:]]
     if not shared or shared[-1]["role"] != "user":
         shared.append({"role": "user", "content": []})
     together = [index for index, images in enumerate(own) if not images]
@@ -350,10 +351,6 @@ def decisions_of(
             questions = [asking.questions[index] for index in group]
             options = msgspec.structs.asdict(asking.options)
             yield from zip(group, pipeline.iter_decisions([*shared[:-1], last], questions, **options))
-
-
-def _images(message: Message) -> list[dict[str, Any]]:
-    return [part for part in message["content"] if part["type"] == "image"]
 
 
 @final

@@ -6,7 +6,7 @@ A request becomes a conversation: its input, then a turn for each question with 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -26,6 +26,9 @@ from trio_edge.serving.requests.protocol import (
 )
 from trio_edge.serving.requests.responses import InputImage, InputText, OutputText, image_of
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 class DecisionOptions(Spec, kw_only=True, frozen=True):
     """Our own options: the keyword arguments of ``Pipeline.iter_decisions``."""
@@ -39,6 +42,14 @@ class Asking(msgspec.Struct, frozen=True):
 
     questions: list[Question]
     options: DecisionOptions
+
+
+class PlacedTurn(NamedTuple):
+    """A turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    parts: list[tuple[str, Part]]
+    """Each with the client's name of its field."""
 
 
 class Conversation(NamedTuple):
@@ -129,13 +140,6 @@ class ScoreQuestion(_AnyQuestion, kw_only=True, frozen=True, tag="score", tag_fi
 AskedQuestion: TypeAlias = PredicateQuestion | ChoiceQuestion | ScoreQuestion
 
 
-class CacheOptions(Spec, kw_only=True, frozen=True):
-    """Options of a cache that this server does not have."""
-
-    mode: Literal["implicit", "explicit"] | None = None
-    ttl: Literal["30m"] | None = None
-
-
 class DecisionRequest(Spec, kw_only=True, frozen=True):
     """A request for decisions."""
 
@@ -145,7 +149,7 @@ class DecisionRequest(Spec, kw_only=True, frozen=True):
     trio: DecisionOptions = DecisionOptions()
     # Clients send these; none has an effect on an answer here.
     prompt_cache_key: str | None = None
-    prompt_cache_options: CacheOptions | None = None
+    prompt_cache_options: Any = None
     safety_identifier: str | None = None
 
 
@@ -155,38 +159,41 @@ def parse_decisions(body: bytes | bytearray, *, max_parts: int) -> tuple[Decisio
     Raises:
         RequestError: As ``parse_chat``, or if a question cannot be asked.
     """
-    asked = decoded(body, DecisionRequest)
+    asked, questions = decoded(body, DecisionRequest), list[Question]()
     given = asked.input
-    turns = [DecisionTurn(role="user", content=given)] if isinstance(given, str) else given
-    contents = [_parts(turn.content) for turn in turns]
-    places = [f"input[{number}].content" for number in range(len(turns))]
-    questions = []
+    messages = [DecisionTurn(role="user", content=given)] if isinstance(given, str) else given
+    turns = [
+        PlacedTurn(turn.role, _placed(turn.content, where=f"input[{number}].content"))
+        for number, turn in enumerate(messages)
+    ]
     for number, one in enumerate(asked.questions):
-        contents.append(_parts(one.instructions))
-        places.append(f"questions[{number}].instructions")
-        text = "\n".join(part.text for part in contents[-1] if isinstance(part, TextPart))
-        questions.append(checked_question(_question(one, text), where=f"questions[{number}]"))
-    roles = [turn.role for turn in turns] + ["user"] * len(questions)
-    chat = ChatRequest(
-        model=asked.model,
-        messages=[Turn(role=role, content=content) for role, content in zip(roles, contents)],
-    )
-    names = {
-        f"messages[{turn}].content[{number}]": f"{place}[{number}]"
-        for turn, (place, content) in enumerate(zip(places, contents))
-        for number in range(len(content))
+        where = f"questions[{number}]"
+        turns.append(PlacedTurn("user", _placed(one.instructions, where=f"{where}.instructions")))
+        text = "\n".join(part.text for _, part in turns[-1].parts if isinstance(part, TextPart))
+        questions.append(checked_question(_question(one, text), where=where))
+    asking = Asking(questions, asked.trio)
+    return asked, conversation(asked.model, turns, asking, default="input", max_parts=max_parts)
+
+
+def conversation(
+    model: str, turns: Sequence[PlacedTurn], asking: Asking, *, default: str, max_parts: int
+) -> Conversation:
+    """Return a conversation; the last turns are those of the questions, which count as parts beyond ``max_parts``.
+
+    ``default`` is the client's name of a field that has no name of its own. Raises RequestError if a part is wrong or too many.
+    """
+    messages = [Turn(role=turn.role, content=[part for _, part in turn.parts]) for turn in turns]
+    places = {
+        f"messages[{number}].content[{place}]": name
+        for number, turn in enumerate(turns)
+        for place, (name, _) in enumerate(turn.parts)
     }
-    conversation = Conversation(chat, Asking(questions, asked.trio), {"messages": "input", **names})
-    return asked, checked_conversation(conversation, max_parts=max_parts)
-
-
-def checked_conversation(conversation: Conversation, *, max_parts: int) -> Conversation:
-    """Return the conversation; raises RequestError if it is too large. Each question may have a turn and a text beyond."""
+    found = Conversation(ChatRequest(model=model, messages=messages), asking, {"messages": default, **places})
     try:
-        checked(conversation.chat, max_parts=max_parts + 2 * len(conversation.asking.questions))
+        checked(found.chat, max_parts=max_parts + 2 * len(asking.questions))
     except RequestError as error:
-        raise renamed(error, conversation.places) from None
-    return conversation
+        raise renamed(error, found.places) from None
+    return found
 
 
 def checked_question(question: Question, *, where: str) -> Question:
@@ -207,10 +214,11 @@ def renamed(error: RequestError, places: dict[str, str]) -> RequestError:
     return replace(error, message=f"{place}{separator}{rest}", param=param)
 
 
-def _parts(content: str | list[QuestionPart] | list[DecisionPart]) -> list[Part]:
+def _placed(content: str | Sequence[DecisionPart], *, where: str) -> list[tuple[str, Part]]:
     if isinstance(content, str):
-        return [TextPart(text=content)]
-    return [image_of(part) if isinstance(part, InputImage) else TextPart(text=part.text) for part in content]
+        return [(where, TextPart(text=content))]
+    parts = [image_of(part) if isinstance(part, InputImage) else TextPart(text=part.text) for part in content]
+    return [(f"{where}[{place}]", part) for place, part in enumerate(parts)]
 
 
 def _question(asked: AskedQuestion, text: str) -> Question:

@@ -28,17 +28,11 @@ from trio_edge.serving.requests.protocol import (
 _NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
 
 
-class CacheBreakpoint(Spec, kw_only=True, frozen=True):
-    """The end of a part of the prompt that comes again."""
-
-    mode: Literal["explicit"]
-
-
 class InputText(Spec, kw_only=True, frozen=True, tag="input_text", tag_field="type"):
     """A piece of text."""
 
     text: str
-    prompt_cache_breakpoint: CacheBreakpoint | None = None  # without effect, as all about caching
+    prompt_cache_breakpoint: Any = None  # no effect, like all about caching
 
 
 class OutputText(Spec, kw_only=True, frozen=True, tag="output_text", tag_field="type"):
@@ -55,7 +49,7 @@ class InputImage(Spec, kw_only=True, frozen=True, tag="input_image", tag_field="
     image_url: str
     detail: Literal["low", "high", "auto", "original"] | None = None
     file_id: None = None
-    prompt_cache_breakpoint: CacheBreakpoint | None = None
+    prompt_cache_breakpoint: Any = None
 
 
 InputPart: TypeAlias = InputText | OutputText | InputImage

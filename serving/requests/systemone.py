@@ -18,18 +18,17 @@ from trio_edge.serving.requests.decisions import (
     Asking,
     Conversation,
     DecisionOptions,
-    checked_conversation,
+    PlacedTurn,
     checked_question,
+    conversation,
     renamed,
 )
 from trio_edge.serving.requests.errors import RequestError, invalid_value
 from trio_edge.serving.requests.protocol import (
-    ChatRequest,
     ImageAddress,
     ImagePart,
     Spec,
     TextPart,
-    Turn,
     decoded,
     json_text,
 )
@@ -123,30 +122,24 @@ def parse_system_one(
     state = write(asked.state, shared, "state")
     if isinstance(asked.state, str) and asked.state in assets:
         state = ""
-    turns, shown, found = [[*shared, state]], dict(shared), list[Question]()
+    texts, shown, found = [("state", list(shared), state)], dict(shared), list[Question]()
     for name, question in questions.items():
         seen, where = dict(shared), f"questions.{name}"
         found.append(checked_question(_question(question, write, seen, where), where=where))
-        turns.append([*list(seen)[len(shared) :], found[-1].text])
+        texts.append((where, list(seen)[len(shared) :], found[-1].text))
         shown |= seen
     for name in assets.keys() - shown.keys():
         raise invalid_value(
             f"assets.{name}", "expected its name in the state or a question, got none; add it"
         )
-    chat = ChatRequest(
-        model=asked.model,
-        messages=[
-            Turn(role="user", content=[*(assets[name] for name in images), TextPart(text=text)])
-            for *images, text in turns
-        ],
-    )
-    places = {
-        f"messages[{turn}].content[{number}]": f"assets.{name}"
-        for turn, (*images, _) in enumerate(turns)
-        for number, name in enumerate(images)
-    }
-    conversation = Conversation(chat, Asking(found, asked.trio), {"messages": "state", **places})
-    return questions, checked_conversation(conversation, max_parts=max_parts)
+    turns = [
+        PlacedTurn(
+            "user", [*((f"assets.{name}", assets[name]) for name in images), (where, TextPart(text=text))]
+        )
+        for where, images, text in texts
+    ]
+    asking = Asking(found, asked.trio)
+    return questions, conversation(asked.model, turns, asking, default="state", max_parts=max_parts)
 
 
 def refused_by_system_one(error: RequestError, places: dict[str, str]) -> RequestError:

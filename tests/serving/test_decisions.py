@@ -304,7 +304,6 @@ WRONG: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "unknown_field": ({"stream": False}, "stream: not a field", "stream"),
     "own_options": ({"trio": {"kept": True}}, r"trio\.kept: not a field", "trio.kept"),
     "sharing": ({"trio": {"sharing": "all"}}, r"trio\.sharing: ", "trio.sharing"),
-    "cache": ({"prompt_cache_options": {"ttl": "1h"}}, r"prompt_cache_options\.ttl: ", "prompt_cache_options.ttl"),
     "function_call": (
         {"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}]},
         r"input\[0\]\.type: Invalid enum value 'function_call'",
