@@ -61,7 +61,10 @@ class RequestError(Exception):
         line = message_line(self.message)
         if self.status != 422 or self.param is None:
             return {"detail": line}
-        wrong = {"loc": ["body", *self.param.split(".")], "msg": line.removeprefix(f"{self.param}: ")}
+        wrong = {
+            "loc": ["body", *message_line(self.param).split(".")],
+            "msg": line.removeprefix(f"{self.param}: "),
+        }
         return {"detail": [{**wrong, "type": self.code}]}
 
     @property

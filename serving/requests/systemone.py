@@ -36,7 +36,8 @@ from trio_edge.serving.requests.protocol import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_MAX_ASSETS = 256
+_MAX_ASSETS = 64
+_PRIVATE_USE = 0xF0000
 
 Content: TypeAlias = str | dict[str, Any] | list[Any]
 
@@ -177,18 +178,20 @@ def _writer(assets: dict[str, ImagePart]) -> Callable[[Content, dict[str, int], 
 
     It adds the names to its second argument, the numbers of the images shown; the third one is the field, for errors.
     """
-    forms = {
-        form: name for name in assets for form in (name, msgspec.json.encode(name).decode()[1:-1]) if form
-    }
-    named = "|".join(map(re.escape, sorted(forms, key=len, reverse=True)))
+    # One character stands for a name first, as the text with a number could hold another name. It is replaced in linear
+    # time, which one expression of all names would not take.
+    longest_first = sorted(filter(None, assets), key=len, reverse=True)
+    names = {chr(_PRIVATE_USE + number): name for number, name in enumerate(longest_first)}
 
     def write(content: Content, shown: dict[str, int], where: str) -> str:
         text = content if isinstance(content, str) else json_text(content, where=where)
+        for mark, name in names.items():
+            text = text.replace(name, mark).replace(msgspec.json.encode(name).decode()[1:-1], mark)
 
         def number(found: re.Match[str]) -> str:
-            return f"[image {shown.setdefault(forms[found[0]], len(shown) + 1)}]"
+            return f"[image {shown.setdefault(names[found[0]], len(shown) + 1)}]"
 
-        return re.sub(named, number, text) if named else text
+        return re.sub(f"[{''.join(names)}]", number, text) if names else text
 
     return write
 

@@ -121,20 +121,20 @@ def test_images_anywhere_are_numbered_in_the_text() -> None:
             },
             "two": {"type": "choice", "criteria": {"a": {"like": "last"}, "b": None}},
             "three": {"type": "score", "instructions": ["?"], "criteria": ["low", {"high": 1}]},
+            "four": {"type": "noul", "instructions": "an image ?"},
         },
-        "assets": {
-            name: image for name in ('photo "1"', "photo-2", "photo", "<own>", "last") if name != "photo"
-        },
+        "assets": dict.fromkeys(('photo "1"', "photo-2", "<own>", "last", "image"), image),
     }
     named, (chat, asking, _) = parse_system_one(json.dumps(asked).encode(), max_parts=20)
-    assert list(named) == ["one", "two", "three"]
+    assert list(named) == ["one", "two", "three", "four"]
     state = '{"front":"[image 1]","back":["x","see [image 2]"],"again":"[image 1]"}'
     assert [getattr(part, "text", "image") for part in chat.messages[0].parts] == ["image", "image", state]
-    one, two, three = asking.questions
+    one, two, three, four = asking.questions
     assert one == Question.yes_no("like [image 3] or [image 1]?", no='["[image 3]"]')
     assert two == Question.choice("Which of these is it?", {"a": '{"like":"[image 3]"}', "b": ""})
     assert three == Question.score('["?"]', ["low", '{"high":1}'])
-    assert [len(turn.parts) - 1 for turn in chat.messages[1:]] == [1, 1, 0]
+    assert four.text == "an [image 3] ?"  # the number's own text names no image
+    assert [len(turn.parts) - 1 for turn in chat.messages[1:]] == [1, 1, 0, 1]
 
 
 def test_images_of_a_question_come_after_the_states(checkpoint: Path) -> None:
