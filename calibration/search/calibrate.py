@@ -38,12 +38,7 @@ from trio_edge.calibration.search.calibration_file import (
 from trio_edge.calibration.search.measuring import RecordKey, opened_measurements
 from trio_edge.calibration.search.samples import read_samples, split_samples
 from trio_edge.calibration.search.schedules.search import Setup, cheapest_within, search
-from trio_edge.calibration.search.schedules.space import (
-    make_space,
-    stages_of,
-    usual_schedules,
-    with_stages,
-)
+from trio_edge.calibration.search.schedules.space import make_space, stages_of, usual_schedules, with_stages
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.profiling.measure.machine_info import find_versions
@@ -61,7 +56,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.quantize.calibrating import Quantized
-    from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.questions import Sample
     from trio_edge.calibration.search.measuring import Measurements
     from trio_edge.calibration.search.options import CalibrationOptions
     from trio_edge.export.quantize.plan import QuantizePlan
@@ -282,7 +277,7 @@ def _warn_above(
         progress.warn(f"the held-out KL{what} is {kl:.3g}, above --max-kl {max_kl:g}; {way_out}")
 
 
-def _digest(questions: Sequence[Question]) -> str:
+def _digest(questions: Sequence[Sample]) -> str:
     """Return the SHA-256 of all questions, images and answers."""
     digest = hashlib.sha256()
     for question in questions:
@@ -299,7 +294,7 @@ def _weights_digest(model: TorchModel) -> str:
     return digest.hexdigest()
 
 
-def fidelity(results: Sequence[MeasuredSchedule], questions: Sequence[Question]) -> Fidelity:
+def fidelity(results: Sequence[MeasuredSchedule], questions: Sequence[Sample]) -> Fidelity:
     """Return mean divergence and agreement with their intervals, by bootstrap over images."""
     images = [question.image_id for question in questions]
     kls = [result.kl for result in results]
@@ -311,7 +306,7 @@ def fidelity(results: Sequence[MeasuredSchedule], questions: Sequence[Question])
 
 
 def accuracy(
-    model: TorchModel, questions: Sequence[Question], schedule: Schedule, progress: StepProgress
+    model: TorchModel, questions: Sequence[Sample], schedule: Schedule, progress: StepProgress
 ) -> Accuracy | None:
     """Return the exact matches of keep-all and of ``schedule``; None if no sample has an answer."""
     with_answers = [question for question in questions if question.answers]

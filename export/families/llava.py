@@ -15,13 +15,7 @@ import numpy as np
 from trio_edge.export.families import base
 from trio_edge.export.families.base import Family, VisionGraph
 from trio_edge.export.graphs.reduce import FEATURE_NAMES
-from trio_edge.export.graphs.vision.clip import (
-    ClipFeatures,
-    ClipVision,
-    ReducedVision,
-    check_encoder_keep,
-    clip_groups,
-)
+from trio_edge.export.graphs.vision import clip
 from trio_edge.export.graphs.vision.siglip import SiglipVision
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.graph_io import KEPT_PATCHES
@@ -64,7 +58,7 @@ class Llava(Family):
 
     def check_encoder_keep(self, encoder_keep: int, images: LlavaImages, config: Any) -> None:
         """Raise ScheduleError unless a tile can keep ``encoder_keep`` patches."""
-        check_encoder_keep(encoder_keep, patches_per_side=images.patches_per_side)
+        clip.check_encoder_keep(encoder_keep, patches_per_side=images.patches_per_side)
 
     def vision(
         self, inner: Any, config: Any, *, processing: LlavaImages, dtype: FloatType, with_features: bool
@@ -74,7 +68,7 @@ class Llava(Family):
         tower, projector, states = inner.vision_tower, inner.multi_modal_projector, feature_layers_of(config)
         tokens = base.visual_tokens(text.hidden_size, dtype=dtype)
         inputs = base.tile_inputs(processing.tile_size)
-        module: ClipVision | ReducedVision
+        module: clip.ClipVision | clip.ReducedVision
         more_outputs: list[TensorSpec] = []
         if keep is not None and with_features:
             raise ScheduleError(
@@ -82,21 +76,21 @@ class Llava(Family):
                 " --encoder-keep"
             )
         if keep is not None:
-            module = ReducedVision(tower, projector, feature_layers=states, num_keep=keep)
+            module = clip.ReducedVision(tower, projector, feature_layers=states, num_keep=keep)
             more_outputs = [TensorSpec(name=KEPT_PATCHES, dtype="int32", shape=("B", keep))]
             layers = module.layers
         else:
-            features = ClipFeatures(tower, feature_layers=states)
+            features = clip.ClipFeatures(tower, feature_layers=states)
             parts = features, projector, getattr(inner, "image_newline", None)
             layers = features.layers
-            module = ClipVision(*parts, observed=vision.num_hidden_layers - 2 if with_features else None)
+            module = clip.ClipVision(*parts, observed=vision.num_hidden_layers - 2 if with_features else None)
             if with_features:
                 more_outputs = _feature_tensors(vision, len(states), dtype=dtype)
         graph = VisionGraph(
             module=module,
             inputs=inputs,
             outputs=(tokens, *more_outputs),
-            linear_groups=clip_groups(layers, projector),
+            linear_groups=clip.clip_groups(layers, projector),
             constants=_position_ids(module, processing.patches_per_tile + 1),
         )
         return graph, VisionDimensions(
@@ -233,7 +227,7 @@ class LlavaOnevision(Family):
                 TensorSpec(name="token_weights", dtype="float32", shape=("N", 4)),
             ),
             outputs=(base.visual_tokens(text.hidden_size, dtype=dtype),),
-            linear_groups=clip_groups(module.layers, module.projector),
+            linear_groups=clip.clip_groups(module.layers, module.projector),
             constants=_position_ids(module, num_patches),
         )
         return graph, VisionDimensions(

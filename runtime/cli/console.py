@@ -80,10 +80,10 @@ def _is_text(argument: str) -> bool:
 
 def _fail_with_files(command: click.Command, error: OSError) -> int:
     if isinstance(error, BrokenPipeError):  # the reading program has ended
-        _lose(sys.stdout)
+        lose(sys.stdout)
         return 1
     if error.errno in (*_FULL, *_UNWRITABLE) and error.filename is None:
-        _lose(sys.stdout)
+        lose(sys.stdout)
         text, advice = "expected room for the output", "free some disk space"
         if error.errno in _UNWRITABLE:
             text, advice = "standard output: expected to write to it", "send it to a file"
@@ -105,7 +105,7 @@ def _open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
-def _lose(stream: TextIO) -> None:
+def lose(stream: TextIO) -> None:
     """Discard the rest of a stream that has failed: Python would report the failure again at exit."""
     with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
@@ -126,7 +126,7 @@ class _Messages:
             self._stream.write(text)
             self._stream.flush()
         except OSError:
-            _lose(self._stream)
+            lose(self._stream)
         return len(text)
 
     def flush(self) -> None:

@@ -13,6 +13,9 @@ from trio_edge.runtime.bundle.errors import BundleError, ImageError, printable
 from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS
 from trio_edge.runtime.cli.console import backend_options, run
+from trio_edge.runtime.cli.decide import NAMES as DECISION_NAMES
+from trio_edge.runtime.cli.decide import OPTIONS as DECISION_OPTIONS
+from trio_edge.runtime.cli.decide import decide, question_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -59,6 +62,7 @@ _OPTIONS: tuple[Callable[..., Any], ...] = (
         for name, (kind, text) in _SAMPLING.items()
     ),
     click.option("--seed", type=int, help="Random seed that makes sampling repeatable."),
+    *DECISION_OPTIONS,
     click.option(
         "--show-kept",
         type=_PATH,
@@ -96,21 +100,25 @@ def command(
 ) -> int:
     """Answer a question about images or a video with BUNDLE.
 
-    Prints the answer while it is generated, then the number of visual tokens kept. Times go to standard error.
+    Prints the answer while it is generated, then the number of visual tokens kept. Times go to standard error. With --yes-no,
+    --choices or --levels it prints probabilities instead, which takes no decoding.
     """
-    from trio_edge.runtime.bundle.reader import open_bundle
     from trio_edge.runtime.pipeline import Pipeline  # slow to import, and --help needs none of it
 
     if show_kept is not None:
-        if not images and settings["video"] is None:
-            raise click.UsageError("--show-kept: expected --image or --video as well, got none; name one")
-        _check_drawing_target(show_kept)
-    if compare_full is not None and open_bundle(compare_full).manifest.schedule.stages:
-        raise BundleError(
-            f"{compare_full}: expected a keep-all bundle, got one with stages; export --keep all"
-        )
+        _check_drawing_target(show_kept, is_seen=bool(images) or settings["video"] is not None)
+    if compare_full is not None:
+        _check_keep_all(compare_full)
     loading: dict[str, Any] = {"backend": backend, "threads": threads}
     loading |= {"cpu_accuracy": cpu_accuracy, "max_pixels": max_pixels}
+    decision = {name: settings.pop(name) for name in DECISION_NAMES}
+    if any(value not in (None, False) for value in decision.values()):
+        how = {name: decision.pop(name) for name in ("both_orders", "as_json")}
+        settings |= {"show_kept": show_kept, "compare_full": compare_full}
+        question = question_of(prompt, **decision)
+        with Pipeline.from_bundle(bundle, **loading) as pipeline:
+            decide(pipeline, images, question, **how, **settings)
+        return 0
     with Pipeline.from_bundle(bundle, **loading) as pipeline:
         answer = pipeline.generate(images, prompt, **settings)
         for piece in answer:
@@ -153,7 +161,16 @@ def _shown(text: str) -> str:
 _KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def _check_drawing_target(path: Path) -> None:
+def _check_keep_all(bundle: Path) -> None:
+    from trio_edge.runtime.bundle.reader import open_bundle
+
+    if open_bundle(bundle).manifest.schedule.stages:
+        raise BundleError(f"{bundle}: expected a keep-all bundle, got one with stages; export --keep all")
+
+
+def _check_drawing_target(path: Path, *, is_seen: bool) -> None:
+    if not is_seen:
+        raise click.UsageError("--show-kept: expected --image or --video as well, got none; name one")
     if path.suffix.lower() not in _KINDS:
         raise click.UsageError(
             f"--show-kept: expected a .png, .jpg or .webp file, got {path.name!r}; rename it"

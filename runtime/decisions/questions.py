@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trio_edge.runtime.answer import Statistics
+    from trio_edge.runtime.images.processing import ImageLayout
 
 QuestionKind = Literal["yes-no", "choice", "score"]
 MOST_QUESTIONS = 400
@@ -132,6 +133,8 @@ class Decision:
     """Cost of this answer. Questions that share a selection share its visual tokens and first prefill."""
     kept: tuple[NDArray[np.int32], ...] = ()
     """Kept tokens of each stage: ascending indices into the visual tokens of all images."""
+    layouts: tuple[ImageLayout, ...] = ()
+    """Layout of each image's visual tokens that entered the decoder, for ``images.overlay``."""
 
     @property
     def choice(self) -> str:

@@ -1,12 +1,12 @@
-"""Reads an image from a file, bytes or a PIL image as upright 8-bit RGB, or raises one ImageError.
+"""Reads an image from a file, bytes, a PIL image or a numpy array as upright 8-bit RGB, or raises one ImageError.
 
 The pixels are the same as Hugging Face's, so that the exported and the original model see the same image. A path or bytes
 are read like its ``load_image``: upright by the EXIF tag, then ``convert("RGB")``. A PIL image is also turned upright, then
-converted like its image processors' ``do_convert_rgb``.
+converted like its image processors' ``do_convert_rgb``. An array gives the pixels of a PNG that holds it.
 
 | image                                | result                                                         |
 |----------------------------------------|----------------------------------------------------------------|
-| with alpha, from a path or bytes       | alpha is dropped, the colour under it shows                    |
+| with alpha, from a path, bytes, array  | alpha is dropped, the colour under it shows                    |
 | with alpha, from a PIL image           | laid over white (Hugging Face makes the same difference)       |
 | with one transparent colour            | laid over white                                                |
 | palette, 1-bit, grayscale, CMYK, YCbCr | Pillow's conversion to RGB                                     |
@@ -26,7 +26,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import TypeAlias
 
-    ImageSource: TypeAlias = str | Path | bytes | Image.Image
+    from numpy.typing import NDArray
+
+    ImageSource: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
 _HEADER_BYTES, _BYTES_PER_PIXEL = 16 << 20, 8  # no format needs more
 
@@ -61,7 +63,8 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Im
     """Return the image as a loaded, upright RGB image.
 
     Args:
-        source: A file's path, the bytes of such a file, or a PIL image, which is not changed. No URLs.
+        source: A file's path, the bytes of such a file, a PIL image, or an array of uint8: [H, W, 3] RGB, [H, W, 4] RGBA or
+            [H, W] grayscale; ``from_bgr`` takes OpenCV's. It is not changed, and later changes of it change nothing. No URLs.
         max_pixels: Pixels above which an image is refused before it is decoded.
 
     Raises:
@@ -70,10 +73,16 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Im
     """
     if isinstance(source, Image.Image):
         return _decode(source, name="image", drop_alpha=False, max_pixels=max_pixels)
+    if isinstance(source, np.ndarray):
+        _check_array(source)
+        _check_size(source.shape[1], source.shape[0], name="image", max_pixels=max_pixels)
+        return Image.fromarray(np.ascontiguousarray(source)).convert("RGB")
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode_file(io.BytesIO(source), name="image", max_pixels=max_pixels)
     if not isinstance(source, (str, Path)):
-        text = f"image: expected a path, bytes or a PIL image, got {type(source).__name__}; give one"
+        text = (
+            f"image: expected a path, bytes, a PIL image or an array, got {type(source).__name__}; give one"
+        )
         raise ImageError(text)
     path, name = file_of(source, kind="image"), f"image {short_name(source)}"
     try:
@@ -81,6 +90,28 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Im
             return _decode_file(file, name=name, max_pixels=max_pixels)
     except OSError as error:  # no permission
         raise ImageError(f"{name}: expected a readable file, got {one_line(error)}") from error
+
+
+def from_bgr(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return an array of OpenCV as ``open_image`` reads it: blue, green, red (and alpha) become a view [H, W, 3] as RGB.
+
+    Grayscale stays as it is.
+
+    Raises:
+        ImageError: If it is no array of uint8 [H, W, 3], [H, W, 4] or [H, W].
+    """
+    _check_array(array)
+    return array if array.ndim == 2 else array[..., 2::-1]
+
+
+def _check_array(array: Any) -> None:
+    is_array = isinstance(array, np.ndarray)
+    if is_array and array.dtype == np.uint8 and (array.ndim == 2 or array.shape[2:] in ((3,), (4,))):
+        return
+    got = f"{array.dtype} {list(array.shape)}" if is_array else type(array).__name__
+    raise ImageError(
+        f"image: expected an array of uint8 [H, W, 3], [H, W, 4] or [H, W], got {got}; convert it"
+    )
 
 
 def file_of(source: str | Path, *, kind: str) -> Path:
@@ -137,14 +168,12 @@ def _opened(file: IO[bytes], *, name: str, max_pixels: int) -> Image.Image:
         with _pillows_limits(max_pixels):
             image = _open(file)
         num_scans = _scans(file) if image.format in ("JPEG", "MPO") else 1
-    except Image.DecompressionBombError as error:
-        raise ImageError(_too_many(name, max_pixels)) from error
     except UnidentifiedImageError as error:
         raise ImageError(
             f"{name}: expected an image (PNG, JPEG, WebP, …), got {num_bytes} bytes of no known format; convert it"
         ) from error
     except Exception as error:  # Pillow's readers raise almost anything on damaged headers
-        raise ImageError(f"{name}: expected a readable image, got {one_line(error)}") from error
+        raise _refusal(error, name, max_pixels, "a readable image, got {}") from error
     if max(image.size) > MAX_SIDE:
         size = f"{image.width}x{image.height}"
         raise ImageError(
@@ -182,8 +211,16 @@ def _pillows_limits(max_pixels: int) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _too_many(name: str, max_pixels: int, got: str = "more") -> str:
-    return f"{name}: expected at most {max_pixels} pixels, got {got}; scale it down or raise --max-pixels"
+def _too_many(name: str, max_pixels: int, got: str = "more") -> ImageError:
+    text = f"{name}: expected at most {max_pixels} pixels, got {got}; scale it down or raise --max-pixels"
+    return ImageError(text)
+
+
+def _refusal(error: Exception, name: str, max_pixels: int, otherwise: str) -> ImageError:
+    """Return our error for Pillow's; ``otherwise`` says what was expected and got, unless there are too many pixels."""
+    if isinstance(error, Image.DecompressionBombError):
+        return _too_many(name, max_pixels)
+    return ImageError(f"{name}: expected {otherwise.format(one_line(error))}")
 
 
 def load_common_formats() -> None:
@@ -205,22 +242,22 @@ def _open(file: IO[bytes]) -> Image.Image:
 
 
 def _decode(image: Image.Image, *, name: str, drop_alpha: bool, max_pixels: int) -> Image.Image:
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise ImageError(f"{name}: expected at least 1x1 pixels, got {width}x{height}")
-    if width * height > max_pixels:
-        raise ImageError(_too_many(name, max_pixels, f"{width}x{height}"))
+    _check_size(*image.size, name=name, max_pixels=max_pixels)
     if image.format == "TIFF":
         _silence_libtiff()
     try:
         with _pillows_limits(max_pixels):
             image.load()
             return _rgb(_upright(image), name=name, drop_alpha=drop_alpha)
-    except Image.DecompressionBombError as error:
-        raise ImageError(_too_many(name, max_pixels)) from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged data
-        told = one_line(error)
-        raise ImageError(f"{name}: expected a whole image, got {told}; the file is damaged") from error
+        raise _refusal(error, name, max_pixels, "a whole image, got {}; the file is damaged") from error
+
+
+def _check_size(width: int, height: int, *, name: str, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: expected at least 1x1 pixels, got {width}x{height}")
+    if width * height > max_pixels:
+        raise _too_many(name, max_pixels, f"{width}x{height}")
 
 
 @cache

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import ModuleType
 
+    from trio_edge.runtime.images.reading import ImageSource
+
 MAX_FRAMES = 4096
 """Most sampled frames: far more than a prompt has room for."""
 MAX_VIDEO_PIXELS = 2**29
@@ -39,7 +41,7 @@ MAX_VIDEO_PIXELS = 2**29
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"})
 # Only these of FFmpeg's demuxers read a file: none of them opens the files or addresses that it names, as lists (HLS, ffconcat) do.
-_FORMATS = (
+FORMATS = (
     "apng,asf,av1,avi,dv,flv,gif,h263,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,"
     "yuv4mpegpipe"
 )
@@ -83,7 +85,7 @@ class Video:
 
 
 def open_video(
-    source: str | Path | Sequence[str | Path | bytes | Image.Image],
+    source: str | Path | Sequence[ImageSource],
     sampling: Sampling,
     *,
     fps: float | None = None,
@@ -131,14 +133,14 @@ def open_video(
         return _from_images(source, chosen, source_fps, name="video", max_pixels=max_pixels)
     if os.path.isdir(source):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
         name = f"video {short_name(source)}"
-        return _from_images(_images_in(Path(source)), chosen, source_fps, name=name, max_pixels=max_pixels)
+        return _from_images(images_in(Path(source)), chosen, source_fps, name=name, max_pixels=max_pixels)
     if source_fps is not None:
         raise ImageError(f"source_fps: expected none with a video file, got {source_fps}; leave it out")
     return _from_file(source, chosen, max_pixels=max_pixels)
 
 
 def _from_images(
-    images: Sequence[str | Path | bytes | Image.Image],
+    images: Sequence[ImageSource],
     chosen: Callable[[int, float | None], Sequence[int]],
     fps: float | None,
     *,
@@ -158,7 +160,7 @@ def _from_images(
     )
 
 
-def _images_in(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
     """Return the images of a folder in natural order: 2 before 10."""
     images = (path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and path.name[0] != ".")
     return sorted(images, key=lambda path: [_natural(part) for part in re.split(r"(\d+)", path.name)])
@@ -186,10 +188,10 @@ def _from_file(
 ) -> Video:
     path, name = file_of(source, kind="video"), f"video {short_name(source)}"
     av = import_av()
-    with _only_image_errors(name), _opened(av, path) as container:
-        total = _count(container, _stream(av, container, name=name).index, name=name)
-    with _only_image_errors(name), _opened(av, path) as container:
-        stream = _stream(av, container, name=name)
+    with _only_image_errors(name), open_container(av, path) as container:
+        total = _count(container, first_stream(av, container, name=name).index, name=name)
+    with _only_image_errors(name), open_container(av, path) as container:
+        stream = first_stream(av, container, name=name)
         rate = stream.average_rate or stream.guessed_rate  # MPEG transport streams only have the second
         fps = float(rate) if rate and rate > 0 else None
         indices = chosen(total, fps)
@@ -237,13 +239,13 @@ def _only_image_errors(name: str) -> Iterator[None]:
         raise ImageError(f"{name}: expected a readable video, got {told}; {way_out}") from error
 
 
-def _opened(av: ModuleType, path: Path) -> Any:
+def open_container(av: ModuleType, path: Path) -> Any:
     """Return the container. Other files or addresses that the file names are never opened."""
-    allowed = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+    allowed = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
     return av.open(f"file:{path.resolve()}", options=allowed, metadata_errors="replace")
 
 
-def _stream(av: ModuleType, container: Any, *, name: str) -> Any:
+def first_stream(av: ModuleType, container: Any, *, name: str) -> Any:
     """Return the first video stream that is not the cover image of a sound file."""
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:
@@ -273,7 +275,7 @@ def _decoded(decoder: Iterator[Any], indices: Sequence[int], *, name: str) -> di
     wanted, frames = set(indices), {}
     for index, frame in enumerate(decoder):
         if index in wanted:
-            frames[index] = _upright(frame)
+            frames[index] = upright(frame)
             _check_size(frames[index].size, frames[indices[0]].size, num_frames=len(indices), name=name)
         if index >= indices[-1]:
             break
@@ -284,7 +286,8 @@ def _decoded(decoder: Iterator[Any], indices: Sequence[int], *, name: str) -> di
     return frames
 
 
-def _upright(frame: Any) -> Image.Image:
+def upright(frame: Any) -> Image.Image:
+    """Return PyAV's frame as an RGB image, turned as its file says."""
     pixels = frame.to_ndarray(format="rgb24")
     quarters = round(frame.rotation / 90) % 4  # counterclockwise, as numpy's
     return Image.fromarray(np.ascontiguousarray(np.rot90(pixels, quarters)) if quarters else pixels)
