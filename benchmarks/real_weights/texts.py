@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from pydoc_data.topics import topics
 from typing import TYPE_CHECKING
 
 import torch
-from pydoc_data.topics import topics
 
 from trio_edge.calibration.model.sequence import Sequence
 
@@ -52,7 +52,9 @@ def pieces(model: TorchModel, names: tuple[str, ...], *, count: int, length: int
         ids = model.tokenizer.encode(topics[name])
         found += [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)][:2]
     if len(found) < count:
-        raise ValueError(f"texts: expected {count} pieces of {length} tokens, got {len(found)}; name more topics")
+        raise ValueError(
+            f"texts: expected {count} pieces of {length} tokens, got {len(found)}; name more topics"
+        )
     return found[:count]
 
 
