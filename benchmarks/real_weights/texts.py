@@ -49,7 +49,7 @@ def pieces(model: TorchModel, names: tuple[str, ...], *, count: int, length: int
     """Return ``count`` pieces of ``length`` tokens from the topics ``names`` in turn."""
     found: list[list[int]] = []
     for name in names:
-        ids = model.tokenizer.encode(topics[name])
+        ids = model.tokenizer.plain_ids(topics[name]).tolist()
         found += [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)][:2]
     if len(found) < count:
         raise ValueError(
