@@ -24,7 +24,7 @@ import torch
 from parts.arguments import parser_for, positive
 from parts.tables import markdown
 from real_weights.checkpoints import checkpoint
-from real_weights.texts import CALIBRATING, MEASURED, QUESTIONS, as_sequence, is_right, pieces
+from real_weights.texts import CALIBRATING, MEASURED, QUESTIONS, as_chat, as_sequence, is_right, pieces
 
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.engines.cpu import CpuAccuracy
 
@@ -51,7 +53,7 @@ _BLOCK_SIZES = (
     "trio_edge.export.quantize.numerics.BLOCK_SIZE",
     "trio_edge.export.quantize.assign.BLOCK_SIZE",
 )
-_REQUEST = "Write Python's reference about this: "
+REQUEST = "Write Python's reference about this: "
 ANSWER_TOKENS = 24
 SCHEDULE = Schedule(stages=(Stage(layer=4, keep=23), Stage(layer=11, keep=11), Stage(layer=16, keep=6)))
 
@@ -113,24 +115,28 @@ def bundle_of(variant: Variant, out: Path) -> Path:
         quantize=parse_plan(variant.plan),
     )
     with mock.patch(_BLOCK_SIZES[0], variant.block), mock.patch(_BLOCK_SIZES[1], variant.block):
-        scales = calibrated(variant, out) if variant.is_calibrated else CalibratedScales()
+        scales = CalibratedScales()
+        if variant.is_calibrated:
+            model = load_model(options.model)
+            scales = calibrated_scales(model, options.quantize, SCHEDULE, dtype=variant.dtype)
         export_bundle(options, scales=scales)
     return path
 
 
-def calibrated(variant: Variant, out: Path) -> CalibratedScales:
+def calibrated_scales(
+    model: TorchModel, plan: QuantizePlan, schedule: Schedule, *, dtype: FloatType
+) -> CalibratedScales:
     """Return scales from texts that are not measured."""
-    model = load_model(str(checkpoint(variant.shape, out)))
-    texts = pieces(model, CALIBRATING, count=8, length=192)
+    texts = [
+        as_chat(model, REQUEST + "Python", ids) for ids in pieces(model, CALIBRATING, count=8, length=192)
+    ]
     questions = [Question(index, str(index), "all", (), (), "", "", ()) for index in range(len(texts))]
 
-    def text_prompt(_model: Any, question: Question) -> Any:
-        return as_sequence(model, texts[question.index])
+    def text_prompt(_model: TorchModel, question: Question) -> Any:
+        return as_sequence(model, texts[question.index], range(4, 10))  # no more than any stage keeps
 
     with mock.patch(_MAKE_PROMPT, text_prompt):
-        found = calibrate_quantization(
-            model, questions, Schedule(), parse_plan(variant.plan), dtype=variant.dtype, num_tokens=2
-        )
+        found = calibrate_quantization(model, questions, schedule, plan, dtype=dtype, num_tokens=2)
     assert found is not None
     return found.scales
 
@@ -182,7 +188,7 @@ def read_by_bundle(bundle: Path, *, length: int, num_questions: int, cpu_accurac
             forced = Forced(ids, vocabulary)
             answer = pipeline.generate(
                 None,
-                _REQUEST + name,
+                REQUEST + name,
                 constraint=forced,
                 num_logprobs=1,
                 max_new_tokens=len(ids),
@@ -212,7 +218,7 @@ def read_by_hugging_face(folder: Path, *, length: int, num_questions: int) -> Re
 
     for name in MEASURED:
         given = torch.tensor(tokenizer(topics[name]).input_ids[:length])
-        prompt = prompt_ids(_REQUEST + name)
+        prompt = prompt_ids(REQUEST + name)
         with torch.no_grad():
             logits = model(input_ids=torch.cat([prompt, given[None]], 1)).logits[0, prompt.shape[1] - 1 : -1]
         chosen = torch.log_softmax(logits.double(), -1).gather(1, given[:, None])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trio_edge.calibration.model.sequence import Sequence
+from trio_edge.runtime.prompts.chat import build_messages, prompt_ids
 
 if TYPE_CHECKING:
     from trio_edge.calibration.model.torch_model import TorchModel
@@ -56,6 +57,14 @@ def pieces(model: TorchModel, names: tuple[str, ...], *, count: int, length: int
             f"texts: expected {count} pieces of {length} tokens, got {len(found)}; name more topics"
         )
     return found[:count]
+
+
+def as_chat(model: TorchModel, request: str, answer: list[int]) -> list[int]:
+    """Return the ids of a chat with ``request`` and the beginning of its ``answer``."""
+    ids = prompt_ids(
+        build_messages(request), tokenizer=model.tokenizer, template=model.template, text=model.text
+    )
+    return [*ids.text.tolist(), *answer]
 
 
 def as_sequence(model: TorchModel, ids: list[int], visual: range = range(0)) -> Sequence:
