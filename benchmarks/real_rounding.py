@@ -54,23 +54,21 @@ class Variant(NamedTuple):
 
 VARIANTS = (
     Variant("int8", "int8"),
-    Variant("int8, head int8", "int8,head=int8"),
-    Variant("w8a8, SmoothQuant", "int8", is_calibrated=True),
-    Variant("fp8", "fp8"),
-    Variant("fp8, calibrated inputs", "fp8", is_calibrated=True),
     Variant("int4 (blocks of 96 and 128)", "int4"),
-    Variant("int4, AWQ", "int4", is_calibrated=True),
     Variant("int4, blocks of 64", "int4", block=64),
-    Variant("int4, blocks of 64, AWQ", "int4", is_calibrated=True, block=64),
     Variant("int4, blocks of 32", "int4", block=32),
-    Variant("int4, blocks of 32, AWQ", "int4", is_calibrated=True, block=32),
+    Variant("int4, AWQ", "int4", is_calibrated=True),
+    Variant("w8a8, SmoothQuant", "int8", is_calibrated=True),
     Variant("int4, head int8", "int4,head=int8"),
     Variant("int4, head int4", "int4,head=int4"),
-    Variant("int4, head int4, AWQ", "int4,head=int4", is_calibrated=True),
     Variant("int4, first 4 layers int8", "int4,prefix=int8"),
     Variant("int4, first 12 layers int8", "int4,prefix=int8", prefix=12, suffix=20),
     Variant("int4, last 14 layers int8", "int4,suffix=int8"),
-    Variant("int4, first 12 layers int8, AWQ", "int4,prefix=int8", is_calibrated=True, prefix=12, suffix=20),
+    Variant("fp8", "fp8"),
+    Variant("fp8, calibrated inputs", "fp8", is_calibrated=True),
+    Variant("int8, head int8", "int8,head=int8"),
+    Variant("int4, blocks of 32, AWQ", "int4", is_calibrated=True, block=32),
+    Variant("w8a8, head w8a8, SmoothQuant", "int8,head=int8", is_calibrated=True),
 )
 
 
@@ -156,7 +154,7 @@ def by_product(model: TorchModel, exact: Text, length: int) -> list[tuple[str, .
 def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/real"))
-    parser.add_argument("--length", type=positive, default=384, help="most tokens of each of the texts")
+    parser.add_argument("--length", type=positive, default=256, help="most tokens of each of the texts")
     parser.add_argument("--layers", action="store_true")
     parser.add_argument("--rows", nargs="+", metavar="WORD", help="only the rows with one of these words")
     options = parser.parse_args()
