@@ -2,7 +2,7 @@
 
     python benchmarks/real_gradient.py --count 8 --questions 150
 
-By layer, without reduction: rank correlation, and overlap of the best ninth. Then, on the packaged model, the answers when the whole
+By layer, without reduction: rank correlation, and overlap of the best ninth. Then, on the packaged model, answers when the whole
 gradient chooses in place of the saliency, at the same stages: an upper bound of what a better proxy of the gradient can give. In
 torch, float32.
 """
