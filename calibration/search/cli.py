@@ -129,6 +129,11 @@ def _option(name: str, text: str, default: str | None = None, **settings: Any) -
     default=None,
     help="Make no shapes for images larger than the samples.",
 )
+@_option(
+    "--gradients",
+    "Samples on which each layer's saliency is compared with the whole model's gradient.",
+    type=int,
+)
 @_option("--device", "torch device to run the samples on.")
 @click.option("--work", type=PATH, help="Folder for measurements; an interrupted run continues from it.")
 @click.option("--no-export", is_flag=True, help="Write calibration.json, but no bundle.")
