@@ -177,7 +177,8 @@ def _pictures(
 ) -> Iterator[Frame]:
     """Yield what PyAV reads: with ``options`` from a camera, with ``pace`` each frame at its time."""
     av, name, number, start = reading.import_av(), _name(place), 0, None
-    skipped = () if options is None else av.error.InvalidDataError  # what comes before the first whole frame
+    # A stream that is joined late begins with what cannot be decoded.
+    skipped = () if options is None else (av.error.InvalidDataError,)
     patience = (SECONDS_WITHOUT_DATA, SECONDS_WITHOUT_DATA)
     try:
         if options is None:
@@ -190,7 +191,7 @@ def _pictures(
             # Threads with a frame each hold back as many frames; threads that share a frame none.
             stream.thread_type = "AUTO" if options is None else "SLICE"
             for packet in container.demux(stream):
-                with suppress(skipped):
+                with suppress(*skipped):
                     for picture in packet.decode():
                         if pace is not None:
                             start = time.monotonic() - (picture.time or 0.0) if start is None else start
