@@ -11,10 +11,13 @@ import click
 from trio_edge.runtime.bundle.errors import printable
 from trio_edge.runtime.cli.tables import print_table, wide_console
 from trio_edge.runtime.decisions.questions import Question
+from trio_edge.runtime.images.reading import open_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from PIL import Image
 
     from trio_edge.runtime.decisions.questions import Decision
     from trio_edge.runtime.pipeline import Pipeline
@@ -62,18 +65,21 @@ def decide(
     *,
     both_orders: bool,
     as_json: bool,
+    max_pixels: int,
     **settings: Any,
-) -> None:
-    """Ask ``question`` and print its probabilities.
+) -> tuple[Decision, list[Image.Image]]:
+    """Ask ``question``, print its probabilities, and return them and the images.
 
     Raises:
+        ImageError: If an image cannot be read.
         UsageError: If ``settings`` has an option of generated answers.
     """
     if given := [name for name, value in settings.items() if name not in _SHOWN and value is not None]:
         option = f"--{given[0].replace('_', '-')}"
         raise click.UsageError(f"{option}: expected none with --yes-no, --choices or --levels; leave it out")
     shown = {name: settings[name] for name in _SHOWN}
-    (decision,) = pipeline.decide(list(images), question, both_orders=both_orders, **shown)
+    opened = [open_image(path, max_pixels=max_pixels) for path in images]
+    (decision,) = pipeline.decide(opened, question, both_orders=both_orders, **shown)
     if as_json:
         print(json.dumps(as_dict(decision), ensure_ascii=False))
     else:
@@ -86,6 +92,7 @@ def decide(
     statistics = decision.statistics
     kept = f"kept per stage {list(statistics.kept_tokens)}"
     print(f"{pipeline.backend_name}: {statistics.ttft_ms:.1f} ms, {kept}", file=sys.stderr)
+    return decision, opened
 
 
 def as_dict(decision: Decision) -> dict[str, Any]:

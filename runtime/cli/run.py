@@ -20,7 +20,10 @@ from trio_edge.runtime.cli.decide import decide, question_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from PIL import Image
+
     from trio_edge.runtime.answer import Generation
+    from trio_edge.runtime.decisions.questions import Decision
     from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.pipeline import Pipeline
 
@@ -114,10 +117,16 @@ def command(
     decision = {name: settings.pop(name) for name in DECISION_NAMES}
     if any(value not in (None, False) for value in decision.values()):
         how = {name: decision.pop(name) for name in ("both_orders", "as_json")}
-        settings |= {"show_kept": show_kept, "compare_full": compare_full}
+        settings |= {"compare_full": compare_full}
         question = question_of(prompt, **decision)
+        if show_kept is not None and settings["video"] is not None:
+            raise click.UsageError(
+                "--show-kept: expected images with these answers, got a video; leave it out"
+            )
         with Pipeline.from_bundle(bundle, **loading) as pipeline:
-            decide(pipeline, images, question, **how, **settings)
+            found, opened = decide(pipeline, images, question, max_pixels=max_pixels, **how, **settings)
+            if show_kept is not None:
+                _draw(pipeline, opened, found, show_kept)
         return 0
     with Pipeline.from_bundle(bundle, **loading) as pipeline:
         answer = pipeline.generate(images, prompt, **settings)
@@ -135,7 +144,7 @@ def command(
         for note in pipeline.notes:  # after the answer, which may add some
             print(f"trio-run: {printable(note)}", file=sys.stderr)
         if show_kept is not None:
-            _draw(pipeline, answer, show_kept)
+            _draw(pipeline, answer.images, answer, show_kept)
         if answer.images:
             kept = f"{statistics.average_keep * statistics.visual_tokens:.1f} kept on average"
             share = f"{100 * statistics.average_keep:.1f} %"
@@ -178,11 +187,13 @@ def _check_drawing_target(path: Path, *, is_seen: bool) -> None:
     check_outputs({"--show-kept": path})
 
 
-def _draw(pipeline: Pipeline, answer: Generation, target: Path) -> None:
+def _draw(
+    pipeline: Pipeline, images: Sequence[Image.Image], answer: Generation | Decision, target: Path
+) -> None:
     from trio_edge.runtime.images.overlay import draw_all
 
     captions = [f"layer {stage.layer}" for stage in pipeline.manifest.schedule.stages]
-    drawing, content = draw_all(answer.images, answer.layouts, answer.kept, captions=captions), io.BytesIO()
+    drawing, content = draw_all(images, answer.layouts, answer.kept, captions=captions), io.BytesIO()
     try:
         drawing.save(content, _KINDS[target.suffix.lower()])
     except (OSError, ValueError) as error:  # larger than the format allows

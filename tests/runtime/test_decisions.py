@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.bundles import export
 from tests.checkpoints import save_checkpoint
@@ -329,7 +330,10 @@ def test_trio_run_prints_probabilities(
     arguments = [str(reduced_bundle), "--image", str(tmp_path / "one.png"), "--prompt", "w1", *options]
     with Pipeline.from_bundle(reduced_bundle) as pipeline:
         (expected,) = pipeline.decide(PICTURE, question)
-    assert cli_run.main([*arguments, "--json"]) == 0
+    drawing = tmp_path / "kept.png"
+    assert cli_run.main([*arguments, "--json", "--show-kept", str(drawing)]) == 0
+    with Image.open(drawing) as image:  # a panel for each stage
+        assert image.width > 2 * 100
     printed = json.loads(capsys.readouterr().out)
     assert printed["probabilities"] == pytest.approx(expected.by_name(), rel=1e-4)
     assert printed["kept_tokens"] == [len(kept) for kept in expected.kept]
@@ -355,7 +359,11 @@ def test_trio_run_prints_probabilities(
         (["--choices", "w1,w2 </s>"], "expected plain text, got the special token '</s>'"),
         (["--choices", "w1,w2", "--seed", "3"], "--seed: expected none with --yes-no"),
         (["--choices", "w1,w2", "--max-new-tokens", "3"], "--max-new-tokens: expected none with --yes-no"),
-        (["--choices", "w1,w2", "--show-kept", "kept.png"], "--show-kept: expected none with --yes-no"),
+        (
+            ["--choices", "w1,w2", "--show-kept", "kept.gif"],
+            "--show-kept: expected a .png, .jpg or .webp file",
+        ),
+        (["--choices", "w1,w2", "--compare-full", "full"], "full: "),
     ],
 )
 def test_trio_run_refuses_in_one_line(
