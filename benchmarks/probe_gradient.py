@@ -20,7 +20,7 @@ from parts.arguments import parser_for, positive
 from parts.drawn_questions import drawn_questions
 from parts.tables import markdown
 
-from trio_edge.calibration.questions import Question, read_questions
+from trio_edge.calibration.questions import Sample, read_questions
 from trio_edge.export.bundle import export_bundle
 from trio_edge.export.options import ExportOptions
 from trio_edge.export.quantize.plan import parse_plan
@@ -40,7 +40,7 @@ class Variant(NamedTuple):
     """Whether the gradient of layers in floating point goes around the MLP, too."""
 
 
-def answers(questions: list[Question], keep: str, variant: Variant) -> tuple[int, list[list[set[int]]]]:
+def answers(questions: list[Sample], keep: str, variant: Variant) -> tuple[int, list[list[set[int]]]]:
     """Return the number of right answers and each question's kept tokens by stage."""
     right, kept = 0, []
     with ExitStack() as stack:

@@ -36,7 +36,7 @@ from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.trio.budgets import ScheduleRequest, parse_keep
 
 if TYPE_CHECKING:
-    from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.questions import Sample
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.engines.cpu import CpuAccuracy
 
@@ -133,7 +133,7 @@ def weight_bytes(bundle: Path) -> int:
 
 
 def kept_sets(
-    bundle: Path, questions: list[Question], *, cpu_accuracy: CpuAccuracy = "auto"
+    bundle: Path, questions: list[Sample], *, cpu_accuracy: CpuAccuracy = "auto"
 ) -> list[list[set[int]]]:
     """Return each stage's kept tokens for each question."""
     result = []

@@ -24,7 +24,7 @@ from trio_edge.runtime.bundle.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.questions import Sample
 
 
 VQA_ANNOTATORS = 10
@@ -37,11 +37,11 @@ class Metric:
     """One way to score an answer."""
 
     name: str
-    read: Callable[[str, Question], str]
+    read: Callable[[str, Sample], str]
     """Returns the reading of an answer's text."""
-    score: Callable[[str, Question], float]
+    score: Callable[[str, Sample], float]
     """Returns the score of a reading, 0 to 1."""
-    complaint: Callable[[Question], str | None]
+    complaint: Callable[[Sample], str | None]
     """Returns the reason why a question cannot be scored, as "expected …, got …"; None if it can."""
 
 
@@ -74,7 +74,7 @@ def exact_normal(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".")
 
 
-def metric_for(questions: Sequence[Question]) -> Metric:
+def metric_for(questions: Sequence[Sample]) -> Metric:
     """Return the metric for the questions' fields: choices, the answers yes and no, ten answers, else exact match."""
     for name in ("choice", "yes-no", "vqa"):
         if all(METRICS[name].complaint(question) is None for question in questions):
@@ -86,32 +86,32 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
-def _exact_score(reading: str, question: Question) -> float:
+def _exact_score(reading: str, question: Sample) -> float:
     return float(reading in {exact_normal(answer) for answer in question.answers})
 
 
-def _vqa_score(reading: str, question: Question) -> float:
+def _vqa_score(reading: str, question: Sample) -> float:
     agrees = [vqa_normal(answer) == reading for answer in question.answers]
     total = sum(agrees)
     return sum(min(1.0, (total - one) / 3) for one in agrees) / len(agrees)
 
 
-def _vqa_complaint(question: Question) -> str | None:
+def _vqa_complaint(question: Sample) -> str | None:
     count = len(question.answers)
     return None if count == VQA_ANNOTATORS else f"expected {VQA_ANNOTATORS} answers for vqa, got {count}"
 
 
-def read_yes_no(text: str, _question: Question | None = None) -> str:
+def read_yes_no(text: str, _question: Sample | None = None) -> str:
     """Return "no" if the first sentence has the word no or not, else "yes": POPE's rule, with its bias to yes."""
     words = re.findall(r"\w+", text.split(".")[0].lower())
     return "no" if "no" in words or "not" in words else "yes"
 
 
-def _yes_no_score(reading: str, question: Question) -> float:
+def _yes_no_score(reading: str, question: Sample) -> float:
     return float(reading == exact_normal(question.answers[0]))
 
 
-def _yes_no_complaint(question: Question) -> str | None:
+def _yes_no_complaint(question: Sample) -> str | None:
     answers = [exact_normal(answer) for answer in question.answers]
     if len(answers) == 1 and answers[0] in ("yes", "no"):
         return None
@@ -145,11 +145,11 @@ def _spaced(text: str) -> str:
     return " ".join(["", *re.findall(r"\w+", text), ""])
 
 
-def _choice_score(reading: str, question: Question) -> float:
+def _choice_score(reading: str, question: Sample) -> float:
     return float(reading != "" and reading == read_choice(question.answers[0], question.choices))
 
 
-def _choice_complaint(question: Question) -> str | None:
+def _choice_complaint(question: Sample) -> str | None:
     if not 2 <= len(question.choices) <= MAX_CHOICES:
         return f"expected 2..{MAX_CHOICES} choices for choice, got {len(question.choices)}"
     if len(question.answers) == 1 and read_choice(question.answers[0], question.choices):
@@ -173,7 +173,7 @@ METRICS = {
 }
 
 
-def check_metric(questions: Sequence[Question], metric: Metric) -> None:
+def check_metric(questions: Sequence[Sample], metric: Metric) -> None:
     """Raise DataError unless every question can be scored with ``metric``."""
     for question in questions:
         if complaint := metric.complaint(question):

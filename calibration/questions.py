@@ -21,7 +21,7 @@ _ID_LENGTH = 16  # 64 bits: in one of 10^7 data sets of a million images two ids
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class Sample:
     """One question about one image or several, with its place in the data."""
 
     index: int
@@ -39,6 +39,10 @@ class Question:
     choices: tuple[str, ...] = ()
     where: str = ""
     """FILE:LINE, for messages."""
+    prompt: str = ""
+    """The question without choices and suffix."""
+    options: tuple[str, ...] = ()
+    """Answers that a question with a fixed set of them allows; see ``evaluate/decisions.py``."""
 
 
 def read_questions(
@@ -48,7 +52,7 @@ def read_questions(
     suffix: str = "",
     count: int | None = None,
     need_answers: bool = True,
-) -> list[Question]:
+) -> list[Sample]:
     """Return at most ``count`` questions of a JSON-lines file with one object per line.
 
     Fields: ``image`` (a path relative to the file) or ``images`` (a list of them), ``question``, ``answers`` (a list) or
@@ -64,7 +68,7 @@ def read_questions(
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: expected a JSON-lines file ({error}); check the name") from None
-    questions: list[Question] = []
+    questions: list[Sample] = []
     image_ids: dict[Path, str] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -91,7 +95,7 @@ def read_questions(
             if image not in image_ids:
                 image_ids[image] = image_id(image, where=where)
         questions.append(
-            Question(
+            Sample(
                 index=len(questions),
                 sample_id=str(entry.get("id", number)),
                 kind=str(entry.get("kind", "all")),
@@ -102,6 +106,7 @@ def read_questions(
                 answers=answers,
                 choices=choices,
                 where=where,
+                prompt=prompt,
             )
         )
     if not questions:
@@ -110,7 +115,7 @@ def read_questions(
     return questions
 
 
-def digest_of(questions: Sequence[Question], *, metric: str) -> str:
+def digest_of(questions: Sequence[Sample], *, metric: str) -> str:
     """Return the SHA-256 of the questions and their metric.
 
     It has the images' names, not their contents: replacing one image invalidates only the outcomes of that image.
@@ -118,7 +123,8 @@ def digest_of(questions: Sequence[Question], *, metric: str) -> str:
     digest = hashlib.sha256(metric.encode())
     for question in questions:
         fields = [question.sample_id, question.kind, *question.image_names, question.question]
-        digest.update(json.dumps([*fields, question.answers, question.choices]).encode())
+        options = [question.options] if question.options else []
+        digest.update(json.dumps([*fields, question.answers, question.choices, *options]).encode())
     return digest.hexdigest()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,14 +26,7 @@ from trio_edge.export.graphs.assembly.pieces import join, with_pieces
 from trio_edge.export.model_cost import cost_of
 from trio_edge.export.options import Progress
 from trio_edge.export.plan import build, read, resolve, without_values
-from trio_edge.export.quantize.assign import (
-    is_quantized,
-    plain_tensors,
-    quantization_of,
-    quantize_graphs,
-    row_tables,
-    unquantized_parts,
-)
+from trio_edge.export.quantize import assign
 from trio_edge.export.quantize.cache import check_cache, quantize_caches
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.export.quantize.store import quantized_bytes, store_quantized
@@ -105,7 +98,7 @@ def export_bundle(
             plan = build(options, source, resolved)
         if (target := options.target) is not None:
             check_target(plan, find_device(target), progress)
-        quantized = partial(is_quantized, plan=options.quantize, checkpoint=source.checkpoint)
+        quantized = partial(assign.is_quantized, plan=options.quantize, checkpoint=source.checkpoint)
         wiring = Wiring(plan, is_quantized=quantized)
         programs = wiring.programs()
         traced = trace_graphs(plan, wiring.graphs, step=progress.step)
@@ -149,17 +142,17 @@ class BundleContents:
     """The graphs, and the form in which each tensor is stored."""
 
     graphs: Sequence[TracedGraph]
-    plain: Mapping[str, SourceTensor]
-    """Tensors stored with the checkpoint's values, in the bundle's element type."""
-    forms: tuple[StoredForm, ...]
-    """All other tensors."""
-    whole_files: bool
-    """Whether the checkpoint's files may be copied as they are, including tensors that no graph uses."""
-    num_bytes: int
-    embedding: StoredName
-    head_rows: StoredName | None
+    forms: tuple[StoredForm, ...] = ()
+    """Tensors that are not stored with the checkpoint's values."""
+    embedding: StoredName = StoredName(EMBEDDING_NAME)  # noqa: RUF009  # frozen
+    head_rows: StoredName | None = None
     """The head's rows, if a gradient reads them."""
-    quantization: Quantization | None
+    quantization: Quantization | None = None
+    plain: Mapping[str, SourceTensor] = field(default_factory=dict)
+    """All other tensors, in the bundle's element type."""
+    whole_files: bool = True
+    """Whether the checkpoint's files may be copied as they are, including tensors that no graph uses."""
+    num_bytes: int = 0
 
 
 def quantize(
@@ -167,29 +160,35 @@ def quantize(
 ) -> BundleContents:
     """Return the graphs with linear layers and KV caches quantized as the options say."""
     checkpoint, wanted, dtype = plan.source.checkpoint, plan.options.quantize, plan.resolved.dtype
-    graphs, quantization = traced, None
-    forms: tuple[StoredForm, ...] = ()
-    embedding = StoredName(EMBEDDING_NAME)
-    head_rows: StoredName | None = None
+    contents = BundleContents(traced)
     if wanted.formats or checkpoint.packed:
-        graphs, forms = quantize_graphs(traced, wanted, scales, checkpoint=checkpoint)
-        for part, kind in unquantized_parts(forms, wanted, graphs=graphs).items():
-            progress.warn(
-                f"--quantize: expected weights in {part} that {kind} can store (INT4 needs an even number of outputs and a"
-                f" multiple of 16 inputs), got none; {part} stays in {dtype}"
-            )
-        if wanted.has_cache:
-            graphs = quantize_caches(graphs, scales.cache_max)
-        table, rows = row_tables(graphs, wanted)
-        embedding, head_rows = table.stored_name, None if rows is None else rows.stored_name
-        quantization = quantization_of(forms, wanted, scales, graphs=graphs)
-    plain = plain_tensors(graphs, checkpoint, forms)
+        contents = _quantized(plan, traced, scales, progress)
+    forms = contents.forms
+    plain = assign.plain_tensors(contents.graphs, checkpoint, forms)
     # Copied files would repeat tensors that are stored in another form. CLIP's files hold a vision tower that is not used,
     # and their names may be those of the model's files.
     whole_files = not forms and plan.source.clip is None
     num_bytes = bytes_to_write(plain, dtype=dtype, whole_files=whole_files)
     num_bytes += quantized_bytes(checkpoint, forms, dtype=dtype)
-    return BundleContents(graphs, plain, forms, whole_files, num_bytes, embedding, head_rows, quantization)
+    return replace(contents, plain=plain, whole_files=whole_files, num_bytes=num_bytes)
+
+
+def _quantized(
+    plan: ExportPlan, traced: Sequence[TracedGraph], scales: CalibratedScales, progress: Progress
+) -> BundleContents:
+    wanted = plan.options.quantize
+    graphs, forms = assign.quantize_graphs(traced, wanted, scales, checkpoint=plan.source.checkpoint)
+    for part, kind in assign.unquantized_parts(forms, wanted, graphs=graphs).items():
+        progress.warn(
+            f"--quantize: expected weights in {part} that {kind} can store (INT4 needs an even number of outputs and a"
+            f" multiple of 16 inputs), got none; {part} stays in {plan.resolved.dtype}"
+        )
+    if wanted.has_cache:
+        graphs = quantize_caches(graphs, scales.cache_max)
+    table, rows = assign.row_tables(graphs, wanted)
+    quantization = assign.quantization_of(forms, wanted, scales, graphs=graphs)
+    head_rows = None if rows is None else rows.stored_name
+    return BundleContents(graphs, forms, table.stored_name, head_rows, quantization)
 
 
 def write(

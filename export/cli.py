@@ -21,22 +21,7 @@ from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError, prin
 from trio_edge.runtime.bundle.schedule import Budget, Positions, ProbeRows, Schedule
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
-from trio_edge.trio.budgets import (
-    LEAST_FOR_REFERENCE_ROWS,
-    USUAL_KEEP,
-    ScheduleRequest,
-    parse_keep,
-    parse_stages,
-)
-from trio_edge.trio.methods import (
-    TOKEN_METHODS,
-    StageMethod,
-    TokenMethod,
-    described,
-    installed_methods,
-    stage_method,
-    token_method,
-)
+from trio_edge.trio import budgets, methods
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -88,14 +73,17 @@ class _SelectorOption(click.Option):
 
     def type_cast_value(self, ctx: click.Context, value: str | None) -> str | None:
         try:
-            return value and (stage_method if self.name == "method" else token_method)(value).name
+            return (
+                value
+                and (methods.stage_method if self.name == "method" else methods.token_method)(value).name
+            )
         except ScheduleError as error:
             raise click.UsageError(f"{self.opts[0]}: {str(error).partition(': ')[2]}", ctx) from None
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        kind = StageMethod if self.name == "method" else TokenMethod
+        kind = methods.StageMethod if self.name == "method" else methods.TokenMethod
         record = super().get_help_record(ctx)
-        return record and (record[0], record[1].replace("SELECTORS", described(kind)))
+        return record and (record[0], record[1].replace("SELECTORS", methods.described(kind)))
 
 
 def _option(names: str, kind: Any, text: str, metavar: str | None = None, **settings: Any) -> click.Option:
@@ -118,7 +106,7 @@ _OPTIONS = (
         "--keep",
         str,
         "Average share of the image's visual tokens (before any reduction) that a decoder layer processes; 'all' for no"
-        f" reduction in the decoder. [default: {USUAL_KEEP}]",
+        f" reduction in the decoder. [default: {budgets.USUAL_KEEP}]",
         "PERCENT",
     ),
     _option(
@@ -144,7 +132,7 @@ _OPTIONS = (
         "--clip",
         str,
         "CLIP model (folder or Hub id) that the vision tower comes from; with"
-        f" {' and '.join(row.name for row in TOKEN_METHODS.values() if row.takes_clip)}, compares question and image in its"
+        f" {' and '.join(row.name for row in methods.TOKEN_METHODS.values() if row.takes_clip)}, compares question and image in its"
         " space.",
         "MODEL",
     ),
@@ -152,7 +140,7 @@ _OPTIONS = (
         "--probe-rows",
         click.Choice(["auto", *get_args(ProbeRows)]),
         "Rows that carry TRIO's loss, in a prompt of S rows: 'reference' is S-5..S-2, 'answer' is S-4..S-1, and 'auto' is"
-        f" 'answer' if the average keep is below {LEAST_FOR_REFERENCE_ROWS:.0%}, else 'reference'. [default: auto]",
+        f" 'answer' if the average keep is below {budgets.LEAST_FOR_REFERENCE_ROWS:.0%}, else 'reference'. [default: auto]",
     ),
     _option("--num-probe-rows", int, "Number of probe rows."),
     _option(
@@ -266,10 +254,10 @@ def _run(
     given = {name: value for name, value in settings.items() if value not in (None, "auto")}
     if "quantize" in given:
         given["quantize"] = parse_plan(given["quantize"])
-    of_schedule = {field.name for field in dataclasses.fields(ScheduleRequest)} & given.keys()
-    schedule = ScheduleRequest(
-        average=None if keep == KEEP_ALL else parse_keep(keep or USUAL_KEEP),
-        stages=() if stages is None else parse_stages(stages),
+    of_schedule = {field.name for field in dataclasses.fields(budgets.ScheduleRequest)} & given.keys()
+    schedule = budgets.ScheduleRequest(
+        average=None if keep == KEEP_ALL else budgets.parse_keep(keep or budgets.USUAL_KEEP),
+        stages=() if stages is None else budgets.parse_stages(stages),
         is_strict=keep is not None,
         **{name: given.pop(name) for name in of_schedule},
     )
@@ -338,13 +326,8 @@ def _export(options: ExportOptions, console: Console, check: Callable[[], None])
     """Export with a progress display on ``console``; ``check`` raises if the user has interrupted."""
     from trio_edge.export.bundle import export_bundle
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeElapsedColumn(),
-    )
+    texts, times = TextColumn("{task.description}"), TimeElapsedColumn()
+    columns = SpinnerColumn(), texts, BarColumn(), DownloadColumn(), times
     bars = Progress(*columns, console=console, transient=True)
     task = bars.add_task("", total=None)
     steps = itertools.count()
@@ -388,7 +371,7 @@ def _print_names() -> None:
     widths = [max(len(row[column]) for row in rows) + 2 for column in range(2)]
     for name, repository, family in rows:
         print(f"{name:{widths[0]}}{repository:{widths[1]}}{family}")
-    for found in installed_methods():
+    for found in methods.installed_methods():
         if isinstance(found, ScheduleError):
             print(found)
         else:

@@ -172,7 +172,7 @@ def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
         video_processing=None if videos is None else videos.sampling.to_dict(),
         images=profiles,
         image_tokens=image_tokens,
-        token_keep=_token_keep(options, num_visual=profiles.largest["N"]),
+        token_keep=None if options.token_keep is None else _kept(options.token_keep, profiles.largest["N"]),
         dtype=bundle_dtype(checkpoint, options.dtype),
         generation=read_generation(checkpoint),
         text=read_text_files(checkpoint, default_template=default_template, image_marks=family.image_marks),
@@ -210,12 +210,10 @@ def build(options: ExportOptions, source: ExportSource, resolved: ResolvedOption
         CheckpointError: If configuration and weights belong to different models, or the model is not supported.
         ScheduleError: If the model cannot follow the schedule, or the longest sequence does not fit the model.
     """
+    method, keep, has_clip = options.token_method, resolved.token_keep, source.clip is not None
     selector = None
-    if options.token_method is not None and resolved.token_keep is not None:
-        grid, has_clip = _full_grid(resolved.processing), source.clip is not None
-        selector = token_selector(
-            options.token_method, num_keep=resolved.token_keep, clip=has_clip, grid=grid
-        )
+    if method is not None and keep is not None:
+        selector = token_selector(method, num_keep=keep, clip=has_clip, grid=_full_grid(resolved.processing))
     model, clip_graphs = _model(options, source, resolved)
     dimensions = dimensions_of(model)
     schedule = options.schedule
@@ -243,9 +241,18 @@ def _image_profiles(
     processing: ImageProcessing, videos: VideoProcessing | None, options: ExportOptions
 ) -> ImageProfiles:
     sizes, largest = _sizes(processing, options)
-    if options.num_units == 1:
-        return ImageProfiles(sizes=sizes, largest=largest)
-    others, several = sizes, largest
+    profiles = ImageProfiles(sizes=sizes, largest=largest)
+    return profiles if options.num_units == 1 else _with_several(profiles, processing, videos, options)
+
+
+def _with_several(
+    profiles: ImageProfiles,
+    processing: ImageProcessing,
+    videos: VideoProcessing | None,
+    options: ExportOptions,
+) -> ImageProfiles:
+    """Return the profiles of one image together with those of images or pairs of frames in a prompt with several."""
+    sizes, largest = others, several = profiles.sizes, profiles.largest
     if options.max_images > 1 and (of_several := processing.of_several()) != processing:
         others, several = _sizes(of_several, options)
     units = []  # pairs of frames, for each image size, in a video of the most frames
@@ -281,11 +288,8 @@ def _encoder_keep(keep: int | float, largest: Mapping[str, int]) -> int:
     return max(1, round(wanted / KEEP_MULTIPLE)) * KEEP_MULTIPLE
 
 
-def _token_keep(options: ExportOptions, *, num_visual: int) -> int | None:
-    """Return K of the selector before the decoder; None without one."""
-    keep = options.token_keep
-    if keep is None:
-        return None
+def _kept(keep: int | float, num_visual: int) -> int:
+    """Return K of the selector before the decoder; ``keep`` below 1 is a share of ``num_visual``."""
     count = keep if isinstance(keep, int) else int(keep * num_visual)
     most = min(num_visual - 1, MAX_TOPK)
     if not 1 <= count <= most:
@@ -366,8 +370,12 @@ def _check_schedule(schedule: Schedule, family: Family, *, max_images: int) -> N
             f"--positions: expected {' or '.join(family.positions)} for {family.model_type}, got {schedule.positions};"
             " leave it out"
         )
-    if schedule.budget != "image" or not schedule.stages:
-        return
+    if schedule.budget == "image" and schedule.stages:
+        _check_shares(schedule, max_images)
+
+
+def _check_shares(schedule: Schedule, max_images: int) -> None:
+    """Raise ScheduleError unless each image can have a share of the kept tokens."""
     row, keep = stage_method(schedule.method), schedule.stages[-1].keep
     if not (row.has_image_shares and keep >= max_images):
         able = " or ".join(other.name for other in all_methods(StageMethod) if other.has_image_shares)

@@ -33,6 +33,8 @@ class Statistics:
     """Mean over decoder layers of the visual tokens processed, as a fraction of ``visual_tokens``."""
     text_tokens: int = 0
     """Prompt tokens without the visual ones."""
+    cached_tokens: int = 0
+    """Prompt tokens, visual ones included, whose rows in the KV caches come from an earlier question about the same images."""
     new_tokens: int = 0
     ttft_ms: float = 0.0
     """Work up to the first token: reading the images, vision, prefill, sampling."""

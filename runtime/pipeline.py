@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trio_edge.runtime.backends.interface import Backend
+    from trio_edge.runtime.bundle.generation import GenerationSettings
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.decisions.wording import Asked, Plan, Sharing
     from trio_edge.runtime.engines.cpu import CpuAccuracy
@@ -114,6 +115,7 @@ class _Request(NamedTuple):
 class _Seen:
     """What questions about the same images share."""
 
+    override: SelectorOverride | None
     visual: VisualInput | None = None
     result: PrefillResult | None = None
     """The last prefill's, whose rows are in the KV caches."""
@@ -128,18 +130,17 @@ class Pipeline:
         self, bundle: Bundle, backend: Backend, *, keep_images: int = 0, max_pixels: int = MAX_IMAGE_PIXELS
     ) -> None:
         """Load the bundle's graphs with ``backend``; see ``from_bundle``."""
-        if not is_whole(max_pixels) or not 1 <= max_pixels <= MOST_IMAGE_PIXELS:
-            raise ShapeError(
-                f"max_pixels: expected 1..{MOST_IMAGE_PIXELS}, got {max_pixels!r:.80}; choose a number in this range"
-            )
-        self._max_pixels = max_pixels
-        if not is_whole(keep_images) or not 0 <= keep_images <= MOST_KEPT_IMAGES:
-            raise ShapeError(
-                f"keep_images: expected 0..{MOST_KEPT_IMAGES}, got {keep_images!r}; choose a number in this range"
-            )
-        manifest = bundle.manifest
-        self.manifest: Manifest = manifest
-        self._bundle = bundle
+        limits = (
+            ("max_pixels", max_pixels, 1, MOST_IMAGE_PIXELS),
+            ("keep_images", keep_images, 0, MOST_KEPT_IMAGES),
+        )
+        for name, value, low, high in limits:
+            if not is_whole(value) or not low <= value <= high:
+                raise ShapeError(
+                    f"{name}: expected {low}..{high}, got {value!r:.80}; choose a number in this range"
+                )
+        self._max_pixels, self._bundle, self.manifest = max_pixels, bundle, bundle.manifest
+        manifest: Manifest = self.manifest
         self.backend_name = backend.name
         self.images = image_processing(
             manifest.image_processing,
@@ -299,15 +300,8 @@ class Pipeline:
                 f"max_new_tokens: expected 1..{self.manifest.max_new_tokens} (the bundle's limit), got {limit!r};"
                 " export with a larger --max-new-tokens"
             )
-        if override is not None and not callable(override):
-            raise ShapeError(
-                f"override: expected a function, got {type(override).__name__}; see SelectorOverride"
-            )
-        if constraint is not None and not (hasattr(constraint, "allowed") and hasattr(constraint, "add")):
-            kind = type(constraint).__name__
-            raise ShapeError(
-                f"constraint: expected a TokenConstraint, got {kind}; give it allowed() and add()"
-            )
+        if override is not None or constraint is not None:
+            _check_own_code(override, constraint)
         overrides = {"repetition_penalty": repetition_penalty, "no_repeat_ngram_size": no_repeat_ngram_size}
         overrides["min_new_tokens"] = min_new_tokens
         settings = with_overrides(self.manifest.generation, overrides)
@@ -319,19 +313,10 @@ class Pipeline:
         run_lengths = [length for image in prepared for length in image.layout.run_lengths]
         if max_new_tokens is None:
             limit = answer_limit(settings, room=limit, num_prompt=ids.num_tokens + sum(run_lengths))
-        rules = bias = None
-        if presence_penalty or frequency_penalty or logit_bias:
-            bias = TokenBias(
-                self.manifest.token_embedding.shape[0],
-                logit_bias=logit_bias,
-                presence_penalty=presence_penalty,
-                frequency_penalty=frequency_penalty,
-            )
-        if has_rules(settings) or constraint is not None or bias is not None:
-            prompt, stops = ids.all_ids(run_lengths).tolist(), self.manifest.text.stop_token_ids
-            rules = AnswerRules(
-                settings, prompt_ids=prompt, stop_ids=stops, limit=limit, constraint=constraint, bias=bias
-            )
+        bias: dict[str, Any] = {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
+        bias["logit_bias"], rules = logit_bias, None
+        if has_rules(settings) or constraint is not None or any(bias.values()):
+            rules = self._rules(settings, ids.all_ids(run_lengths), limit, constraint, bias)
         request = _Request(
             images=tuple(image for part in shown for image in part.images),
             prepared=prepared,
@@ -343,6 +328,25 @@ class Pipeline:
         )
         return Generation(partial(self._steps, request))
 
+    def _rules(
+        self,
+        settings: GenerationSettings,
+        prompt_ids: NDArray[np.int32],
+        limit: int,
+        constraint: TokenConstraint | None,
+        bias: dict[str, Any],
+    ) -> AnswerRules:
+        """Return the rules of an answer; ``bias`` has arguments of ``TokenBias``."""
+        num_tokens = self.manifest.token_embedding.shape[0]
+        return AnswerRules(
+            settings,
+            prompt_ids=prompt_ids.tolist(),
+            stop_ids=self.manifest.text.stop_token_ids,
+            limit=limit,
+            constraint=constraint,
+            bias=TokenBias(num_tokens, **bias) if any(bias.values()) else None,
+        )
+
     def decide(
         self,
         image: ImageSource | Sequence[ImageSource] | None,
@@ -351,6 +355,7 @@ class Pipeline:
         evidence: str = "",
         sharing: Sharing = "auto",
         both_orders: bool = False,
+        override: SelectorOverride | None = None,
         **shown: Any,
     ) -> list[Decision]:
         """Return the probabilities of the answers to ``questions`` about images or a video, without decoding an answer.
@@ -362,6 +367,7 @@ class Pipeline:
             sharing: "each" selects visual tokens for every question; "joint" does it once with all of them in view, which needs
                 a bundle exported with --follow-ups; "auto" takes "joint" for several questions where that is possible.
             both_orders: Also read each choice and score with its options reversed, and return the mean.
+            override: As for ``chat``.
             shown: ``video``, ``fps``, ``num_frames``, ``source_fps`` and ``system`` of ``generate``.
 
         Raises:
@@ -372,7 +378,8 @@ class Pipeline:
         """
         messages = _messages(image, evidence, **shown)
         asked = [questions] if isinstance(questions, Question) else questions
-        return list(self.iter_decisions(messages, asked, sharing=sharing, both_orders=both_orders))
+        how: dict[str, Any] = {"sharing": sharing, "both_orders": both_orders, "override": override}
+        return list(self.iter_decisions(messages, asked, **how))
 
     def iter_decisions(
         self,
@@ -381,6 +388,7 @@ class Pipeline:
         *,
         sharing: Sharing = "auto",
         both_orders: bool = False,
+        override: SelectorOverride | None = None,
     ) -> Iterator[Decision]:
         """Yield the answers to ``questions`` about a conversation one by one; the rest is as for ``decide`` and ``chat``.
 
@@ -407,7 +415,12 @@ class Pipeline:
                 shown = self._open(with_text(messages, text))
                 images[text] = [image for part in shown for image in part.prepared]
         prepare_ms = 1e3 * (time.perf_counter() - start)
-        return self._decisions(plan, images, wording=wording, prepare_ms=prepare_ms)
+        return self._decisions(plan, images, wording=wording, override=override, prepare_ms=prepare_ms)
+
+    @property
+    def folder(self) -> Path:
+        """The bundle's."""
+        return self._bundle.folder
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -587,10 +600,11 @@ class Pipeline:
         images: Mapping[str, Sequence[PreparedImage]],
         *,
         wording: Wording,
+        override: SelectorOverride | None,
         prepare_ms: float,
     ) -> Iterator[Decision]:
         """Yield the answers to the questions of a plan; ``images`` are those for each question's text."""
-        seen = _Seen()
+        seen = _Seen(override)
         for number, orders in enumerate(plan.rounds):
             statistics, start = Statistics(ttft_ms=prepare_ms * (number == 0)), time.perf_counter()
             with self._lock:
@@ -625,8 +639,10 @@ class Pipeline:
             seen.visual = self._see(ids, prepared)
             statistics.image_was_kept = seen.visual.was_kept
         if seen.result is None or joint is None:
-            seen.result = self._prefill(ids, seen.visual, prepared)
+            seen.result = self._prefill(ids, seen.visual, prepared, override=seen.override)
             statistics.graph_ms |= self._vision.graph_ms
+        else:
+            statistics.cached_tokens += ids.text_before[-1] + seen.visual.num_visual
         self._count(statistics, seen.visual, seen.result, num_images=len(prepared))
         seen.kept, logits = seen.result.kept, seen.result.logits
         if joint is not None and asked.ids is not joint:
@@ -672,10 +688,7 @@ def _messages(
     **sampling: float | None,
 ) -> list[Message]:
     """Return the messages of ``Pipeline.generate``."""
-    if image is None:
-        images: Sequence[ImageSource] = ()
-    else:
-        images = list(image) if isinstance(image, (list, tuple)) else [cast("ImageSource", image)]
+    images: list[Any] = [] if image is None else [*image] if isinstance(image, (list, tuple)) else [image]
     if not isinstance(prompt, str):
         raise ShapeError(f"prompt: expected text, got {type(prompt).__name__}; write a question")
     if system is not None and not isinstance(system, str):
@@ -686,3 +699,14 @@ def _messages(
             raise ShapeError(f"history: expected pairs of question and answer, got {turn!r:.80}; pass pairs")
     videos = [] if video is None else [{"video": video, **sampling}]
     return build_messages(prompt, images=images, videos=videos, history=history, system=system)
+
+
+def _check_own_code(override: object, constraint: object) -> None:
+    """Raise ShapeError unless the caller's code has the interfaces of ``chat``, where it is given."""
+    if override is not None and not callable(override):
+        raise ShapeError(
+            f"override: expected a function, got {type(override).__name__}; see SelectorOverride"
+        )
+    if constraint is not None and not (hasattr(constraint, "allowed") and hasattr(constraint, "add")):
+        kind = type(constraint).__name__
+        raise ShapeError(f"constraint: expected a TokenConstraint, got {kind}; give it allowed() and add()")

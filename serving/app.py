@@ -1,4 +1,4 @@
-"""The HTTP interface as an ASGI app: OpenAI's chat completions and responses, models, health, metrics and the page.
+"""The HTTP interface as an ASGI app: OpenAI's chat, responses and decisions, System One, models, health, metrics, the page.
 
 Starlette routes the requests and msgspec reads them, so FastAPI and its pydantic are not needed.
 """
@@ -26,6 +26,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from trio_edge.serving.answers.completion import Completion
+from trio_edge.serving.answers.decisions import DecisionWriter, SystemOneWriter
 from trio_edge.serving.answers.endpoint import AnswerEndpoint
 from trio_edge.serving.answers.responses import ResponseWriter
 from trio_edge.serving.answers.worker import Worker
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.pipeline import Pipeline
     from trio_edge.serving.answers.interface import ModelWorker
 
+_SYSTEM_ONE = "/v1/systemone"
 _STOP_S = 5.0  # for the running prefill, which cannot be cut
 # The page asks for the key itself. Probes of an orchestrator have none.
 _OPEN_PATHS = frozenset({"/", "/health", "/health/ready"})
@@ -124,6 +126,8 @@ def app_of(
         routes=[
             Route("/v1/chat/completions", answering(Completion), methods=["POST"]),
             Route("/v1/responses", answering(ResponseWriter), methods=["POST"]),
+            Route("/v1/decisions", answering(DecisionWriter), methods=["POST"]),
+            Route(_SYSTEM_ONE, answering(SystemOneWriter, takes_forms=True), methods=["POST"]),
             Route("/v1/models", _models),
             Route("/v1/models/{name:path}", _model),
             Route("/version", _version),
@@ -154,7 +158,7 @@ class _Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer with status 401 or 421."""
         if scope["type"] == "http" and (error := self._error(scope)) is not None:
-            response = JSONResponse(error.body, error.status, headers=error.headers)
+            response = _refusal(error, scope["path"])
             await response(scope, receive, send)
         else:
             await self._app(scope, receive, send)
@@ -179,7 +183,14 @@ class _Guard:
 
 async def _models(request: Request) -> Response:
     described = [_described(worker, request) for worker in request.app.state.workers.values()]
-    return JSONResponse({"object": "list", "data": described})
+    since = time.strftime("%Y-%m-%d", time.gmtime(request.app.state.started))
+    models = [
+        {"name": name, "description": f"trio-edge bundle {name}", "release_date": since}
+        for name in request.app.state.workers
+    ]
+    return JSONResponse(
+        {"object": "list", "data": described, "models": models}
+    )  # the last as System One lists them
 
 
 async def _model(request: Request) -> Response:
@@ -236,15 +247,21 @@ async def _metrics(request: Request) -> Response:
     return Response(request.app.state.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
-async def _error(_request: Request, error: Exception) -> Response:
-    response = request_error_from(error)
-    return JSONResponse(response.body, response.status, headers=response.headers)
+async def _error(request: Request, error: Exception) -> Response:
+    return _refusal(request_error_from(error), request.scope["path"])
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    response = RequestError(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}")
-    return JSONResponse(response.body, response.status, headers=error.headers)
+    path = request.scope["path"]
+    response = RequestError(error.status_code, f"{request.method} {path[:100]}: {error.detail}")
+    return _refusal(response, path, headers=error.headers)
+
+
+def _refusal(error: RequestError, path: str, *, headers: Mapping[str, str] | None = None) -> Response:
+    """Return an error response in the form of the interface at ``path``."""
+    body = error.detail if path == _SYSTEM_ONE else error.body
+    return JSONResponse(body, error.status, headers=error.headers if headers is None else headers)
 
 
 async def _page(_request: Request) -> Response:

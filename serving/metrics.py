@@ -21,12 +21,17 @@ class Metrics:
         self._visual = self._counter("trio_visual_tokens", "Visual tokens before reduction")
         self._kept = self._counter("trio_kept_tokens", "Visual tokens that each stage kept", "stage")
         self._new = self._counter("trio_completion_tokens", "Tokens of answers")
+        self._decisions = self._counter(
+            "trio_decisions", "Requests whose questions were answered without decoding"
+        )
+        self._questions = self._counter("trio_questions", "Questions of these requests")
         self._waiting = self._gauge("trio_waiting_requests", "Requests that wait")
         self._running = self._gauge("trio_running_requests", "Answers that run")
         self._replicas = self._gauge("trio_replicas", "Replicas that run")
         self._queue = self._seconds("trio_queue_seconds", "Wait before an answer starts")
         self._ttft = self._seconds("trio_first_token_seconds", "From an answer's start to its first token")
         self._decode = self._seconds("trio_decode_seconds", "All tokens of an answer after the first")
+        self._deciding = self._seconds("trio_decision_seconds", "All questions of a request")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, ("model", *labels), registry=self._registry)
@@ -61,6 +66,11 @@ class Metrics:
         self._visual.labels(model).inc(usage["visual_tokens"])
         for stage, kept in enumerate(usage["kept_tokens"], 1):
             self._kept.labels(model, str(stage)).inc(kept)
+        if questions := usage.get("questions"):
+            self._decisions.labels(model).inc()
+            self._questions.labels(model).inc(questions)
+            self._deciding.labels(model).observe((usage["ttft_ms"] + usage["decode_ms"]) / 1e3)
+            return
         self._new.labels(model).inc(usage["completion_tokens"])
         self._ttft.labels(model).observe(usage["ttft_ms"] / 1e3)
         self._decode.labels(model).observe(usage["decode_ms"] / 1e3)

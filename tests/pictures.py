@@ -1,6 +1,9 @@
-"""Random pictures for tests."""
+"""Random pictures for tests, and photographs from packages."""
 
 from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -21,3 +24,21 @@ def noise_picture(width: int, height: int, *, mode: str = "RGB") -> Image.Image:
     channels = 4 if mode in ("RGBA", "LA") else 3
     pixels = generator.integers(0, 256, (height, width, channels), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
+
+
+_PHOTOGRAPHS = {
+    "china": ("sklearn", "datasets/images/china.jpg"),
+    "rocket": ("skimage", "data/rocket.jpg"),
+    "astronaut": ("skimage", "data/astronaut.png"),
+    "page": ("skimage", "data/page.png"),
+}
+PHOTOGRAPHS = tuple(_PHOTOGRAPHS)
+"""Two JPEG and two PNG files, the last one grey and of a printed page. china: Daniel Buechele, CC BY 2.0."""
+
+
+def photograph(name: str) -> Path:
+    """Return the file of a photograph, in the package that it comes with."""
+    package, path = _PHOTOGRAPHS[name]
+    spec = find_spec(package)  # importing these packages takes seconds
+    assert spec is not None and spec.origin is not None, f"{package} belongs to the development packages"
+    return Path(spec.origin).parent / path

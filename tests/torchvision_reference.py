@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
-from tests.pictures import noise_picture
+from tests.pictures import PHOTOGRAPHS, noise_picture, photograph
 from tests.video_reference import sampling_cases, video_arrays
 
 if TYPE_CHECKING:
@@ -177,6 +178,17 @@ PROCESSORS = {
 }
 
 
+PHOTOGRAPHED = (
+    "LLaVA-NeXT",
+    "LLaVA-1.5",
+    "LLaVA-1.5 padded",
+    "LLaVA-OneVision small",
+    "InternVL3 small",
+    "SmolVLM2 small",
+)
+"""Processors that run on ``PHOTOGRAPHS``, too."""
+
+
 class TorchvisionReference:
     """Outputs of Hugging Face's default image processors, read from the file that this module writes."""
 
@@ -186,6 +198,10 @@ class TorchvisionReference:
     def theirs(self, name: str, size: Size, *, mode: str = "RGB") -> dict[str, NDArray[Any]]:
         """Return the outputs of processor ``name`` for ``noise_picture(*size, mode=mode)``, by their names."""
         return self._below(_key(name, size, mode, ""))
+
+    def of_photograph(self, name: str, photo: str) -> dict[str, NDArray[Any]]:
+        """Return the outputs of one of ``PHOTOGRAPHED`` for a photograph, by their names."""
+        return self._below(f"{name}/{photo}/")
 
     def constants(self, name: str) -> dict[str, Any]:
         """Return the loaded processor's ``to_dict()``."""
@@ -271,6 +287,10 @@ def main(folder: Path, out: Path) -> None:
         for size, mode in processor.pictures():
             outputs = loaded(noise_picture(*size, mode=mode), return_tensors="np")
             arrays |= {_key(name, size, mode, output): values for output, values in outputs.items()}
+        for photo in PHOTOGRAPHS if name in PHOTOGRAPHED else ():
+            with Image.open(photograph(photo)) as image:
+                outputs = loaded(image, return_tensors="np")
+            arrays |= {f"{name}/{photo}/{output}": values for output, values in outputs.items()}
     # It imports transformers, which looks for torchvision once.
     from tests.several_images import several_arrays
 

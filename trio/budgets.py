@@ -260,9 +260,13 @@ def _fitted(
         keeps = wanted and integer_keeps(wanted, budget=rest, weights=weights, num_visual=num_visual)
         if keeps:
             return tuple((layer, keep) for layer, keep in zip(layers, keeps) if keep < num_visual)
-    first = last[0] if last else num_layers
+    raise _too_small(share, method, last[0] if last else num_layers, num_layers, num_visual)
+
+
+def _too_small(share: float, method: str, first: int, num_layers: int, num_visual: int) -> ScheduleError:
+    """Return the error for a budget that the layers before the ``first`` stage exceed."""
     least = (first * num_visual + num_layers - first) / (num_layers * num_visual)
-    raise ScheduleError(
+    return ScheduleError(
         f"keep {share:.1%}: expected an average of at least {math.ceil(least * 1000) / 10:.1f}% for {method} (the first {first}"
         f" of {num_layers} layers see all {num_visual} visual tokens), got {share:.1%}; keep more"
     )

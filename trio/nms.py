@@ -46,10 +46,8 @@ class FeatureNms(nn.Module):
             raise ScheduleError(f"nms_threshold: expected 0 < τ <= 1, got {threshold}; the paper uses 0.8")
         if rounds < 1:
             raise ScheduleError(f"nms_rounds: expected >= 1, got {rounds}; 16 suffices for most images")
-        self.num_keep = num_keep
-        self.threshold = threshold
-        self.rounds = rounds
-        self.image_share = image_share
+        self.num_keep, self.image_share = num_keep, image_share
+        self.threshold, self.rounds = threshold, rounds
 
     def forward(
         self,
@@ -96,9 +94,8 @@ class FeatureNms(nn.Module):
 
     def _fixed_point(self, adjacency_NN: Float[Tensor, "N N"]) -> tuple[Float[Tensor, "N"], Int[Tensor, "1"]]:
         """Return 1 at kept and 0 at suppressed tokens, and the number of tokens that the last round changed."""
-        kept_1N = earlier_1N = torch.ones_like(
-            adjacency_NN[:1]
-        )  # a matrix of one row, so that a round is a MatMul
+        # A matrix of one row, so that a round is a MatMul.
+        kept_1N = earlier_1N = torch.ones_like(adjacency_NN[:1])
         for _ in range(self.rounds):
             earlier_1N = kept_1N
             kept_1N = (torch.matmul(earlier_1N, adjacency_NN) == 0).to(adjacency_NN.dtype)

@@ -184,24 +184,15 @@ class ProxySaliency(nn.Module):
                 f"mlp.act_fn: expected SiLU, got {activation}; TRIO's saliency needs a SwiGLU decoder, choose another --method"
             )
         attention: Any = layer.self_attn
-        self.layer = layer
-        self.head = ProbeHead(final_norm, lm_head)
-        self.num_probe_rows = num_probe_rows
-        self.last_probe_offset = last_probe_offset
+        self.layer, self.head = layer, ProbeHead(final_norm, lm_head)
+        self.num_probe_rows, self.last_probe_offset = num_probe_rows, last_probe_offset
         self.is_quantized = is_quantized
         self.head_size = int(attention.head_dim)
         self.num_kv_heads = attention.k_proj.weight.shape[0] // self.head_size
         self.num_heads = attention.q_proj.weight.shape[0] // self.head_size
         self.sliding_window, has_key_norm = sliding_window(attention), key_norm(attention) is not None
-        sizes = ProbeSizes(
-            num_rows=max_visual,
-            num_visual=max_visual,
-            hidden_size=attention.k_proj.weight.shape[1],
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_size=self.head_size,
-            num_probe_rows=num_probe_rows,
-        )
+        hidden, heads = attention.k_proj.weight.shape[1], (self.num_heads, self.num_kv_heads, self.head_size)
+        sizes = ProbeSizes(max_visual, max_visual, hidden, *heads, num_probe_rows)
         self.form: SaliencyForm = cheapest_form(sizes) if form == "auto" else form
         self.needs_keys = has_key_norm or self.form != "direct"
         if self.form != "direct":

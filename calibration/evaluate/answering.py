@@ -9,16 +9,18 @@ import msgspec
 import numpy as np
 
 from trio_edge.calibration.evaluate.answer_cost import image_tokens, prefill_flops, processed_tokens
+from trio_edge.calibration.evaluate.decisions import Judged, lists_options, question_of, right_option
 from trio_edge.calibration.metrics import METRICS
 from trio_edge.runtime.first_token import FirstToken, first_token_kl, summary_of
 from trio_edge.runtime.images.llava import LlavaImages
+from trio_edge.runtime.images.reading import open_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-    from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.questions import Sample
     from trio_edge.runtime.answer import Generation
     from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.model.host_selection import SelectorOverride
@@ -53,6 +55,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     first_token_kl: float | None = None
     """KL to keep-all, in nats; None without a reference."""
     first_token: FirstToken | None = None
+    judged: Judged | None = None
+    """The probabilities of the answers, with ``AnswerSettings.decide``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +68,13 @@ class AnswerSettings:
     backend: str = "auto"
     threads: int = 1
     cpu_accuracy: CpuAccuracy = "auto"
+    decide: bool = False
+    """Read the probabilities of a fixed set of answers instead of generating one; needs samples of ``with_options``."""
 
 
 def answer(
     pipeline: Pipeline,
-    question: Question,
+    question: Sample,
     settings: AnswerSettings | None = None,
     *,
     selection: str = OWN_SELECTION,
@@ -85,6 +91,8 @@ def answer(
         ShapeError: If its prompt does not fit the bundle.
     """
     settings, manifest = settings or AnswerSettings(), pipeline.manifest
+    if settings.decide:
+        return _decide(pipeline, question, settings, selection=selection)
     override = None
     if selection != OWN_SELECTION:
         override = baseline(selection, seed=question.index, is_base=lambda: _is_base(pipeline, generation))
@@ -123,11 +131,55 @@ def answer(
     )
 
 
-def baseline(name: str, *, seed: int, is_base: Callable[[], NDArray[np.bool_]]) -> SelectorOverride:
+def _decide(pipeline: Pipeline, sample: Sample, settings: AnswerSettings, *, selection: str) -> Outcome:
+    """Return the likeliest of a sample's options."""
+    override = None if selection == OWN_SELECTION else baseline(selection, seed=sample.index)
+    images, asked = [open_image(path) for path in sample.images], question_of(sample)
+    (decision,) = pipeline.decide(images, asked, override=override)
+    turned: tuple[float, ...] = ()
+    if asked.kind != "yes-no" and lists_options(pipeline.manifest):
+        (again,) = pipeline.decide(images, asked.reversed(), override=override)
+        turned = again.probabilities[::-1]
+    statistics, metric = decision.statistics, METRICS[settings.metric]
+    counts = image_tokens(pipeline.images, images)
+    tokens = {"image_tokens": counts, "kept": statistics.kept_tokens}
+    reading = metric.read(decision.choice, sample)
+    num_text = statistics.text_tokens
+    return Outcome(
+        index=sample.index,
+        sample_id=sample.sample_id,
+        kind=sample.kind,
+        image_id=sample.image_id,
+        answers=sample.answers,
+        text=decision.choice,
+        reading=reading,
+        score=metric.score(reading, sample),
+        visual_tokens=statistics.visual_tokens,
+        processed_tokens=processed_tokens(pipeline.manifest, **tokens),
+        text_tokens=num_text,
+        new_tokens=1,
+        flops=prefill_flops(pipeline.manifest, **tokens, num_text=num_text, select=override is None),
+        ttft_ms=statistics.ttft_ms,
+        decode_ms=0.0,
+        kv_bytes=statistics.kv_bytes,
+        repaired_stages=statistics.repaired_stages,
+        judged=Judged(
+            kind=asked.kind,
+            shares=decision.probabilities,
+            right=right_option(sample),
+            label_mass=decision.label_mass,
+            turned=turned,
+        ),
+    )
+
+
+def baseline(
+    name: str, *, seed: int, is_base: Callable[[], NDArray[np.bool_]] | None = None
+) -> SelectorOverride:
     """Return the selection called ``name``, one of ``BASELINES``, for ``Pipeline.generate(override=…)``.
 
     ``is_base`` returns for each visual token of the prompt whether its tile shows the whole image. It is called during the
-    answer, when the images are known.
+    answer, when the images are known; only "base-tile-first" needs it.
     """
     generator = np.random.default_rng(seed)
 
@@ -135,6 +187,7 @@ def baseline(name: str, *, seed: int, is_base: Callable[[], NDArray[np.bool_]]) 
         return np.sort(generator.choice(len(entering), num_keep, replace=False)).astype(np.int32)
 
     def base_first(_stage: int, entering: NDArray[np.int32], num_keep: int) -> NDArray[np.int32]:
+        assert is_base is not None, "it is needed here"
         in_base = is_base()[entering]
         base, others = np.flatnonzero(in_base), np.flatnonzero(~in_base)
         num_base = min(num_keep, len(base))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from trio_edge.calibration.evaluate.decisions import Reliability, reliability
 from trio_edge.calibration.evaluate.runs import RunInfo  # noqa: TC001 - msgspec reads it
 from trio_edge.calibration.metrics import YesNoRates, exact_normal, yes_no_rates
 from trio_edge.profiling.statistics import paired_interval, score_interval
@@ -71,6 +72,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     """Mean at the end of an answer."""
     repaired_stages: int
     against_reference: AgainstReference | None
+    reliability: Reliability | None
+    """Only with --decide."""
     outcomes: list[dict[str, Any]]
 
 
@@ -145,6 +148,9 @@ def _run_report(
         kv_bytes=_mean(outcomes, "kv_bytes"),
         repaired_stages=sum(outcome.repaired_stages for outcome in outcomes),
         against_reference=(None if reference is None or info.is_reference else _against(outcomes, reference)),
+        reliability=reliability(judged)
+        if (judged := [one.judged for one in outcomes if one.judged])
+        else None,
         # the first token's summary is for resuming
         outcomes=[msgspec.to_builtins(msgspec.structs.replace(one, first_token=None)) for one in outcomes],
     )

@@ -15,12 +15,13 @@ from trio_edge.calibration.evaluate.comparison import (
     EvaluationReport,
     compare,
 )
+from trio_edge.calibration.evaluate.decisions import with_options
 from trio_edge.calibration.evaluate.runs import answer_runs, backend_of, plan_runs
 from trio_edge.calibration.metrics import METRICS, check_metric, metric_for
 from trio_edge.calibration.progress import SILENT
 from trio_edge.calibration.questions import digest_of, read_questions
 from trio_edge.profiling.measure.machine_info import find_machine, find_versions
-from trio_edge.runtime.bundle.errors import printable
+from trio_edge.runtime.bundle.errors import DataError, printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,6 +54,12 @@ def evaluate(options: EvaluationOptions, progress: StepProgress = SILENT) -> Eva
     selections = tuple(dict.fromkeys(options.selections))
     runs = plan_runs(options.bundles, reference=options.reference, selections=selections)
     questions = read_questions(options.data, split=options.split, suffix=options.suffix, count=options.count)
+    if options.decide:
+        if "base-tile-first" in selections or options.suffix:
+            raise DataError(
+                "--decide: expected no --suffix and no --selection base-tile-first, got one; leave it out"
+            )
+        questions = with_options(questions)
     metric = metric_for(questions) if options.metric == "auto" else METRICS[options.metric]
     check_metric(questions, metric)
     room = min(run.bundle.manifest.max_new_tokens for run in runs)

@@ -12,11 +12,7 @@ from trio_edge.runtime.cli.tables import whole_table, wide_console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from trio_edge.calibration.evaluate.comparison import (
-        AgainstReference,
-        Estimate,
-        EvaluationReport,
-    )
+    from trio_edge.calibration.evaluate.comparison import AgainstReference, Estimate, EvaluationReport
 
 
 def print_report(report: EvaluationReport) -> None:
@@ -26,6 +22,8 @@ def print_report(report: EvaluationReport) -> None:
     console.print(_cost_table(report))
     if report.data.metric == "yes-no":
         console.print(_yes_no_table(report))
+    if report.runs[0].reliability is not None:
+        console.print(_reliability_table(report))
     if len(report.runs[0].by_kind) > 1:
         console.print(_kind_table(report))
     data, conditions = report.data, report.conditions
@@ -97,6 +95,33 @@ def _yes_no_table(report: EvaluationReport) -> Table:
         if (rates := run.yes_no) is not None:
             values = (rates.accuracy, rates.precision, rates.recall, rates.f1, rates.yes_ratio)
             table.add_row(escape(run.run.label), *(f"{100 * value:.1f}" for value in values))
+    return table
+
+
+def _reliability_table(report: EvaluationReport) -> Table:
+    headers = (
+        "Brier",
+        "calibration error",
+        "log loss",
+        "confidence %",
+        "minus accuracy",
+        "label mass %",
+        "changed by order %",
+    )
+    table = whole_table("run", *headers)
+    for run in report.runs:
+        if (found := run.reliability) is not None:
+            changed = found.changed_by_order
+            table.add_row(
+                escape(run.run.label),
+                f"{found.brier:.4f}",
+                f"{found.calibration_error:.4f}",
+                f"{found.log_loss:.4f}",
+                f"{100 * found.confidence:.1f}",
+                f"{100 * (found.confidence - run.accuracy.value):+.1f}",
+                f"{100 * found.label_mass:.1f}",
+                "-" if changed is None else f"{100 * changed:.1f}",
+            )
     return table
 
 

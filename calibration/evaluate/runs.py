@@ -19,6 +19,7 @@ from trio_edge.runtime.backends.registry import make_backend, with_accuracy
 from trio_edge.runtime.bundle.errors import DataError, ImageError, ShapeError, printable
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle, sha256_of
+from trio_edge.runtime.decisions.wording import read_temperatures
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.trio.methods import stage_method
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.evaluate.answering import AnswerSettings
     from trio_edge.calibration.progress import StepProgress
-    from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.questions import Sample
     from trio_edge.runtime.backends.interface import Backend
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.first_token import FirstToken
@@ -68,6 +69,8 @@ class RunKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The bundle that ``first_token_kl`` compares with."""
     answer_tokens: int
     backend: str
+    temperatures: dict[str, float] | None = None
+    """Of the bundle's decisions; None for generated answers."""
 
     @property
     def file_name(self) -> str:
@@ -120,7 +123,7 @@ def plan_runs(
 
 def answer_runs(
     runs: Sequence[Run],
-    questions: Sequence[Question],
+    questions: Sequence[Sample],
     settings: AnswerSettings,
     *,
     data_sha256: str,
@@ -194,6 +197,7 @@ def _key_of(run: Run, first: Run, settings: AnswerSettings, data_sha256: str) ->
         reference_sha256=first.info.bundle_sha256 if first.info.is_reference else None,
         answer_tokens=settings.answer_tokens,
         backend=backend_of(run, settings),
+        temperatures=dict(read_temperatures(run.bundle.folder).items()) if settings.decide else None,
     )
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trio_edge.calibration.model.torch_model import TorchModel
-    from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.questions import Sample
     from trio_edge.runtime.images.processing import ImageLayout
     from trio_edge.runtime.prompts.tokenizer import PromptIds, PromptPositions
 
@@ -36,7 +36,7 @@ class SampleShape:
     num_text: int
 
 
-def sample_shape(model: TorchModel, question: Question) -> SampleShape:
+def sample_shape(model: TorchModel, question: Sample) -> SampleShape:
     """Return the sizes of a sample, without running a graph.
 
     Raises:
@@ -59,7 +59,7 @@ def sample_shape(model: TorchModel, question: Question) -> SampleShape:
     )
 
 
-def make_prompt(model: TorchModel, question: Question) -> Sequence:
+def make_prompt(model: TorchModel, question: Sample) -> Sequence:
     """Run the vision encoder on a sample and return the sequence that enters layer 0.
 
     Raises:
@@ -91,7 +91,7 @@ def make_prompt(model: TorchModel, question: Question) -> Sequence:
     )
 
 
-def _read(model: TorchModel, question: Question) -> tuple[Image.Image, PromptIds]:
+def _read(model: TorchModel, question: Sample) -> tuple[Image.Image, PromptIds]:
     if len(question.images) != 1:
         raise DataError(
             f"{question.where}: expected one image, got {len(question.images)};"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.quantize.collecting import Inputs
     from trio_edge.calibration.quantize.report import Method
     from trio_edge.calibration.quantize.sections import Section
-    from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.questions import Sample
     from trio_edge.export.graphs.linear_groups import LinearGroup
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.runtime.bundle.manifest import FloatType
@@ -53,7 +53,7 @@ class Quantized:
 
 def calibrate_quantization(
     model: TorchModel,
-    questions: Sequence[Question],
+    questions: Sequence[Sample],
     schedule: Schedule,
     plan: QuantizePlan,
     *,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.quantize.sections import Section
-    from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.questions import Sample
     from trio_edge.export.quantize.scales import Smoothing
     from trio_edge.runtime.bundle.schedule import Schedule
 
@@ -60,7 +60,7 @@ class Inputs:
 
 def answer_samples(
     model: TorchModel,
-    questions: Sequence[Question],
+    questions: Sequence[Sample],
     schedule: Schedule,
     *,
     num_tokens: int,

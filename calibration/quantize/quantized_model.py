@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.quantize.sections import Section
-    from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.questions import Sample
     from trio_edge.export.quantize.numerics import QuantizedWeight
     from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
     from trio_edge.runtime.bundle.manifest import FloatType
@@ -140,7 +140,7 @@ def _exchanged(module: nn.Module, *, inside: Values, outside: Values) -> Iterato
 
 def measure_quantized(
     model: TorchModel,
-    questions: Sequence[Question],
+    questions: Sequence[Sample],
     schedule: Schedule,
     plan: QuantizePlan,
     scales: CalibratedScales,

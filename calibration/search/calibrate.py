@@ -12,10 +12,13 @@ import msgspec
 import torch
 
 from trio_edge.calibration.metrics import METRICS, exact_normal
+from trio_edge.calibration.model.gradients import agreements
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt, sample_shape
+from trio_edge.calibration.model.ranges import float16_warning, listening_to_ranges
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
+from trio_edge.calibration.quantize.collecting import answer_samples
 from trio_edge.calibration.quantize.quantized_model import measure_quantized
 from trio_edge.calibration.quantize.rounding import modelopt
 from trio_edge.calibration.search.bundle_shape import (
@@ -31,6 +34,7 @@ from trio_edge.calibration.search.calibration_file import (
     CalibrationData,
     Fidelity,
     FrontPoint,
+    LayerAgreement,
     Measure,
     Shapes,
     SingleStage,
@@ -38,12 +42,7 @@ from trio_edge.calibration.search.calibration_file import (
 from trio_edge.calibration.search.measuring import RecordKey, opened_measurements
 from trio_edge.calibration.search.samples import read_samples, split_samples
 from trio_edge.calibration.search.schedules.search import Setup, cheapest_within, search
-from trio_edge.calibration.search.schedules.space import (
-    make_space,
-    stages_of,
-    usual_schedules,
-    with_stages,
-)
+from trio_edge.calibration.search.schedules.space import make_space, stages_of, usual_schedules, with_stages
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.profiling.measure.machine_info import find_versions
@@ -61,13 +60,15 @@ if TYPE_CHECKING:
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.quantize.calibrating import Quantized
-    from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.questions import Sample
     from trio_edge.calibration.search.measuring import Measurements
     from trio_edge.calibration.search.options import CalibrationOptions
     from trio_edge.export.quantize.plan import QuantizePlan
 
 MAX_ANSWER_TOKENS = 16
 """Tokens of an answer whose exact match is scored."""
+_RANGE_SAMPLES = 4
+"""Samples whose largest values are looked for: outliers are in the same few places of every prompt."""
 
 
 class Calibrated(NamedTuple):
@@ -134,6 +135,8 @@ def calibrate(
         single_stages=[
             SingleStage(layer=layer, keep=keep, kl=kl) for (layer, keep), kl in found.single.items()
         ],
+        largest_values=_largest_values(setup),
+        gradients=_gradients(setup, schedule),
         num_measured=len(found.candidates),
         revision=setup.model.checkpoint.revision,
         compute_dtype=str(setup.model.dtype).removeprefix("torch."),
@@ -274,6 +277,40 @@ def _quantize(setup: Setup, schedule: Schedule) -> tuple[Quantized, Fidelity, in
     return found, held_out, max(result.rounds for result in results)
 
 
+def _largest_values(setup: Setup) -> dict[str, float]:
+    """Return the largest values on a few samples and warn of those above float16's range; empty if the bundle has another type."""
+    if setup.shape.dtype != "float16":
+        return {}
+    model, samples, progress = setup.model, setup.split.search[:_RANGE_SAMPLES], setup.progress
+    progress.step("looking for the largest values", len(samples))
+    with listening_to_ranges(model) as largest:
+        answer_samples(model, samples, Schedule(), num_tokens=setup.options.answer_tokens, progress=progress)
+    if (warning := float16_warning(largest)) is not None:
+        progress.warn(warning)
+    return largest
+
+
+def _gradients(setup: Setup, schedule: Schedule) -> list[LayerAgreement]:
+    """Return by layer how well its saliency agrees with the whole model's gradient on the first search samples."""
+    samples = setup.split.search[: setup.options.gradients]
+    if samples:
+        setup.progress.step("comparing saliency with the whole gradient", len(samples))
+    found = []
+    for question in samples:
+        with torch.no_grad():
+            prompt = make_prompt(setup.model, question)
+        found.append(agreements(setup.model, prompt, schedule))
+        setup.progress.sample()
+    return [
+        LayerAgreement(
+            layer=layer,
+            spearman=_mean([one.spearman for one in of_layer]),
+            overlap=_mean([one.overlap for one in of_layer]),
+        )
+        for layer, of_layer in enumerate(zip(*found))
+    ]
+
+
 def _warn_above(
     max_kl: float, held_out: Fidelity, progress: StepProgress, *, way_out: str, what: str = ""
 ) -> None:
@@ -282,7 +319,7 @@ def _warn_above(
         progress.warn(f"the held-out KL{what} is {kl:.3g}, above --max-kl {max_kl:g}; {way_out}")
 
 
-def _digest(questions: Sequence[Question]) -> str:
+def _digest(questions: Sequence[Sample]) -> str:
     """Return the SHA-256 of all questions, images and answers."""
     digest = hashlib.sha256()
     for question in questions:
@@ -299,7 +336,7 @@ def _weights_digest(model: TorchModel) -> str:
     return digest.hexdigest()
 
 
-def fidelity(results: Sequence[MeasuredSchedule], questions: Sequence[Question]) -> Fidelity:
+def fidelity(results: Sequence[MeasuredSchedule], questions: Sequence[Sample]) -> Fidelity:
     """Return mean divergence and agreement with their intervals, by bootstrap over images."""
     images = [question.image_id for question in questions]
     kls = [result.kl for result in results]
@@ -311,7 +348,7 @@ def fidelity(results: Sequence[MeasuredSchedule], questions: Sequence[Question])
 
 
 def accuracy(
-    model: TorchModel, questions: Sequence[Question], schedule: Schedule, progress: StepProgress
+    model: TorchModel, questions: Sequence[Sample], schedule: Schedule, progress: StepProgress
 ) -> Accuracy | None:
     """Return the exact matches of keep-all and of ``schedule``; None if no sample has an answer."""
     with_answers = [question for question in questions if question.answers]

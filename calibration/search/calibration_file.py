@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CALIBRATION_NAME = "calibration.json"
 BUNDLE_NAME = "bundle"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 class Measure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,6 +91,16 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     difference: Measure
 
 
+class LayerAgreement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A layer's saliency against the whole model's gradient of the same loss, mean over samples without reduction."""
+
+    layer: int
+    spearman: float
+    """Rank correlation."""
+    overlap: float
+    """Share of the best ninth of the tokens by the gradient that the saliency has among its own best ninth."""
+
+
 class Tried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One value of a setting compared with the default, on the same schedules and samples."""
 
@@ -132,6 +142,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Schedules that no cheaper one beats on the search samples."""
     settings: list[Tried]
     single_stages: list[SingleStage]
+    largest_values: dict[str, float]
+    """Largest absolute value into or out of each module on a few samples; empty if the bundle is not in float16."""
+    gradients: list[LayerAgreement]
     num_measured: int
     revision: str | None
     compute_dtype: str

@@ -15,6 +15,7 @@ from trio_edge.runtime.bundle.errors import CheckpointError, DataError, printabl
 from trio_edge.runtime.bundle.files import atomic_folder, check_place
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
+from trio_edge.runtime.cli.tables import print_table, wide_console
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 PATH = click.Path(path_type=Path)
 _REPORT_BYTES = 16 << 20
 _WAY_OUT = "choose another --out"
-_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(CalibrationOptions)}
+_DEFAULTS: dict[str, Any] = {
+    field.name: field.default for field in msgspec.structs.fields(CalibrationOptions)
+}
 
 
 def _share(text: str) -> float:
@@ -58,7 +61,12 @@ def _option(name: str, text: str, default: str | None = None, **settings: Any) -
 @click.argument("model", required=False)
 @_option("--samples", "JSON-lines file, or folder of images (with --prompt).")
 @_option("--target", "Device to predict times for; docs/targets.md has the names.", metavar="DEVICE")
-@click.option("--out", type=PATH, required=True, help="Folder to create.")
+@click.option("--out", type=PATH, help="Folder to create.")
+@click.option(
+    "--temperatures",
+    is_flag=True,
+    help="MODEL is a bundle: fit how sure its decisions are on --samples with answers, and store it there.",
+)
 @click.option("--config", type=PATH, help="Repeat this calibration.json; other options change it.")
 @_option("--prompt", "Question about every image of a folder.")
 @_option("--count", "Most samples to use.", "all", type=click.IntRange(1, 1_000_000))
@@ -121,6 +129,11 @@ def _option(name: str, text: str, default: str | None = None, **settings: Any) -
     default=None,
     help="Make no shapes for images larger than the samples.",
 )
+@_option(
+    "--gradients",
+    "Samples on which each layer's saliency is compared with the whole model's gradient.",
+    type=int,
+)
 @_option("--device", "torch device to run the samples on.")
 @click.option("--work", type=PATH, help="Folder for measurements; an interrupted run continues from it.")
 @click.option("--no-export", is_flag=True, help="Write calibration.json, but no bundle.")
@@ -128,7 +141,8 @@ def _option(name: str, text: str, default: str | None = None, **settings: Any) -
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def command(
     model: str | None,
-    out: Path,
+    out: Path | None,
+    temperatures: bool,
     config: Path | None,
     work: Path | None,
     no_export: bool,
@@ -141,6 +155,18 @@ def command(
     MODEL is an alias, a Hub id or a checkpoint folder.
     """
     given = {name: value for name, value in settings.items() if value is not None}
+    if temperatures:
+        others = {
+            "out": out,
+            "config": config,
+            "work": work,
+            "force": force or None,
+            "no_export": no_export or None,
+        }
+        given |= {name: value for name, value in others.items() if value is not None}
+        return _fit_temperatures(model, given, quiet=quiet)
+    if out is None:
+        raise click.UsageError("expected --out, got none; name a folder to create")
     with interruptible() as check:
         try:
             with ctrl_c_held():  # importing torch turns Ctrl-C into other errors
@@ -172,6 +198,35 @@ def command(
                 write_calibration(calibrated, folder, progress, export=not no_export)
         print(printable(summary_of(calibrated.calibration, out, exported=not no_export), but="\n"))
         return 0
+
+
+def _fit_temperatures(model: str | None, given: dict[str, Any], *, quiet: bool) -> int:
+    from trio_edge.calibration.temperatures import fit_temperatures
+
+    wanted = {"samples", "count", "held_out", "seed"}
+    if model is None or "samples" not in given or given.keys() - wanted:
+        other = next((f"--{name.replace('_', '-')}" for name in given.keys() - wanted), "none")
+        raise click.UsageError(
+            f"--temperatures: expected a bundle and --samples, and only --count, --held-out and --seed besides, got {other};"
+            " correct it"
+        )
+    how = {name: _DEFAULTS[name] for name in ("held_out", "seed")} | given
+    samples = Path(how.pop("samples"))
+    with interruptible(), progress_bars("trio-calibrate", quiet=quiet) as progress:
+        fitted = fit_temperatures(Path(model), samples, progress=progress, **how)
+    rows = [
+        (
+            one.kind,
+            f"{one.temperature:.2f}",
+            str(one.samples),
+            f"{one.before.calibration_error:.4f} -> {one.after.calibration_error:.4f}",
+            f"{one.before.log_loss:.4f} -> {one.after.log_loss:.4f}",
+        )
+        for one in fitted
+    ]
+    headers = ("kind", "temperature", "samples", "held-out calibration error", "held-out log loss")
+    print_table(wide_console(), headers, rows)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.model.sequence import Sequence
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.progress import StepProgress
-    from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.questions import Sample
 
 
 def measure(
@@ -149,7 +149,7 @@ class Measurements:
     _whole_bytes: int = 0
 
     def of(
-        self, schedules: Collection[Schedule], questions: Collection[Question]
+        self, schedules: Collection[Schedule], questions: Collection[Sample]
     ) -> dict[Schedule, list[MeasuredSchedule]]:
         """Return each schedule's measurements on the questions, in their order; measures the missing ones."""
         for question in questions:
@@ -172,7 +172,7 @@ class Measurements:
         """Return the most NMS rounds of ``schedule`` on any sample."""
         return max(result.rounds for (_, known), result in self._measured.items() if known == schedule)
 
-    def _keep_all(self, question: Question) -> KeepAll:
+    def _keep_all(self, question: Sample) -> KeepAll:
         if question.index in self._whole:
             return self._whole[question.index]
         prompt = make_prompt(self._model, question)

@@ -21,6 +21,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "nms_thresholds": (lambda values: all(0.0 < value <= 1.0 for value in values), "values in (0, 1]"),
     "evaluations": (lambda count: 0 <= count <= 10_000, "0..10000"),
     "max_new_tokens": (lambda count: count >= 1, "1 or more"),
+    "gradients": (lambda count: count >= 0, "0 or more samples"),
 }
 """Checks of the options' values, and each rule in words."""
 
@@ -50,6 +51,7 @@ class CalibrationOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     max_visual: int | None = None
     max_new_tokens: int = 256
     only_image_sizes: bool = False
+    gradients: int = 0
     device: str = "cpu"
 
     def __post_init__(self) -> None:

@@ -85,12 +85,22 @@ def summary_of(calibration: Calibration, out: Path, *, exported: bool) -> str:
         f"held out, {chosen.held_out.samples} samples: KL {kl.value:.4f} {within} nats",
         f"same answer as keep-all: {100 * agreement.value:.1f} {same} %",
         *_quantized_lines(calibration),
+        *_gradient_lines(calibration),
         f"to the first token: {flops:.4g} GFLOPs (keep-all {whole_flops:.4g})",
         f"predicted for {calibration.options.target}: {milliseconds:.3g} ms (keep-all {whole_ms:.3g})",
         f"{out / CALIBRATION_NAME}{f', {out / BUNDLE_NAME}' if exported else ''}",
         *([] if exported else [_export_command(calibration)]),
     ]
     return "\n".join(lines)
+
+
+def _gradient_lines(calibration: Calibration) -> list[str]:
+    if not calibration.gradients:
+        return []
+    stages = [stage.layer for stage in calibration.schedule.stages]
+    shown = [one for one in calibration.gradients if one.layer in stages] or calibration.gradients
+    by_layer = ", ".join(f"layer {one.layer}: {one.spearman:.2f}" for one in shown)
+    return [f"rank correlation of the saliency with the whole model's gradient: {by_layer}"]
 
 
 def _quantized_lines(calibration: Calibration) -> list[str]:

@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from trio_edge.calibration.questions import Question, image_id, read_questions
+from trio_edge.calibration.questions import Sample, image_id, read_questions
 from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".t
 class Split(NamedTuple):
     """The samples to search with and those held out for the report, each in the order of the data."""
 
-    search: list[Question]
-    held_out: list[Question]
+    search: list[Sample]
+    held_out: list[Sample]
 
 
-def read_samples(source: str, *, prompt: str | None, count: int | None) -> list[Question]:
+def read_samples(source: str, *, prompt: str | None, count: int | None) -> list[Sample]:
     """Return at most ``count`` samples.
 
     ``source`` is a JSON-lines file as for ``trio-eval`` (answers may be missing), or a folder of images, sub-folders
@@ -50,7 +50,7 @@ def read_samples(source: str, *, prompt: str | None, count: int | None) -> list[
     return read_questions(path, count=count, need_answers=False)
 
 
-def split_samples(questions: Sequence[Question], *, held_out: float, seed: int) -> Split:
+def split_samples(questions: Sequence[Sample], *, held_out: float, seed: int) -> Split:
     """Return the samples in two non-empty parts that share no image; ``held_out`` is the second part's share of the images.
 
     Raises:
@@ -72,7 +72,7 @@ def split_samples(questions: Sequence[Question], *, held_out: float, seed: int) 
     )
 
 
-def _folder_questions(folder: Path, prompt: str, *, count: int | None) -> list[Question]:
+def _folder_questions(folder: Path, prompt: str, *, count: int | None) -> list[Sample]:
     try:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     except OSError as error:
@@ -82,7 +82,7 @@ def _folder_questions(folder: Path, prompt: str, *, count: int | None) -> list[Q
             f"--samples {folder}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none; check the folder"
         )
     return [
-        Question(
+        Sample(
             index=index,
             sample_id=path.relative_to(folder).as_posix(),
             kind="all",

@@ -30,19 +30,7 @@ from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.trio.budgets import USUAL_KEEP, ScheduleRequest, parse_keep
-from trio_edge.trio.cost.memory import (
-    BundleSizes,
-    Texts,
-    Tiles,
-    TokenSelection,
-    WeightBytes,
-    bundle_bytes,
-    layers_and_rows,
-    pixel_bytes_of,
-    scratch_before,
-    tiles_of,
-    unfused_bytes,
-)
+from trio_edge.trio.cost import memory
 from trio_edge.trio.methods import token_method as method_row
 
 if TYPE_CHECKING:
@@ -72,7 +60,7 @@ class FitImage:
 
     num_visual: int
     """N, rows of the visual span."""
-    tiles: Tiles
+    tiles: memory.Tiles
     pixel_bytes: int
 
 
@@ -95,8 +83,8 @@ class FitInputs:
     quantize: QuantizePlan = field(default_factory=QuantizePlan)
     small_image: FitImage | None = None
     """An image of ``SMALL_IMAGE``, if that is smaller than ``image``."""
-    token_selection: TokenSelection | None = None
-    texts: Texts | None = None
+    token_selection: memory.TokenSelection | None = None
+    texts: memory.Texts | None = None
     """Texts of CLIP's text tower, if there is one."""
 
     @property
@@ -108,7 +96,9 @@ class FitInputs:
     @property
     def layers_and_rows(self) -> tuple[tuple[int, int], ...]:
         """Number of layers and visual rows of every layer range."""
-        return layers_and_rows(self.schedule, num_layers=self.decoder.num_layers, entering=self.entering)
+        return memory.layers_and_rows(
+            self.schedule, num_layers=self.decoder.num_layers, entering=self.entering
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,10 +133,12 @@ def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
     per_weight: dict[Format, float] = {"none": size, "int4": 2 * INT4_SHARE, "int8": 1.0, "fp8": 1.0}
     if inputs.token_selection is not None:
         rows = inputs.image.num_visual
-        before = scratch_before(inputs.token_selection, inputs.texts, num_visual=rows, element_bytes=size)
+        before = memory.scratch_before(
+            inputs.token_selection, inputs.texts, num_visual=rows, element_bytes=size
+        )
     formats = plan.of_layers(inputs.schedule, num_layers=inputs.decoder.num_layers)
     others = (per_weight[plan.of_part(part)] for part in ("head", "vision", "select"))
-    sizes = BundleSizes(
+    sizes = memory.BundleSizes(
         inputs.decoder,
         inputs.schedule,
         ranges=inputs.layers_and_rows,
@@ -157,9 +149,9 @@ def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
         bytes_per_cached=1 if plan.has_cache else size,
         element_bytes=size,
     )
-    weights = WeightBytes([per_weight[kind] for kind in formats], *others)
-    found = bundle_bytes(sizes, weights, vision_params=inputs.vision_params)
-    found = found._replace(workspace=unfused_bytes(sizes, inputs.image.tiles, before=before))
+    weights = memory.WeightBytes([per_weight[kind] for kind in formats], *others)
+    found = memory.bundle_bytes(sizes, weights, vision_params=inputs.vision_params)
+    found = found._replace(workspace=memory.unfused_bytes(sizes, inputs.image.tiles, before=before))
     of_weights = ("decoder weights", "head and vision weights", "repeated weights")
     names = (*of_weights, "KV caches", "buffers", "workspace")
     return Fit(parts=dict(zip(names, map(round, found))), usable_bytes=usable_bytes)
@@ -286,7 +278,7 @@ def fit_inputs(
     texts = None
     if clip is not None:
         towers.append(clip.text)
-        texts = Texts(
+        texts = memory.Texts(
             layout.clip_texts[-1], clip.text.position_embedding.num_embeddings, clip.projection_size
         )
     largest = max(layout.vision_sizes, key=lambda sizes: (sizes["N"], *sizes.values()))
@@ -294,8 +286,8 @@ def fit_inputs(
     image, small = (
         FitImage(
             num_visual=sizes["N"],
-            tiles=tiles_of(tower, sizes),
-            pixel_bytes=pixel_bytes_of(processing.to_dict(), sizes),
+            tiles=memory.tiles_of(tower, sizes),
+            pixel_bytes=memory.pixel_bytes_of(processing.to_dict(), sizes),
         )
         for sizes in (largest, processing.sizes(*SMALL_IMAGE))
     )
@@ -303,7 +295,7 @@ def fit_inputs(
     if token_method is not None and layout.token_keep is not None:
         by_features = method_row(token_method).compares == "features"
         width = tower.hidden_size if by_features else dimensions.hidden_size
-        selection = TokenSelection(token_method, layout.token_keep, width)
+        selection = memory.TokenSelection(token_method, layout.token_keep, width)
     return FitInputs(
         decoder=dimensions,
         element_bytes=2 if layout.dtype == "float16" else 4,

@@ -204,12 +204,18 @@ def locate(model: str, *, revision: str | None = None) -> tuple[Path, str | None
         CheckpointError: If there is no such folder, alias or Hub repository, or the Hub cannot be reached.
     """
     path = TINY_FOLDER if model == "tiny" else Path(model).expanduser()
-    if path.is_dir():
-        if revision is not None:
-            raise CheckpointError(
-                f"--revision: expected a model on the Hub, got {revision!r} of {model}, which is a local folder; leave it out"
-            )
-        return path, None
+    if not path.is_dir():
+        repository = _repository(model, path)
+        return download_description(repository, revision=revision), repository
+    if revision is not None:
+        raise CheckpointError(
+            f"--revision: expected a model on the Hub, got {revision!r} of {model}, which is a local folder; leave it out"
+        )
+    return path, None
+
+
+def _repository(model: str, path: Path) -> str:
+    """Return the Hub id of ``model``, whose ``path`` is no folder."""
     if path.exists():
         raise CheckpointError(
             f"{model}: expected a checkpoint folder, got a file; name the folder that holds config.json"
@@ -223,7 +229,7 @@ def locate(model: str, *, revision: str | None = None) -> tuple[Path, str | None
             f"{model}: expected a folder, a Hub id (owner/name) or one of {', '.join(ALIASES)}, got none of them;"
             f" {f'did you mean {near[0]}?' if near else 'check the spelling'}"
         )
-    return download_description(repository, revision=revision), repository
+    return repository
 
 
 def read_checkpoint(
@@ -309,8 +315,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def _weight_names(folder: Path) -> list[str]:
     """Return the names of the weight files: those in the index, or the single file without an index."""
     index = folder / _WEIGHTS_INDEX
-    if not index.exists():
-        return [_WEIGHTS]
+    return _names_of_shards(index) if index.exists() else [_WEIGHTS]
+
+
+def _names_of_shards(index: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: expected a 'weight_map' of file names, got none; download it again")
@@ -326,15 +334,17 @@ def _weight_names(folder: Path) -> list[str]:
 def _weight_files(folder: Path) -> list[Path]:
     """Return the weight files, all of which exist. In the Hub's cache they may be links; export copies their content."""
     files = [folder / name for name in _weight_names(folder)]
-    missing = [file for file in files if not file.exists()]
-    if not missing:
-        return files
+    if missing := [file for file in files if not file.exists()]:
+        raise _without(missing[0], folder)
+    return files
+
+
+def _without(missing: Path, folder: Path) -> CheckpointError:
     if (folder / _WEIGHTS_INDEX).exists():
-        raise CheckpointError(
-            f"{missing[0]}: expected this shard, which the index names, got no file; download it again"
-        )
-    if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
-        raise CheckpointError(
-            f"{folder}: expected safetensors, got pickled weights, which are never read; {SAFETENSORS_WAY_OUT}"
-        )
-    raise CheckpointError(f"{folder}: expected {_WEIGHTS} or its index, got neither; download the weights")
+        text = f"{missing}: expected this shard, which the index names, got no file; download it again"
+    elif any(next(folder.glob(pattern), None) for pattern in _PICKLES):
+        pickled = f"got pickled weights, which are never read; {SAFETENSORS_WAY_OUT}"
+        text = f"{folder}: expected safetensors, {pickled}"
+    else:
+        text = f"{folder}: expected {_WEIGHTS} or its index, got neither; download the weights"
+    return CheckpointError(text)

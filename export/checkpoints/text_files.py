@@ -17,6 +17,7 @@ from trio_edge.runtime.bundle.generation import SAMPLING_SETTINGS, GenerationSet
 from trio_edge.runtime.bundle.manifest import DecisionSpec, TextSpec
 from trio_edge.runtime.bundle.reader import MAX_TEXT_BYTES, read_regular
 from trio_edge.runtime.decisions.wording import LETTERS_TEMPLATE, WORDING_VERSION, WORDS_TEMPLATE
+from trio_edge.runtime.prompts.chat import compile_template
 from trio_edge.runtime.prompts.tokenizer import MAX_TOKENIZER_BYTES, only_bundle_errors, tokenizer_from
 
 if TYPE_CHECKING:
@@ -103,12 +104,7 @@ def read_text_files(
     video_token = _token(backend, video_id)
     template = _with_special_tokens(_chat_template(folder) or default_template, tokenizer)
     if any(image_marks):  # no processor adds them at run time
-        if image_token not in template:
-            raise CheckpointError(
-                f"{folder}: expected a chat template with the image token {image_token!r}, got one without it; use the"
-                " template of the checkpoint's newest revision"
-            )
-        template = template.replace(image_token, image_token.join(image_marks))
+        template = _marked(template, image_token, image_marks, folder)
     spec = TextSpec(
         tokenizer=TOKENIZER_NAME,
         chat_template=TEMPLATE_NAME,
@@ -129,6 +125,16 @@ def read_text_files(
         decisions=decisions,
         decision_template=decision_template,
     )
+
+
+def _marked(template: str, image_token: str, marks: tuple[str, str], folder: Path) -> str:
+    """Return the template with ``marks`` around its image token."""
+    if image_token not in template:
+        raise CheckpointError(
+            f"{folder}: expected a chat template with the image token {image_token!r}, got one without it; use the"
+            " template of the checkpoint's newest revision"
+        )
+    return template.replace(image_token, image_token.join(marks))
 
 
 def _token(backend: Any, token_id: Any) -> str | None:
@@ -218,6 +224,7 @@ def _decision_template(folder: Path, backend: Any) -> tuple[DecisionSpec, str]:
     if (folder / DECISION_TEMPLATE_NAME).exists():
         version = "own"
         template = _read_text(folder / DECISION_TEMPLATE_NAME, max_bytes=MAX_TEXT_BYTES)
+        compile_template(template, what="decision template")
     return DecisionSpec(version=version, template=DECISION_TEMPLATE_NAME, labels=labels), template
 
 
@@ -236,10 +243,7 @@ def _default_template(template: Any, path: Path) -> str:
 
 
 def _stop_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Return the tokens that end an answer, as for ``generate``: those in ``generation_config.json``, if there are any.
-
-    The model's configuration is read only if that file is missing. The result may be empty.
-    """
+    """Return the tokens that end an answer: those in ``generation_config.json`` or, without it, the configuration's."""
     path, config = checkpoint.folder / _GENERATION_NAME, checkpoint.config
     places = (read_json(path),) if path.exists() else (config, config.get("text_config") or {})
     ids = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), ())
@@ -278,10 +282,9 @@ def read_generation(checkpoint: Checkpoint) -> GenerationSettings:
     wanted = {name: values[name] for name in GenerationSettings.__struct_fields__ if name in values}
     if isinstance(wanted.get("forced_eos_token_id"), int):
         wanted["forced_eos_token_id"] = [wanted["forced_eos_token_id"]]
-    if "min_new_tokens" in wanted:  # even 0 has precedence
-        wanted.pop("min_length", None)
-    if "max_new_tokens" in wanted:
-        wanted.pop("max_length", None)
+    for first, other in (("min_new_tokens", "min_length"), ("max_new_tokens", "max_length")):
+        if first in wanted:  # even 0 has precedence
+            wanted.pop(other, None)
     if not wanted.get("do_sample"):  # files often keep sampling settings that have no effect
         wanted = {name: value for name, value in wanted.items() if name not in SAMPLING_SETTINGS}
     try:

@@ -37,7 +37,7 @@ from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.methods import TokenMethod, all_methods
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -330,7 +330,6 @@ def _processor(folder: Path, part: str, *names: str) -> dict[str, Any]:
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    """Return the JSON object in ``path``, empty if there is no such file."""
     return read_json(path) if path.exists() else {}
 
 
@@ -480,11 +479,18 @@ def check_positions(
             f"sequence: expected at most {limit} positions ({reason}), got {needed} = {num_visual} visual + {max_text} text +"
             f" {max_new_tokens} new; {way_out}"
         )
-    if (windowed := sliding_window(text_config)) is None:
-        return
-    layer, window = windowed
-    num_layers = int(text_config.num_hidden_layers)
-    rows = schedule.tokens_per_layer(num_layers=num_layers, num_visual=num_visual)[max(layer - 1, 0)]
+    if (windowed := sliding_window(text_config)) is not None:
+        layers = schedule.tokens_per_layer(
+            num_layers=int(text_config.num_hidden_layers), num_visual=num_visual
+        )
+        _check_window(*windowed, layers, max_text, max_new_tokens, way_out)
+
+
+def _check_window(
+    layer: int, window: int, visual: Sequence[int], max_text: int, max_new_tokens: int, way_out: str
+) -> None:
+    """Raise ScheduleError if what enters the first ``layer`` with a window exceeds it; ``visual`` are tokens by layer."""
+    rows = visual[max(layer - 1, 0)]
     if (needed := rows + max_text + max_new_tokens) > window:
         raise ScheduleError(
             f"sequence: expected at most {window} positions (the model's sliding window), got"

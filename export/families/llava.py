@@ -15,13 +15,7 @@ import numpy as np
 from trio_edge.export.families import base
 from trio_edge.export.families.base import Family, VisionGraph
 from trio_edge.export.graphs.reduce import FEATURE_NAMES
-from trio_edge.export.graphs.vision.clip import (
-    ClipFeatures,
-    ClipVision,
-    ReducedVision,
-    check_encoder_keep,
-    clip_groups,
-)
+from trio_edge.export.graphs.vision import clip
 from trio_edge.export.graphs.vision.siglip import SiglipVision
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.graph_io import KEPT_PATCHES
@@ -64,39 +58,33 @@ class Llava(Family):
 
     def check_encoder_keep(self, encoder_keep: int, images: LlavaImages, config: Any) -> None:
         """Raise ScheduleError unless a tile can keep ``encoder_keep`` patches."""
-        check_encoder_keep(encoder_keep, patches_per_side=images.patches_per_side)
+        clip.check_encoder_keep(encoder_keep, patches_per_side=images.patches_per_side)
 
     def vision(
         self, inner: Any, config: Any, *, processing: LlavaImages, dtype: FloatType, with_features: bool
     ) -> tuple[VisionGraph, VisionDimensions]:
         """Return the graph of CLIP's tower; see ``Family``."""
         text, vision, keep = config.text_config, config.vision_config, processing.encoder_keep
-        tower, projector, states = inner.vision_tower, inner.multi_modal_projector, feature_layers_of(config)
-        tokens = base.visual_tokens(text.hidden_size, dtype=dtype)
-        inputs = base.tile_inputs(processing.tile_size)
-        module: ClipVision | ReducedVision
-        more_outputs: list[TensorSpec] = []
-        if keep is not None and with_features:
-            raise ScheduleError(
-                "--token-method: expected one that needs no class token with --encoder-keep, got one that does; leave out"
-                " --encoder-keep"
-            )
+        states, projector = feature_layers_of(config), inner.multi_modal_projector
+        tokens, inputs = (
+            base.visual_tokens(text.hidden_size, dtype=dtype),
+            base.tile_inputs(processing.tile_size),
+        )
+        module: clip.ClipVision | clip.ReducedVision
         if keep is not None:
-            module = ReducedVision(tower, projector, feature_layers=states, num_keep=keep)
-            more_outputs = [TensorSpec(name=KEPT_PATCHES, dtype="int32", shape=("B", keep))]
+            module, more_outputs = _reduced(inner, states, keep, with_features=with_features)
             layers = module.layers
         else:
-            features = ClipFeatures(tower, feature_layers=states)
-            parts = features, projector, getattr(inner, "image_newline", None)
-            layers = features.layers
-            module = ClipVision(*parts, observed=vision.num_hidden_layers - 2 if with_features else None)
-            if with_features:
-                more_outputs = _feature_tensors(vision, len(states), dtype=dtype)
+            features = clip.ClipFeatures(inner.vision_tower, feature_layers=states)
+            observed = vision.num_hidden_layers - 2 if with_features else None
+            newline, layers = getattr(inner, "image_newline", None), features.layers
+            module = clip.ClipVision(features, projector, newline, observed=observed)
+            more_outputs = _feature_tensors(vision, len(states), dtype=dtype) if with_features else []
         graph = VisionGraph(
             module=module,
             inputs=inputs,
             outputs=(tokens, *more_outputs),
-            linear_groups=clip_groups(layers, projector),
+            linear_groups=clip.clip_groups(layers, projector),
             constants=_position_ids(module, processing.patches_per_tile + 1),
         )
         return graph, VisionDimensions(
@@ -122,6 +110,21 @@ class LlavaNext(Llava):
         """Return Vicuna's template, or Mistral's for its decoder; LLaVA-1.5 was trained with Vicuna's alone."""
         text_type = checkpoint.config.get("text_config", {}).get("model_type")
         return MISTRAL_TEMPLATE if text_type == "mistral" else VICUNA_TEMPLATE
+
+
+def _reduced(
+    inner: Any, states: tuple[int, ...], keep: int, *, with_features: bool
+) -> tuple[clip.ReducedVision, list[TensorSpec]]:
+    """Return the tower that keeps ``keep`` patches of each tile, and its output besides the visual tokens."""
+    if with_features:
+        raise ScheduleError(
+            "--token-method: expected one that needs no class token with --encoder-keep, got one that does; leave out"
+            " --encoder-keep"
+        )
+    module = clip.ReducedVision(
+        inner.vision_tower, inner.multi_modal_projector, feature_layers=states, num_keep=keep
+    )
+    return module, [TensorSpec(name=KEPT_PATCHES, dtype="int32", shape=("B", keep))]
 
 
 def _feature_tensors(vision: Any, num_states: int, *, dtype: FloatType) -> list[TensorSpec]:
@@ -154,18 +157,13 @@ def _position_ids(module: nn.Module, count: int) -> dict[str, NDArray[np.int64]]
 
 
 def _images(checkpoint: Checkpoint, config: Any, *, default_type: str) -> LlavaImages:
-    """Return the constants of the checkpoint's image processor, of class ``default_type`` if its file names none.
-
-    Raises:
-        CheckpointError: If it is not supported, or does not fit the model's configuration.
-    """
+    """Return the constants of the checkpoint's image processor, of class ``default_type`` if its file names none."""
     images = LlavaImages.from_preprocessor_config(
         {"image_processor_type": default_type, **base.read_image_processor(checkpoint)},
         patch_size=config.vision_config.patch_size,
     )
-    base.require_same(
-        "tiles of", checkpoint, tower=config.vision_config.image_size, processor=images.tile_size
-    )
+    side = config.vision_config.image_size
+    base.require_same("tiles of", checkpoint, tower=side, processor=images.tile_size)
     theirs = [list(pinpoint) for pinpoint in getattr(config, "image_grid_pinpoints", None) or []]
     ours = [list(pinpoint) for pinpoint in images.grid_pinpoints]
     if images.kind == "anyres" and theirs and ours != theirs:
@@ -233,7 +231,7 @@ class LlavaOnevision(Family):
                 TensorSpec(name="token_weights", dtype="float32", shape=("N", 4)),
             ),
             outputs=(base.visual_tokens(text.hidden_size, dtype=dtype),),
-            linear_groups=clip_groups(module.layers, module.projector),
+            linear_groups=clip.clip_groups(module.layers, module.projector),
             constants=_position_ids(module, num_patches),
         )
         return graph, VisionDimensions(

@@ -26,10 +26,8 @@ class Head(nn.Module):
         self, final_norm: nn.Module, lm_head: nn.Module, *, num_candidates: int, is_shared: bool = False
     ) -> None:
         super().__init__()
-        self.final_norm = final_norm
-        self.lm_head = lm_head
-        self.num_candidates = num_candidates
-        self.is_shared = is_shared
+        self.final_norm, self.lm_head = final_norm, lm_head
+        self.num_candidates, self.is_shared = num_candidates, is_shared
 
     def forward(self, hidden_states: Tensor, last_row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the logits of row ``last_row``, the largest of them, and their tokens."""

@@ -4,7 +4,7 @@
     gradient   in the graph of the head     output on the probe rows → gradient of the proxy loss there (``ProbeHead``)
     saliency   in the graph of layers l…    gradient and state → a score for each visual token
 
-``export/tracing/wiring.py`` lists the tensors.
+``export/tracing/tables.py`` lists the tensors.
 
 Quantized layers: the forward half shares the layer's own products (``assembly.pieces.join``), for tensorrt-rtx 1.7 can end
 abnormally where two products of an engine read the same INT4 weight. The backward half is a graph of its own; it reads the

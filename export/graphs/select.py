@@ -60,8 +60,7 @@ class Select(nn.Module):
         super().__init__()
         self.selector: Any = selector
         self.rotary = rotary
-        self.preserve_positions = preserve_positions
-        self.others = tuple(others)
+        self.preserve_positions, self.others = preserve_positions, tuple(others)
 
     def forward(
         self,

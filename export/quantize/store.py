@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trio_edge.export.checkpoints.weights import (
-    WEIGHTS_FOLDER,
-    Change,
-    StoredName,
-    StoredWeights,
-    check_finite,
-    write_arrays,
-)
+from trio_edge.export.checkpoints import weights
 from trio_edge.export.quantize.numerics import quantize_weight, stored_bytes
 from trio_edge.export.quantize.unpacking import read_weight, taken_over
 from trio_edge.runtime.bundle.manifest import StoredTensor
@@ -30,7 +23,7 @@ if TYPE_CHECKING:
     from trio_edge.export.quantize.scales import Smoothing
     from trio_edge.runtime.bundle.manifest import FloatType, StoredType
 
-_FILE = f"{WEIGHTS_FOLDER}/quantized.safetensors"
+_FILE = f"{weights.WEIGHTS_FOLDER}/quantized.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,18 +42,18 @@ class StoredForm:
     """Whether the bundle stores the checkpoint's integers."""
 
     @property
-    def stored_name(self) -> StoredName:
+    def stored_name(self) -> weights.StoredName:
         """Name in the bundle."""
         changes = []
         if self.is_table:
-            changes.append(Change.ROWS)
+            changes.append(weights.Change.ROWS)
         elif self.smoothing is not None:
-            changes.append(Change.SMOOTHED)
+            changes.append(weights.Change.SMOOTHED)
         if self.kind != "none":
-            changes.append(Change(self.kind))
+            changes.append(weights.Change(self.kind))
         elif self.is_packed:
-            changes.append(Change.UNPACKED)
-        return StoredName(self.name, tuple(changes))
+            changes.append(weights.Change.UNPACKED)
+        return weights.StoredName(self.name, tuple(changes))
 
 
 def store_quantized(
@@ -70,7 +63,7 @@ def store_quantized(
     *,
     dtype: FloatType,
     on_bytes: Callable[[int], None],
-) -> StoredWeights:
+) -> weights.StoredWeights:
     """Write ``forms`` into one file of ``bundle`` and return the place of each.
 
     Weights [O, I] become [I, O], tables are not transposed. ``dtype`` is that of scales and floating-point tensors.
@@ -82,9 +75,9 @@ def store_quantized(
     described = {
         name: entry for form in forms for name, entry in _described(checkpoint, form, dtype=dtype).items()
     }
-    (bundle / WEIGHTS_FOLDER).mkdir(exist_ok=True)
+    (bundle / weights.WEIGHTS_FOLDER).mkdir(exist_ok=True)
     values = (array for form in forms for array in _arrays(checkpoint, form, dtype=dtype))
-    return write_arrays(bundle / _FILE, described, values, on_bytes=on_bytes)
+    return weights.write_arrays(bundle / _FILE, described, values, on_bytes=on_bytes)
 
 
 _STORED: dict[Format, StoredType] = {"int4": "int4", "int8": "int8", "fp8": "float8_e4m3fn"}
@@ -101,7 +94,7 @@ def quantized_bytes(checkpoint: Checkpoint, forms: Sequence[StoredForm], *, dtyp
 
 def _described(
     checkpoint: Checkpoint, form: StoredForm, *, dtype: FloatType
-) -> dict[StoredName, tuple[StoredType, tuple[int, ...]]]:
+) -> dict[weights.StoredName, tuple[StoredType, tuple[int, ...]]]:
     """Return dtype and shape of each array of a tensor by its name in the bundle, in the order of ``_arrays``."""
     shape, name = checkpoint.tensor(form.name).shape, form.stored_name
     if form.kind == "none":
@@ -118,7 +111,7 @@ def _arrays(checkpoint: Checkpoint, form: StoredForm, *, dtype: FloatType) -> It
         yield from stored_bytes(taken_over(checkpoint, form.name, dtype=dtype), kind=form.kind)
         return
     weight = read_weight(checkpoint, form.name)
-    check_finite(weight, checkpoint.tensor(form.name), name=form.name)
+    weights.check_finite(weight, checkpoint.tensor(form.name), name=form.name)
     if form.smoothing is not None:
         weight = form.smoothing.apply(weight)
     if form.kind == "none":

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import nn
 
+    from trio_edge.export.graphs.assembly.copies import LayeredModule
     from trio_edge.export.plan import ExportPlan
     from trio_edge.export.tracing.wiring import Outline
     from trio_edge.runtime.bundle.manifest import GraphSpec
@@ -75,16 +76,10 @@ class Tracer:
         )
 
     def _model_of(self, outline: Outline) -> ir.Model:
-        spec, module, vision = outline.spec, outline.module, self._model.vision
+        spec, module = outline.spec, outline.module
         if isinstance(module, DecoderRange):
             if DecoderRange not in self._known:  # all layers have the same structure, so the first is traced
-                structures = {
-                    (
-                        type(layer),
-                        tuple((name, tuple(value.shape)) for name, value in layer.named_parameters()),
-                    )
-                    for layer in self._model.layers
-                }
+                structures = {_structure(layer) for layer in self._model.layers}
                 if len(structures) != 1:
                     raise AssertionError(f"expected decoder layers of one structure, got {len(structures)}")
                 inputs, outputs = spec.inputs[: FIRST_PAST + 2], spec.outputs[:3]
@@ -93,21 +88,25 @@ class Tracer:
                     msgspec.structs.replace(spec, inputs=inputs, outputs=outputs),
                 )
             return stack_layers(self._known[DecoderRange], spec)
-        if spec.role == "vision" and vision.layered is not None:
-            traces = {
-                name: self._traced(
-                    Traceable(part.module),
-                    msgspec.structs.replace(spec, inputs=part.inputs, outputs=part.outputs),
-                )
-                for name, part in vision.layered.parts.items()
-            }
-            return vision.layered.assemble(traces, inputs=spec.inputs, outputs=spec.outputs)
+        if spec.role == "vision" and self._model.vision.layered is not None:
+            return self._layered(self._model.vision.layered, spec)
         if isinstance(module, (Probe, Saliency)):
             form = type(module), module.saliency.form, module.saliency.is_quantized
             if form not in self._known:
                 self._known[form] = self._traced(module, spec)
             return self._known[form].clone()
         return self._traced(module, spec)
+
+    def _layered(self, layered: LayeredModule, spec: GraphSpec) -> ir.Model:
+        """Return a graph of many layers, each kind of which is traced once."""
+        traces = {
+            name: self._traced(
+                Traceable(part.module),
+                msgspec.structs.replace(spec, inputs=part.inputs, outputs=part.outputs),
+            )
+            for name, part in layered.parts.items()
+        }
+        return layered.assemble(traces, inputs=spec.inputs, outputs=spec.outputs)
 
     def _traced(self, module: nn.Module, spec: GraphSpec) -> ir.Model:
         """Return the trace of ``module``, whose ``forward`` takes the inputs of ``spec``."""
@@ -133,3 +132,7 @@ class Tracer:
             outputs=spec.outputs,
             opset=self._opset,
         )
+
+
+def _structure(layer: nn.Module) -> tuple[type, tuple[tuple[str, tuple[int, ...]], ...]]:
+    return type(layer), tuple((name, tuple(value.shape)) for name, value in layer.named_parameters())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, final
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 
 import msgspec
 import torch
@@ -21,6 +21,7 @@ from trio_edge.export.graphs.probe import Probe, Saliency
 from trio_edge.export.graphs.reduce import FEATURE_NAMES, Reduce
 from trio_edge.export.graphs.select import Select
 from trio_edge.export.quantize.unpacking import read_weight
+from trio_edge.export.tracing import tables
 from trio_edge.runtime.bundle import graph_io as io
 from trio_edge.runtime.bundle.manifest import GraphSpec, Launch, Profile, Program, TensorSpec, shape_at
 from trio_edge.trio.methods import stage_method, token_method
@@ -40,73 +41,6 @@ if TYPE_CHECKING:
     from trio_edge.trio.methods import TokenMethod
     from trio_edge.trio.saliency import ProxySaliency
     from trio_edge.trio.selectors.interface import OtherInput
-
-
-class _Row(NamedTuple):
-    """A tensor in a table: its name, place, shape and type."""
-
-    name: str
-    place: str
-    """After a dot at its end comes the name; after "@" comes a name, and what the graph before has written for it is read."""
-    shape: tuple[int | str, ...]
-    """Upper case stands for an axis of the graph, lower case for a size of the model or the stage."""
-    dtype: DType | Literal["model"] = "int32"
-    when: str = ""
-    """Property of the graphs that have the tensor; empty for all."""
-
-
-_SELECT_INPUTS = (
-    _Row(io.HIDDEN, f"@{io.HIDDEN}", (1, "S", "width"), "model"),
-    _Row(io.POSITIONS, f"@{io.POSITIONS}", ("axes", "S")),
-    _Row(io.VISUAL_ROWS, f"@{io.VISUAL_ROWS}", ("N",)),
-    _Row(io.NUM_VISUAL, "prompt.num_visual.{stage}", (1,)),
-    _Row(io.LENGTH, "prompt.length.{stage}", (1,)),
-    _Row(io.PREVIOUS, f"@{io.PREVIOUS}", (1, "S", "width"), "model", "reads_previous"),
-    _Row(io.PROMPT_EMBEDS, "rows.embeds", (1, "F", "width"), "model", "reads_prompt"),
-    _Row(io.PROMPT_IS_VISUAL, "prompt.is_visual", ("F",), "int32", "reads_prompt"),
-    _Row(io.PROMPT_LENGTH, "prompt.length", (1,), "int32", "reads_prompt"),
-    _Row(io.SALIENCY, f"probe.{io.SALIENCY_SCORES}", ("N",), "float32", "has_probe"),
-    _Row(io.VISUAL_IMAGES, f"@{io.VISUAL_IMAGES}", ("N",), "int32", "image"),
-)
-_SELECT_OUTPUTS = (
-    _Row(io.KEPT_HIDDEN, "{name}.", (1, "R", "width"), "model"),
-    _Row(io.KEPT_POSITIONS, "{name}.", ("axes", "R")),
-    _Row(io.KEPT_VISUAL_ROWS, "{name}.", ("keep",)),
-    _Row(io.KEPT_INDICES, f"results.{io.KEPT_INDICES}.{{stage}}", ("keep",)),
-    _Row(io.SCORES, f"results.{io.SCORES}.{{stage}}", ("N",), "float32"),
-    _Row(io.UNSETTLED, f"results.{io.UNSETTLED}.{{stage}}", (1,)),
-    _Row(io.KEPT_VISUAL_IMAGES, "{name}.", ("keep",), "int32", "image"),
-)
-_FORWARD_INPUTS = (
-    _Row(io.PROBE_HIDDEN, f"@{io.HIDDEN}", (1, "PS", "width"), "model"),
-    _Row(io.PROBE_POSITIONS, f"@{io.POSITIONS}", ("axes", "PS")),
-    _Row(io.PROBE_VISUAL_ROWS, f"@{io.VISUAL_ROWS}", ("PN",)),
-    _Row(io.PROBE_ROWS, "prompt.probe_rows.{stage}", ("PR",)),
-    _Row(io.PROBE_LENGTH, "prompt.length.{stage}", (1,)),
-)
-_FORWARD_OUTPUTS = (  # the output, then ``ProbeState`` of trio_edge.trio.saliency
-    _Row(io.PROBE_OUTPUT, "probe.", ("PR", "width"), "float32"),
-    _Row(io.PROBE_STATE, "probe.", ("PR", "state"), "float32"),
-    _Row(io.PROBE_ATTENTION, "probe.", ("heads", "PR", "PN"), "float32"),
-    _Row(io.PROBE_KEYS, "probe.", ("PN", "keys"), "float32", "needs_keys"),
-)
-_BACKWARD_INPUTS = (
-    _Row(io.GRADIENT_HIDDEN, f"@{io.HIDDEN}", (1, "GS", "width"), "model"),
-    _Row(io.GRADIENT_POSITIONS, f"@{io.POSITIONS}", ("axes", "GS")),
-    _Row(io.GRADIENT_VISUAL_ROWS, f"@{io.VISUAL_ROWS}", ("GN",)),
-    _Row(io.GRADIENT_NUM_VISUAL, "prompt.num_visual.{stage}", (1,)),
-    _Row(io.GRADIENT, f"probe.{io.OUTPUT_GRADIENT}", ("GR", "width"), "float32"),
-    _Row(io.GRADIENT_STATE, f"probe.{io.PROBE_STATE}", ("GR", "state"), "float32"),
-    _Row(io.GRADIENT_ATTENTION, f"probe.{io.PROBE_ATTENTION}", ("heads", "GR", "GN"), "float32"),
-    _Row(io.GRADIENT_KEYS, f"probe.{io.PROBE_KEYS}", ("GN", "keys"), "float32", "needs_keys"),
-)
-_BACKWARD_OUTPUTS = (_Row(io.SALIENCY_SCORES, "probe.", ("GN",), "float32"),)
-_GRADIENT_INPUTS = (
-    _Row(io.PROBE_OUTPUT, "probe.", ("GR", "width"), "float32"),
-    _Row(io.CANDIDATE_LOGITS, "likeliest.logits", ("GR", "candidates"), "float32", "quantized"),
-    _Row(io.CANDIDATE_ROWS, "likeliest.rows", ("GR", "candidates", "width"), "model", "quantized"),
-)
-_GRADIENT_OUTPUTS = (_Row(io.OUTPUT_GRADIENT, "probe.", ("GR", "width"), "float32"),)
 
 
 class _Tensor(NamedTuple):
@@ -168,8 +102,13 @@ class Wiring:
             **{f"{io.DEEPSTACK}{plane}": f"rows.deepstack.{plane}" for plane in range(num_planes)},
         }
         """Place of each input that the next graph of a prefill may read from the graph before."""
+        buckets = layout.text_buckets
+        small = [rows for rows in io.SMALL_FOLLOW_UPS if rows < buckets[0]]
+        self._follow_rows = [*small, *buckets] if plan.options.follow_ups else []
+        """Rows of a question that follows KV rows, as it is shorter than a prompt."""
         self._sizes = {
             "width": self._dimensions.hidden_size,
+            "vocab": self._dimensions.vocab_size,
             "axes": plan.model.position_axes,
             "heads": self._dimensions.num_heads,
             "keys": self._dimensions.num_kv_heads * self._dimensions.head_size,
@@ -195,8 +134,8 @@ class Wiring:
             "vision": images["vision"],
             "reduce": images.get("reduce", []),
             "prefill": prompts,
-            "question": [{"T": bucket} for bucket in self._layout.text_buckets],
-            "branch": [{"T": bucket} for bucket in self._layout.text_buckets],
+            "question": [{"T": rows} for rows in self._follow_rows],
+            "branch": [{"T": rows} for rows in self._follow_rows],
             "decode": [{}],
             "exact": prompts,
         }
@@ -243,7 +182,9 @@ class Wiring:
         )
         self._launches[program].append(launch)
 
-    def _tensors(self, rows: Sequence[_Row], has: Sequence[str] = (), **own: int | str) -> list[_Tensor]:
+    def _tensors(
+        self, rows: Sequence[tables.Row], has: Sequence[str] = (), **own: int | str
+    ) -> list[_Tensor]:
         """Return the tensors of a table; ``own`` has sizes and parts of places besides those of the model."""
         sizes: dict[Any, Any] = {**self._sizes, **own}
         return [
@@ -391,13 +332,11 @@ class Wiring:
         return stages[index - 1].keep if index else self._layout.visual_sizes[-1]
 
     def _role(self, index: int) -> Role:
-        """Return the role of layer range ``index``."""
         if index == 0:
             return "prefix"
         return "suffix" if index == len(self._layout.schedule.stages) else "segment"
 
     def _name(self, index: int) -> str:
-        """Return the name of layer range ``index``."""
         role = self._role(index)
         return f"segment_{index}" if role == "segment" else role
 
@@ -430,33 +369,22 @@ class Wiring:
 
     def _follows(self, capacity: int) -> list[Profile]:
         """Return the profiles of a question's rows after KV rows; none without --follow-ups."""
-        buckets = self._layout.text_buckets if self._plan.options.follow_ups else ()
-        return [Profile(name=f"follow_{rows}", sizes={"S": rows, "C": capacity}) for rows in buckets]
+        return [
+            Profile(name=f"follow_{rows}", sizes={"S": rows, "C": capacity}) for rows in self._follow_rows
+        ]
 
     def _range(self, index: int, layers: range, *, piece: PieceName | None) -> Outline:
         """Describe decoder layers; DeepStack planes, one for each of the model's first layers, are the last inputs."""
         layout, dims, dtype, name = self._layout, self._dimensions, self._dtype, self._name(index)
         rows = (1, "S", dims.hidden_size)
         past, new = ((1, dims.num_kv_heads, axis, dims.head_size) for axis in ("C", "S"))
-        parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
+        parts = [*enumerate(f"{layer}.{part}" for layer in layers for part in ("key", "value"))]
+        kept = [_tensor(f"{io.PAST_PREFIX}{part}", f"cache.{name}[{i}]", past, dtype) for i, part in parts]
+        made = [_tensor(f"{io.PRESENT_PREFIX}{part}", f"new_rows[{i}]", new, dtype) for i, part in parts]
         planes = [f"{io.DEEPSTACK}{layer}" for layer in layers if layer < self._model.vision.num_deepstack]
-        inputs = [
-            _tensor(io.HIDDEN if index else io.EMBEDS, self._at[io.HIDDEN], rows, dtype),
-            _tensor(io.POSITIONS, self._at[io.POSITIONS], (self._model.position_axes, "S")),
-            _tensor(io.PAST_LENGTH, "zeros.past_length", (1,)),
-            *(
-                _tensor(f"{io.PAST_PREFIX}{part}", f"cache.{name}[{i}]", past, dtype)
-                for i, part in enumerate(parts)
-            ),
-            *(_tensor(plane, self._at[plane], rows, dtype) for plane in planes),
-        ]
-        outputs = [
-            _tensor(io.HIDDEN_OUT, f"{name}.", rows, dtype),
-            *(
-                _tensor(f"{io.PRESENT_PREFIX}{part}", f"new_rows[{i}]", new, dtype)
-                for i, part in enumerate(parts)
-            ),
-        ]
+        inputs = self._tensors(tables.RANGE_INPUTS, ["later" if index else "first"]) + kept
+        inputs += [_tensor(plane, self._at[plane], rows, dtype) for plane in planes]
+        outputs = [_tensor(io.HIDDEN_OUT, f"{name}.", rows, dtype), *made]
         if index < len(layout.schedule.stages) and self._method.reads_previous:
             outputs.append(_tensor(io.PREVIOUS, f"{name}.", rows, dtype))
         capacity = self._max_visual(index) + layout.text_buckets[-1] + layout.max_new_tokens
@@ -487,26 +415,7 @@ class Wiring:
         no_planes = dict.fromkeys(planes, "zeros.plane")
         self._run("prefill", graph, stage=index)
         if questions:
-            question = {
-                io.EMBEDS: "question.embeds",
-                io.POSITIONS: "question.position_ids",
-                io.PAST_LENGTH: "question.past_length",
-                io.HIDDEN_OUT: f"after.{io.HIDDEN_OUT}",
-                io.PREVIOUS: f"after.{io.PREVIOUS}",
-                **{part: f"question_rows[{i}]" for i, part in enumerate(new)},
-                **no_planes,
-            }
-            if index == 0:
-                self._run("question", graph, question, profiles=questions, label="question")
-            question |= {
-                io.EMBEDS: "branch.embeds",
-                io.HIDDEN: f"after_{index - 1}.{io.HIDDEN_OUT}",
-                io.POSITIONS: f"branch.position_ids.{index}",
-                io.PAST_LENGTH: f"branch.past_length.{index}",
-                io.HIDDEN_OUT: f"after_{index}.{io.HIDDEN_OUT}",
-                io.PREVIOUS: f"after_{index}.{io.PREVIOUS}",
-            }
-            self._run("branch", graph, question, profiles=questions, label="branch", stage=index)
+            self._run_question(index, graph, questions, new, no_planes)
         before = {io.HIDDEN: f"{self._name(index - 1)}.{io.HIDDEN_OUT}"}
         step = {
             **(before if index else {io.EMBEDS: "step.embedding"}),
@@ -517,14 +426,43 @@ class Wiring:
         }
         self._run("decode", graph, step, profiles=["decode"], stage=index)
 
+    def _run_question(
+        self,
+        index: int,
+        graph: Outline,
+        profiles: Sequence[str],
+        new: Sequence[str],
+        planes: Mapping[str, str],
+    ) -> None:
+        """Let a later question run layer range ``index`` after kept rows, and the first one also for its own program."""
+        question = {
+            io.EMBEDS: "question.embeds",
+            io.POSITIONS: "question.position_ids",
+            io.PAST_LENGTH: "question.past_length",
+            io.HIDDEN_OUT: f"after.{io.HIDDEN_OUT}",
+            io.PREVIOUS: f"after.{io.PREVIOUS}",
+            **{part: f"question_rows[{i}]" for i, part in enumerate(new)},
+            **planes,
+        }
+        if index == 0:
+            self._run("question", graph, question, profiles=profiles, label="question")
+        question |= {
+            io.EMBEDS: "branch.embeds",
+            io.HIDDEN: f"after_{index - 1}.{io.HIDDEN_OUT}",
+            io.POSITIONS: f"branch.position_ids.{index}",
+            io.PAST_LENGTH: f"branch.past_length.{index}",
+            io.HIDDEN_OUT: f"after_{index}.{io.HIDDEN_OUT}",
+            io.PREVIOUS: f"after_{index}.{io.PREVIOUS}",
+        }
+        self._run("branch", graph, question, profiles=profiles, label="branch", stage=index)
+
     def _select(self, stage: int, selector: Any) -> Outline:
-        """Describe the selection of a stage."""
         schedule, method, name = self._layout.schedule, self._method, f"select_{stage + 1}"
         keep, layer = schedule.stages[stage].keep, schedule.stages[stage].layer
         flags = "reads_previous", "reads_prompt", "has_probe"
         has = [schedule.budget, *(flag for flag in flags if getattr(method, flag))]
-        inputs = self._tensors(_SELECT_INPUTS, has, stage=stage)
-        outputs = self._tensors(_SELECT_OUTPUTS, has, stage=stage, name=name, keep=keep)
+        inputs = self._tensors(tables.SELECT_INPUTS, has, stage=stage)
+        outputs = self._tensors(tables.SELECT_OUTPUTS, has, stage=stage, name=name, keep=keep)
         own_inputs: Mapping[str, OtherInput] = getattr(selector, "other_inputs", {})
         inputs += [
             _tensor(own, other.place, other.shape, cast("DType", other.dtype))
@@ -578,9 +516,8 @@ class Wiring:
         state = dims.num_heads * (dims.head_size + dims.hidden_size)
         if not probe.is_quantized:
             state += dims.hidden_size + 2 * dims.intermediate_size
-        tables = (_FORWARD_INPUTS, _FORWARD_OUTPUTS) if is_forward else (_BACKWARD_INPUTS, _BACKWARD_OUTPUTS)
         has = ["needs_keys"] if probe.needs_keys else []
-        inputs, outputs = (self._tensors(table, has, stage=stage, state=state) for table in tables)
+        inputs, outputs = (self._tensors(rows, has, stage=stage, state=state) for rows in tables.HALVES[name])
         constants = {}
         if probe.form != "direct" and not is_forward:
             constants["saliency.key_value_gram"] = _gram(self._plan.source.checkpoint, layer)
@@ -627,10 +564,8 @@ class Wiring:
 
     def _head(self, *, is_shared: bool) -> Outline:
         """Describe the head; one that probes share has L rows: 1, 0 while its gradient runs, or all probe rows."""
-        dims, num_rows = self._dimensions, self._layout.schedule.num_probe_rows
-        count, last = io.num_candidates(dims), len(self._layout.schedule.stages)
-        hidden = f"{self._name(last)}.{io.HIDDEN_OUT}"
-        rows, top = ("L", ("L", count)) if is_shared else (1, (count,))
+        count, num_rows = io.num_candidates(self._dimensions), self._layout.schedule.num_probe_rows
+        last, rows = len(self._layout.schedule.stages), "L" if is_shared else 1
         own = {"L": 1} if is_shared else {}
         more = [Profile(name="decode", sizes={"S": 1, **own})]
         more += [Profile(name=one.name, sizes={"S": one.sizes["S"], **own}) for one in self._follows(0)]
@@ -641,15 +576,8 @@ class Wiring:
         return _outline(
             "head",
             "head",
-            [
-                _tensor(io.HIDDEN, hidden, (1, "S", dims.hidden_size), self._dtype),
-                _tensor(io.LAST_ROW, "prompt.last_row", (rows,)),
-            ],
-            [
-                _tensor(io.LOGITS, "results.", (rows, dims.vocab_size), "float32"),
-                _tensor(io.TOP_LOGITS, "results.", top, "float32"),
-                _tensor(io.TOP_IDS, "results.", top),
-            ],
+            self._tensors(tables.HEAD_INPUTS, name=self._name(last), L=rows),
+            self._tensors(tables.HEAD_OUTPUTS, ["shared" if is_shared else "alone"], L=rows),
             [*prefills, *more],
             Head(self._model.final_norm, self._model.lm_head, num_candidates=count, is_shared=is_shared),
             at_sizes=at_sizes,
@@ -659,12 +587,12 @@ class Wiring:
     def _gradient(self) -> Outline:
         """Describe the head's gradient; that of a quantized head gets the rows of the likeliest tokens."""
         norm, is_alone = self._model.final_norm, self._is_quantized("head")
-        inputs = self._tensors(_GRADIENT_INPUTS, ["quantized"] if is_alone else [])
+        inputs = self._tensors(tables.GRADIENT_INPUTS, ["quantized"] if is_alone else [])
         return _outline(
             "gradient" if is_alone else "head",
             "probe" if is_alone else "head",
             inputs,
-            self._tensors(_GRADIENT_OUTPUTS),
+            self._tensors(tables.GRADIENT_OUTPUTS),
             [Profile(name="gradient", sizes={"GR": self._layout.schedule.num_probe_rows})],
             CandidateHead(norm) if is_alone else ProbeHead(norm, self._model.lm_head),
             at_sizes=["gradient"] * len(self._prompts),

@@ -20,15 +20,10 @@ import msgspec
 import numpy as np
 from PIL import Image
 
+from trio_edge.profiling.measure import machine_info
 from trio_edge.profiling.measure.answers import Answer, LoadedBundle, RunQuestion
 from trio_edge.profiling.measure.ceilings import Ceilings, measure_ceilings
 from trio_edge.profiling.measure.layers import LayerTime, layer_runs, layer_times
-from trio_edge.profiling.measure.machine_info import (
-    find_governor,
-    find_machine,
-    find_power_mode,
-    load_average,
-)
 from trio_edge.profiling.measure.sensors.sampling_thread import SamplingThread, SensorSample, open_sensors
 from trio_edge.profiling.statistics import LEAST_FOR_INTERVAL, distribution
 from trio_edge.runtime.backends.registry import make_backend, with_accuracy
@@ -171,7 +166,7 @@ def measure(options: MeasureOptions) -> Measurement:
     if options.image is not None:
         open_image(options.image)  # a damaged image must raise before minutes of measuring
     # before the first run, after which the load is this program's own
-    started, busy = datetime.datetime.now(datetime.timezone.utc), load_average()
+    started, busy = datetime.datetime.now(datetime.timezone.utc), machine_info.load_average()
     sensors, missing = open_sensors()
     with ExitStack() as stack:
         sampling = stack.enter_context(SamplingThread(sensors))
@@ -189,8 +184,8 @@ def measure(options: MeasureOptions) -> Measurement:
         backend=with_accuracy(measured[0].loaded.pipeline.backend_name, options.cpu_accuracy),
         threads=options.threads,
         clock="the host" if measured[0].memory.device_free is None else "events of the GPU",
-        power_mode=find_power_mode(),
-        cpu_governor=find_governor(),
+        power_mode=machine_info.find_power_mode(),
+        cpu_governor=machine_info.find_governor(),
         load_average=busy,
         image=question.image_words,
         prompt=question.prompt,
@@ -223,7 +218,8 @@ def _ceilings(options: MeasureOptions, missing: list[str]) -> Ceilings | None:
     bundle = open_bundle(options.bundles[0])
     backend = options.make_backend(bundle)
     try:
-        return measure_ceilings(backend, bundle.manifest, cores=options.threads or find_machine().cores)
+        cores = options.threads or machine_info.find_machine().cores
+        return measure_ceilings(backend, bundle.manifest, cores=cores)
     except BackendError as error:
         missing.append(f"roofline: {error}")
         return None

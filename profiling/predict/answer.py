@@ -10,15 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from trio_edge.profiling.predict.speed import (
-    BYTES_PER_WEIGHT,
-    UNFUSED_SCORE_PASSES,
-    Formats,
-    GraphTime,
-    fitted_for,
-    graph_time,
-    rates_of,
-)
+from trio_edge.profiling.predict import speed
 from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.trio.cost import memory
 from trio_edge.trio.cost.flops import stage_work
@@ -57,7 +49,7 @@ class Setting:
     text_bucket: int
     """Text rows after padding."""
     num_new: int
-    formats: Formats = field(default_factory=Formats)
+    formats: speed.Formats = field(default_factory=speed.Formats)
     manifest: Manifest | None = None
     """The bundle's; None for a released model."""
     entering: int | None = None
@@ -109,7 +101,7 @@ class TimedGraph:
     """A graph and its predicted time."""
 
     run: CountedGraph
-    time: GraphTime
+    time: speed.GraphTime
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,16 +158,16 @@ def predict(setting: Setting, device: DeviceSpec) -> Prediction:
     refusal = device.refusal(parts, option="--predict")
     if refusal is not None:
         raise TargetError(refusal)
-    efficiency, rates = fitted_for(device).efficiency, rates_of(device)
-    unfused = dataclasses.replace(efficiency, score_passes=UNFUSED_SCORE_PASSES)
+    efficiency, rates = speed.fitted_for(device).efficiency, speed.rates_of(device)
+    unfused = dataclasses.replace(efficiency, score_passes=speed.UNFUSED_SCORE_PASSES)
     runs, more = [], 0.0
     for run in graph_runs(setting):
         inputs = frozenset() if run.name.startswith("select") else numbers.inputs  # probes round no inputs
         formats = dataclasses.replace(numbers, inputs=inputs)
-        time = graph_time(run.work, formats=formats, rates=rates, efficiency=efficiency)
+        time = speed.graph_time(run.work, formats=formats, rates=rates, efficiency=efficiency)
         runs.append(TimedGraph(run=run, time=time))
         if run.phase == "prefill":
-            slower = graph_time(run.work, formats=formats, rates=rates, efficiency=unfused)
+            slower = speed.graph_time(run.work, formats=formats, rates=rates, efficiency=unfused)
             more += slower.seconds - time.seconds
     return Prediction(
         device=device,
@@ -220,7 +212,9 @@ def memory_of(setting: Setting, *, usable: int) -> MemoryNeed:
         parts = {name.lower().replace(" ", "_"): count for name, count in setting.memory.items()}
         return MemoryNeed(**parts, usable=usable)
     decoder, tower, formats = setting.model.decoder, setting.model.vision, setting.formats
-    layer, head, vision = (BYTES_PER_WEIGHT[kind] for kind in (formats.layer, formats.head, formats.vision))
+    layer, head, vision = (
+        speed.BYTES_PER_WEIGHT[kind] for kind in (formats.layer, formats.head, formats.vision)
+    )
     count = setting.sizes.get("P", setting.sizes.get("B", 1))
     in_tower = 0 if tower is None else tower.workspace_bytes(count, element_bytes=2)
     bundle = memory.BundleSizes(

@@ -18,12 +18,7 @@ from trio_edge.runtime.bundle.graph_io import CLIP_TEXT, MAX_TEXT, bucket_of, nu
 from trio_edge.runtime.bundle.limits import MOST_TOKENS
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.devices.memory import estimate
-from trio_edge.trio.cost.bundle_work import (
-    clip_text_flops,
-    fixed_sizes,
-    reduce_cost,
-    vision_flops,
-)
+from trio_edge.trio.cost.bundle_work import clip_text_flops, fixed_sizes, reduce_cost, vision_flops
 from trio_edge.trio.cost.work import counted_work, sum_of
 
 if TYPE_CHECKING:

@@ -34,16 +34,16 @@ class Backend(Protocol):
         """
 
 
-def selected_graphs(bundle: Bundle, names: Sequence[str] | None) -> list[GraphSpec]:
-    """Return the manifest entries of the graphs called ``names``, in the manifest's order; None means all.
+def selected_graphs(bundle: Bundle, names: Sequence[str]) -> tuple[GraphSpec, ...]:
+    """Return the manifest entries of the graphs called ``names``, in the manifest's order.
 
     Raises:
         BackendError: If the bundle has no such graph.
     """
     graphs = bundle.manifest.graphs
     known = [spec.name for spec in graphs]
-    if unknown := [name for name in names or () if name not in known]:
+    if unknown := [name for name in names if name not in known]:
         raise BackendError(
             f"{bundle.folder}: expected one of the graphs {', '.join(known)}, got {unknown[0]!r}; choose one of them"
         )
-    return [spec for spec in graphs if names is None or spec.name in names]
+    return tuple(spec for spec in graphs if spec.name in names)

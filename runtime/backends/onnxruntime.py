@@ -22,16 +22,7 @@ from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
 from trio_edge.runtime.devices.host import HostDevice
 from trio_edge.runtime.devices.interface import LoadedGraphs
 from trio_edge.runtime.devices.memory import check_memory
-from trio_edge.runtime.engines.cpu import (
-    ACCURACY_KEY,
-    ACCURACY_LEVELS,
-    Prepared,
-    first_line,
-    open_prepared,
-    sessions_of,
-    set_cpu_options,
-    unwanted_optimizers,
-)
+from trio_edge.runtime.engines import cpu
 from trio_edge.runtime.engines.files import ENGINES_FOLDER
 
 if TYPE_CHECKING:
@@ -81,22 +72,22 @@ class OnnxRuntimeBackend:
 
     def load(self, bundle: Bundle, names: Sequence[str] | None = None) -> LoadedGraphs:
         """Load graphs into ONNX Runtime."""
-        specs = selected_graphs(bundle, names)
+        specs = bundle.manifest.graphs if names is None else selected_graphs(bundle, names)
         device: Device = HostDevice() if self.name == "onnxruntime" else CudaDevice(load_cuda())
         stream = device.stream if isinstance(device, CudaDevice) else None
         loaded = LoadedGraphs(device=device, engines={}, notes=list(self.notes))
         try:
             weight_bytes = sum(spec.weight_bytes for spec in specs)
             loaded.memory.update(check_memory(device, bundle.manifest, specs, weight_bytes=weight_bytes))
-            prepared = Prepared({}, ()) if stream else open_prepared(bundle, accuracy=self.cpu_accuracy)
+            nothing, accuracy = cpu.Prepared({}, ()), self.cpu_accuracy
+            prepared = nothing if stream else cpu.open_prepared(bundle, accuracy=accuracy)
             loaded.notes.extend(prepared.notes)
             last = [[spec for spec in specs if spec.role == role][-1:] for role in ("vision", "select")]
             # A session needs twice its memory while it is loaded: the largest first, so that it does not come on top of the others.
             for spec in sorted(specs, key=lambda spec: -spec.weight_bytes):
-                parts = sessions_of(bundle, spec, on_gpu=stream is not None)
+                parts = cpu.sessions_of(bundle, spec, on_gpu=stream is not None)
                 engines = [self._engine(bundle, part, prepared, stream) for part in parts]
-                is_last = [spec] in last
-                if stream is None and is_last:
+                if stream is None and [spec] in last:
                     engines[0].shrink_after_runs()
                 loaded.engines[spec.name] = engines[0] if parts == (spec,) else PiecedEngine(spec, engines)
         except BaseException:
@@ -105,7 +96,7 @@ class OnnxRuntimeBackend:
         return loaded
 
     def _engine(
-        self, bundle: Bundle, spec: GraphSpec, prepared: Prepared, stream: int | None
+        self, bundle: Bundle, spec: GraphSpec, prepared: cpu.Prepared, stream: int | None
     ) -> OnnxRuntimeEngine:
         session = self._session(bundle, spec, prepared.files.get(spec.name), stream)
         _check_interface(spec.inputs, session.get_inputs(), where=f"{spec.file} inputs")
@@ -118,7 +109,7 @@ class OnnxRuntimeBackend:
     def _session(
         self, bundle: Bundle, spec: GraphSpec, prepared: Path | None, stream: int | None
     ) -> ort.InferenceSession:
-        file = prepared or bundle.folder / spec.file
+        file, own = prepared or bundle.folder / spec.file, [_PROVIDERS[self.name]]
         options = ort.SessionOptions()
         if prepared is not None:  # it was optimized then
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -128,9 +119,9 @@ class OnnxRuntimeBackend:
         # (2 cores, 9 sessions: 107 ms instead of 26 ms for one answer of the packaged model).
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if stream is not None:
-            options.add_session_config_entry(ACCURACY_KEY, ACCURACY_LEVELS["float32"])
+            options.add_session_config_entry(cpu.ACCURACY_KEY, cpu.ACCURACY_LEVELS["float32"])
         else:
-            set_cpu_options(options, bundle, spec, accuracy=self.cpu_accuracy)
+            cpu.set_cpu_options(options, bundle, spec, accuracy=self.cpu_accuracy)
         if self.layer_times is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(self.layer_times / f".{spec.name}")
@@ -138,13 +129,13 @@ class OnnxRuntimeBackend:
             session = ort.InferenceSession(
                 file,
                 options,
-                providers=self._providers(stream, bundle.folder, spec),
-                disabled_optimizers=unwanted_optimizers(bundle, spec),
+                providers=own if stream is None else self._on_gpu(stream, bundle.folder, spec),
+                disabled_optimizers=cpu.unwanted_optimizers(bundle, spec),
             )
         except Exception as error:  # onnxruntime's exceptions have no common public base
             raise BackendError(
                 f"{file}: expected a graph that onnxruntime {ort.__version__} loads, got:"
-                f" {first_line(error)}; export the bundle again"
+                f" {cpu.first_line(error)}; export the bundle again"
             ) from None
         # Without an error it falls back to the CPU.
         if (wanted := _PROVIDERS[self.name]) not in session.get_providers():
@@ -154,9 +145,7 @@ class OnnxRuntimeBackend:
             )
         return session
 
-    def _providers(self, stream: int | None, folder: Path, spec: GraphSpec) -> list[Any]:
-        if stream is None:
-            return [_PROVIDERS[self.name]]
+    def _on_gpu(self, stream: int, folder: Path, spec: GraphSpec) -> list[Any]:
         cuda = {
             "device_id": "0",
             "user_compute_stream": str(stream),
@@ -242,7 +231,7 @@ class OnnxRuntimeEngine:
         except BackendError:
             raise
         except Exception as error:  # onnxruntime's exceptions have no common public base
-            raise BackendError(f"{self.spec.name}: onnxruntime failed: {first_line(error)}") from None
+            raise BackendError(f"{self.spec.name}: onnxruntime failed: {cpu.first_line(error)}") from None
 
     def shrink_after_runs(self) -> None:
         """Release the memory that graphs share after each run; for vision and the last stage."""

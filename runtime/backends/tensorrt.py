@@ -84,7 +84,7 @@ class TensorRTBackend:
 
     def load(self, bundle: Bundle, names: Sequence[str] | None = None) -> LoadedGraphs:
         """Load engines, which must fit this machine as ``open_engines`` checks."""
-        specs = selected_graphs(bundle, names)
+        specs = bundle.manifest.graphs if names is None else selected_graphs(bundle, names)
         tensorrt = self._tensorrt
         engines = open_engines(bundle, backend=tensorrt.backend, version=tensorrt.version, host=find_host())
         sizes = [engines.path(spec.name).stat().st_size for spec in specs]

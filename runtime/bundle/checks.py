@@ -29,12 +29,14 @@ from trio_edge.runtime.bundle.manifest import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from trio_edge.runtime.bundle.manifest import GraphSpec, Launch, Program, StoredTensor
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Launch, Program, ProgramName, StoredTensor
 
 Array: TypeAlias = "tuple[str, tuple[int, ...]]"
 """Dtype and shape."""
+_HostRow: TypeAlias = "tuple[str, str, str]"
+"""Place, dtype and axes. What stands in braces counts the places: planes, layer ranges, or stages from 0 or from 1."""
 _NUMBER = re.compile(r"[0-9]{1,4}")
 _FOLLOW_UPS = ("question", "branch")
 _TENSORS_ON_HOST = {
@@ -71,43 +73,42 @@ def manifest_from_json(text: bytes, *, where: str) -> Manifest:
         )
     try:
         manifest = typed(head, Manifest)
-        for check in (_check_sizes, _check_files, _check_tables, _check_graphs):
+        for check in (_check_sizes, _check_files, _check_tables, _check_graphs, _check_programs):
             check(manifest)
-        _check_programs(manifest)
     except (msgspec.ValidationError, ManifestError, ScheduleError) as error:
         raise ManifestError(f"{where}: {error}; export the bundle again") from None
     return manifest
+
+
+def _require(is_right: object, where: str, expected: str, got: object) -> None:
+    if not is_right:
+        raise ManifestError(f"{where}: expected {expected}, got {got}")
 
 
 def _check_sizes(manifest: Manifest) -> None:
     """Raise ManifestError for impossible sizes that no type refuses."""
     dims = manifest.dimensions
     for name, sizes in (("text_buckets", manifest.text_buckets), ("visual_sizes", manifest.visual_sizes)):
-        if not sizes or list(sizes) != sorted(set(sizes)):
-            raise ManifestError(f"{name}: expected ascending sizes, got {sizes}")
+        _require(sizes and list(sizes) == sorted(set(sizes)), name, "ascending sizes", sizes)
     most = manifest.visual_sizes[-1]
     manifest.schedule.check_fits(num_layers=dims.num_layers, max_visual=most)
-    flops = sum(manifest.cost.reduced_flops.values())
-    if min(dims.num_layers, manifest.model_bytes, manifest.cost.reduced_kv_bytes, flops) < 1:
-        raise ManifestError("dimensions, model_bytes, cost: expected numbers above 0, got 0")
-    if (manifest.token_method is None) != (manifest.token_keep is None):
-        raise ManifestError(
-            f"token_keep: expected a number if there is a token_method, and none otherwise, got {manifest.token_keep}"
-            f" with {manifest.token_method!r}"
-        )
-    kept = {
-        place for program in manifest.programs for one in program.launches for place in one.outputs.values()
-    }
-    if (manifest.encoder_keep is not None) != ("kept.vision" in kept):
-        raise ManifestError(
-            "encoder_keep: expected a number if the vision graph returns the kept tokens, and none otherwise, got"
-            f" {manifest.encoder_keep}"
-        )
-    if manifest.max_images > most or dims.num_heads % dims.num_kv_heads:
-        raise ManifestError(
-            f"max_images, num_kv_heads: expected at most {most} (visual tokens) and a divisor of {dims.num_heads}, got"
-            f" {manifest.max_images} and {dims.num_kv_heads}"
-        )
+    flops, needed = sum(manifest.cost.reduced_flops.values()), manifest.cost.reduced_kv_bytes
+    is_positive = min(dims.num_layers, manifest.model_bytes, needed, flops) > 0
+    _require(is_positive, "dimensions, model_bytes, cost", "numbers above 0", 0)
+    method, keep = manifest.token_method, manifest.token_keep
+    wanted = "a number if there is a token_method, and none otherwise"
+    _require((method is None) == (keep is None), "token_keep", wanted, f"{keep} with {method!r}")
+    launches = [launch for program in manifest.programs for launch in program.launches]
+    drops_tokens = any("kept.vision" in launch.outputs.values() for launch in launches)
+    wanted, keep = (
+        "a number if the vision graph returns the kept tokens, and none otherwise",
+        manifest.encoder_keep,
+    )
+    _require((keep is not None) == drops_tokens, "encoder_keep", wanted, keep)
+    is_possible = manifest.max_images <= most and dims.num_heads % dims.num_kv_heads == 0
+    wanted = f"at most {most} (visual tokens) and a divisor of {dims.num_heads}"
+    got = f"{manifest.max_images} and {dims.num_kv_heads}"
+    _require(is_possible, "max_images, num_kv_heads", wanted, got)
 
 
 def _check_files(manifest: Manifest) -> None:
@@ -122,12 +123,11 @@ def _check_files(manifest: Manifest) -> None:
         # A downloaded bundle must not name files outside of its folder.
         pure = PurePosixPath(path)
         is_odd = re.search(r"[\\:\x00-\x1f\x7f]", path) is not None or pure.as_posix() != path
-        if pure.is_absolute() or ".." in pure.parts or is_odd or path in (".", MANIFEST_NAME):
-            raise ManifestError(f"files: expected a path inside the bundle, got {path!r}")
-    if len(known) != len(manifest.files):
-        raise ManifestError("files: expected each file once, got one twice")
-    if missing := sorted(used - known):
-        raise ManifestError(f"files: expected an entry for {missing[0]!r}, got none")
+        is_outside = pure.is_absolute() or ".." in pure.parts or path in (".", MANIFEST_NAME)
+        _require(not (is_odd or is_outside), "files", "a path inside the bundle", repr(path))
+    _require(len(known) == len(manifest.files), "files", "each file once", "one twice")
+    missing = sorted(used - known)
+    _require(not missing, "files", f"an entry for {next(iter(missing), '')!r}", "none")
 
 
 def graph_files(manifest: Manifest) -> set[str]:
@@ -151,14 +151,12 @@ def _tables(manifest: Manifest) -> Iterator[tuple[str, StoredTensor, tuple[int, 
 def _check_tables(manifest: Manifest) -> None:
     sizes = {entry.path: entry.num_bytes for entry in manifest.files}
     for name, tensor, shape, is_int8 in _tables(manifest):
-        if tensor.dtype not in (("int8",) if is_int8 else ("float32", "float16")):
-            rows = " rows, or int8 rows with scales" if len(shape) > 1 else ""
-            raise ManifestError(f"{name}: expected float32 or float16{rows}, got {tensor.dtype}")
+        is_known = tensor.dtype in (("int8",) if is_int8 else ("float32", "float16"))
+        rows = " rows, or int8 rows with scales" if len(shape) > 1 else ""
+        _require(is_known, name, f"float32 or float16{rows}", tensor.dtype)
         end = tensor.offset + tensor.num_bytes
-        if tensor.shape != shape or end > sizes[tensor.file]:
-            raise ManifestError(
-                f"{name}: expected {list(shape)} inside {tensor.file}, got {list(tensor.shape)} up to byte {end}"
-            )
+        is_inside, got = end <= sizes[tensor.file], f"{list(tensor.shape)} up to byte {end}"
+        _require(is_inside and tensor.shape == shape, name, f"{list(shape)} inside {tensor.file}", got)
 
 
 def _check_graphs(manifest: Manifest) -> None:
@@ -168,20 +166,16 @@ def _check_graphs(manifest: Manifest) -> None:
     expected += [*([] if manifest.token_method is None else ["reduce"]), "prefix"]
     for stage in range(num_stages):
         expected += ["select", "suffix" if stage == num_stages - 1 else "segment"]
-    if roles != [*expected, "head"]:
-        raise ManifestError(f"graphs: expected roles {[*expected, 'head']}, got {roles}")
+    expected.append("head")
+    _require(roles == expected, "graphs", f"roles {expected}", roles)
     # KV rows are appended range by range, so a gap or an overlap would silently give wrong answers.
     next_layer = 0
     for spec in (spec for spec in manifest.graphs if spec.role in ("prefix", "segment", "suffix")):
-        if spec.first_layer != next_layer or spec.num_layers < 1:
-            raise ManifestError(
-                f"graph {spec.name!r}: expected to start at layer {next_layer}, got {spec.first_layer}"
-            )
+        is_next = spec.first_layer == next_layer and spec.num_layers > 0
+        _require(is_next, f"graph {spec.name!r}", f"to start at layer {next_layer}", spec.first_layer)
         next_layer += spec.num_layers
-    if next_layer != manifest.dimensions.num_layers:
-        raise ManifestError(
-            f"graphs: expected {manifest.dimensions.num_layers} decoder layers, got {next_layer}"
-        )
+    num_layers = manifest.dimensions.num_layers
+    _require(next_layer == num_layers, "graphs", f"{num_layers} decoder layers", next_layer)
     found: set[str] = set()
     for spec in manifest.graphs:
         # Files are named after graphs, so a name must follow from the role.
@@ -190,121 +184,131 @@ def _check_graphs(manifest: Manifest) -> None:
             name.removeprefix(f"{role}_")
         )
         is_known = name == role or is_numbered or (role, name) == ("probe", "gradient")
-        if not is_known or name in found:
-            raise ManifestError(
-                f"graphs: expected a unique name that follows from the role {role}, got {name!r}"
-            )
+        wanted = f"a unique name that follows from the role {role}"
+        _require(is_known and name not in found, "graphs", wanted, repr(name))
         found.add(name)
         _check_graph(spec)
 
 
 def _check_graph(spec: GraphSpec) -> None:
     """Raise ManifestError unless the profiles have all sizes, and each tensor and profile belongs to one piece."""
-    if not spec.profiles or not spec.outputs:
-        raise ManifestError(
-            f"graph {spec.name!r}: expected profiles and outputs, got {len(spec.profiles)} and {len(spec.outputs)}"
-        )
-    for field_name in ("inputs", "outputs", "profiles"):
+    where, got = f"graph {spec.name!r}", f"{len(spec.profiles)} and {len(spec.outputs)}"
+    _require(spec.profiles and spec.outputs, where, "profiles and outputs", got)
+    for field_name in ("inputs", "outputs", "profiles") if spec.pieces else ():
         whole = sorted(entry.name for entry in getattr(spec, field_name))
-        if spec.pieces and sorted(n for piece in spec.pieces for n in getattr(piece, field_name)) != whole:
-            raise ManifestError(
-                f"graph {spec.name!r}: expected each input, output and profile in one of its pieces, got others"
-            )
+        of_pieces = sorted(name for piece in spec.pieces for name in getattr(piece, field_name))
+        wanted = "each input, output and profile in one of its pieces"
+        _require(of_pieces == whole, where, wanted, "others")
     for part in spec.split():
         symbols = {axis for tensor in part.tensors for axis in tensor.shape if isinstance(axis, str)}
         for profile in part.profiles:
             place = f"graph {part.name!r}, profile {profile.name!r}"
-            if missing := sorted(symbols - profile.sizes.keys()):
-                raise ManifestError(f"{place}: expected a size of {missing[0]}, got none")
+            missing = sorted(symbols - profile.sizes.keys())
+            _require(not missing, place, f"a size of {next(iter(missing), '')}", "none")
             for tensor in part.tensors:
                 shape = shape_at(tensor.shape, profile)
-                if math.prod(shape) * DTYPE_BYTES[tensor.dtype] > MOST_TENSOR_BYTES:
-                    raise ManifestError(
-                        f"{place}: expected tensors of at most {MOST_TENSOR_BYTES >> 40} TiB, got {tensor.name}"
-                        f" {_text((tensor.dtype, shape))}"
-                    )
+                fits = math.prod(shape) * DTYPE_BYTES[tensor.dtype] <= MOST_TENSOR_BYTES
+                got = f"{tensor.name} {_text((tensor.dtype, shape))}"
+                _require(fits, place, f"tensors of at most {MOST_TENSOR_BYTES >> 40} TiB", got)
 
 
 # What the host sends to programs and reads from them
 
+_PROMPT = (
+    ("rows.embeds", "model", "1 S width"),  # put together on the device from text and visual tokens
+    ("rows.deepstack.{plane}", "model", "1 S width"),
+    ("prompt.position_ids", "int32", "axes S"),
+    ("prompt.visual_rows", "int32", "N"),
+    ("prompt.visual_images", "int32", "N"),
+    ("prompt.is_visual", "int32", "S"),
+    ("prompt.length", "int32", "1"),
+    ("prompt.last_row", "int32", "1"),
+    ("prompt.length.{stage}", "int32", "1"),
+    ("prompt.num_visual.{stage}", "int32", "1"),
+    ("prompt.probe_rows.{stage}", "int32", "probes"),
+    ("entering.hidden_states", "model", "1 probes width"),
+    ("entering.rows", "int32", "probes"),
+    ("likeliest.logits", "float32", "probes top"),
+    ("likeliest.rows", "model", "probes top width"),
+)
+SENT_BY_HOST: dict[ProgramName, tuple[_HostRow, ...]] = {
+    "prefill": _PROMPT,
+    "exact": _PROMPT,
+    "question": (
+        ("question.embeds", "model", "1 T width"),
+        ("question.position_ids", "int32", "axes T"),
+        ("question.past_length", "int32", "1"),
+    ),
+    "branch": (
+        ("branch.embeds", "model", "1 T width"),
+        ("branch.last_row", "int32", "1"),
+        ("branch.position_ids.{range}", "int32", "axes T"),
+        ("branch.past_length.{range}", "int32", "1"),
+    ),
+    "decode": (
+        ("step.embedding", "model", "1 1 width"),
+        ("step.position_ids.{range}", "int32", "axes 1"),
+        ("step.past_length.{range}", "int32", "1"),
+    ),
+}
+"""Places that the host writes before a program runs, or between its launches, except the images.
 
-def sent_by_host(manifest: Manifest, program: str, sizes: Mapping[str, int]) -> dict[str, Array]:
-    """Return what the host sends before ``program`` runs at ``sizes``, or between its launches, except the images.
-
-    ``rows`` are put together on the device from text and visual tokens.
-    """
-    width, dtype, axes = manifest.dimensions.hidden_size, manifest.dtype, manifest.position_axes
-    if program in ("decode", "branch"):
-        rows = sizes.get("T", 1)
-        found: dict[str, Array] = {"branch.last_row": ("int32", (1,))} if program == "branch" else {}
-        space, embeds = ("branch", "embeds") if program == "branch" else ("step", "embedding")
-        found[f"{space}.{embeds}"] = dtype, (1, rows, width)
-        for index in range(len(manifest.schedule.stages) + 1):
-            found[f"{space}.position_ids.{index}"] = "int32", (axes, rows)
-            found[f"{space}.past_length.{index}"] = "int32", (1,)
-        return found
-    if program == "question":
-        rows = sizes["T"]
-        return {
-            "question.embeds": (dtype, (1, rows, width)),
-            "question.position_ids": ("int32", (axes, rows)),
-            "question.past_length": ("int32", (1,)),
-        }
-    if program not in ("prefill", "exact"):
-        return {}
-    visual, rows, num_probes = sizes["N"], sizes["N"] + sizes["T"], manifest.schedule.num_probe_rows
-    count = graph_io.num_candidates(manifest.dimensions)
-    found = {
-        "rows.embeds": (dtype, (1, rows, width)),
-        "prompt.position_ids": ("int32", (axes, rows)),
-        "prompt.visual_rows": ("int32", (visual,)),
-        "prompt.visual_images": ("int32", (visual,)),
-        "prompt.is_visual": ("int32", (rows,)),
-        "prompt.length": ("int32", (1,)),
-        "prompt.last_row": ("int32", (1,)),
-        "entering.hidden_states": (dtype, (1, num_probes, width)),
-        "entering.rows": ("int32", (num_probes,)),
-        "likeliest.logits": ("float32", (num_probes, count)),
-        "likeliest.rows": (dtype, (num_probes, count, width)),
-    }
-    for layer in range(manifest.num_deepstack):
-        found[f"rows.deepstack.{layer}"] = dtype, (1, rows, width)
-    for stage in range(len(manifest.schedule.stages)):
-        found[f"prompt.length.{stage}"] = found[f"prompt.num_visual.{stage}"] = "int32", (1,)
-        found[f"prompt.probe_rows.{stage}"] = "int32", (num_probes,)
-    return found
+``S`` is N + T; ``keep`` are the tokens that a stage keeps of those ``entering`` it; ``best`` is ``top``, or ``1 top`` if probes
+share the head.
+"""
+_RESULTS = (
+    ("results.logits", "float32", "1 vocab"),
+    ("results.top_logits", "float32", "best"),
+    ("results.top_ids", "int32", "best"),
+)
+READ_BY_HOST: dict[ProgramName, tuple[_HostRow, ...]] = {
+    "vision": (
+        (f"vision.{graph_io.VISUAL_TOKENS}", "model", "N width"),
+        (f"vision.{graph_io.DEEPSTACK_TOKENS}{{plane}}", "model", "N width"),
+    ),
+    "reduce": (
+        (f"reduce.{graph_io.REDUCED_TOKENS}", "model", "K width"),
+        (f"reduce.{graph_io.REDUCED_DEEPSTACK}{{plane}}", "model", "K width"),
+        ("kept.reduce", "int32", "K"),
+    ),
+    "branch": _RESULTS,
+    "prefill": (
+        *_RESULTS,
+        ("results.kept_indices.{stage}", "int32", "keep"),
+        ("results.scores.{stage}", "float32", "entering"),
+        ("results.unsettled.{stage}", "int32", "1"),
+        (f"select_{{number}}.{graph_io.KEPT_VISUAL_ROWS}", "int32", "keep"),
+        (f"select_{{share}}.{graph_io.KEPT_VISUAL_IMAGES}", "int32", "keep"),
+    ),
+    "decode": (
+        ("logits.logits", "float32", "1 vocab"),
+        ("top.top_logits", "float32", "best"),
+        ("top.top_ids", "int32", "best"),
+    ),
+}
+"""Places that the host reads after a program has run, or writes in place of a select graph."""
 
 
-def read_by_host(manifest: Manifest, program: str, sizes: Mapping[str, int]) -> dict[str, Array]:
-    """Return what the host reads after ``program`` has run at ``sizes``, or writes in place of a select graph."""
-    stages, rows = manifest.schedule.stages, (manifest.dtype, manifest.dimensions.hidden_size)
-    best = graph_io.num_candidates(manifest.dimensions)
+def _on_host(rows: Sequence[_HostRow], manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, Array]:
+    """Return the arrays of a table's places at the ``sizes`` of a program."""
+    dims, schedule, planes = manifest.dimensions, manifest.schedule, manifest.num_deepstack
+    keeps = [stage.keep for stage in schedule.stages]
+    entering, stages = [sizes.get("N", 0), *keeps], len(keeps)
+    counts = {"{plane}": planes, "{range}": stages + 1, "{stage}": stages, "{number}": stages}
+    counts["{share}"] = stages if schedule.budget == "image" else 0
+    known = {"width": dims.hidden_size, "vocab": dims.vocab_size, "axes": manifest.position_axes}
+    known |= {"probes": schedule.num_probe_rows, "top": graph_io.num_candidates(dims), "1": 1, **sizes}
+    known |= {"S": sum(sizes.values()), "K": manifest.token_keep or 0}
     head = next(spec for spec in manifest.graphs if spec.role == "head")
-    top = (1, best) if graph_io.is_shared(head) else (best,)
-    if program in ("vision", "reduce"):
-        count = sizes["N"] if program == "vision" else manifest.token_keep or 0
-        names = graph_io.token_outputs(program, manifest.num_deepstack)
-        found: dict[str, Array] = {f"{program}.{name}": (rows[0], (count, rows[1])) for name in names}
-        return found if program == "vision" else found | {"kept.reduce": ("int32", (count,))}
-    if program not in ("prefill", "branch", "decode"):
-        return {}
-    space, top_space = ("logits", "top") if program == "decode" else ("results", "results")
-    found = {
-        f"{space}.logits": ("float32", (1, manifest.dimensions.vocab_size)),
-        f"{top_space}.top_logits": ("float32", top),
-        f"{top_space}.top_ids": ("int32", top),
-    }
-    if program != "prefill":
-        return found
-    entering = sizes["N"]
-    for index, stage in enumerate(stages):
-        found[f"results.kept_indices.{index}"] = "int32", (stage.keep,)
-        found[f"results.scores.{index}"] = "float32", (entering,)
-        found[f"results.unsettled.{index}"] = "int32", (1,)
-        found[f"select_{index + 1}.{graph_io.KEPT_VISUAL_ROWS}"] = "int32", (stage.keep,)
-        if manifest.schedule.budget == "image":
-            found[f"select_{index + 1}.{graph_io.KEPT_VISUAL_IMAGES}"] = "int32", (stage.keep,)
-        entering = stage.keep
+    best = "1 top" if graph_io.is_shared(head) else "top"
+    found = {}
+    for place, kind, shape in rows:
+        for index in range(next((count for name, count in counts.items() if name in place), 1)):
+            if index < stages:
+                known |= {"keep": keeps[index], "entering": entering[index]}
+            name = place.format(plane=index, range=index, stage=index, number=index + 1, share=index + 1)
+            dtype = manifest.dtype if kind == "model" else kind
+            found[name] = dtype, tuple(known.get(axis, 0) for axis in shape.replace("best", best).split())
     return found
 
 
@@ -317,19 +321,19 @@ def _check_programs(manifest: Manifest) -> None:
     if manifest.schedule.stages:
         wanted.append("exact")
     optional = [name for name in names if name in _FOLLOW_UPS]
-    if [name for name in names if name not in optional] != wanted or len(set(optional)) < len(optional):
-        raise ManifestError(f"programs: expected {wanted}, got {names}")
+    needed = [name for name in names if name not in optional]
+    _require(needed == wanted and len(set(optional)) == len(optional), "programs", str(wanted), names)
     used = {launch.runs for program in manifest.programs for launch in program.launches}
-    if unused := [spec.name for spec in manifest.graphs if spec.name not in used]:
-        raise ManifestError(f"graph {unused[0]!r}: expected a program that runs it, got none")
+    for spec in manifest.graphs:
+        _require(spec.name in used, f"graph {spec.name!r}", "a program that runs it", "none")
     earlier: dict[str, set[Array]] = defaultdict(set)
     kv = manifest.kv_dtype, manifest.kv_capacities
     for program in manifest.programs:
         runs = [_Run(manifest, kv, program, index, earlier) for index in range(len(program.sizes))]
         if not program.launches:
             runs[0].refuse("launches", "none")
-        if (sizes := _sizes_of(manifest, program)) != program.sizes:
-            raise ManifestError(f"program {program.name!r}: expected the sizes {sizes}, got {program.sizes}")
+        sizes = _sizes_of(manifest, program)
+        _require(sizes == program.sizes, f"program {program.name!r}", f"the sizes {sizes}", program.sizes)
         for run in runs:
             run.check()
         for run in runs:
@@ -343,7 +347,8 @@ def _sizes_of(manifest: Manifest, program: Program) -> tuple[dict[str, int], ...
         (spec,) = (spec for spec in manifest.graphs if spec.name == program.name)
         return tuple(profile.sizes for profile in spec.profiles)
     if program.name in _FOLLOW_UPS:
-        return tuple({"T": bucket} for bucket in manifest.text_buckets)
+        smaller = {size.get("T", 0) for size in program.sizes} & set(range(1, manifest.text_buckets[-1]))
+        return tuple({"T": rows} for rows in (*sorted(smaller), manifest.text_buckets[-1]))
     if program.name == "decode":
         return ({},)
     return tuple({"N": rows, "T": text} for rows in manifest.visual_sizes for text in manifest.text_buckets)
@@ -368,7 +373,7 @@ class _Run:
 
     def check(self) -> None:
         sizes = self.program.sizes[self.index]
-        self.sent = sent_by_host(self.manifest, self.program.name, sizes)
+        self.sent = _on_host(SENT_BY_HOST.get(self.program.name, ()), self.manifest, sizes)
         for launch in self.program.launches:
             self.launch = launch
             if launch.profiles:
@@ -376,7 +381,8 @@ class _Run:
             else:
                 self._check_function(launch)
         self.launch = None
-        for place, array in read_by_host(self.manifest, self.program.name, sizes).items():
+        read = _on_host(READ_BY_HOST.get(self.program.name, ()), self.manifest, sizes)
+        for place, array in read.items():
             if (got := self.written.get(place)) != array:
                 self.refuse(f"to write {place} {_text(array)}", _text(got))
 

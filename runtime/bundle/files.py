@@ -185,15 +185,19 @@ def _replace(partial: Path, target: Path) -> None:
     if not target.exists():
         partial.rename(target)
     elif not _exchange(partial, target):
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-        old = target.rename(aside / target.name)
-        try:
-            partial.rename(target)
-        except BaseException:
-            old.rename(target)
-            raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        _replace_in_two_steps(partial, target)
+
+
+def _replace_in_two_steps(partial: Path, target: Path) -> None:
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+    old = target.rename(aside / target.name)
+    try:
+        partial.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _exchange(first: Path, second: Path) -> bool:

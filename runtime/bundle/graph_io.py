@@ -166,6 +166,8 @@ def goes_around_mlp(spec: GraphSpec) -> bool:
     return not {PROBE_HIDDEN, GRADIENT_HIDDEN} <= set(spec.input_names)
 
 
+SMALL_FOLLOW_UPS = (8, 16, 32)
+"""Rows of questions that follow kept rows, besides the text buckets."""
 MAX_TEXT = 256
 """Default limit of a prompt in text tokens."""
 # Every bucket adds a profile to every engine. Doubling sizes waste less than half of a prompt's rows.

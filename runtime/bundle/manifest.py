@@ -9,8 +9,8 @@ itself.
 ``new_rows[3]``               one of several equal tensors in a row, a stack
 ``cache.prefix[3]``           keys or values of a layer in a KV cache: a stack that launches read and rows are appended to
 ``zeros.plane``               never written, always zero
-``prompt.length.0``           sent by the host before the program runs, see ``checks.sent_by_host``
-``results.scores.0``          read by the host afterwards, see ``checks.read_by_host``
+``prompt.length.0``           sent by the host before the program runs, see ``checks.SENT_BY_HOST``
+``results.scores.0``          read by the host afterwards, see ``checks.READ_BY_HOST``
 
 Two launches may write the same place; the later one replaces what the earlier one wrote.
 
@@ -313,8 +313,6 @@ class DecisionSpec(_Spec, frozen=True):
     """File of the Jinja template; see ``runtime/decisions/wording.py``."""
     labels: Literal["letters", "words"]
     """Whether options are answered by letters and digits, or by their names."""
-    temperatures: dict[Name, Annotated[float, msgspec.Meta(ge=1e-3, le=1e3)]] = {}
-    """By kind of question: divides the logarithms of probabilities before they are normalized; 1 where it is missing."""
 
 
 class ImageSize(_Spec, frozen=True):

@@ -105,22 +105,11 @@ def open_bundle(folder: str | Path, *, hash_all: bool = False) -> Bundle:
         raise BundleError(f"bundle: expected the path of a folder, got {kind}; name one of trio-export")
     folder = Path(folder)
     path = folder / MANIFEST_NAME
-    try:
-        if not folder.is_dir():
-            raise BundleError(f"{folder}: expected a bundle folder, got none; make one with trio-export")
-        path.lstat()
-    except FileNotFoundError:
-        raise BundleError(
-            f"{folder}: expected {MANIFEST_NAME}, got none; the export did not finish, run it again"
-        ) from None
-    except OSError as error:  # no permission, or a name that is too long
-        raise BundleError(f"{path}: cannot be read ({error.strerror}); export the bundle again") from None
-    root = folder.resolve()
-    if (problem := _place_problem(path, root=root)) is not None:
-        raise BundleError(f"{problem}; export the bundle again")
+    if (problem := _place_problem(path, root=folder)) is not None:
+        raise _no_bundle(folder, problem)
     manifest = manifest_from_json(_content(path, max_bytes=MAX_JSON_BYTES), where=str(path))
     for entry in manifest.files:
-        problem = file_problem(folder / entry.path, entry, root=root, hash_all=hash_all)
+        problem = file_problem(folder / entry.path, entry, root=folder, hash_all=hash_all)
         if problem is not None:
             raise BundleError(f"{problem}; export the bundle again")
     sizes = {entry.path: entry.num_bytes for entry in manifest.files}
@@ -128,6 +117,21 @@ def open_bundle(folder: str | Path, *, hash_all: bool = False) -> Bundle:
         file = folder / graph
         check_weight_places(_content(file, max_bytes=MOST_BYTES), sizes, where=file)
     return Bundle(folder=folder, manifest=manifest)
+
+
+def _no_bundle(folder: Path, problem: str) -> BundleError:
+    """Return the error for a folder whose manifest has a ``problem``."""
+    path = folder / MANIFEST_NAME
+    try:
+        if not folder.is_dir():
+            return BundleError(f"{folder}: expected a bundle folder, got none; make one with trio-export")
+        path.lstat()
+    except FileNotFoundError:
+        text = f"{folder}: expected {MANIFEST_NAME}, got none; the export did not finish, run it again"
+        return BundleError(text)
+    except OSError as error:  # no permission, or a name that is too long
+        return BundleError(f"{path}: cannot be read ({error.strerror}); export the bundle again")
+    return BundleError(f"{problem}; export the bundle again")
 
 
 def _content(path: Path, *, max_bytes: int) -> bytes:
@@ -181,7 +185,7 @@ class WrittenFile(Protocol):
 def file_problem(file: Path, entry: WrittenFile, *, root: Path, hash_all: bool) -> str | None:
     """Return how ``file`` differs from its description ``entry``; None if it does not. ``hash_all`` as for ``open_bundle``.
 
-    ``root`` is the resolved folder that the file must lie in: links that leave the bundle are not followed.
+    ``root`` is the folder that the file must lie in: links that leave it are not followed.
     """
     if (problem := _place_problem(file, root=root)) is not None:
         return problem
@@ -202,7 +206,7 @@ def _place_problem(file: Path, *, root: Path) -> str | None:
         return f"{file}: expected this file, got none"
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself; Python 3.10 raises RuntimeError
         return f"{file}: cannot be read ({error.strerror if isinstance(error, OSError) else error})"
-    if not place.is_relative_to(root):
+    if not place.is_relative_to(os.path.realpath(root)):
         return f"{file}: expected a file inside the bundle, got a link to elsewhere, which is refused"
     return None if is_regular else f"{file}: expected a regular file, got a folder, pipe or device"
 

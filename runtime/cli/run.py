@@ -13,11 +13,17 @@ from trio_edge.runtime.bundle.errors import BundleError, ImageError, printable
 from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS
 from trio_edge.runtime.cli.console import backend_options, run
+from trio_edge.runtime.cli.decide import NAMES as DECISION_NAMES
+from trio_edge.runtime.cli.decide import OPTIONS as DECISION_OPTIONS
+from trio_edge.runtime.cli.decide import decide, question_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from PIL import Image
+
     from trio_edge.runtime.answer import Generation
+    from trio_edge.runtime.decisions.questions import Decision
     from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.pipeline import Pipeline
 
@@ -59,6 +65,7 @@ _OPTIONS: tuple[Callable[..., Any], ...] = (
         for name, (kind, text) in _SAMPLING.items()
     ),
     click.option("--seed", type=int, help="Random seed that makes sampling repeatable."),
+    *DECISION_OPTIONS,
     click.option(
         "--show-kept",
         type=_PATH,
@@ -96,21 +103,31 @@ def command(
 ) -> int:
     """Answer a question about images or a video with BUNDLE.
 
-    Prints the answer while it is generated, then the number of visual tokens kept. Times go to standard error.
+    Prints the answer while it is generated, then the number of visual tokens kept. Times go to standard error. With --yes-no,
+    --choices or --levels it prints probabilities instead, which takes no decoding.
     """
-    from trio_edge.runtime.bundle.reader import open_bundle
     from trio_edge.runtime.pipeline import Pipeline  # slow to import, and --help needs none of it
 
     if show_kept is not None:
-        if not images and settings["video"] is None:
-            raise click.UsageError("--show-kept: expected --image or --video as well, got none; name one")
-        _check_drawing_target(show_kept)
-    if compare_full is not None and open_bundle(compare_full).manifest.schedule.stages:
-        raise BundleError(
-            f"{compare_full}: expected a keep-all bundle, got one with stages; export --keep all"
-        )
+        _check_drawing_target(show_kept, is_seen=bool(images) or settings["video"] is not None)
+    if compare_full is not None:
+        _check_keep_all(compare_full)
     loading: dict[str, Any] = {"backend": backend, "threads": threads}
     loading |= {"cpu_accuracy": cpu_accuracy, "max_pixels": max_pixels}
+    decision = {name: settings.pop(name) for name in DECISION_NAMES}
+    if any(value not in (None, False) for value in decision.values()):
+        how = {name: decision.pop(name) for name in ("both_orders", "as_json")}
+        settings |= {"compare_full": compare_full}
+        question = question_of(prompt, **decision)
+        if show_kept is not None and settings["video"] is not None:
+            raise click.UsageError(
+                "--show-kept: expected images with these answers, got a video; leave it out"
+            )
+        with Pipeline.from_bundle(bundle, **loading) as pipeline:
+            found, opened = decide(pipeline, images, question, max_pixels=max_pixels, **how, **settings)
+            if show_kept is not None:
+                _draw(pipeline, opened, found, show_kept)
+        return 0
     with Pipeline.from_bundle(bundle, **loading) as pipeline:
         answer = pipeline.generate(images, prompt, **settings)
         for piece in answer:
@@ -127,7 +144,7 @@ def command(
         for note in pipeline.notes:  # after the answer, which may add some
             print(f"trio-run: {printable(note)}", file=sys.stderr)
         if show_kept is not None:
-            _draw(pipeline, answer, show_kept)
+            _draw(pipeline, answer.images, answer, show_kept)
         if answer.images:
             kept = f"{statistics.average_keep * statistics.visual_tokens:.1f} kept on average"
             share = f"{100 * statistics.average_keep:.1f} %"
@@ -153,7 +170,16 @@ def _shown(text: str) -> str:
 _KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def _check_drawing_target(path: Path) -> None:
+def _check_keep_all(bundle: Path) -> None:
+    from trio_edge.runtime.bundle.reader import open_bundle
+
+    if open_bundle(bundle).manifest.schedule.stages:
+        raise BundleError(f"{bundle}: expected a keep-all bundle, got one with stages; export --keep all")
+
+
+def _check_drawing_target(path: Path, *, is_seen: bool) -> None:
+    if not is_seen:
+        raise click.UsageError("--show-kept: expected --image or --video as well, got none; name one")
     if path.suffix.lower() not in _KINDS:
         raise click.UsageError(
             f"--show-kept: expected a .png, .jpg or .webp file, got {path.name!r}; rename it"
@@ -161,11 +187,13 @@ def _check_drawing_target(path: Path) -> None:
     check_outputs({"--show-kept": path})
 
 
-def _draw(pipeline: Pipeline, answer: Generation, target: Path) -> None:
+def _draw(
+    pipeline: Pipeline, images: Sequence[Image.Image], answer: Generation | Decision, target: Path
+) -> None:
     from trio_edge.runtime.images.overlay import draw_all
 
     captions = [f"layer {stage.layer}" for stage in pipeline.manifest.schedule.stages]
-    drawing, content = draw_all(answer.images, answer.layouts, answer.kept, captions=captions), io.BytesIO()
+    drawing, content = draw_all(images, answer.layouts, answer.kept, captions=captions), io.BytesIO()
     try:
         drawing.save(content, _KINDS[target.suffix.lower()])
     except (OSError, ValueError) as error:  # larger than the format allows

@@ -25,30 +25,33 @@ Tokens = tuple[int, ...]
 def label_tokens(
     labels: Sequence[str],
     *,
-    encode: Callable[[str], Sequence[int]],
+    encode: Callable[[Sequence[str]], Sequence[Sequence[int]]],
     decode: Callable[[Sequence[int]], str],
     most_tokens: int,
 ) -> list[set[Tokens]]:
     """Return the token sequences that count as each label: as it is or capitalized, with a blank before it or not.
 
-    ``encode`` returns the ids of the rendered prompt with a text after it, ``decode`` the text of ids. A spelling does not count
-    if it changes the prompt's own tokens, or if the tokenizer does not know it. One that belongs to two labels counts for
-    neither, unless it is the label itself.
+    ``encode`` returns the ids of the rendered prompt with each of some texts after it, ``decode`` the text of ids. A spelling
+    does not count if it changes the prompt's own tokens, or if the tokenizer does not know it. One that belongs to two labels
+    counts for neither, unless it is the label itself.
 
     Raises:
         ShapeError: If a label has no sequence of at most ``most_tokens`` tokens.
     """
-    prompt = tuple(encode(""))
+    spellings = [
+        (index, blank + form)
+        for index, label in enumerate(labels)
+        for form in dict.fromkeys((label, label[:1].upper() + label[1:]))
+        for blank in ("", " ")
+    ]
+    prompt, *encoded = map(tuple, encode(["", *(text for _, text in spellings)]))
     owners: dict[Tokens, dict[int, bool]] = {}
-    for index, label in enumerate(labels):
-        forms = dict.fromkeys((label, label[:1].upper() + label[1:]))
-        for text in (blank + form for form in forms for blank in ("", " ")):
-            ids = tuple(encode(text))
-            rest = ids[len(prompt) :]
-            is_known = ids[: len(prompt)] == prompt and _same(decode(rest), text)
-            if is_known and 0 < len(rest) <= most_tokens:
-                exact = owners.setdefault(rest, {})
-                exact[index] = exact.get(index, False) or text.strip() == label
+    for (index, text), ids in zip(spellings, encoded):
+        rest = ids[len(prompt) :]
+        is_known = ids[: len(prompt)] == prompt and _same(decode(rest), text)
+        if is_known and 0 < len(rest) <= most_tokens:
+            exact = owners.setdefault(rest, {})
+            exact[index] = exact.get(index, False) or text.strip() == labels[index]
     found: list[set[Tokens]] = [set() for _ in labels]
     for tokens, by_label in owners.items():
         exact_labels = [index for index, is_exact in by_label.items() if is_exact]

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import string
 from contextlib import suppress
-from typing import TYPE_CHECKING, Literal, NamedTuple, final
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TypeAlias, final
 
+import msgspec
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import BundleError, PromptTooLongError, ShapeError
+from trio_edge.runtime.bundle.reader import read_regular
 from trio_edge.runtime.decisions.labels import label_tokens
+from trio_edge.runtime.decisions.questions import QuestionKind
 from trio_edge.runtime.prompts.chat import (
     check_length,
     last_question,
@@ -25,6 +28,7 @@ from trio_edge.runtime.prompts.chat import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from trio_edge.runtime.bundle.reader import Bundle
     from trio_edge.runtime.decisions.labels import Tokens
@@ -33,6 +37,10 @@ if TYPE_CHECKING:
     from trio_edge.runtime.prompts.tokenizer import Inset, PromptIds, Tokenizer
 
 WORDING_VERSION = "1"
+TEMPERATURES_NAME = "temperatures.json"
+"""File next to the manifest, which does not list it, so that engines stay valid when temperatures are fitted."""
+Temperature: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-3, le=1e3)]
+_MOST_BYTES = 4096
 
 LETTERS_TEMPLATE = (
     "{% if evidence %}{{ evidence + '\n\n' }}{% endif %}{{ question }}"
@@ -93,6 +101,7 @@ class Wording:
         self._spec = self._manifest.decisions
         self._template = bundle.read_text(self._spec.template)
         self._chat_template = bundle.read_text(self._manifest.text.chat_template)
+        self._temperatures = read_temperatures(bundle.folder)
 
     def text_of(self, questions: Sequence[Question], messages: Sequence[Message]) -> str:
         """Return the user's text for questions about a conversation, whose last turn's text is evidence.
@@ -185,7 +194,9 @@ class Wording:
             tokenizer.check_user_text(label)
         found = label_tokens(
             labels,
-            encode=lambda more: tokenizer.encode_prompt(rendered + more, spec, insets).text.tolist(),
+            encode=lambda texts: [
+                ids.tolist() for ids in tokenizer.with_endings(rendered, spec, insets, texts)
+            ],
             decode=tokenizer.decode,
             most_tokens=self._manifest.max_new_tokens,
         )
@@ -209,7 +220,25 @@ class Wording:
 
     def temperature(self, question: Question) -> float:
         """Return the number that divides the logarithms of a question's probabilities."""
-        return self._spec.temperatures.get(question.kind, 1.0)
+        return self._temperatures.get(question.kind, 1.0)
+
+
+def read_temperatures(bundle: Path) -> dict[QuestionKind, float]:
+    """Return what ``trio-calibrate --temperatures`` stored in a bundle, by kind of question; nothing if it did not run.
+
+    Raises:
+        BundleError: If the file is broken.
+    """
+    path = bundle / TEMPERATURES_NAME
+    try:
+        if not path.exists():
+            return {}
+        content = read_regular(path, max_bytes=_MOST_BYTES)
+        return msgspec.json.decode(content, type=dict[QuestionKind, Temperature])
+    except (OSError, msgspec.DecodeError, UnicodeError) as error:
+        raise BundleError(
+            f"{path}: expected temperatures by kind of question, got {error}; fit them again"
+        ) from None
 
 
 def with_text(messages: Sequence[Message], text: str) -> list[Message]:

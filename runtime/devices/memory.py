@@ -169,14 +169,17 @@ def check_memory(
     if free is None:  # the CPU: weights are mapped files, whose pages the system can take back
         needed = {name: count for name, count in memory.items() if name != "weights"}
         free, what = whole_memory_bytes(), "in all"
-    total = sum(needed.values())
-    if free is not None and total > free:
-        parts = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in needed.items())
-        raise BackendError(
-            f"{device.name} memory: expected {total / 1e9:.2f} GB {what} ({parts}), got {free / 1e9:.2f} GB; close other"
-            " programs, or export with fewer --image-size, --max-text or --max-new-tokens"
-        )
+    if free is not None and sum(needed.values()) > free:
+        raise _too_little(device, needed, what, free)
     return memory
+
+
+def _too_little(device: Device, needed: Mapping[str, int], what: str, free: int) -> BackendError:
+    parts = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in needed.items())
+    return BackendError(
+        f"{device.name} memory: expected {sum(needed.values()) / 1e9:.2f} GB {what} ({parts}), got {free / 1e9:.2f} GB; close"
+        " other programs, or export with fewer --image-size, --max-text or --max-new-tokens"
+    )
 
 
 def estimate(manifest: Manifest, specs: Sequence[GraphSpec], *, weight_bytes: int) -> dict[str, int]:

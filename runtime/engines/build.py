@@ -33,19 +33,8 @@ from trio_edge.runtime.bundle.fp8 import fp8_refusal
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec
 from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.runtime.devices.machine import Host, available_memory_bytes, find_host
+from trio_edge.runtime.engines import files
 from trio_edge.runtime.engines.child import LOG_NAME, Job, holds_head, run_job
-from trio_edge.runtime.engines.files import (
-    ENGINES_FOLDER,
-    ENGINES_NAME,
-    ENGINES_SCHEMA_VERSION,
-    TIMING_CACHE_NAME,
-    EngineEntry,
-    EngineSet,
-    atomic_engines,
-    read_engine_set,
-    target_name,
-    write_engine_set,
-)
 from trio_edge.runtime.engines.package import EngineBackend, TensorRT, choose_backend, load_tensorrt
 
 if TYPE_CHECKING:
@@ -113,7 +102,7 @@ class BuildPlan:
     compute_capabilities: tuple[int, ...]
     graphs: tuple[PlannedGraph, ...]
     options: BuildOptions
-    kept: tuple[EngineEntry, ...] = ()
+    kept: tuple[files.EngineEntry, ...] = ()
     """Engines in ``folder`` that stay as they are."""
 
     @property
@@ -140,7 +129,7 @@ class BuildProgress:
     """Before each graph."""
     report: Callable[[dict[str, Any]], None] = lambda _report: None
     """TensorRT's progress, see ``engines.child``."""
-    done: Callable[[EngineEntry], None] = lambda _entry: None
+    done: Callable[[files.EngineEntry], None] = lambda _entry: None
     """After each graph."""
     warn: Callable[[str], None] = lambda _text: None
 
@@ -205,8 +194,8 @@ def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = Non
     backend = choose_backend(options.backend, host=host, ahead_of_time=bool(options.compute_capabilities))
     tensorrt = load_tensorrt(backend)
     capabilities = resolve_capabilities(options.compute_capabilities, tensorrt=tensorrt, host=host)
-    name = target_name(backend, version=tensorrt.version, compute_capabilities=capabilities)
-    folder = bundle.folder / ENGINES_FOLDER / name
+    name = files.target_name(backend, version=tensorrt.version, compute_capabilities=capabilities)
+    folder = bundle.folder / files.ENGINES_FOLDER / name
     plan = BuildPlan(
         bundle=bundle,
         tensorrt=tensorrt,
@@ -266,7 +255,7 @@ def resolve_capabilities(wanted: tuple[int, ...], *, tensorrt: TensorRT, host: H
     return chosen
 
 
-def _kept_engines(plan: BuildPlan) -> tuple[EngineEntry, ...]:
+def _kept_engines(plan: BuildPlan) -> tuple[files.EngineEntry, ...]:
     """Return the engines in the plan's folder that stay there when only some graphs are built.
 
     Raises:
@@ -275,10 +264,10 @@ def _kept_engines(plan: BuildPlan) -> tuple[EngineEntry, ...]:
     folder, options = plan.folder, plan.options
     if not folder.exists():
         return ()
-    if not (folder / ENGINES_NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if not (folder / files.ENGINES_NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise BackendError(f"{folder}: expected engines or nothing, got something else; move it away")
     try:
-        old = read_engine_set(folder)
+        old = files.read_engine_set(folder)
     except BackendError:
         old = None
     fits = old is not None and (
@@ -296,7 +285,7 @@ def _kept_engines(plan: BuildPlan) -> tuple[EngineEntry, ...]:
     return tuple(entry for entry in kept if entry.graph not in options.graphs)
 
 
-def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress()) -> EngineSet:
+def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress()) -> files.EngineSet:
     """Build all engines of ``plan`` and return the content of ``engines.json``. A failed build changes nothing.
 
     Raises:
@@ -304,16 +293,16 @@ def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress())
     """
     gpu, digest = plan.host.gpu, sha256_of(plan.bundle.folder / MANIFEST_NAME)
     check = partial(_check_unchanged, plan)
-    with atomic_engines(plan.folder, num_bytes=plan.disk_bytes, before_rename=check) as folder:
+    with files.atomic_engines(plan.folder, num_bytes=plan.disk_bytes, before_rename=check) as folder:
         for entry in plan.kept:
             _link(plan.folder / entry.file, folder / entry.file)
         with suppress(OSError):  # without a readable cache, tactics are timed again
-            shutil.copyfile(plan.folder / TIMING_CACHE_NAME, folder / TIMING_CACHE_NAME)
+            shutil.copyfile(plan.folder / files.TIMING_CACHE_NAME, folder / files.TIMING_CACHE_NAME)
         built = [_build_graph(plan, graph, folder, progress) for graph in plan.graphs]
         (folder / LOG_NAME).unlink(missing_ok=True)  # only needed for the message of a failed build
         order = [spec.name for spec in plan.bundle.manifest.graphs]
-        engine_set = EngineSet(
-            schema_version=ENGINES_SCHEMA_VERSION,
+        engine_set = files.EngineSet(
+            schema_version=files.ENGINES_SCHEMA_VERSION,
             backend=plan.tensorrt.backend,
             tensorrt_version=plan.tensorrt.version,
             compute_capabilities=plan.compute_capabilities,
@@ -325,7 +314,7 @@ def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress())
             split_lm_head=plan.options.split_lm_head,
             engines=tuple(sorted((*plan.kept, *built), key=lambda entry: order.index(entry.graph))),
         )
-        write_engine_set(folder, engine_set)
+        files.write_engine_set(folder, engine_set)
     return engine_set
 
 
@@ -337,7 +326,9 @@ def _check_unchanged(plan: BuildPlan) -> None:
         )
 
 
-def _build_graph(plan: BuildPlan, graph: PlannedGraph, folder: Path, progress: BuildProgress) -> EngineEntry:
+def _build_graph(
+    plan: BuildPlan, graph: PlannedGraph, folder: Path, progress: BuildProgress
+) -> files.EngineEntry:
     progress.graph(graph)
     spec, dimensions = graph.spec, plan.bundle.manifest.dimensions
     job = Job(
@@ -352,7 +343,7 @@ def _build_graph(plan: BuildPlan, graph: PlannedGraph, folder: Path, progress: B
         lm_head_shape=(dimensions.vocab_size, dimensions.hidden_size),
     )
     result = _run_process(job, graph, progress)
-    entry = EngineEntry(
+    entry = files.EngineEntry(
         graph=spec.name,
         file=job.engine_file.name,
         profiles=spec.profiles,

@@ -208,7 +208,7 @@ def _opened(folder: Path, bundle: Bundle, accuracy: CpuAccuracy) -> Prepared:
                 f"{folder}: expected {name}.onnx and its data inside the bundle, got others; {again}"
             )
         for entry in entries:
-            problem = file_problem(folder / entry.file, entry, root=folder.resolve(), hash_all=False)
+            problem = file_problem(folder / entry.file, entry, root=folder, hash_all=False)
             if problem is not None:
                 raise BackendError(f"{problem}; {again}")
         files[name] = folder / entries[0].file

@@ -12,6 +12,7 @@ LlavaNextModel.pack_image_features and LlavaOnevisionModel.pack_image_features o
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
 
 import msgspec
@@ -20,21 +21,7 @@ from PIL import Image
 
 from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS
-from trio_edge.runtime.images.processing import (
-    ImageConstants,
-    ImageLayout,
-    Size,
-    boxes_between,
-    check_not_empty,
-    few_counts,
-    only_checkpoint_errors,
-    padded_index,
-    padded_tiles,
-    pixel_fields,
-    processor_values,
-    room_for,
-    square_side,
-)
+from trio_edge.runtime.images import processing
 from trio_edge.runtime.images.resizing import resize
 
 if TYPE_CHECKING:
@@ -54,22 +41,22 @@ _MOST_EXCESS = 1.1
 
 
 @final
-class LlavaImages(ImageConstants, frozen=True, kw_only=True):
+class LlavaImages(processing.ImageConstants, frozen=True, kw_only=True):
     """Image processing with square tiles, one token per patch, and a newline after each row of a grid. Sizes are in pixels."""
 
     kind: Literal["single", "anyres"]
     """"single": one crop (LLaVA-1.5). "anyres": a base tile and a grid of tiles (LLaVA-NeXT)."""
-    tile_size: Size
+    tile_size: processing.Size
     """T, side of the vision encoder's square input."""
-    patch_size: Size
+    patch_size: processing.Size
     """Side of one of its patches; a tile has P = (T // patch_size)² visual tokens."""
-    resize_size: Size
+    resize_size: processing.Size
     """Side to resize to before cropping to ``tile_size``; Hugging Face's ``size``."""
     resize_mode: ResizeMode = "shortest_edge"
     """"shortest_edge" keeps the aspect ratio, "stretch" makes a square."""
-    grid_pinpoints: tuple[tuple[Size, Size], ...] = ()
+    grid_pinpoints: tuple[tuple[processing.Size, processing.Size], ...] = ()
     """(height, width) of every grid of "anyres", in multiples of ``tile_size``; empty for "single"."""
-    max_grid_tiles: Size | None = None
+    max_grid_tiles: processing.Size | None = None
     """Limit of a grid's tokens, in tiles; a grid with clearly more tokens is shrunk bilinearly (LLaVA-OneVision). None for
     no limit."""
     is_one_of_several: bool = False
@@ -116,9 +103,9 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         Raises:
             CheckpointError: If the processor is of another class, or a value is not supported.
         """
-        name, values = processor_values(config, *_PROCESSORS, always=("do_convert_rgb",))
+        name, values = processing.processor_values(config, *_PROCESSORS, always=("do_convert_rgb",))
         is_anyres, pinpoints = name in ("LlavaNextImageProcessor", _ONEVISION), _PINPOINTS
-        with only_checkpoint_errors():
+        with processing.only_checkpoint_errors():
             # This class has other defaults; without a crop, tiles have the size ``size``.
             if name == _ONEVISION:
                 pinpoints, size = ONEVISION_PINPOINTS, values.get("size", {"height": 384, "width": 384})
@@ -135,7 +122,7 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
                 # CLIP's class does not pad by default, and LLaVA-NeXT's do_pad concerns batches.
                 "do_pad": name == "LlavaImageProcessor" and bool(values.get("do_pad", False)),
             }
-            return cls.from_dict({**fields, **pixel_fields(values, "do_resize", "do_center_crop")})
+            return cls.from_dict({**fields, **processing.pixel_fields(values, "do_resize", "do_center_crop")})
 
     @property
     def has_grid(self) -> bool:
@@ -154,7 +141,7 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
 
     def sizes(self, width: int, height: int) -> dict[str, int]:
         """Return B, the number of tiles, and N, including newlines."""
-        check_not_empty(width, height)
+        processing.check_not_empty(width, height)
         tiles, tokens = 1, self.patches_per_tile
         if self.kind == "anyres":
             grid = _grid(width, height, self)
@@ -177,30 +164,22 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         """
         pinpoints = self.grid_pinpoints or ((self.tile_size, self.tile_size),)
         found = [self.sizes(width, height) for height, width in pinpoints]
-        counts = sorted({sizes["B"] for sizes in found})
-        if self.max_grid_tiles is None or self.is_one_of_several:
-            most = max(sizes["N"] for sizes in found)
-        else:
-            limited = (
-                _limited(*size, self) for pinpoint in pinpoints for size in _unpadded_sizes(pinpoint, self)
-            )
-            most = self.patches_per_tile + max(lines * (tokens + 1) for lines, tokens in limited)
-            counts = few_counts(counts)
+        counts, most = sorted({sizes["B"] for sizes in found}), max(sizes["N"] for sizes in found)
+        if self.max_grid_tiles is not None and not self.is_one_of_several:
+            counts, most = processing.few_counts(counts), self.patches_per_tile + _most_limited(self)
         return tuple({"B": count, "N": most} for count in counts)
 
-    def layout(self, width: int, height: int) -> ImageLayout:
+    def layout(self, width: int, height: int) -> processing.ImageLayout:
         """Return the layout of an image. The overview is the base tile; a patch of padding has a box without area."""
-        sizes, keep = self.sizes(width, height), self.encoder_keep
-        boxes = _token_boxes(width, height, self)
-        if keep is not None:  # the encoder chooses among all patches of all tiles, including padding
-            box_of_patch = np.full((sizes["B"] * self.patches_per_tile + 1, 4), np.nan, np.float32)
-            box_of_patch[self.token_index(width, height)] = boxes
-            boxes = box_of_patch[:-1]
-        return ImageLayout(
+        sizes = self.sizes(width, height)
+        # An encoder that drops patches chooses among all patches of all tiles, including padding.
+        count = sizes["N"] if self.encoder_keep is None else sizes["B"] * self.patches_per_tile
+        return processing.ImageLayout(
             width=width,
             height=height,
             sizes=sizes,
-            boxes=boxes,
+            make_boxes=partial(_boxes, width, height, self),
+            run_lengths=(count,),
             overview=range(self.patches_per_tile if self.has_grid else 0),
             patches_per_tile=self.patches_per_tile,
         )
@@ -212,18 +191,17 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         ``token_weights`` float32 [N, 4]. Arguments and errors are those of ``ImageProcessing.prepare``.
         """
         own = self.sizes(*image.size)
-        room = room_for(own, sizes, image=image)
+        room = processing.room_for(own, sizes, image=image)
         tiles = _anyres_tiles(image, self) if self.has_grid else [_single_tile(image, self)]
         inputs: dict[str, NDArray[Any]] = {}
         if self.max_grid_tiles is not None:
             used, weights = self.weighted_index(*image.size, num_tiles=room["B"])
             inputs["token_weights"] = np.pad(weights, ((0, room["N"] - own["N"]), (0, 0)))
-        elif self.encoder_keep is None:
-            used = self.token_index(*image.size, num_tiles=room["B"])
-        else:  # the graph's rows are only kept patches, without newlines
-            used = np.arange(own["N"], dtype=np.int32)
-        pixels = padded_tiles(np.stack(tiles), room["B"], self)
-        return {"pixel_values": pixels, "token_index": padded_index(used, room["N"]), **inputs}
+        else:  # with an encoder_keep, the graph's rows are only kept patches, without newlines
+            whole = self.token_index(*image.size, num_tiles=room["B"])
+            used = whole if self.encoder_keep is None else np.arange(own["N"], dtype=np.int32)
+        pixels = processing.padded_tiles(np.stack(tiles), room["B"], self)
+        return {"pixel_values": pixels, "token_index": processing.padded_index(used, room["N"]), **inputs}
 
     def token_index(self, width: int, height: int, *, num_tiles: int | None = None) -> NDArray[np.int32]:
         """Return the row of each visual token of an image in the vision graph's flat features, int32 [N].
@@ -323,6 +301,12 @@ def _limited(rows: int, columns: int, images: LlavaImages) -> tuple[int, int]:
     return (int(rows // excess), int(columns // excess)) if excess > _MOST_EXCESS else (rows, columns)
 
 
+def _most_limited(images: LlavaImages) -> int:
+    """Return the most tokens of a grid that may be shrunk, with newlines."""
+    sizes = (size for pinpoint in images.grid_pinpoints for size in _unpadded_sizes(pinpoint, images))
+    return max(lines * (tokens + 1) for lines, tokens in (_limited(*size, images) for size in sizes))
+
+
 def _unpadded_sizes(pinpoint: tuple[int, int], images: LlavaImages) -> Iterator[tuple[int, int]]:
     """Yield the possible rows and columns of patches without padding on the grid ``pinpoint``.
 
@@ -376,7 +360,6 @@ def _best_pinpoint(width: int, height: int, images: LlavaImages) -> tuple[int, i
 
 
 def _resized(image: Image.Image, size: tuple[int, int], images: LlavaImages) -> Image.Image:
-    """Return the image at (height, width)."""
     return Image.fromarray(resize(image, size, resample=images.resample))
 
 
@@ -446,16 +429,29 @@ def _single_resized_size(width: int, height: int, images: LlavaImages) -> tuple[
 # Boxes
 
 
+def _boxes(width: int, height: int, images: LlavaImages) -> NDArray[np.float32]:
+    """Return the boxes of all visual tokens or, if the encoder drops patches, of all patches."""
+    boxes = _token_boxes(width, height, images)
+    if images.encoder_keep is None:
+        return boxes
+    num_patches = images.sizes(width, height)["B"] * images.patches_per_tile
+    box_of_patch = np.full((num_patches + 1, 4), np.nan, np.float32)
+    box_of_patch[images.token_index(width, height)] = boxes
+    return box_of_patch[:-1]
+
+
 def _token_boxes(width: int, height: int, images: LlavaImages) -> NDArray[np.float32]:
     """Return the box of each visual token's patch in image pixels: float32 [N, 4]. Newlines are NaN; padding has no area."""
     edges = np.arange(images.patches_per_side + 1) * images.patch_size
     if not images.has_grid:
-        boxes = _clipped(boxes_between(*_single_edges(edges, width, height, images)), width, height)
+        boxes = _clipped(
+            processing.boxes_between(*_single_edges(edges, width, height, images)), width, height
+        )
         newlines = np.full((int(images.is_one_of_several), 4), np.nan, np.float32)
         return np.concatenate([boxes, newlines])
     # For the base tile, and for each tile of the grid if tiles are resized again.
     unit = (edges + _crop_offset(images.resize_size, images.tile_size)) / images.resize_size
-    base = boxes_between(unit * width, unit * height).reshape(-1, 4)
+    base = processing.boxes_between(unit * width, unit * height).reshape(-1, 4)
     on_grid = _grid(width, height, images)
     left, top = (on_grid.width - on_grid.fitted_width) // 2, (on_grid.height - on_grid.fitted_height) // 2
     x_edges, y_edges = (_grid_edges(unit, patches, images) for patches in (on_grid.columns, on_grid.rows))
@@ -515,7 +511,7 @@ def _side(size: Any, *, name: str) -> tuple[int, ResizeMode]:
     sides = {key: value for key, value in dict(size).items() if value is not None}
     if set(sides) == {"shortest_edge"}:
         return int(sides["shortest_edge"]), "shortest_edge"
-    if (side := square_side(sides)) is not None:
+    if (side := processing.square_side(sides)) is not None:
         return side, "stretch"
     expected = "a square or a shortest edge"
     raise CheckpointError(f"preprocessor_config {name}: expected {expected}, got {sides}")

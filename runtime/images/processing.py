@@ -14,7 +14,7 @@ from trio_edge.runtime.bundle.limits import typed
 from trio_edge.runtime.images.resizing import Resample  # noqa: TC001 -- msgspec reads it
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
     from PIL import Image
@@ -94,9 +94,10 @@ class ImageLayout:
     height: int
     sizes: Mapping[str, int]
     """Sizes of the vision graph's axes: N, the image's visual tokens, and B, or P and W."""
-    boxes: NDArray[np.float32]
-    """[N, 4], (x0, y0, x1, y1) in image pixels; NaN for tokens that show nothing of the image, such as newlines. If the
-    vision graph drops tokens, these are the boxes of all its candidates; ``kept`` gives those of the kept tokens."""
+    make_boxes: Callable[[], NDArray[np.float32]]
+    """Returns ``boxes``, which few answers need."""
+    run_lengths: tuple[int, ...]
+    """Visual tokens of each run; at least one run."""
     positions: NDArray[np.int32] | None = None
     """[3, N]: time, row and column of each token for M-RoPE, from 0; None for plain positions."""
     position_span: int = 0
@@ -107,13 +108,14 @@ class ImageLayout:
     """Patches of a tile, if the vision graph drops some of each tile."""
     text: tuple[str, ...] = ("", "")
     """Text of the prompt before each run of visual tokens, and after the last run."""
-    runs: tuple[int, ...] = ()
-    """Visual tokens of each run; empty if there is only one run."""
 
     @property
-    def run_lengths(self) -> tuple[int, ...]:
-        """Visual tokens of each run; at least one run."""
-        return self.runs or (len(self.boxes),)
+    def boxes(self) -> NDArray[np.float32]:
+        """[N, 4], (x0, y0, x1, y1) in image pixels; NaN for tokens that show nothing of the image, such as newlines.
+
+        If the vision graph drops tokens, these are the boxes of all its candidates; ``kept`` gives those of the kept tokens.
+        """
+        return self.make_boxes()
 
     @property
     def num_visual(self) -> int:
@@ -135,8 +137,9 @@ class ImageLayout:
         ends = np.cumsum(self.run_lengths)
         runs = np.bincount(np.searchsorted(ends, indices, side="right"), minlength=len(ends))
         overview = np.flatnonzero(np.isin(indices, self.overview))
-        marks: dict[str, Any] = {"overview": tuple(overview.tolist()), "runs": tuple(runs.tolist())}
-        return replace(self, boxes=self.boxes[indices], positions=positions, **marks)
+        marks: dict[str, Any] = {"overview": tuple(overview.tolist()), "run_lengths": tuple(runs.tolist())}
+        own = indices.copy()  # the caller may read the next image's indices into the same memory
+        return replace(self, make_boxes=lambda: self.boxes[own], positions=positions, **marks)
 
 
 def check_not_empty(width: int, height: int) -> None:

@@ -19,19 +19,7 @@ import numpy as np
 
 from trio_edge.runtime.bundle import graph_io as io
 from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
-from trio_edge.runtime.images.processing import (
-    ImageConstants,
-    ImageLayout,
-    Size,
-    boxes_between,
-    check_not_empty,
-    normalized,
-    only_checkpoint_errors,
-    padded_index,
-    pixel_fields,
-    processor_values,
-    room_for,
-)
+from trio_edge.runtime.images import processing
 from trio_edge.runtime.images.resizing import resize
 
 if TYPE_CHECKING:
@@ -57,18 +45,18 @@ class _Patches(NamedTuple):
     """[P, 2], row and column of each patch, padded."""
 
 
-class PatchImages(ImageConstants, frozen=True, kw_only=True):
+class PatchImages(processing.ImageConstants, frozen=True, kw_only=True):
     """Image processing with an image scaled to whole patches. Sizes are in pixels of the scaled image."""
 
-    patch_size: Size
+    patch_size: processing.Size
     """Side of a patch."""
-    temporal_patch_size: Size = 2
+    temporal_patch_size: processing.Size = 2
     """Frames per patch; an image is repeated."""
-    merge_size: Size = 2
+    merge_size: processing.Size = 2
     """``merge_size``² patches are one visual token."""
-    min_pixels: Size = 56 * 56
+    min_pixels: processing.Size = 56 * 56
     """Smaller images are enlarged."""
-    max_pixels: Size = 28 * 28 * 1280
+    max_pixels: processing.Size = 28 * 28 * 1280
     """Larger images are reduced."""
 
     def __post_init__(self) -> None:
@@ -85,9 +73,9 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
         Raises:
             CheckpointError: If the processor is of another class, or a value is not supported.
         """
-        _, values = processor_values(config, "Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor")
-        with only_checkpoint_errors():
-            fields = pixel_fields(values, "patch_size", "temporal_patch_size", "merge_size")
+        _, values = processing.processor_values(config, "Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor")
+        with processing.only_checkpoint_errors():
+            fields = processing.pixel_fields(values, "patch_size", "temporal_patch_size", "merge_size")
             return cls.from_dict({"patch_size": 14, **tower, **areas(values), **fields})
 
     @property
@@ -106,7 +94,7 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
         Raises:
             ImageError: If the image is empty or too thin.
         """
-        check_not_empty(width, height)
+        processing.check_not_empty(width, height)
         check_aspect_ratio(width, height)
         return scaled_grid(width, height, size=self.token_size, least=self.min_pixels, most=self.max_pixels)
 
@@ -142,20 +130,21 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
         """Return ``token_index`` and the inputs that only this family's vision graph has; ``room`` are the sizes to pad to."""
         raise NotImplementedError  # abstract, but no ABC: msgspec's Struct has a metaclass of its own
 
-    def layout(self, width: int, height: int) -> ImageLayout:
+    def layout(self, width: int, height: int) -> processing.ImageLayout:
         """Return the layout of an image; tokens are in raster order."""
         return self.grid_layout(width, height, self.token_grid(width, height))
 
-    def grid_layout(self, width: int, height: int, grid: tuple[int, int]) -> ImageLayout:
+    def grid_layout(self, width: int, height: int, grid: tuple[int, int]) -> processing.ImageLayout:
         """Return the layout of an image, or a pair of frames, with ``grid`` rows and columns of visual tokens."""
         rows, columns = grid
         x, y = np.linspace(0, width, columns + 1), np.linspace(0, height, rows + 1)
         row, column = np.indices((rows, columns), dtype=np.int32)
-        return ImageLayout(
+        return processing.ImageLayout(
             width=width,
             height=height,
             sizes=self._reduced(self.whole_sizes(rows, columns)),
-            boxes=boxes_between(x, y).reshape(-1, 4).astype(np.float32),
+            make_boxes=lambda: processing.boxes_between(x, y).reshape(-1, 4).astype(np.float32),
+            run_lengths=(rows * columns,),
             positions=np.stack([np.zeros_like(row), row, column]).reshape(3, -1),
             position_span=max(rows, columns),
         )
@@ -177,7 +166,7 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
     ) -> dict[str, NDArray[Any]]:
         """Return the same of the frames of one temporal patch, scaled to ``grid`` rows and columns of visual tokens."""
         whole, order = self.whole_sizes(*grid), self.token_order(*grid)
-        room = room_for(self._reduced(whole), sizes, image=frames[0])
+        room = processing.room_for(self._reduced(whole), sizes, image=frames[0])
         positions = padded_rows(patch_positions(order, grid[1], self), room["P"])
         return {
             io.PIXEL_VALUES: padded_rows(patches(frames, self, grid=grid, token_order=order), room["P"]),
@@ -191,7 +180,7 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
 class QwenImages(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag="patches"):
     """Image processing of Qwen2.5-VL, whose encoder has attention windows."""
 
-    window_size: Size
+    window_size: processing.Size
     """Side of an attention window, rounded down to whole visual tokens."""
 
     def __post_init__(self) -> None:
@@ -244,7 +233,7 @@ class QwenImages(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag="
         if self.encoder_keep is None:
             token_index = padded_rows(np.argsort(order).astype(np.int32), room["N"])
         else:  # the graph's rows are the kept tokens, in raster order
-            token_index = padded_index(np.arange(min(len(order), self.encoder_keep)), room["N"])
+            token_index = processing.padded_index(np.arange(min(len(order), self.encoder_keep)), room["N"])
         return {
             io.WINDOW_SLOTS: slots.astype(np.int32),
             io.PATCH_SLOT: padded_rows(patch_slot.astype(np.int32), room["P"]),
@@ -256,7 +245,7 @@ class QwenImages(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag="
 class Qwen3Images(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag="patches_with_table"):
     """Image processing of Qwen3-VL, whose encoder interpolates a trained table of positions."""
 
-    table_size: Size
+    table_size: processing.Size
     """Entries along each side of the table."""
 
     def family_inputs(self, patches: _Patches, room: dict[str, int]) -> dict[str, NDArray[Any]]:
@@ -282,7 +271,7 @@ class Qwen3Images(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag=
         return {
             io.TABLE_INDEX: np.stack(index).astype(np.int32),
             io.TABLE_WEIGHTS: np.stack(weights).astype(np.float32),
-            io.TOKEN_INDEX: padded_index(patches.order, room["N"]),
+            io.TOKEN_INDEX: processing.padded_index(patches.order, room["N"]),
         }
 
 
@@ -366,7 +355,7 @@ def patches(
     merge, side, (rows, columns) = images.merge_size, images.patch_size, grid
     size = (rows * images.token_size, columns * images.token_size)
     levels = np.stack([resize(frame, size, resample=images.resample) for frame in frames])
-    pixels = normalized(levels, images).reshape(-1, rows, merge, side, columns, merge, side, 3)
+    pixels = processing.normalized(levels, images).reshape(-1, rows, merge, side, columns, merge, side, 3)
     tokens = pixels.transpose(1, 4, 2, 5, 7, 0, 3, 6)
     patches = tokens.reshape(rows * columns, merge**2, 3, len(frames), side, side)[token_order]
     frame_of_patch = np.minimum(np.arange(images.temporal_patch_size), len(frames) - 1)

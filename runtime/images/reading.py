@@ -168,14 +168,12 @@ def _opened(file: IO[bytes], *, name: str, max_pixels: int) -> Image.Image:
         with _pillows_limits(max_pixels):
             image = _open(file)
         num_scans = _scans(file) if image.format in ("JPEG", "MPO") else 1
-    except Image.DecompressionBombError as error:
-        raise ImageError(_too_many(name, max_pixels)) from error
     except UnidentifiedImageError as error:
         raise ImageError(
             f"{name}: expected an image (PNG, JPEG, WebP, …), got {num_bytes} bytes of no known format; convert it"
         ) from error
     except Exception as error:  # Pillow's readers raise almost anything on damaged headers
-        raise ImageError(f"{name}: expected a readable image, got {one_line(error)}") from error
+        raise _refusal(error, name, max_pixels, "a readable image, got {}") from error
     if max(image.size) > MAX_SIDE:
         size = f"{image.width}x{image.height}"
         raise ImageError(
@@ -213,8 +211,16 @@ def _pillows_limits(max_pixels: int) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _too_many(name: str, max_pixels: int, got: str = "more") -> str:
-    return f"{name}: expected at most {max_pixels} pixels, got {got}; scale it down or raise --max-pixels"
+def _too_many(name: str, max_pixels: int, got: str = "more") -> ImageError:
+    text = f"{name}: expected at most {max_pixels} pixels, got {got}; scale it down or raise --max-pixels"
+    return ImageError(text)
+
+
+def _refusal(error: Exception, name: str, max_pixels: int, otherwise: str) -> ImageError:
+    """Return our error for Pillow's; ``otherwise`` says what was expected and got, unless there are too many pixels."""
+    if isinstance(error, Image.DecompressionBombError):
+        return _too_many(name, max_pixels)
+    return ImageError(f"{name}: expected {otherwise.format(one_line(error))}")
 
 
 def load_common_formats() -> None:
@@ -243,18 +249,15 @@ def _decode(image: Image.Image, *, name: str, drop_alpha: bool, max_pixels: int)
         with _pillows_limits(max_pixels):
             image.load()
             return _rgb(_upright(image), name=name, drop_alpha=drop_alpha)
-    except Image.DecompressionBombError as error:
-        raise ImageError(_too_many(name, max_pixels)) from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged data
-        told = one_line(error)
-        raise ImageError(f"{name}: expected a whole image, got {told}; the file is damaged") from error
+        raise _refusal(error, name, max_pixels, "a whole image, got {}; the file is damaged") from error
 
 
 def _check_size(width: int, height: int, *, name: str, max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"{name}: expected at least 1x1 pixels, got {width}x{height}")
     if width * height > max_pixels:
-        raise ImageError(_too_many(name, max_pixels, f"{width}x{height}"))
+        raise _too_many(name, max_pixels, f"{width}x{height}")
 
 
 @cache

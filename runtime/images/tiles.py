@@ -22,22 +22,7 @@ from PIL import Image
 
 from trio_edge.runtime.bundle.errors import CheckpointError, ManifestError
 from trio_edge.runtime.bundle.graph_io import PIXEL_VALUES, TOKEN_INDEX
-from trio_edge.runtime.images.processing import (
-    Colour,
-    ImageConstants,
-    ImageLayout,
-    Size,
-    Spread,
-    check_not_empty,
-    few_counts,
-    only_checkpoint_errors,
-    padded_index,
-    padded_tiles,
-    pixel_fields,
-    processor_values,
-    room_for,
-    square_side,
-)
+from trio_edge.runtime.images import processing
 from trio_edge.runtime.images.resizing import Resample, resize
 
 if TYPE_CHECKING:
@@ -50,10 +35,10 @@ _HALF = (0.5, 0.5, 0.5)
 
 
 # Abstract, but no ABC: msgspec's Struct has a metaclass of its own.
-class TileImages(ImageConstants, frozen=True, kw_only=True):
+class TileImages(processing.ImageConstants, frozen=True, kw_only=True):
     """Image processing with a grid of tiles and a tile with the whole image: the common part of InternVL and SmolVLM2."""
 
-    tile_size: Size
+    tile_size: processing.Size
     """T, side of the vision encoder's square input in pixels."""
 
     @property
@@ -95,27 +80,33 @@ class TileImages(ImageConstants, frozen=True, kw_only=True):
     def any_image_sizes(self) -> tuple[dict[str, int], ...]:
         """Return the largest N with a few numbers of tiles."""
         counts = self.counts()
-        return tuple({"B": count, "N": counts[-1] * self.tokens_per_tile} for count in few_counts(counts))
+        return tuple(
+            {"B": count, "N": counts[-1] * self.tokens_per_tile} for count in processing.few_counts(counts)
+        )
 
     def text(self, rows: int, columns: int) -> tuple[str, ...]:
         """Return the prompt's text before each run of visual tokens and after the last; by default there is one run."""
         return "", ""
 
-    def layout(self, width: int, height: int) -> ImageLayout:
+    def layout(self, width: int, height: int) -> processing.ImageLayout:
         """Return the layout of an image; the overview is the tile with the whole image."""
         (rows, columns), sizes = self.grid(width, height), self.sizes(width, height)
-        boxes, text = self._boxes(rows, columns), self.text(rows, columns)
-        overview, num_runs = range(len(boxes), sizes["N"]), len(text) - 1
-        if overview:
-            boxes = np.concatenate([boxes, self._boxes(1, 1)])
-        return ImageLayout(
+        text = self.text(rows, columns)
+        num_runs = len(text) - 1
+
+        def make_boxes() -> NDArray[np.float32]:
+            parts = [self._boxes(rows, columns), self._boxes(1, 1)]
+            boxes = np.concatenate(parts)[: sizes["N"]] * [width, height, width, height]
+            return boxes.astype(np.float32)
+
+        return processing.ImageLayout(
             width=width,
             height=height,
             sizes=sizes,
-            boxes=(boxes * [width, height, width, height]).astype(np.float32),
-            overview=overview,
+            make_boxes=make_boxes,
+            overview=range(rows * columns * self.tokens_per_tile, sizes["N"]),
             text=text,
-            runs=(sizes["N"] // num_runs,) * num_runs,
+            run_lengths=(sizes["N"] // num_runs,) * num_runs,
         )
 
     def _boxes(self, rows: int, columns: int) -> NDArray[np.float64]:
@@ -133,26 +124,26 @@ class TileImages(ImageConstants, frozen=True, kw_only=True):
         Arguments and errors are those of ``ImageProcessing.prepare``.
         """
         own = self.sizes(*image.size)
-        room = room_for(own, sizes, image=image)
+        room = processing.room_for(own, sizes, image=image)
         (rows, columns), side = self.grid(*image.size), self.tile_size
         levels, whole = self.stretched(image, (rows * side, columns * side))
         tiles = levels.reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4)
         tiles = tiles.reshape(-1, side, side, 3)
         if len(tiles) > 1:
             tiles = np.concatenate([tiles, resize(whole, (side, side), resample=self.resample)[None]])
-        index = padded_index(np.arange(own["N"]), room["N"])
-        return {PIXEL_VALUES: padded_tiles(tiles, room["B"], self), TOKEN_INDEX: index}
+        index = processing.padded_index(np.arange(own["N"]), room["N"])
+        return {PIXEL_VALUES: processing.padded_tiles(tiles, room["B"], self), TOKEN_INDEX: index}
 
 
 @final
 class InternVlImages(TileImages, frozen=True, kw_only=True, tag_field="kind", tag="grid_tiles"):
     """Image processing with a grid of tiles, row by row, and then a thumbnail of the whole image."""
 
-    tokens_per_side: Size
+    tokens_per_side: processing.Size
     """Visual tokens along one side of a tile."""
-    min_tiles: Size = 1
+    min_tiles: processing.Size = 1
     """Fewest tiles of a grid, without the thumbnail."""
-    max_tiles: Size = 12
+    max_tiles: processing.Size = 12
     """Most tiles of a grid, without the thumbnail."""
 
     def __post_init__(self) -> None:
@@ -171,16 +162,16 @@ class InternVlImages(TileImages, frozen=True, kw_only=True, tag_field="kind", ta
         Raises:
             CheckpointError: If the processor is of another class, or a value is not supported.
         """
-        _, values = processor_values(config, "GotOcr2ImageProcessor")
+        _, values = processing.processor_values(config, "GotOcr2ImageProcessor")
         size = values.get("size", {"height": 384, "width": 384})
-        with only_checkpoint_errors():
-            if (tile_size := square_side(size)) is None:
+        with processing.only_checkpoint_errors():
+            if (tile_size := processing.square_side(size)) is None:
                 expected = "a square 'height' and 'width'"
                 raise CheckpointError(f"preprocessor_config size: expected {expected}, got {size}")
             renamed = {"min_patches": "min_tiles", "max_patches": "max_tiles"}
             fields = {name: values[key] for key, name in renamed.items() if key in values}
             fields |= {"tile_size": tile_size, "tokens_per_side": tokens_per_side}
-            return cls.from_dict(fields | pixel_fields(values))
+            return cls.from_dict(fields | processing.pixel_fields(values))
 
     @property
     def token_share(self) -> float:
@@ -193,7 +184,7 @@ class InternVlImages(TileImages, frozen=True, kw_only=True, tag_field="kind", ta
         Of grids with the same ratio, a larger one is chosen if the image has more than half of its pixels.
         Source: get_optimal_tiled_canvas.
         """
-        check_not_empty(width, height)
+        processing.check_not_empty(width, height)
         best, smallest = (1, 1), float("inf")
         for columns, rows in _grids(self.min_tiles, self.max_tiles):
             difference = abs(width / height - columns / rows)
@@ -227,9 +218,9 @@ def _grids(least: int, most: int) -> tuple[tuple[int, int], ...]:
 class SmolVlmImages(TileImages, frozen=True, kw_only=True, tag_field="kind", tag="named_tiles"):
     """Image processing with tiles that the prompt names one by one, and a last tile with the whole image."""
 
-    token_size: Size
+    token_size: processing.Size
     """Side in pixels of one visual token's part of a tile; the rest of a tile, at the right and the bottom, is unused."""
-    longest_edge: Size = 1456
+    longest_edge: processing.Size = 1456
     """Pixels that the longer side of every image is resized to."""
     do_image_splitting: bool = True
     """Cut images into tiles; otherwise every image is one tile."""
@@ -238,8 +229,8 @@ class SmolVlmImages(TileImages, frozen=True, kw_only=True, tag_field="kind", tag
     overview_mark: str = "<global-img>"
     """Text before the tile with the whole image."""
     resample: Resample = "lanczos"
-    image_mean: Colour = _HALF
-    image_std: Spread = _HALF
+    image_mean: processing.Colour = _HALF
+    image_std: processing.Spread = _HALF
 
     def __post_init__(self) -> None:
         if self.token_size > self.tile_size:
@@ -257,15 +248,15 @@ class SmolVlmImages(TileImages, frozen=True, kw_only=True, tag_field="kind", tag
         Raises:
             CheckpointError: If the processor is of another class, or a value is not supported.
         """
-        _, values = processor_values(config, "SmolVLMImageProcessor")
+        _, values = processing.processor_values(config, "SmolVLMImageProcessor")
         values = {"resample": 1, **values}
-        with only_checkpoint_errors():
+        with processing.only_checkpoint_errors():
             fields = {
                 "tile_size": _longest_edge(values, "max_image_size", 364),
                 "longest_edge": _longest_edge(values, "size", 4 * 364),
                 "token_size": token_size,
                 **marks,
-                **pixel_fields(values, "do_image_splitting"),
+                **processing.pixel_fields(values, "do_image_splitting"),
             }
             return cls.from_dict(fields)
 
@@ -289,7 +280,7 @@ class SmolVlmImages(TileImages, frozen=True, kw_only=True, tag_field="kind", tag
 
         Source: resize_for_vision_encoder.
         """
-        check_not_empty(width, height)
+        processing.check_not_empty(width, height)
         if not self.do_image_splitting:
             return 1, 1
         side, (width, height) = self.tile_size, self._resized(width, height)

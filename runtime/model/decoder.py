@@ -150,7 +150,7 @@ class Decoder:
         if not self._before or not 1 <= count <= buckets[-1]:
             raise ShapeError(f"branch: expected 1..{buckets[-1]} rows after a prefill, got {count}")
         device, memory, axes = self._device, self._memory, self._manifest.position_axes
-        bucket = next(size for size in buckets if size >= count)
+        bucket = self._programs.rows_for("branch", count)
         launches = self._programs.at("branch", {"T": bucket})
         embeds = np.zeros((1, bucket, text.shape[1]), self._manifest.dtype)
         embeds[0, :count] = text

@@ -71,7 +71,7 @@ class PromptRows(NamedTuple):
     tokens: VisualTokens
     """The visual tokens that enter the first stage."""
     values: dict[str, NDArray[np.int32]]
-    """The arrays that the host sends, by place: ``prompt`` in ``trio_edge.runtime.bundle.checks.sent_by_host``."""
+    """The arrays that the host sends, by place: ``prompt`` in ``trio_edge.runtime.bundle.checks.SENT_BY_HOST``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,35 +152,33 @@ class DecoderPrompt:
 
     def _check(self, manifest: Manifest, *, num_visual: int, length: int, num_after: int) -> None:
         """Raise ShapeError if the rows do not fit each other or the bundle."""
-        num_text = len(self.text)
-        if not 1 <= num_text <= self.text_bucket or num_visual > self.max_visual:
-            raise ShapeError(
-                f"prompt: expected 1..{self.text_bucket} text tokens (the bucket) and at most {self.max_visual} visual ones,"
-                f" got {num_text} and {num_visual}; use more rows"
-            )
+        num_text, bucket, most = len(self.text), self.text_bucket, self.max_visual
+        fits, got = (
+            1 <= num_text <= bucket and num_visual <= most,
+            f"{num_text} and {num_visual}; use more rows",
+        )
+        _require(fits, f"1..{bucket} text tokens (the bucket) and at most {most} visual ones", got)
         steps = np.diff(self.visual_rows, prepend=-1, append=length)
-        if len(self.visual_rows) != num_visual or (steps <= 0).any():
-            raise ShapeError(
-                f"prompt: expected {num_visual} ascending rows below {length} for the visual tokens, got"
-                f" {len(self.visual_rows)} others"
-            )
-        if num_after == 0 and gradient_graph(manifest) is not None:
-            raise ShapeError(
-                "prompt: expected text after the image, as the probes need it, got none; use a chat template that ends with"
-                " the start of an answer"
-            )
-        shape = (manifest.position_axes, self.max_visual + self.text_bucket)
-        if self.positions.ids.shape != shape:
-            raise ShapeError(
-                f"prompt: expected position ids {list(shape)}, got {list(self.positions.ids.shape)}; count all rows"
-            )
+        is_ascending = len(self.visual_rows) == num_visual and (steps > 0).all()
+        wanted = f"{num_visual} ascending rows below {length} for the visual tokens"
+        _require(is_ascending, wanted, f"{len(self.visual_rows)} others")
+        way_out = "use a chat template that ends with the start of an answer"
+        has_text = num_after > 0 or gradient_graph(manifest) is None
+        _require(has_text, "text after the image, as the probes need it", f"none; {way_out}")
+        shape, got = (manifest.position_axes, most + bucket), f"{[*self.positions.ids.shape]}; count all rows"
+        _require(self.positions.ids.shape == shape, f"position ids {[*shape]}", got)
         rows = [(self.text, num_text), *((values, num_visual) for values in (self.visual, *self.planes))]
         for values, count in rows:
-            wanted = count, manifest.dimensions.hidden_size
-            if tuple(values.shape) != wanted or np.dtype(values.dtype) != manifest.dtype:
-                raise ShapeError(
-                    f"prompt: expected rows {manifest.dtype} {list(wanted)}, got {values.dtype} {list(values.shape)}"
-                )
+            wanted_shape = count, manifest.dimensions.hidden_size
+            is_right = tuple(values.shape) == wanted_shape and np.dtype(values.dtype) == manifest.dtype
+            _require(
+                is_right, f"rows {manifest.dtype} {[*wanted_shape]}", f"{values.dtype} {[*values.shape]}"
+            )
+
+
+def _require(is_right: object, expected: str, got: str) -> None:
+    if not is_right:
+        raise ShapeError(f"prompt: expected {expected}, got {got}")
 
 
 def write_prompt(

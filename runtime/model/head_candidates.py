@@ -12,15 +12,7 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
-from trio_edge.runtime.bundle.graph_io import (
-    CANDIDATE_LOGITS,
-    CANDIDATE_ROWS,
-    HIDDEN,
-    LAST_ROW,
-    PROBE_OUTPUT,
-    TOP_IDS,
-    TOP_LOGITS,
-)
+from trio_edge.runtime.bundle import graph_io as io
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,11 +31,11 @@ class EnterHead:
 
     def __init__(self, device: Device, memory: Memory, spec: Launch) -> None:
         self._device, self._memory = device, memory
-        self._source = memory.tensor(spec.inputs[PROBE_OUTPUT])
+        self._source = memory.tensor(spec.inputs[io.PROBE_OUTPUT])
         pinned = device.allocate_pinned(self._source.num_bytes, purpose="a probe's output")
         self._output = pinned.view(np.float32).reshape(self._source.shape)
-        self._hidden = memory.host(spec.outputs[HIDDEN])
-        memory.host(spec.outputs[LAST_ROW])[:] = np.arange(len(self._output))
+        self._hidden = memory.host(spec.outputs[io.HIDDEN])
+        memory.host(spec.outputs[io.LAST_ROW])[:] = np.arange(len(self._output))
 
     def enqueue(self) -> None:
         """Download the output and send it."""
@@ -63,8 +55,10 @@ class LikeliestRows:
     def __init__(self, device: Device, memory: Memory, spec: Launch, *, rows: TokenTable) -> None:
         """``rows`` are those of the lm_head."""
         self._device, self._memory, self._rows = device, memory, rows
-        self._found = tuple(memory.host(spec.inputs[name]) for name in (TOP_LOGITS, TOP_IDS))
-        self._sent = tuple(memory.host(spec.outputs[name]) for name in (CANDIDATE_LOGITS, CANDIDATE_ROWS))
+        self._found = tuple(memory.host(spec.inputs[name]) for name in (io.TOP_LOGITS, io.TOP_IDS))
+        self._sent = tuple(
+            memory.host(spec.outputs[name]) for name in (io.CANDIDATE_LOGITS, io.CANDIDATE_ROWS)
+        )
 
     def enqueue(self) -> None:
         """Download what the head found, and send the rows."""

@@ -7,16 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import numpy as np
 
-from trio_edge.runtime.bundle.graph_io import (
-    HIDDEN,
-    KEPT_DEEPSTACK,
-    KEPT_HIDDEN,
-    KEPT_POSITIONS,
-    KEPT_VISUAL_IMAGES,
-    KEPT_VISUAL_ROWS,
-    POSITIONS,
-    SCORES,
-)
+from trio_edge.runtime.bundle import graph_io as io
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,11 +33,11 @@ class HostSelection:
 
     def exact(self, launch: Launch, tokens: VisualTokens, span: Span) -> NDArray[np.int32]:
         """Return the tokens that exact NMS keeps: [K] ascending indices into ``tokens``, all that enter the stage."""
-        hidden = self._download(self._memory.tensor(launch.inputs[HIDDEN]).rows(0, span.length))
+        hidden = self._download(self._memory.tensor(launch.inputs[io.HIDDEN]).rows(0, span.length))
         schedule, keep = self._manifest.schedule, self._keep(launch)
         return greedy_nms(
             hidden[tokens.rows],
-            self._memory.host(launch.outputs[SCORES], (span.num_visual,)),
+            self._memory.host(launch.outputs[io.SCORES], (span.num_visual,)),
             num_keep=min(keep, span.num_visual),
             threshold=schedule.nms_threshold,
             images=tokens.images if schedule.budget == "image" else None,
@@ -70,7 +61,7 @@ class HostSelection:
         rows = np.delete(np.arange(span.length), np.delete(tokens.rows, kept))
         for name, place in launch.outputs.items():
             source = launch.inputs.get(name.removeprefix("kept_"))
-            if source is not None and (name == KEPT_HIDDEN or name.startswith(KEPT_DEEPSTACK)):
+            if source is not None and (name == io.KEPT_HIDDEN or name.startswith(io.KEPT_DEEPSTACK)):
                 entering = self._memory.tensor(source).rows(0, int(rows[-1]) + 1)
                 gathered = np.zeros((num_rows, entering.shape[1]), entering.dtype)
                 gathered[: len(rows)] = self._download(entering)[rows]
@@ -80,18 +71,18 @@ class HostSelection:
         positions = np.broadcast_to(np.arange(num_rows, dtype=np.int32), (axes, num_rows)).copy()
         if self._manifest.schedule.positions == "preserved":
             shape = (axes, span.rows + num_text)
-            ids = self._download(self._memory.tensor(launch.inputs[POSITIONS], shape))
+            ids = self._download(self._memory.tensor(launch.inputs[io.POSITIONS], shape))
             positions[:, : len(rows)] = ids[:, rows]
-        self._upload(launch.outputs[KEPT_POSITIONS], positions)
+        self._upload(launch.outputs[io.KEPT_POSITIONS], positions)
         # Rows and images of the kept visual tokens; padding gets the last rows.
         visual = tokens.kept(kept)
         visual_rows = num_rows - keep + np.arange(keep, dtype=np.int32)
         visual_rows[: len(visual.rows)] = visual.rows
-        self._upload(launch.outputs[KEPT_VISUAL_ROWS], visual_rows)
-        if KEPT_VISUAL_IMAGES in launch.outputs:
+        self._upload(launch.outputs[io.KEPT_VISUAL_ROWS], visual_rows)
+        if io.KEPT_VISUAL_IMAGES in launch.outputs:
             images = np.zeros(keep, np.int32)
             images[: len(visual.rows)] = visual.images
-            self._upload(launch.outputs[KEPT_VISUAL_IMAGES], images)
+            self._upload(launch.outputs[io.KEPT_VISUAL_IMAGES], images)
 
     def _keep(self, launch: Launch) -> int:
         return self._manifest.schedule.stages[launch.stage].keep

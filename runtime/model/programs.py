@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, NamedTuple, final
 
 from trio_edge.runtime.devices.memory import Memory
 from trio_edge.runtime.model.head_candidates import EnterHead, LikeliestRows
@@ -12,13 +12,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.bundle.manifest import Launch, Manifest
     from trio_edge.runtime.bundle.reader import TokenTable
-    from trio_edge.runtime.devices.interface import (
-        Device,
-        DeviceTensor,
-        Event,
-        LoadedGraphs,
-        PreparedLaunch,
-    )
+    from trio_edge.runtime.devices.interface import Device, DeviceTensor, Event, LoadedGraphs, PreparedLaunch
     from trio_edge.runtime.devices.memory import KVCache, Stack
 
 
@@ -53,8 +47,14 @@ class Programs:
         }
         """Launches of each program as the manifest describes them."""
         self._engines, self._head_rows = graphs.engines, head_rows
-        self._sizes: dict[str, Any] = {program.name: program.sizes for program in manifest.programs}
+        self._sizes: dict[str, tuple[dict[str, int], ...]] = {
+            program.name: program.sizes for program in manifest.programs
+        }
         self._bound: dict[tuple[str, int], tuple[BoundLaunch, ...]] = {}
+
+    def rows_for(self, name: str, count: int) -> int:
+        """Return the smallest T of a program with room for ``count`` rows of text."""
+        return min(sizes["T"] for sizes in self._sizes[name] if sizes["T"] >= count)
 
     def at(self, name: str, sizes: Mapping[str, int]) -> tuple[BoundLaunch, ...]:
         """Return the launches of a program at ``sizes``; symbols that the program does not have are left out."""

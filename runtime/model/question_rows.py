@@ -76,8 +76,9 @@ class QuestionRows:
 
     def send(self, prompt: DecoderPrompt, rows: PromptRows) -> BoundLaunch:
         """Enqueue the inputs of the rows after the last visual token, and return their launch."""
-        first, bucket = rows.num_before, prompt.text_bucket
+        first = rows.num_before
         count = rows.length - first
+        bucket = self._programs.rows_for("question", count)
         ids = np.zeros((len(prompt.positions.ids), bucket), np.int32)
         ids[:, :count] = prompt.positions.ids[:, first : rows.length]
         values = {"question.position_ids": ids, "question.past_length": np.array([first], np.int32)}

@@ -13,18 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
+from trio_edge.runtime.bundle import graph_io as io
 from trio_edge.runtime.bundle.errors import ManifestError, PromptTooLongError, ShapeError
-from trio_edge.runtime.bundle.graph_io import (
-    CLIP_IDS,
-    HAS_PREVIOUS,
-    IS_NEWLINE,
-    NUM_TEXT,
-    NUM_VISUAL,
-    PREVIOUS_TOKENS,
-    TEXT_EMBEDS,
-    TEXT_MARKS,
-    token_outputs,
-)
 from trio_edge.runtime.devices.memory import Recent, copy_tensor
 from trio_edge.runtime.model.programs import Timeline
 
@@ -111,7 +101,7 @@ class Vision:
         self._reduce_inputs = {
             name for launch in programs.launches.get("reduce", ())[-1:] for name in launch.inputs
         }
-        self.reads_embeddings = TEXT_EMBEDS in self._reduce_inputs
+        self.reads_embeddings = io.TEXT_EMBEDS in self._reduce_inputs
         """Whether the reduce graph reads embeddings of the text after the last image."""
         self._timeline = Timeline(programs.device)
         self._kept: dict[str, NDArray[np.int32]] = {}
@@ -220,7 +210,7 @@ class Vision:
             encoded.append(outputs)
             image_lengths.append(outputs[0].shape[0])
             # Only an image with several runs needs the kept indices.
-            one_run = len(prepared.layout.runs) < 2
+            one_run = len(prepared.layout.run_lengths) == 1
             run_lengths.extend(image_lengths[-1:] if one_run else self.entering(-1).run_lengths)
             were_kept.append(was_kept)
         whole, *planes = (
@@ -260,7 +250,7 @@ class Vision:
         """Enqueue the graphs for one image; return its tokens and planes, and whether the vision graph was skipped."""
         manifest, num_visual = self._manifest, prepared.layout.num_visual
         has_mrope, keep = manifest.position_axes == 3, manifest.token_keep
-        must_know = has_mrope or len(prepared.layout.runs) > 1
+        must_know = has_mrope or len(prepared.layout.run_lengths) > 1
         (launch,) = self._programs.at("vision", prepared.profile.sizes)
         if prepared.has_previous:
             self._keep_previous(launch)
@@ -294,9 +284,9 @@ class Vision:
 
     def _keep_previous(self, launch: BoundLaunch) -> None:
         """Enqueue a copy of the last frames' tokens to the input of a reduce graph that compares frames."""
-        if PREVIOUS_TOKENS in self._reduce_inputs:
+        if io.PREVIOUS_TOKENS in self._reduce_inputs:
             tokens, *_ = self._tokens_of(launch)
-            place = self._programs.launches["reduce"][-1].inputs[PREVIOUS_TOKENS]
+            place = self._programs.launches["reduce"][-1].inputs[io.PREVIOUS_TOKENS]
             copy_tensor(self._device, self._memory.tensor(place, tokens.shape), tokens)
 
     def _collected(self, outputs: Sequence[DeviceTensor], *, first: int) -> list[DeviceTensor]:
@@ -312,7 +302,7 @@ class Vision:
         return places
 
     def _tokens_of(self, launch: BoundLaunch) -> tuple[DeviceTensor, ...]:
-        names = token_outputs(launch.spec.runs, self._manifest.num_deepstack)
+        names = io.token_outputs(launch.spec.runs, self._manifest.num_deepstack)
         return tuple(launch.tensors[name] for name in names)
 
     @property
@@ -346,22 +336,22 @@ class Vision:
         layout = prepared.layout.kept(self._kept["vision"]) if "vision" in self._kept else prepared.layout
         is_newline[:num_visual] = np.isnan(layout.boxes[:, 0])
         inputs: dict[str, NDArray[Any]] = {
-            NUM_VISUAL: np.array([num_visual], np.int32),
-            IS_NEWLINE: is_newline,
+            io.NUM_VISUAL: np.array([num_visual], np.int32),
+            io.IS_NEWLINE: is_newline,
         }
         sizes = {"N": rows, "T": text_bucket}
         if self.reads_embeddings and after is not None:
             text = np.zeros((text_bucket, self._manifest.dimensions.hidden_size), self._manifest.dtype)
             text[: len(after)] = after
-            inputs |= {TEXT_EMBEDS: text, NUM_TEXT: np.array([len(after)], np.int32)}
-        if PREVIOUS_TOKENS in self._reduce_inputs:
-            inputs[HAS_PREVIOUS] = np.array([prepared.has_previous], np.int32)
+            inputs |= {io.TEXT_EMBEDS: text, io.NUM_TEXT: np.array([len(after)], np.int32)}
+        if io.PREVIOUS_TOKENS in self._reduce_inputs:
+            inputs[io.HAS_PREVIOUS] = np.array([prepared.has_previous], np.int32)
             if not prepared.has_previous:  # the graph reads them in any case
                 shape = rows, self._manifest.dimensions.hidden_size
-                inputs[PREVIOUS_TOKENS] = np.zeros(shape, self._manifest.dtype)
+                inputs[io.PREVIOUS_TOKENS] = np.zeros(shape, self._manifest.dtype)
         if prepared.clip_texts is not None:
-            inputs[CLIP_IDS], inputs[TEXT_MARKS] = prepared.clip_texts
-            sizes["M"] = len(inputs[TEXT_MARKS])
+            inputs[io.CLIP_IDS], inputs[io.TEXT_MARKS] = prepared.clip_texts
+            sizes["M"] = len(inputs[io.TEXT_MARKS])
         return inputs, sizes
 
     # The graphs one by one

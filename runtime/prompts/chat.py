@@ -290,17 +290,21 @@ def render(template: str, values: Mapping[str, Any], *, what: str = "chat templa
     try:
         with budget():
             return "".join(_bounded(compiled.generate(_plain(values))))
-    except TemplateRefusal as error:
-        raise ShapeError(f"messages: refused by the {what}: {_one_line(error)}") from error
-    except TooMuchError as error:
-        raise BundleError(
+    except Exception as error:  # a template can raise whatever Python code can
+        raise _refusal(error, what) from error
+
+
+def _refusal(error: Exception, what: str) -> ShapeError | BundleError:
+    """Return our error for one that a template raised."""
+    if isinstance(error, TemplateRefusal):
+        return ShapeError(f"messages: refused by the {what}: {_one_line(error)}")
+    if isinstance(error, TooMuchError):
+        return BundleError(
             f"{what}: expected at most {MAX_PROMPT_CHARACTERS} characters of text and some seconds of work, got"
             " more; export the checkpoint with another template"
-        ) from error
-    except Exception as error:  # a template can raise whatever Python code can
-        raise BundleError(
-            f"{what}: expected it to render, got {_one_line(error)}; export with another template"
-        ) from error
+        )
+    text = f"{what}: expected it to render, got {_one_line(error)}; export with another template"
+    return BundleError(text)
 
 
 def _bounded(pieces: Iterable[str]) -> Iterator[str]:

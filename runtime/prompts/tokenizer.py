@@ -200,10 +200,7 @@ class Tokenizer:
                 f"tokenizer: expected image token {image_token!r} to have id {image_id},"
                 f" got {self._tokenizer.token_to_id(image_token)}; export the bundle again"
             )
-        _check_unicode(text)
-        text = _with_insets(text, insets, image_token=image_token, video_token=spec.video_token)
-        starts_with_bos = bool(spec.bos_token) and text.startswith(spec.bos_token)
-        ids = self._encode(text, add_special_tokens=not starts_with_bos)
+        (ids,) = self.with_endings(text, spec, insets, ("",))
         is_run = ids == image_id
         places, num_runs = np.flatnonzero(is_run), sum(len(inset.text) - 1 for inset in insets)
         if len(places) != num_runs:
@@ -216,6 +213,19 @@ class Tokenizer:
         run_ids = [video_id if inset.is_video else image_id for inset in insets for _ in inset.text[1:]]
         text_before = tuple((places - np.arange(num_runs)).tolist())
         return PromptIds(text=ids[~is_run], text_before=text_before, run_ids=tuple(run_ids))
+
+    def with_endings(
+        self, text: str, spec: TextSpec, insets: Sequence[Inset], endings: Sequence[str]
+    ) -> list[NDArray[np.int32]]:
+        """Return the ids of a rendered chat followed by each of ``endings``; each run of visual tokens is one placeholder.
+
+        Raises:
+            ShapeError: If there are not as many image tokens as images; or a text is not valid Unicode.
+        """
+        _check_unicode("".join((text, *endings)))
+        text = _with_insets(text, insets, image_token=spec.image_token, video_token=spec.video_token)
+        starts_with_bos = bool(spec.bos_token) and text.startswith(spec.bos_token)
+        return [self._encode(text + ending, add_special_tokens=not starts_with_bos) for ending in endings]
 
     def plain_ids(self, text: str) -> NDArray[np.int32]:
         """Return the ids of a text without special tokens around it.
@@ -453,6 +463,7 @@ class _Scanner:
     _ESCAPE = re.compile(r"\\(?:[pP]\{\^?[\w ]{1,40}\}|x\{[0-9A-Fa-f]{1,8}\}|[^0-9kgXK\\]|\\|0)", re.DOTALL)
     _GROUP = re.compile(r"\((?:\?(?:[imx-]*:|<?[=!]|>|<[A-Za-z_]\w*>)|(?![?*]))")
     _FLAGS = re.compile(r"\(\?[imx-]+\)")
+    _CLASS_MARK = re.compile(r"\\.|\[\^?\]?|\]", re.DOTALL)  # directly after the start, a "]" is a character
 
     def __init__(self, pattern: str) -> None:
         self.rest = pattern
@@ -524,22 +535,10 @@ class _Scanner:
         return part._replace(is_long=is_long, can_fail=part.can_fail and least > 0, has_choice=has_choice)
 
     def _skip_class(self) -> None:
-        """Skip a character class, which may contain other classes."""
-        depth, place = 0, 0
-        while place < len(self.rest):
-            char = self.rest[place]
-            if char == "\\":
-                place += 1
-            elif char == "[":
-                depth += 1
-                if self.rest[place + 1 : place + 2] == "^":
-                    place += 1
-                if self.rest[place + 1 : place + 2] == "]":  # directly after the start it is a character
-                    place += 1
-            elif char == "]":
-                depth -= 1
-                if depth == 0:
-                    self.rest = self.rest[place + 1 :]
-                    return
-            place += 1
+        depth = 0
+        for found in self._CLASS_MARK.finditer(self.rest):
+            depth += {"[": 1, "]": -1}.get(found[0][0], 0)
+            if depth == 0:
+                self.rest = self.rest[found.end() :]
+                return
         raise ValueError("a pattern with an open class of characters")

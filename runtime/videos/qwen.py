@@ -40,15 +40,7 @@ import msgspec
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
-from trio_edge.runtime.images.processing import (
-    Colour,
-    Factor,
-    Processing,
-    Size,
-    Spread,
-    only_checkpoint_errors,
-    pixel_fields,
-)
+from trio_edge.runtime.images import processing
 from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages, areas, check_aspect_ratio, scaled_grid
 
 if TYPE_CHECKING:
@@ -72,7 +64,7 @@ _MOST_TIME = 1 << 24  # float32 holds all whole numbers below it
 _Videos = TypeVar("_Videos", bound="QwenVideos")
 
 
-class QwenVideos(Processing, frozen=True, kw_only=True):
+class QwenVideos(processing.Processing, frozen=True, kw_only=True):
     """Constants of both families: the manifest's ``video_processing``. Sizes are in pixels of scaled frames."""
 
     manifest_key = "video_processing"
@@ -81,21 +73,21 @@ class QwenVideos(Processing, frozen=True, kw_only=True):
     old_sizes: ClassVar[bool]
     """Whether that class reads ``min_pixels`` and ``max_pixels``, which precede ``size``."""
 
-    min_pixels: Size
+    min_pixels: processing.Size
     """Smaller videos are enlarged."""
-    max_pixels: Size
+    max_pixels: processing.Size
     """Larger videos are reduced."""
-    max_video_tokens: Size
+    max_video_tokens: processing.Size
     """Limit of visual tokens with ``cap_pixels_per_frame``."""
     cap_pixels_per_frame: bool = False
-    min_frames: Size = 4
+    min_frames: processing.Size = 4
     """Fewest frames that sampling by ``fps`` takes, if the video has as many."""
-    max_frames: Size = 768
+    max_frames: processing.Size = 768
     """Most frames that sampling by ``fps`` takes."""
     do_sample_frames: bool = False
     """Whether frames are sampled by default, by ``num_frames`` or ``fps``."""
-    fps: Factor | None = None
-    num_frames: Size | None = None
+    fps: processing.Factor | None = None
+    num_frames: processing.Size | None = None
 
     def __post_init__(self) -> None:
         for least, most in (("min_pixels", "max_pixels"), ("min_frames", "max_frames")):
@@ -128,8 +120,8 @@ class QwenVideos(Processing, frozen=True, kw_only=True):
                 raise CheckpointError(
                     f"{_FILE} {key}: expected {getattr(images, key)} (the image processor's), got {values[key]}"
                 )
-        with only_checkpoint_errors(_FILE):
-            fields = pixel_fields(values, *_VALUES) | tower
+        with processing.only_checkpoint_errors(_FILE):
+            fields = processing.pixel_fields(values, *_VALUES) | tower
             fields |= areas(values, file=_FILE, old_keys=cls.old_sizes)
             # null is different from the default: it switches off sampling by this number.
             fields |= {key: config[key] for key in _REQUESTS if key in config}
@@ -149,11 +141,11 @@ class Qwen25Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=
     processor = "Qwen2VLVideoProcessor"
     old_sizes = True
 
-    tokens_per_second: Factor
+    tokens_per_second: processing.Factor
     """Positions per second."""
-    min_pixels: Size = 128 * 28 * 28
-    max_pixels: Size = 768 * 28 * 28
-    max_video_tokens: Size = 128_000
+    min_pixels: processing.Size = 128 * 28 * 28
+    max_pixels: processing.Size = 768 * 28 * 28
+    max_video_tokens: processing.Size = 128_000
     """Visual tokens per video; ``cap_pixels_per_frame`` allows nine tenths of them."""
 
     def indices(
@@ -228,16 +220,16 @@ class Qwen3Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag="
     processor = "Qwen3VLVideoProcessor"
     old_sizes = False
 
-    min_pixels: Size = 128 * 32 * 32
+    min_pixels: processing.Size = 128 * 32 * 32
     """Fewest pixels of all frames together."""
-    max_pixels: Size = 768 * 32 * 32
+    max_pixels: processing.Size = 768 * 32 * 32
     """Most pixels of all frames together."""
-    max_video_tokens: Size = 768
+    max_video_tokens: processing.Size = 768
     """Visual tokens per frame that ``cap_pixels_per_frame`` allows."""
     do_sample_frames: bool = True
-    fps: Factor | None = 2.0
-    image_mean: Colour = _HALF
-    image_std: Spread = _HALF
+    fps: processing.Factor | None = 2.0
+    image_mean: processing.Colour = _HALF
+    image_std: processing.Spread = _HALF
 
     def indices(
         self, total: int, video_fps: float | None, *, fps: float | None, num_frames: int | None
@@ -291,7 +283,7 @@ class VideoProcessing:
         """Combine the videos' constants with the encoder's constants in ``images``."""
         self.sampling: Qwen25Videos | Qwen3Videos = sampling
         self._frames = msgspec.structs.replace(
-            images, **{key: getattr(sampling, key) for key in Processing.__struct_fields__}
+            images, **{key: getattr(sampling, key) for key in processing.Processing.__struct_fields__}
         )
 
     def grid(self, video: Video) -> tuple[int, int]:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
-from trio_edge.serving.answers.job import Event, Failed, Finished, Kept, NewText
+from trio_edge.serving.answers.job import Event, Failed, Finished, Kept, NewText, NextAnswer
 from trio_edge.serving.requests.errors import RequestError
 from trio_edge.serving.requests.protocol import parse_chat
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
 
+    from trio_edge.serving.requests.decisions import Asking
     from trio_edge.serving.requests.protocol import ChatRequest
 
 CLOSED = 499
@@ -28,6 +29,8 @@ class AnswerWriter(abc.ABC):
 
     chat: ChatRequest
     """The request, or the chat request that it stands for."""
+    asking: Asking | None = None
+    """The questions that the last turns of ``chat`` ask; None for a chat."""
 
     def begin(self, model: str, events: AsyncIterator[Event]) -> None:
         """Start the answers of ``model``."""
@@ -56,6 +59,14 @@ class AnswerWriter(abc.ABC):
             return event
         raise RequestError(CLOSED, "answer: cancelled")
 
+    @abc.abstractmethod
+    def result(self, events: Sequence[Event], usage: dict[str, Any]) -> dict[str, Any]:
+        """Return the JSON of all events."""
+
+
+class StreamWriter(AnswerWriter):
+    """Writes answers that can be streamed, too."""
+
     async def stream(self, first: Event) -> AsyncIterator[bytes]:
         """Yield the chunks of the ``first`` event and the later ones."""
         for chunk in (*self.start(), *self.chunks(first)):
@@ -63,10 +74,6 @@ class AnswerWriter(abc.ABC):
         async for event in self._events:
             for chunk in self.chunks(event):
                 yield chunk
-
-    @abc.abstractmethod
-    def result(self, events: Sequence[Event], usage: dict[str, Any]) -> dict[str, Any]:
-        """Return the JSON of all events."""
 
     @abc.abstractmethod
     def start(self) -> Iterator[bytes]:
@@ -78,7 +85,7 @@ class AnswerWriter(abc.ABC):
 
 
 @final
-class Completion(AnswerWriter):
+class Completion(StreamWriter):
     """Writes a chat completion."""
 
     def __init__(self, body: bytearray, max_parts: int) -> None:
@@ -98,7 +105,7 @@ class Completion(AnswerWriter):
                 scores += event.logprobs
             elif isinstance(event, Kept):
                 trio = {"trio": event.report}
-            elif not isinstance(event, Failed):
+            elif isinstance(event, (NextAnswer, Finished)):
                 message = {"role": "assistant", "content": text, "refusal": None}
                 choices.append(self._choice(scores, event.reason, message=message))
                 self._index, text, scores = self._index + 1, "", []
@@ -116,7 +123,7 @@ class Completion(AnswerWriter):
             yield self._event(self._frame(_CHUNK, choices=[], trio=event.report))
         elif isinstance(event, Failed):
             yield self._event(event.error.body)
-        else:
+        elif isinstance(event, (NextAnswer, Finished)):
             yield self._chunk({}, reason=event.reason)
             if isinstance(event, Finished):
                 if self._include_usage:

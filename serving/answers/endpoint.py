@@ -11,11 +11,11 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from trio_edge.runtime.bundle.errors import TrioEdgeError
-from trio_edge.serving.answers.completion import CLOSED
+from trio_edge.serving.answers.completion import CLOSED, StreamWriter
 from trio_edge.serving.answers.job import AnswerJob
 from trio_edge.serving.answers.worker import answer_settings
 from trio_edge.serving.requests.content import read_prompt
-from trio_edge.serving.requests.errors import RequestError, request_error_from, unknown_model
+from trio_edge.serving.requests.errors import RequestError, invalid_value, request_error_from, unknown_model
 from trio_edge.serving.requests.protocol import VideoPart
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from trio_edge.serving.answers.interface import ModelWorker
     from trio_edge.serving.metrics import Metrics
     from trio_edge.serving.requests.body import BodyReader
+    from trio_edge.serving.requests.decisions import Asking
     from trio_edge.serving.requests.media import MediaReader
     from trio_edge.serving.requests.protocol import ChatRequest
     from trio_edge.serving.settings import ServerSettings
@@ -48,9 +49,13 @@ class AnswerEndpoint:
         metrics: Metrics,
         media: MediaReader,
         bodies: BodyReader,
+        takes_forms: bool = False,
     ) -> None:
-        """Answer requests that ``read`` reads from a body; its second argument is the maximum number of parts."""
-        self._read, self._bodies = read, bodies
+        """Answer requests that ``read`` reads from a body; its second argument is the maximum number of parts.
+
+        Bodies are JSON and, with ``takes_forms``, multipart forms.
+        """
+        self._read, self._bodies, self._takes_forms = read, bodies, takes_forms
         self._workers, self._settings, self._metrics, self._media = workers, settings, metrics, media
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,11 +66,12 @@ class AnswerEndpoint:
         """
         request, name, writer = Request(scope, receive), "", None
         try:
-            async with self._bodies.read(request) as body:
+            async with self._bodies.read(request, takes_forms=self._takes_forms) as body:
                 writer = await run_in_threadpool(self._read, body, self._settings.max_parts)
                 worker = _chosen_worker(self._workers, writer.chat)
                 name = worker.name
-                job = await self._submit(worker, self._clamped(writer.chat, worker.manifest))
+                chat = self._clamped(writer.chat, worker.manifest)
+                job = await self._submit(worker, chat, writer.asking)
                 try:
                     writer.begin(name, job.events())
                     response = await self._response(request, job, writer)
@@ -89,10 +95,14 @@ class AnswerEndpoint:
 
         return sending
 
-    async def _submit(self, worker: ModelWorker, chat: ChatRequest) -> AnswerJob:
+    async def _submit(self, worker: ModelWorker, chat: ChatRequest, asking: Asking | None) -> AnswerJob:
         answer_settings(chat, worker.manifest)  # refuses a wrong setting before the images are read
+        if asking is not None and worker.manifest.decisions is None:
+            raise invalid_value(
+                "model", "expected a bundle with a template for questions, got none; export it again"
+            )
         prompt = await run_in_threadpool(read_prompt, chat, self._media, max_pixels=self._settings.max_pixels)
-        job = AnswerJob(chat, prompt)
+        job = AnswerJob(chat, prompt, asking)
         try:
             worker.submit(job)
         except BaseException:
@@ -107,7 +117,7 @@ class AnswerEndpoint:
         return msgspec.structs.replace(chat, max_tokens=room, max_completion_tokens=None)
 
     async def _response(self, request: Request, job: AnswerJob, writer: AnswerWriter) -> Response:
-        if not job.chat.stream:
+        if not isinstance(writer, StreamWriter) or not job.chat.stream:
             answer = await _unless_gone(request, writer.whole())
             return Response(msgspec.json.encode(answer), media_type="application/json")
         # An error before the first event can still set the HTTP status.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.answer import Generation
     from trio_edge.serving.requests.content import Prompt
+    from trio_edge.serving.requests.decisions import Asking
     from trio_edge.serving.requests.protocol import ChatRequest
 
 
@@ -31,6 +32,19 @@ class Kept(msgspec.Struct, frozen=True, tag=True):
     """The report of ``kept_report``."""
 
     report: dict[str, Any]
+
+
+class Decided(msgspec.Struct, frozen=True, tag=True):
+    """The answer to one of several questions with a fixed set of answers."""
+
+    index: int
+    """The question's place in the request."""
+    probabilities: list[float]
+    """One for each of the question's options."""
+    score: float
+    """Mean of the levels' numbers."""
+    diagnostics: dict[str, Any]
+    """Our own fields: how sure the model was of any option, and the visual tokens."""
 
 
 class NextAnswer(msgspec.Struct, frozen=True, tag=True):
@@ -53,16 +67,16 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     error: RequestError
 
 
-Event: TypeAlias = NewText | Kept | NextAnswer | Finished | Failed
+Event: TypeAlias = NewText | Kept | Decided | NextAnswer | Finished | Failed
 
 
 @final
 class AnswerJob:
     """A request in a worker. The worker's thread emits events, and the event loop reads them."""
 
-    def __init__(self, chat: ChatRequest, prompt: Prompt) -> None:
-        """Store the request. Called on the event loop."""
-        self.chat, self.prompt = chat, prompt
+    def __init__(self, chat: ChatRequest, prompt: Prompt, asking: Asking | None = None) -> None:
+        """Store the request; ``asking`` has the questions that it asks in place of a chat. Called on the event loop."""
+        self.chat, self.prompt, self.asking = chat, prompt, asking
         self.generation: Generation | None = None
         """The running answer, set by the worker."""
         self.is_cancelled = False

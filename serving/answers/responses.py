@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
-from trio_edge.serving.answers.completion import AnswerWriter
+from trio_edge.serving.answers.completion import StreamWriter
 from trio_edge.serving.answers.job import Event, Failed, Finished, Kept, NewText
 from trio_edge.serving.requests.responses import parse_response
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @final
-class ResponseWriter(AnswerWriter):
+class ResponseWriter(StreamWriter):
     """Writes a response, whose output is one message."""
 
     def __init__(self, body: bytearray, max_parts: int) -> None:
@@ -91,7 +91,7 @@ class ResponseWriter(AnswerWriter):
             "status": status,
             "model": self._model,
             "output": [] if usage is None else [self._item(status, [self._part()])],
-            "usage": None if usage is None else _usage(usage),
+            "usage": None if usage is None else input_usage(usage),
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             **{name: getattr(asked, name) for name in echoed},
@@ -111,11 +111,13 @@ class ResponseWriter(AnswerWriter):
         return f"event: {kind}\ndata: ".encode() + msgspec.json.encode(data) + b"\n\n"
 
 
-def _usage(usage: dict[str, Any]) -> dict[str, Any]:
+def input_usage(usage: dict[str, Any]) -> dict[str, Any]:
+    """Return a ``usage`` with the names of OpenAI's newer interfaces."""
     own = dict(usage)
+    cached = own.pop("cached_tokens", 0)
     return {
         "input_tokens": own.pop("prompt_tokens"),
-        "input_tokens_details": {"cached_tokens": 0},
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
         "output_tokens": own.pop("completion_tokens"),
         "output_tokens_details": {"reasoning_tokens": 0},
         **own,

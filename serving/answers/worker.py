@@ -13,26 +13,30 @@ from concurrent.futures import Future
 from itertools import chain
 from typing import TYPE_CHECKING, Any, final
 
+import msgspec
 import numpy as np
 
 from trio_edge.runtime.answer import Statistics
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.serving.answers.interface import ModelWorker, cut_short, queue_full, smoothed, stopping
-from trio_edge.serving.answers.job import AnswerJob, Failed, Finished, Kept, NewText, NextAnswer
+from trio_edge.serving.answers.job import AnswerJob, Decided, Failed, Finished, Kept, NewText, NextAnswer
 from trio_edge.serving.answers.structured import Constraints
 from trio_edge.serving.requests.errors import RequestError, request_error_from
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from trio_edge.runtime.answer import Generation
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.bundle.schedule import Stage
+    from trio_edge.runtime.decisions.questions import Decision
     from trio_edge.runtime.images.processing import ImageLayout
     from trio_edge.runtime.pipeline import Pipeline
+    from trio_edge.runtime.prompts.chat import Message
     from trio_edge.serving.metrics import Metrics
+    from trio_edge.serving.requests.decisions import Asking
     from trio_edge.serving.requests.protocol import ChatRequest
     from trio_edge.serving.settings import ServerSettings
 
@@ -180,6 +184,19 @@ class Worker(ModelWorker):
         return failure
 
     def _answer(self, pipeline: Pipeline, constraints: Constraints, job: AnswerJob) -> None:
+        if job.asking is None:
+            reason, usage = self._chat(pipeline, constraints, job)
+        else:
+            reason, usage = "stop", self._decide(pipeline, job, job.asking)
+        self._metrics.count_answer(self.name, usage, is_cancelled=job.is_cancelled)
+        with self._changed:
+            self._service_s = smoothed(self._service_s, time.perf_counter() - self._running_since)
+        job.emit(Finished(reason, usage))
+
+    def _chat(
+        self, pipeline: Pipeline, constraints: Constraints, job: AnswerJob
+    ) -> tuple[str, dict[str, Any]]:
+        """Emit the answers of a chat but the end; return why the last one ended, and the usage."""
         reason, done = "", list[Statistics]()
         for number in range(job.chat.n or 1):
             if number:
@@ -194,11 +211,22 @@ class Worker(ModelWorker):
             done.append(answer.statistics)
             if job.is_cancelled:
                 break
-        usage = usage_of(done, queue_s=self._running_since - job.submitted)
-        self._metrics.count_answer(self.name, usage, is_cancelled=job.is_cancelled)
-        with self._changed:
-            self._service_s = smoothed(self._service_s, time.perf_counter() - self._running_since)
-        job.emit(Finished(reason, usage))
+        return reason, usage_of(done, queue_s=self._running_since - job.submitted)
+
+    def _decide(self, pipeline: Pipeline, job: AnswerJob, asking: Asking) -> dict[str, Any]:
+        """Emit the answers to questions until the job is cancelled; return the usage."""
+        done = list[Statistics]()
+        for index, decision in decisions_of(pipeline, job.prompt.messages, asking):
+            done.append(decision.statistics)
+            diagnostics = {
+                "label_mass": decision.label_mass,
+                "visual_tokens": done[-1].visual_tokens,
+                "kept_tokens": list(done[-1].kept_tokens),
+            }
+            job.emit(Decided(index, list(decision.probabilities), decision.score, diagnostics))
+            if job.is_cancelled:
+                break
+        return decision_usage(done, queue_s=self._running_since - job.submitted)
 
     def _stream(self, pipeline: Pipeline, answer: Generation, job: AnswerJob, *, needs_report: bool) -> str:
         """Emit an answer's events but its end; return why it ended."""
@@ -289,6 +317,40 @@ def usage_of(answers: Sequence[Statistics], *, queue_s: float) -> dict[str, Any]
         "ttft_ms": round(first.ttft_ms, 3),
         "decode_ms": round(decode_ms, 3),
     }
+
+
+def decision_usage(answers: Sequence[Statistics], *, queue_s: float) -> dict[str, Any]:
+    """Return ``usage_of`` for answers to several questions: each counts its whole prompt, and one token for its answer."""
+    prompt, new = sum(answer.text_tokens + answer.visual_tokens for answer in answers), len(answers)
+    return {
+        **usage_of(answers, queue_s=queue_s),
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "cached_tokens": sum(answer.cached_tokens for answer in answers),
+        "questions": new,
+    }
+
+
+def decisions_of(
+    pipeline: Pipeline, messages: Sequence[Message], asking: Asking
+) -> Iterator[tuple[int, Decision]]:
+    """Yield the place of each question and its answer; questions with images of their own come last.
+
+    The last messages are the questions' own, one for each, with these images.
+    """
+    first = len(messages) - len(asking.questions)
+    shared = list(messages[:first])
+    own = [[part for part in message["content"] if part["type"] == "image"] for message in messages[first:]]
+    if not shared or shared[-1]["role"] != "user":
+        shared.append({"role": "user", "content": []})
+    together = [index for index, images in enumerate(own) if not images]
+    for group in [together, *([index] for index, images in enumerate(own) if images)]:
+        if group:
+            last = {**shared[-1], "content": [*shared[-1]["content"], *own[group[0]]]}
+            questions = [asking.questions[index] for index in group]
+            options = msgspec.structs.asdict(asking.options)
+            yield from zip(group, pipeline.iter_decisions([*shared[:-1], last], questions, **options))
 
 
 @final

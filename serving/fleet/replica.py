@@ -51,8 +51,8 @@ class Replica:
         """Yield ``STARTED``, then the events of an answer. Ray Serve closes it when the client goes away."""
         yield STARTED
         try:
-            chat, messages = unpacked_request(request)
-            job = AnswerJob(chat, await asyncio.to_thread(Prompt, messages))
+            chat, messages, asking = unpacked_request(request)
+            job = AnswerJob(chat, await asyncio.to_thread(Prompt, messages), asking)
             self._worker.submit(job)
         except RequestError as error:
             yield packed_events([Failed(error)])

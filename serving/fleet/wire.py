@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from trio_edge.serving.answers.job import AnswerJob, Event
+from trio_edge.serving.requests.decisions import Asking
 from trio_edge.serving.requests.protocol import ChatRequest, Turn
 
 if TYPE_CHECKING:
@@ -20,12 +21,12 @@ def packed_request(job: AnswerJob) -> bytes:
     """Return a request with the bytes of its images and videos, so that a replica fetches nothing."""
     # The client's own messages would carry every image a second time.
     chat = msgspec.structs.replace(job.chat, messages=_NO_MESSAGES)
-    return msgspec.msgpack.encode((chat, job.prompt.messages), enc_hook=Path.read_bytes)
+    return msgspec.msgpack.encode((chat, job.prompt.messages, job.asking), enc_hook=Path.read_bytes)
 
 
-def unpacked_request(data: bytes) -> tuple[ChatRequest, list[Message]]:
-    """Return the request without its messages, and the messages. A video is the bytes of its file."""
-    return msgspec.msgpack.decode(data, type=tuple[ChatRequest, list[dict[str, Any]]])
+def unpacked_request(data: bytes) -> tuple[ChatRequest, list[Message], Asking | None]:
+    """Return the request without its messages, the messages, and the questions. A video is the bytes of its file."""
+    return msgspec.msgpack.decode(data, type=tuple[ChatRequest, list[dict[str, Any]], Asking | None])
 
 
 def packed_events(events: list[Event]) -> bytes:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _LINGER_S = 2.0  # for the rest of a refused body
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+_MAX_FORM_PARTS = 256
+_MAX_PART_HEAD = 1000
+_PART_NAME = re.compile(rb'content-disposition:[^\r\n]*[; ]name="([^"\r\n]+)"', re.IGNORECASE)
 
 
 @final
@@ -74,13 +77,13 @@ class BodyReader:
         self._settings, self._used = settings, 0
 
     @contextlib.asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[bytearray]:
+    async def read(self, request: Request, *, takes_forms: bool = False) -> AsyncIterator[bytearray]:
         """Yield the body of a request. Its bytes count until the block ends.
 
         Raises:
-            RequestError: If its type is not JSON, it is too large or too slow, or there are too many others.
+            RequestError: If its type is not JSON or an allowed form, it is too large or slow, or there are too many others.
         """
-        self._check_headers(request)
+        self._check_headers(request, takes_forms=takes_forms)
         body, seconds = bytearray(), self._settings.body_s
         try:
             try:
@@ -109,11 +112,18 @@ class BodyReader:
             raise RequestError(429, message, code="server_busy", retry_after_s=5.0)
         self._used += count
 
-    def _check_headers(self, request: Request) -> None:
+    def _check_headers(self, request: Request, *, takes_forms: bool) -> None:
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-        if kind != "application/json":
-            # A browser sends JSON of another site's page only after it has asked this server.
+        # A browser sends JSON, or a form with this header, of another site's page only after it has asked this server.
+        is_form = takes_forms and kind == "multipart/form-data"
+        if is_form and "authorization" not in request.headers:
+            raise RequestError(415, "authorization: expected this header with a form, got none; send any key")
+        if kind != "application/json" and not is_form:
             message = f"content-type: expected application/json, got {kind[:60]!r}; set the header"
+            raise RequestError(415, message)
+        packing = request.headers.get("content-encoding", "identity")
+        if packing.lower() != "identity":
+            message = f"content-encoding: expected none, got {packing[:60]!r}; send the body uncompressed"
             raise RequestError(415, message)
         length = request.headers.get("content-length", "")
         if length.isdecimal() and len(length) < 20:
@@ -130,3 +140,22 @@ class BodyReader:
         if num_bytes > most:
             message = f"body: expected at most {most} bytes, got more; send smaller images"
             raise RequestError(413, message, code="body_too_large")
+
+
+def form_parts(body: bytes | bytearray) -> dict[str, bytes | bytearray]:
+    """Return the parts of a ``multipart/form-data`` body by name (RFC 7578), without their headers.
+
+    Raises:
+        RequestError: If the body is no such form, or a name comes twice.
+    """
+    boundary = body[: max(body.find(b"\r\n"), 0)]
+    _, *pieces = (b"\r\n" + body).split(b"\r\n" + boundary, _MAX_FORM_PARTS + 2)
+    parts: dict[str, bytes | bytearray] = {}
+    for piece in pieces[:-1]:
+        head, _, content = piece.partition(b"\r\n\r\n")
+        if found := _PART_NAME.search(head[:_MAX_PART_HEAD]):
+            parts[found[1].decode(errors="replace")] = content
+    if not parts or len(parts) != len(pieces) - 1 or pieces[-1].rstrip() != b"--":
+        expected = f"a form of at most {_MAX_FORM_PARTS} parts, each with a name of its own, and its end"
+        raise RequestError(400, f"body: expected {expected}, got another; send it again", code="invalid_form")
+    return parts

@@ -56,6 +56,18 @@ class RequestError(Exception):
         }
 
     @property
+    def detail(self) -> dict[str, Any]:
+        """The error in the form of System One: a list of wrong fields with the status 422, else one line."""
+        line = message_line(self.message)
+        if self.status != 422 or self.param is None:
+            return {"detail": line}
+        wrong = {
+            "loc": ["body", *message_line(self.param).split(".")],
+            "msg": line.removeprefix(f"{self.param}: "),
+        }
+        return {"detail": [{**wrong, "type": self.code}]}
+
+    @property
     def headers(self) -> dict[str, str]:
         """HTTP headers of the error response."""
         if self.retry_after_s is not None:

@@ -24,6 +24,7 @@ _MAX_ANSWERS = 16
 _MAX_BIASES = 1024
 _MAX_LOGPROBS = 20  # as at OpenAI
 _MAX_SCHEMA_LEVELS = 32  # the grammar's compiler recurses
+_MAX_JSON_LEVELS = 32  # as at OpenAI
 _MAX_SCHEMA_BYTES = 1 << 16
 # llguidance (1.9) needs 4 times as long for 2 more patterns that must hold together, and builds a state for each remainder.
 _MAX_PATTERNS = 12
@@ -320,6 +321,18 @@ def _items(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return list(value.values())
     return value if isinstance(value, list) else []
+
+
+def json_text(value: Any, *, where: str) -> str:
+    """Return JSON as compact text; raises RequestError for the field ``where`` if it has too many levels."""
+    level = [value]
+    for _ in range(_MAX_JSON_LEVELS + 1):
+        level = [item for one in level for item in _items(one)]
+    if level:
+        raise invalid_value(
+            where, f"expected at most {_MAX_JSON_LEVELS} levels of JSON, got more; make it flatter"
+        )
+    return msgspec.json.encode(value).decode()
 
 
 def _check_together(chat: ChatRequest) -> None:

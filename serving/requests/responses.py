@@ -32,6 +32,7 @@ class InputText(Spec, kw_only=True, frozen=True, tag="input_text", tag_field="ty
     """A piece of text."""
 
     text: str
+    prompt_cache_breakpoint: Any = None  # no effect, like all about caching
 
 
 class OutputText(Spec, kw_only=True, frozen=True, tag="output_text", tag_field="type"):
@@ -46,8 +47,9 @@ class InputImage(Spec, kw_only=True, frozen=True, tag="input_image", tag_field="
     """An image."""
 
     image_url: str
-    detail: Literal["low", "high", "auto"] = "auto"
+    detail: Literal["low", "high", "auto", "original"] | None = None
     file_id: None = None
+    prompt_cache_breakpoint: Any = None
 
 
 InputPart: TypeAlias = InputText | OutputText | InputImage
@@ -134,11 +136,15 @@ def _content(turn: InputTurn) -> str | list[Part]:
     if isinstance(turn.content, str):
         return turn.content
     return [
-        ImagePart(image_url=ImageAddress(url=part.image_url, detail=part.detail))
-        if isinstance(part, InputImage)
-        else TextPart(text=part.text)
+        TextPart(text=part.text) if not isinstance(part, InputImage) else image_of(part)
         for part in turn.content
     ]
+
+
+def image_of(part: InputImage) -> ImagePart:
+    """Return an image in the form of chat completions."""
+    detail = "high" if part.detail == "original" else part.detail or "auto"
+    return ImagePart(image_url=ImageAddress(url=part.image_url, detail=detail))
 
 
 def _format(form: TextFormat | None) -> ResponseFormat | None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trio_edge.calibration.model.torch_model import TorchModel
-    from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.questions import Sample
 
 SCHEDULE = Schedule(stages=tuple(Stage(layer=layer, keep=keep) for layer, keep in REDUCED_STAGES))
 
@@ -44,7 +44,7 @@ def _inference() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Question]:
+def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     return read_questions(write_questions(tmp_path_factory.mktemp("samples"), questions_about(3)))
 
 
@@ -76,7 +76,7 @@ def crowd() -> Crowd:
 
 
 def test_kept_tokens_and_divergence_are_the_bundles(
-    model: TorchModel, questions: list[Question], keep_all_bundle: Path, reduced_bundle: Path
+    model: TorchModel, questions: list[Sample], keep_all_bundle: Path, reduced_bundle: Path
 ) -> None:
     with (
         Pipeline.from_bundle(keep_all_bundle, threads=1) as full,
@@ -97,7 +97,7 @@ def test_kept_tokens_and_divergence_are_the_bundles(
 
 
 def test_kept_tokens_and_answers_are_the_bundles_with_deepstack(
-    questions: list[Question], tmp_path: Path
+    questions: list[Sample], tmp_path: Path
 ) -> None:
     """Some planes are added before a stage, some after it."""
     folder = save_qwen3_vl_checkpoint(tmp_path / "ck")
@@ -113,7 +113,7 @@ def test_kept_tokens_and_answers_are_the_bundles_with_deepstack(
 
 
 def test_kept_tokens_and_answers_are_the_bundles_with_text_between_tiles(
-    questions: list[Question], tmp_path: Path
+    questions: list[Sample], tmp_path: Path
 ) -> None:
     folder = save_smolvlm_checkpoint(tmp_path / "ck")
     model = load_model(str(folder))
@@ -130,7 +130,7 @@ def test_kept_tokens_and_answers_are_the_bundles_with_text_between_tiles(
 
 @pytest.mark.parametrize("positions", ["compact", "preserved"])
 def test_answer_tokens_behind_the_prompt_see_what_decoding_sees(
-    model: TorchModel, questions: list[Question], positions: Any
+    model: TorchModel, questions: list[Sample], positions: Any
 ) -> None:
     schedule = schedule_of("1:14,2:6", positions=positions, probe_rows="answer")
     prompt = make_prompt(model, questions[0])
@@ -150,7 +150,7 @@ def test_answer_tokens_behind_the_prompt_see_what_decoding_sees(
     assert measured.kl == pytest.approx(0.0, abs=1e-7)
 
 
-def test_keep_all_leaves_what_enters_every_layer(model: TorchModel, questions: list[Question]) -> None:
+def test_keep_all_leaves_what_enters_every_layer(model: TorchModel, questions: list[Sample]) -> None:
     prompt = make_prompt(model, questions[1])
     whole = keep_all(model, prompt, num_tokens=3)
     assert whole.inputs[0].num_answer == len(whole.tokens) - 1
@@ -160,7 +160,7 @@ def test_keep_all_leaves_what_enters_every_layer(model: TorchModel, questions: l
         again = advanced(model, again, range(layer, layer + 1))
 
 
-def test_schedules_measured_together_are_as_each_alone(model: TorchModel, questions: list[Question]) -> None:
+def test_schedules_measured_together_are_as_each_alone(model: TorchModel, questions: list[Sample]) -> None:
     schedules = [
         Schedule(),
         schedule_of("1:14,2:6"),
@@ -201,7 +201,7 @@ def test_the_rounds_are_the_fewest_that_settle_in_a_graph(crowd: Crowd) -> None:
     assert enough == 0
 
 
-def _answered(pipeline: Pipeline, question: Question) -> Any:
+def _answered(pipeline: Pipeline, question: Sample) -> Any:
     generation = pipeline.generate(list(question.images), question.question, max_new_tokens=3)
     assert generation.text is not None
     return generation

@@ -15,7 +15,7 @@ from tests.qwen_checkpoints import save_qwen3_vl_checkpoint
 from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
-from trio_edge.calibration.questions import Question, read_questions
+from trio_edge.calibration.questions import Sample, read_questions
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
@@ -37,7 +37,7 @@ NUM_LAYERS, PRODUCTS_OF_A_LAYER = 3, 7  # as many layers as planes, so that each
 
 
 @pytest.fixture(scope="module")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Question]:
+def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     file = write_questions(tmp_path_factory.mktemp("samples"), questions_about(2))
     return read_questions(file, count=None, need_answers=False)
 
@@ -49,7 +49,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def bundle(family: str, questions: list[Question], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(family: str, questions: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     save, _ = CHECKPOINTS[family]
     folder = save(tmp_path_factory.mktemp(family) / "checkpoint", num_layers=NUM_LAYERS)
     model, plan = load_model(str(folder)), parse_plan("all=int8")
@@ -95,7 +95,7 @@ def test_every_product_with_weights_rounds_its_inputs_but_the_patches(family: st
         assert len(products) - len(rounded) <= (name == "vision")  # the patches' embedding
 
 
-def test_the_bundle_answers(bundle: Bundle, questions: list[Question]) -> None:
+def test_the_bundle_answers(bundle: Bundle, questions: list[Sample]) -> None:
     with Pipeline.from_bundle(bundle.folder, threads=1) as pipeline:
         assert pipeline.generate(open_image(questions[0].images[0]), "w1 w2", max_new_tokens=3).text
 

@@ -14,12 +14,12 @@ from trio_edge.calibration.metrics import (
     vqa_normal,
     yes_no_rates,
 )
-from trio_edge.calibration.questions import Question
+from trio_edge.calibration.questions import Sample
 
 
-def question(*answers: str, choices: tuple[str, ...] = ()) -> Question:
+def question(*answers: str, choices: tuple[str, ...] = ()) -> Sample:
     fields: Any = {"images": (), "image_names": ("p",), "image_id": "p"}
-    return Question(
+    return Sample(
         index=0, sample_id="0", kind="all", question="?", answers=answers, choices=choices, **fields
     )
 
@@ -142,5 +142,5 @@ def test_a_choice_is_right_by_letter_or_by_text(answer: str) -> None:
     ],
     ids=["choices", "yes_or_no", "ten_answers", "words", "mixed"],
 )
-def test_the_fields_choose_the_metric(questions: list[Question], expected: str) -> None:
+def test_the_fields_choose_the_metric(questions: list[Sample], expected: str) -> None:
     assert metric_for(questions).name == expected

@@ -37,7 +37,7 @@ from trio_edge.calibration.quantize.rounding import (
     smoothquant_factors,
 )
 from trio_edge.calibration.quantize.sections import quantized_sections
-from trio_edge.calibration.questions import Question, read_questions
+from trio_edge.calibration.questions import Sample, read_questions
 from trio_edge.calibration.search import cli as cli_calibrate
 from trio_edge.calibration.search.measuring import measure
 from trio_edge.export.graphs.linear_groups import LinearGroup, decoder_groups
@@ -60,18 +60,18 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def questions(samples: Path) -> list[Question]:
+def questions(samples: Path) -> list[Sample]:
     return read_questions(samples, count=None, need_answers=False)
 
 
-def logits_of(model: TorchModel, question: Question, schedule: Schedule) -> torch.Tensor:
+def logits_of(model: TorchModel, question: Sample, schedule: Schedule) -> torch.Tensor:
     with torch.inference_mode():
         prompt = make_prompt(model, question)
         return greedy_answer(model, prompt, schedule, max_tokens=3).logits_TV
 
 
 def test_layers_behind_a_stage_are_listened_to_with_fewer_tokens_and_the_head_where_it_is_read(
-    checkpoint: Path, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, questions: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trio_edge.calibration.quantize.collecting.NUM_ROWS", MANY_ROWS)
     model, one = load_model(str(checkpoint)), questions[:1]
@@ -129,7 +129,7 @@ def test_factors_lessen_the_error_where_some_inputs_are_large(kind: Any) -> None
 
 
 def test_quantized_layers_differ_by_their_rounding_and_are_given_back(
-    checkpoint: Path, questions: list[Question]
+    checkpoint: Path, questions: list[Sample]
 ) -> None:
     model = load_model(str(checkpoint))
     parameters = [parameter.clone() for layer in model.parts.layers for parameter in layer.parameters()]
@@ -175,7 +175,7 @@ def test_quantized_layers_differ_by_their_rounding_and_are_given_back(
     ],
 )
 def test_a_selection_reads_its_layer_and_the_head_as_its_graphs_have_them(
-    method: str, plan: str, outside: Any, inside: Any, checkpoint: Path, questions: list[Question]
+    method: str, plan: str, outside: Any, inside: Any, checkpoint: Path, questions: list[Sample]
 ) -> None:
     schedule = Schedule(stages=(Stage(layer=1, keep=5),), method=method)
     model = load_model(str(checkpoint))
@@ -208,14 +208,14 @@ def test_a_selection_reads_its_layer_and_the_head_as_its_graphs_have_them(
 # ---------------------------------------------------------------------------------------------- KV caches
 
 
-def largest_rows(model: TorchModel, question: Question) -> list[CachedRows]:
+def largest_rows(model: TorchModel, question: Sample) -> list[CachedRows]:
     """Return what the caches hold after one answer of three tokens under ``SCHEDULE``."""
     with listening_to_caches(model.parts.layers) as found:
         logits_of(model, question, SCHEDULE)
     return found
 
 
-def test_ranges_are_of_rotated_keys_and_of_values(checkpoint: Path, questions: list[Question]) -> None:
+def test_ranges_are_of_rotated_keys_and_of_values(checkpoint: Path, questions: list[Sample]) -> None:
     model = load_model(str(checkpoint))
     values: list[torch.Tensor] = []
     handle = (
@@ -234,7 +234,7 @@ def test_ranges_are_of_rotated_keys_and_of_values(checkpoint: Path, questions: l
     assert found[0].range_of(None).key >= prompt_alone.range_of(None).key > 0.0
 
 
-def test_a_values_range_is_what_is_left_after_smoothing(tmp_path: Path, questions: list[Question]) -> None:
+def test_a_values_range_is_what_is_left_after_smoothing(tmp_path: Path, questions: list[Sample]) -> None:
     folder = save_checkpoint(tmp_path / "llama", num_layers=2, num_kv_heads=4)
     model = load_model(str(folder))
     layer: Any = model.parts.layers[1]
@@ -251,7 +251,7 @@ def test_a_values_range_is_what_is_left_after_smoothing(tmp_path: Path, question
 
 
 def test_answers_are_measured_as_a_bundle_with_int8_caches_gives_them(
-    checkpoint: Path, int8_cache_bundle: Path, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, int8_cache_bundle: Path, questions: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Pipeline.from_bundle(int8_cache_bundle, threads=1) as pipeline:
         seen = record_logits(pipeline, monkeypatch)
@@ -273,7 +273,7 @@ def test_answers_are_measured_as_a_bundle_with_int8_caches_gives_them(
 
 
 def test_caches_alone_are_calibrated_without_model_optimizer(
-    checkpoint: Path, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, questions: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "modelopt.torch.quantization", None)
     model = load_model(str(checkpoint))

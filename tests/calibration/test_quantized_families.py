@@ -28,7 +28,7 @@ from trio_edge.calibration.quantize.calibrating import Quantized as Found
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization, smoothing_of
 from trio_edge.calibration.quantize.quantized_model import quantized_model
 from trio_edge.calibration.quantize.sections import quantized_sections
-from trio_edge.calibration.questions import Question, read_questions
+from trio_edge.calibration.questions import Sample, read_questions
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.export.quantize.store import StoredForm
 from trio_edge.runtime.bundle.schedule import Schedule
@@ -63,7 +63,7 @@ MOVABLE = {
 
 
 @pytest.fixture(scope="module")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Question]:
+def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     file = write_questions(tmp_path_factory.mktemp("samples"), questions_about(2))
     return read_questions(file, count=None, need_answers=False)
 
@@ -79,14 +79,14 @@ def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return CHECKPOINTS[family](tmp_path_factory.mktemp(family) / "checkpoint", num_layers=1)
 
 
-def first_logits(model: TorchModel, question: Question) -> torch.Tensor:
+def first_logits(model: TorchModel, question: Sample) -> torch.Tensor:
     with torch.inference_mode():
         prompt = make_prompt(model, question)
         return greedy_answer(model, prompt, Schedule(), max_tokens=1).logits_TV[0]
 
 
 def test_factors_move_where_the_model_stays_as_it_was(
-    family: str, folder: Path, questions: list[Question]
+    family: str, folder: Path, questions: list[Sample]
 ) -> None:
     model = load_model(str(folder))
     before = first_logits(model, questions[0])
@@ -124,7 +124,7 @@ class Quantized:
 
 
 @pytest.fixture(scope="module")
-def traced(folder: Path, questions: list[Question]) -> TracedEnds:
+def traced(folder: Path, questions: list[Sample]) -> TracedEnds:
     return traced_ends(folder, open_image(questions[0].images[0]).size)
 
 
@@ -133,7 +133,7 @@ def quantized(
     request: pytest.FixtureRequest,
     folder: Path,
     traced: TracedEnds,
-    questions: list[Question],
+    questions: list[Sample],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Quantized:
     model, plan = load_model(str(folder)), parse_plan(f"all={request.param}")
@@ -170,7 +170,7 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor, in_float: torch.Tenso
 
 
 def test_the_vision_graph_computes_what_its_torch_twin_does(
-    quantized: Quantized, questions: list[Question]
+    quantized: Quantized, questions: list[Sample]
 ) -> None:
     model, picture = quantized.model, open_image(questions[0].images[0])
     graph: Any = model.parts.vision

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import random
 
 _SETTINGS = ServerSettings(max_body=4_000_000, max_pixels=1_000_000, body_s=0.5)
-_PATHS = ("/v1/chat/completions",) * 12 + ("/v1/responses",) * 4 + (
+_PATHS = ("/v1/chat/completions",) * 12 + ("/v1/responses",) * 4 + ("/v1/decisions",) * 5 + ("/v1/systemone",) * 5 + (
     "/v1/models", "/v1/models/tiny", "/v1/models/%2e%2e/x", "/health", "/health/ready", "/metrics", "/", "/version", "/x" * 3000,
     "/v1//chat/completions", "*", "http://evil/v1/models",
 )  # fmt: skip
@@ -123,9 +123,13 @@ def _checked(received: bytes, data: bytes) -> str:
     is_json = b"content-type: application/json" in head.lower()
     if status >= 400:
         if is_json and not data.startswith((b"HEAD", b"GET")):
-            error = json.loads(_unchunked(head, body))["error"]
-            assert set(error) == {"message", "type", "param", "code"}, where
-            assert is_clear(error["message"]), where
+            told = json.loads(_unchunked(head, body))
+            if "detail" in told:  # System One's form
+                problem = told["detail"][0] if status == 422 else {"msg": told["detail"]}
+                assert is_clear(problem["msg"]), where
+            else:
+                assert set(told["error"]) == {"message", "type", "param", "code"}, where
+                assert is_clear(told["error"]["message"]), where
         return "clear"
     if is_json and body and not data.startswith(b"HEAD"):
         json.loads(_unchunked(head, body))
@@ -170,7 +174,8 @@ def _request(rng: random.Random) -> bytes:
 
 
 def _body(rng: random.Random, path: str) -> bytes:
-    fields = _response(rng) if "responses" in path else _chat(rng)
+    kinds = {"/v1/responses": _response, "/v1/decisions": _decision, "/v1/systemone": _system_one}
+    fields = kinds.get(path, _chat)(rng)
     kind = rng.randrange(12)
     if kind == 0:
         return damaged(rng, json.dumps(fields).encode())
@@ -195,7 +200,12 @@ def _body(rng: random.Random, path: str) -> bytes:
         fields[rng.choice(sorted(_extra(rng)))] = rng.choice((hostile(rng), *_extra(rng).values()))
     if kind < 6:
         fields = mutated(rng, fields, places(fields))
-    return json.dumps(fields).encode("utf-8", "surrogatepass")[:3_900_000]
+    data = json.dumps(fields).encode("utf-8", "surrogatepass")[:3_900_000]
+    if path == "/v1/systemone" and rng.random() < 0.2:
+        head = b'--b\r\ncontent-disposition: form-data; name="%s"\r\n\r\n'
+        parts = [(b"request", data), (b"asset-0", _data(rng))][: rng.choice((1, 2, 2))]
+        data = b"".join(head % name + content + b"\r\n" for name, content in parts) + b"--b--"
+    return data
 
 
 def _chat(rng: random.Random) -> dict[str, Any]:
@@ -228,6 +238,53 @@ def _response(rng: random.Random) -> dict[str, Any]:
         "max_output_tokens": 3,
         **({"stream": True} if rng.random() < 0.3 else {}),
         **({"instructions": "short", "text": {"format": {"type": "json_object"}}} if rng.random() < 0.2 else {}),
+    }  # fmt: skip
+
+
+def _decision(rng: random.Random) -> dict[str, Any]:
+    parts = [
+        {"type": "input_image", "image_url": _url(rng), "detail": "auto"},
+        {"type": "input_json", "data": {"a": [1, None, "é"]}},
+        {"type": "input_text", "text": "what is this?"},
+    ]
+    turns = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+    ]
+    questions = [
+        {"type": "predicate", "instructions": "is it red?", "name": "a"},
+        {"type": "choice", "instructions": rng.choice(("?", parts)), "choices": [{"value": value} for value in ("yes", "no")]},
+        {"type": "score", "instructions": "?", "levels": [{"label": label, "description": "x"} for label in ("0", "1", "2")]},
+    ]  # fmt: skip
+    number = rng.choice((1,) * 9 + (2, 2, 400))
+    return {
+        "model": "tiny",
+        "input": rng.choice(("what?", turns, turns[:1])),
+        "questions": rng.choices(questions, k=number),
+        **(
+            {"trio": {"sharing": rng.choice(("each", "joint")), "both_orders": True}}
+            if rng.random() < 0.3
+            else {}
+        ),
+    }
+
+
+def _system_one(rng: random.Random) -> dict[str, Any]:
+    text = rng.choice(("what?", "photo", {"a": ["see photo", 1]}, [], ""))
+    questions = {
+        "a": {"type": "noul", "instructions": text, "criteria": {"true": "yes", "false": text}},
+        "b.c": {"type": "choice", "instructions": "?", "criteria": {"yes": None, "no": text}},
+        "": {"type": "score", "criteria": ["0", "1", text]},
+        "box": {"type": "box"},
+    }
+    asset = rng.choice(
+        ({"type": "image", "part": "asset-0"}, {"format": "png", "data_base64": _url(rng).partition(",")[2]})
+    )
+    return {
+        "model": "tiny",
+        "state": rng.choice(("photo", text)),
+        "questions": {name: questions[name] for name in rng.sample(sorted(questions), rng.choice((1, 2, 4)))},
+        **({"assets": {rng.choice(("photo", "photo", "p", "", "\n")): asset}} if rng.random() < 0.7 else {}),
     }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from tests.qwen_checkpoints import CAMERA, REDUCED, save_qwen3_vl_checkpoint, sa
 from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.runtime.bundle.errors import ShapeError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
+from trio_edge.runtime.decisions.questions import Question
 from trio_edge.runtime.pipeline import MOST_KEPT_IMAGES, Pipeline
 
 if TYPE_CHECKING:
@@ -168,3 +169,55 @@ def test_a_follow_up_starts_at_its_own_rows(name: str, checkpoint: Path, tmp_pat
             keeping.generate(None, "w1 w2", max_new_tokens=2).text
             == plain.generate(None, "w1 w2", max_new_tokens=2).text
         )
+
+
+@pytest.mark.parametrize("name", FOLLOW_UPS)
+def test_questions_after_a_shared_prefill(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    """One question runs after its own prompt's rows as within it; with nothing dropped, all run as each alone."""
+    folder = save_qwen3_vl_checkpoint(tmp_path / "ck") if name == "deepstack" else checkpoint
+    options = FOLLOW_UPS[name]
+    pictures = PICTURES[: options.get("max_images", 1)]
+    asked = [Question.choice(text, ["w5", "w6 w7", "w6 w8"]) for text in ("w1 w2 w3", "w4", "w9 w9")]
+    with Pipeline.from_bundle(export(folder, follow_ups=True, **options), threads=1) as pipeline:
+        each = pipeline.decide(pictures, asked, sharing="each")
+        for question, alone in zip(asked, each):
+            (again,) = pipeline.decide(pictures, question, sharing="joint")
+            np.testing.assert_allclose(
+                np.log(again.probabilities), np.log(alone.probabilities), **LOGITS_FLOAT32
+            )
+            assert [kept.tolist() for kept in again.kept] == [kept.tolist() for kept in alone.kept]
+        joint = pipeline.decide(pictures, asked)
+        assert len({tuple(map(bytes, decision.kept)) for decision in joint}) == 1
+        assert [decision.statistics.image_was_kept for decision in joint] == [False, True, True]
+        if name == "keep-all":
+            for alone, shared in zip(each, joint):
+                np.testing.assert_allclose(shared.probabilities, alone.probabilities, **LOGITS_FLOAT32)
+        later = pipeline.generate(pictures, "w1 w2", max_new_tokens=4)
+        assert later.text == pipeline.generate(pictures, "w1 w2", max_new_tokens=4).text
+
+
+def test_an_answer_after_other_text_goes_on_as_after_its_own_prompt(checkpoint: Path) -> None:
+    """A label of several tokens decodes after a shared prefill; its rows follow the question's."""
+    asked = [Question.choice(text, ["w5 w1 w2", "w6 w7 w8", "w6"]) for text in ("w1 w2 w3 w4 w5 w6", "w4")]
+    with Pipeline.from_bundle(export(checkpoint, follow_ups=True), threads=1) as pipeline:
+        for alone, shared in zip(
+            pipeline.decide(PICTURES[0], asked, sharing="each"), pipeline.decide(PICTURES[0], asked)
+        ):
+            np.testing.assert_allclose(
+                np.log(shared.probabilities), np.log(alone.probabilities), **LOGITS_FLOAT32
+            )
+
+
+def test_questions_share_a_prefill_only_where_they_can(reduced_bundle: Path, checkpoint: Path) -> None:
+    question = Question.choice("w1", ["w2", "w3"])
+    with Pipeline.from_bundle(reduced_bundle, threads=1) as pipeline:
+        with pytest.raises(
+            ShapeError, match="sharing: expected an image, a bundle exported with --follow-ups"
+        ):
+            pipeline.decide(PICTURES[0], [question], sharing="joint")
+        assert len(pipeline.decide(PICTURES[0], [question, question])) == 2
+    with (
+        Pipeline.from_bundle(export(checkpoint, follow_ups=True), threads=1) as pipeline,
+        pytest.raises(ShapeError, match="sharing: expected an image"),
+    ):
+        pipeline.decide(None, [question], sharing="joint")

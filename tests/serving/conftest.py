@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.bundles import export
+from tests.schedules import schedule_for
 from tests.serving.server import RunningServer, running
 from trio_edge.runtime.pipeline import Pipeline
 
@@ -21,6 +23,32 @@ def server(reduced_bundle: Path, keep_all_bundle: Path) -> Iterator[RunningServe
     bundles = {"reduced": reduced_bundle, "full": keep_all_bundle}
     with running({name: partial(Pipeline.from_bundle, path) for name, path in bundles.items()}) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def deciding_bundles() -> dict[str, Path]:
+    """The packaged model, which knows the words of the questions, reduced and with all tokens."""
+    options = {"dtype": "float32", "follow_ups": True}
+    schedule = schedule_for(1 / 9, num_layers=16, num_visual=192)
+    return {
+        "reduced": export("tiny", schedule=schedule, **options),
+        "full": export("tiny", **options),
+    }
+
+
+@pytest.fixture(scope="session")
+def decider(deciding_bundles: dict[str, Path]) -> Iterator[RunningServer]:
+    """Serves the models "reduced" and "full" of the packaged model."""
+    models = {name: partial(Pipeline.from_bundle, path) for name, path in deciding_bundles.items()}
+    with running(models) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tiny(deciding_bundles: dict[str, Path]) -> Iterator[Pipeline]:
+    """The reduced packaged model without a server."""
+    with Pipeline.from_bundle(deciding_bundles["reduced"]) as pipeline:
+        yield pipeline
 
 
 @pytest.fixture(scope="session")

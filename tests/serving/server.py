@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trio_edge.runtime.answer import Generation
+    from trio_edge.runtime.decisions.questions import Decision
     from trio_edge.runtime.pipeline import Pipeline
     from trio_edge.serving.answers.worker import Worker
     from trio_edge.serving.requests.media import MediaReader
@@ -53,11 +54,13 @@ class RunningServer:
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
-    def post(self, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
+    def post(
+        self, body: bytes, *, path: str = "/v1/chat/completions", **headers: str
+    ) -> tuple[int, dict[str, Any]]:
         """Return status and JSON of a request with these very bytes."""
         given = {name.replace("_", "-"): value for name, value in headers.items()}
         own = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-        return self.exchange(_request(body, {**own, **given}))
+        return self.exchange(_request(body, {**own, **given}, path=path))
 
     def ask(self, **fields: Any) -> tuple[int, dict[str, Any]]:
         """Return status and JSON of a request with these fields."""
@@ -71,10 +74,10 @@ class RunningServer:
         return int(head.split()[1]), json.loads(body)
 
 
-def _request(body: bytes, headers: Mapping[str, str]) -> bytes:
+def _request(body: bytes, headers: Mapping[str, str], *, path: str) -> bytes:
     lines = {"Host": "127.0.0.1", "Connection": "close", **headers}
     head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-    return f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + body
+    return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body
 
 
 @contextmanager
@@ -133,6 +136,19 @@ def slowed(pipeline: Pipeline, seconds: float) -> Pipeline:
         return answer
 
     pipeline.chat = slow_chat  # type: ignore[method-assign]
+    return pipeline
+
+
+def slowed_decisions(pipeline: Pipeline, seconds: float) -> Pipeline:
+    """Let each of the pipeline's decisions take longer."""
+    iter_decisions = pipeline.iter_decisions
+
+    def slow_decisions(*args: Any, **options: Any) -> Iterator[Decision]:
+        for decision in iter_decisions(*args, **options):
+            time.sleep(seconds)
+            yield decision
+
+    pipeline.iter_decisions = slow_decisions  # type: ignore[method-assign]
     return pipeline
 
 

@@ -1,4 +1,4 @@
-"""The examples of docs/serving.md and docs/serving-operation.md give the answers that they promise."""
+"""The examples of the pages about the server give the answers that they promise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("serving.md", "serving-operation.md")
+PAGES = ("serving.md", "serving-decisions.md", "serving-operation.md")
 TEXT = "\n".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in PAGES)
 
 
@@ -54,7 +54,7 @@ def test_the_curl_examples_answer(tiny: RunningServer) -> None:
             ["bash", "-ec", line], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
         )
         answers.append(result.stdout)
-    models, where, choice, ready, metrics = answers
+    models, where, choice, decision, ready, metrics = answers
     assert [model["id"] for model in json.loads(models)["data"]] == ["tiny", "tiny-all"]
     answer = json.loads(where)
     assert answer["choices"][0]["message"]["content"] == "northeast"
@@ -64,6 +64,10 @@ def test_the_curl_examples_answer(tiny: RunningServer) -> None:
     for name in ("prompt_tokens", "completion_tokens", "visual_tokens"):
         assert f'"{name}": {answer["usage"][name]}' in TEXT
     assert json.loads(choice)["choices"][0]["message"]["content"] in ("yes", "no")
+    predicate, color = json.loads(decision)["answers"]
+    assert predicate["name"] == "triangle"
+    assert predicate["probability"] > 0.5
+    assert color["choice"] == "green"
     assert json.loads(ready)["status"] == "ready"
     named = re.findall(r"`(trio_\w+)`", TEXT)
     assert named
@@ -76,7 +80,7 @@ def test_the_python_examples_answer(tiny: RunningServer, monkeypatch: pytest.Mon
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(code, {})
-    assert printed.getvalue() == "northeastnortheast\n"
+    assert printed.getvalue() == "northeastnortheast\ngreen\ngreen True\n"
 
 
 def test_every_option_that_is_named_exists() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import msgspec
 import openai
 import pytest
 
-from tests.pictures import random_picture
+from tests.pictures import PHOTOGRAPHS, photograph, random_picture
 from tests.serving.server import image_url, question
 
 if TYPE_CHECKING:
@@ -46,6 +47,19 @@ def test_an_answer_is_the_pipelines_own(server: RunningServer, own: Generation) 
     assert answer.choices[0].message.role == "assistant"
     assert answer.model == "reduced"
     assert own.text
+
+
+@pytest.mark.parametrize("photo", PHOTOGRAPHS)
+def test_a_photographs_file_is_answered_as_the_pipeline_answers_it(
+    server: RunningServer, pipeline: Pipeline, photo: str
+) -> None:
+    path = photograph(photo)
+    kind = {".jpg": "jpeg", ".png": "png"}[path.suffix]
+    url = f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    answer = ask(server, messages=question("w1 w2", url))
+    own = pipeline.generate(path, "w1 w2")
+    assert answer.choices[0].message.content == own.text
+    assert answer.usage.visual_tokens == own.statistics.visual_tokens
 
 
 def test_usage_counts_the_prompt_before_reduction(server: RunningServer, own: Generation) -> None:

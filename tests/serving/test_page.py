@@ -265,6 +265,107 @@ def test_an_error_of_the_server_is_told_in_one_line_and_the_question_stays(page:
     assert page.texts(".answer")[0]
 
 
+@pytest.fixture
+def deciding(browser: Chrome, decider: RunningServer) -> Page:
+    """The page of the packaged model, which can answer its questions."""
+    browser.get_log("browser")
+    page = Page(browser, decider.url).until_ready()
+    page.driver.execute_script("document.querySelector('[name=mode][value=decide]').click()")
+    return page
+
+
+def fill(page: Page, row: int, kind: str, text: str, answers: str = "") -> None:
+    from selenium.webdriver.support.ui import Select
+
+    inside = page.all("#questions li")[row]
+    Select(inside.find_element("css selector", "select")).select_by_value(kind)
+    asked, named = inside.find_elements("css selector", "input")
+    asked.send_keys(text)
+    if answers:
+        named.send_keys(answers)
+    assert named.is_displayed() == (kind != "predicate")
+
+
+@needs_browser
+def test_probabilities_of_the_reduced_and_the_full_model_stand_next_to_each_other(
+    deciding: Page, deciding_bundles: dict[str, Path]
+) -> None:
+    from trio_edge.runtime.decisions.questions import Question
+
+    page, shapes = deciding, PAGE.parents[2] / "examples" / "pictures" / "shapes-96x96.png"
+    assert not page["question"].is_displayed()
+    assert page["send"].text == "Decide"
+    page.add(shapes)
+    fill(page, 0, "predicate", "is there a star ?")
+    for row, kind, text, answers in (
+        (1, "choice", "what color is the digit 3 ?", "red, green,blue,"),
+        (2, "score", "how many circles are there ?", "zero, one, two"),
+    ):
+        page["add-question"].click()
+        fill(page, row, kind, text, answers)
+    page["send"].click()
+    page.until_done()
+    assert [text.split()[0] for text in page.texts(".panel h3")] == ["reduced", "full"]
+    questions = [
+        Question.yes_no("is there a star ?"),
+        Question.choice("what color is the digit 3 ?", ["red", "green", "blue"]),
+        Question.score("how many circles are there ?", ["zero", "one", "two"]),
+    ]
+    expected, shares, kept = [], list[float](), list[str]()
+    for bundle in deciding_bundles.values():
+        with Pipeline.from_bundle(bundle) as pipeline:
+            for decision in pipeline.decide(shapes, questions):
+                shares += decision.probabilities
+                named = decision.by_name().items()
+                numbers = (decision.statistics.visual_tokens, *decision.statistics.kept_tokens)
+                expected.append("\n".join(f"{name}\n{100 * share:.1f} %" for name, share in named))
+            kept.append(" → ".join(map(str, numbers)))
+    assert page.texts(".shares") == expected
+    bars = [bar.rect["width"] for bar in page.all(".share")]
+    filled = [bar.rect["width"] for bar in page.all(".share span")]
+    assert [inner / outer for inner, outer in zip(filled, bars)] == pytest.approx(shares, abs=0.03)
+    assert all("these answers have" in text for text in page.texts(".decision .soft"))
+    assert [text.splitlines()[1] for text in page.texts(".numbers")] == kept
+    assert [line for line in page.driver.get_log("browser") if line["level"] in ("WARNING", "SEVERE")] == []
+
+
+@needs_browser
+def test_a_question_that_the_server_refuses_is_told_and_stays(deciding: Page) -> None:
+    page = deciding
+    fill(page, 0, "choice", "what color is the star ?", "red, maroon")
+    page["send"].click()
+    page.until_done()
+    assert {text[:15] for text in page.texts(".panel .problem")} == {"label 'maroon':"}
+    assert page.all("#questions input")[0].get_attribute("value") == "what color is the star ?"
+    page.all("#questions button")[0].click()
+    assert not page.all("#questions li")
+    page["send"].click()  # nothing to ask
+    assert len(page.all(".turn")) == 1
+    page.driver.execute_script("document.querySelector('[name=mode][value=ask]').click()")
+    page.ask("is there a star ?")
+    assert page.texts(".answer")[0] in ("yes", "no")
+
+
+@needs_browser
+def test_on_a_phone_the_form_of_questions_fits(deciding: Page) -> None:
+    page = deciding
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
+    try:
+        page["example"].click()
+        until(lambda: len(page.all("#images li")) == 1)
+        assert len(page.all("#questions li")) == 2
+        page["send"].click()
+        page.until_done()
+        assert page.driver.execute_script("return document.documentElement.scrollWidth") == PHONE["width"]
+        touched = [
+            one.rect for one in page.all("button, .button, select, input:not(.unseen)") if one.is_displayed()
+        ]
+        assert all(min(rect["width"], rect["height"]) >= LEAST_TARGET for rect in touched)
+        assert len(page.texts(".decision")) == 4
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 @needs_browser
 def test_a_server_that_has_gone_is_told(browser: Chrome, reduced_bundle: Path) -> None:
     with page_of(browser, {"reduced": partial(Pipeline.from_bundle, reduced_bundle)}) as (page, _):

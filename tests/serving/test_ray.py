@@ -25,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.pictures import random_picture
 from tests.serving.server import image_url, question, until
 from trio_edge.runtime.bundle.errors import ShapeError
+from trio_edge.runtime.decisions.questions import Question
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.serving import cli
 from trio_edge.serving.fleet.cluster import FleetSettings, check_room
@@ -163,6 +164,27 @@ def test_an_answer_streams_and_its_usage_counts_the_wait(fleet: Fleet, own: Pipe
     assert "".join(texts) == own.generate(None, "w1 w2", max_new_tokens=6).text
     assert len([text for text in texts if text]) > 1
     assert last.usage.queue_ms > 0
+
+
+def test_decisions_are_those_of_the_pipeline(fleet: Fleet, own: Pipeline) -> None:
+    image, asked = random_picture(48, 48), fleet.metric("trio_questions_total")
+    content: Any = [{"type": "input_image", "image_url": image_url(image)}]
+    questions: Any = [
+        {"type": "choice", "instructions": text, "choices": [{"value": "w5"}, {"value": "w6"}]}
+        for text in ("w1", "w2", "w3")
+    ]
+    found = fleet.client.decisions.create(
+        model="small", input=[{"role": "user", "content": content}], questions=questions
+    )
+    expected = own.decide(image, [Question.choice(text, ["w5", "w6"]) for text in ("w1", "w2", "w3")])
+    for answer, decision in zip(found.answers, expected, strict=True):
+        assert answer.type == "choice"
+        shares = [one.probability for one in answer.probabilities]
+        assert shares == pytest.approx(decision.probabilities, abs=1e-6)
+    assert fleet.metric("trio_questions_total") == asked + 3
+    with pytest.raises(openai.BadRequestError, match="label 'zebra'"):
+        questions[1]["choices"][0]["value"] = "zebra"
+        fleet.client.decisions.create(model="small", input="w1", questions=questions)
 
 
 @pytest.mark.parametrize(

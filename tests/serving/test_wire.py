@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.serving.server import image_url, question
-from trio_edge.serving.answers.job import AnswerJob, Event, Failed, Finished, Kept, NewText
+from trio_edge.serving.answers.job import AnswerJob, Decided, Event, Failed, Finished, Kept, NewText
 from trio_edge.serving.fleet.wire import packed_events, packed_request, unpacked_events, unpacked_request
 from trio_edge.serving.requests.content import Prompt, read_prompt
+from trio_edge.serving.requests.decisions import parse_decisions
 from trio_edge.serving.requests.errors import RequestError
 from trio_edge.serving.requests.media import MediaReader
 from trio_edge.serving.requests.protocol import parse_chat
@@ -32,7 +33,30 @@ def travelled(prompt: Prompt, **fields: object) -> tuple[object, list[Message]]:
     async def packed() -> bytes:
         return packed_request(AnswerJob(chat, prompt))
 
-    return unpacked_request(asyncio.run(packed()))
+    return unpacked_request(asyncio.run(packed()))[:2]
+
+
+def test_questions_travel_with_their_options() -> None:
+    body = {
+        "model": "m",
+        "input": "w1",
+        "questions": [
+            {
+                "type": "choice",
+                "instructions": "a",
+                "choices": [{"value": True}, {"value": "b", "description": "c"}],
+            }
+        ],
+        "trio": {"both_orders": True},
+    }
+    _, (chat, asking, _) = parse_decisions(json.dumps(body).encode(), max_parts=9)
+    prompt = read_prompt(chat, MediaReader(ServerSettings()), max_pixels=1)
+
+    async def packed() -> bytes:
+        return packed_request(AnswerJob(chat, prompt, asking))
+
+    _, messages, arrived = unpacked_request(asyncio.run(packed()))
+    assert (messages, arrived) == (prompt.messages, asking)
 
 
 def test_a_request_travels_with_its_images_read() -> None:
@@ -75,9 +99,10 @@ def test_a_video_travels_as_bytes_and_becomes_a_file_again() -> None:
     [
         NewText("é"),
         Kept({"images": [{"boxes": [[0, 1.5, 2, 3]]}]}),
+        Decided(3, [0.25, 0.75], 0.75, {"label_mass": 0.5}),
         Finished("stop", {"kept_tokens": [1, 2]}),
     ],
-    ids=["text", "kept", "end"],
+    ids=["text", "kept", "decided", "end"],
 )
 def test_an_event_arrives_equal(event: Event) -> None:
     assert unpacked_events(packed_events([event, event])) == [event, event]

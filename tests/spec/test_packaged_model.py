@@ -14,7 +14,7 @@ from tests.bundles import export
 from tests.calibration.question_files import drawn_questions
 from tests.schedules import schedule_for
 from trio_edge.calibration.evaluate.answering import Outcome, answer
-from trio_edge.calibration.questions import Question, read_questions
+from trio_edge.calibration.questions import Sample, read_questions
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -41,12 +41,12 @@ def reduced() -> Iterator[Pipeline]:
 
 
 @pytest.fixture(scope="module")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Question]:
+def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     options = ("--count", str(QUESTIONS), "--seed", "1")
     return read_questions(drawn_questions(tmp_path_factory.mktemp("shapes"), *options))
 
 
-def outcomes(pipeline: Pipeline, questions: list[Question]) -> list[Outcome]:
+def outcomes(pipeline: Pipeline, questions: list[Sample]) -> list[Outcome]:
     return [answer(pipeline, question) for question in questions]
 
 
@@ -55,17 +55,17 @@ def accuracy(outcomes: list[Outcome]) -> float:
     return statistics.fmean(outcome.score for outcome in outcomes)
 
 
-def test_all_tokens_answer_held_out_questions(keep_all: Pipeline, questions: list[Question]) -> None:
+def test_all_tokens_answer_held_out_questions(keep_all: Pipeline, questions: list[Sample]) -> None:
     assert accuracy(outcomes(keep_all, questions)) >= FLOOR
 
 
-def test_another_picture_does_not_answer_them(keep_all: Pipeline, questions: list[Question]) -> None:
+def test_another_picture_does_not_answer_them(keep_all: Pipeline, questions: list[Sample]) -> None:
     others = questions[91:] + questions[:91]
     swapped = [replace(one, images=other.images) for one, other in zip(questions, others)]
     assert accuracy(outcomes(keep_all, swapped)) < 0.45
 
 
-def test_a_ninth_of_the_tokens_still_sees(reduced: Pipeline, questions: list[Question]) -> None:
+def test_a_ninth_of_the_tokens_still_sees(reduced: Pipeline, questions: list[Sample]) -> None:
     found = outcomes(reduced, questions)
     assert accuracy(found) >= REDUCED_FLOOR
     shares = [outcome.processed_tokens / outcome.visual_tokens for outcome in found]

@@ -2,79 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 import pytest
-import torch
 
 from tests.bundles import export
 from tests.checkpoints import save_checkpoint
 from tests.decode_logits import record_logits
 from tests.engine_bundles import build_here
-from tests.hugging_face import merges_smolvlm
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import save_qwen_checkpoint
-from tests.several_images import CONVERSATIONS, FAMILIES, MAX_IMAGES, PRODUCT, Family
+from tests.several_images import CONVERSATIONS, PRODUCT
+from tests.spec.conftest import STAGES
 from tests.spec.reduced_reference import entering_the_decoder, reduced_logits
 from tests.spec.test_selectors_through_bundles import rows_after
 from tests.spec.whole_answers import NUM_STEPS, generate
 from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.runtime.bundle.errors import ImageError, ScheduleError, ShapeError
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.runtime.bundle.schedule import Schedule, Stage
+from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-    from tests.torchvision_reference import TorchvisionReference
-
-
-STAGES = (Stage(layer=1, keep=30), Stage(layer=2, keep=11))
-
-
-@dataclass(frozen=True)
-class Subject:
-    family: Family
-    folder: Path
-    model: Any
-    keep_all: Pipeline
-    reduced: Pipeline
-    reference: TorchvisionReference
-    name: str
-
-    def inputs(self, conversation: str) -> dict[str, torch.Tensor]:
-        """Return what Hugging Face's processor gives for a conversation."""
-        arrays = self.reference.several(self.name, conversation)
-        return {key: torch.from_numpy(value) for key, value in arrays.items() if key != "attention_mask"}
-
-
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=merges_smolvlm) if name == "smolvlm" else name for name in FAMILIES],
-)
-def subject(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    torchvision_reference: TorchvisionReference,
-) -> Iterator[Subject]:
-    import transformers
-
-    family = FAMILIES[request.param]
-    folder = family.save(tmp_path_factory.mktemp(request.param) / "ck")
-    model = getattr(transformers, family.model_class).from_pretrained(folder, dtype=torch.float32).eval()
-    everything = Schedule(positions=family.positions)
-    schedule = msgspec.structs.replace(everything, stages=STAGES[: family.num_stages])
-    options = {"max_images": MAX_IMAGES, **dict(family.options)}
-    with (
-        Pipeline.from_bundle(export(folder, schedule=everything, **options)) as keep_all,
-        Pipeline.from_bundle(export(folder, schedule=schedule, **options)) as reduced,
-    ):
-        yield Subject(family, folder, model, keep_all, reduced, torchvision_reference, request.param)
+    from tests.spec.conftest import Subject
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)

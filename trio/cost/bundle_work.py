@@ -9,13 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trio_edge.runtime.bundle.graph_io import (
-    CANDIDATE_ROWS,
-    SALIENCY,
-    goes_around_mlp,
-    is_probe,
-    num_clip_texts,
-)
+from trio_edge.runtime.bundle import graph_io as io
 from trio_edge.trio.cost.flops import stage_work
 from trio_edge.trio.cost.selections import StageSizes, TokenSizes, candidate_work, trio_work
 from trio_edge.trio.cost.work import ELEMENT_BYTES, Work, counted_work, head_work, range_work, vision_work
@@ -70,10 +64,10 @@ def counted(manifest: Manifest, graph: GraphSpec, profile: Profile) -> Work:
         # The greedy loop reads float32, while ``other`` counts elements of the model's type.
         other = cost.read_again * 4 / ELEMENT_BYTES[manifest.dtype]
         return counted_work(cost.flops, rows=sizes["N"], other=other)
-    if CANDIDATE_ROWS in graph.input_names:
+    if io.CANDIDATE_ROWS in graph.input_names:
         return candidate_work(manifest.dimensions, manifest.schedule)
-    if is_probe(graph.part_at(profile)):
-        return _probe_work(manifest, sizes, is_quantized=goes_around_mlp(graph))
+    if io.is_probe(graph.part_at(profile)):
+        return _probe_work(manifest, sizes, is_quantized=io.goes_around_mlp(graph))
     if graph.role == "select":
         return _select_work(manifest, manifest.selects.index(graph), sizes)
     if graph.role == "head":
@@ -89,7 +83,7 @@ def vision_flops(manifest: Manifest, *, num_visual: int) -> float:
 def clip_text_flops(manifest: Manifest, *, num_texts: int) -> float:
     """Return the manifest's count of the FLOPs of CLIP's text tower, scaled to ``num_texts`` texts."""
     assert manifest.clip_text is not None  # else there is no such graph
-    counted_texts = num_clip_texts(manifest.cost.num_text, length=manifest.clip_text.length)
+    counted_texts = io.num_clip_texts(manifest.cost.num_text, length=manifest.clip_text.length)
     return manifest.cost.reduced_flops["clip_text"] * num_texts / counted_texts
 
 
@@ -112,7 +106,7 @@ def _select_work(manifest: Manifest, stage: int, sizes: Mapping[str, int]) -> Wo
         prompt_visual=sizes.get("F", num_text) - num_text,
         one_size=stage > 0 or len(manifest.visual_sizes) == 1,
     )
-    if SALIENCY in manifest.selects[stage].input_names:
+    if io.SALIENCY in manifest.selects[stage].input_names:
         return trio_work(manifest.dimensions, manifest.schedule, stage_sizes, pieces=("select",))
     return stage_work(manifest.dimensions, manifest.schedule, stage_sizes, weights="layer")
 

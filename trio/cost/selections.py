@@ -128,16 +128,9 @@ def trio_work(
 
     ``is_quantized`` means the stage's layer, whose gradient goes around the MLP then.
     """
-    probe = ProbeSizes(
-        num_rows=sizes.num_rows,
-        num_visual=sizes.num_visual,
-        hidden_size=decoder.hidden_size,
-        num_heads=decoder.num_heads,
-        num_kv_heads=decoder.num_kv_heads,
-        head_size=decoder.head_size,
-        num_probe_rows=schedule.num_probe_rows,
-    )
     rows, hidden, half = schedule.num_probe_rows, decoder.hidden_size, LAUNCHES_PER_PROBE // 2
+    heads = decoder.num_heads, decoder.num_kv_heads, decoder.head_size
+    probe = ProbeSizes(sizes.num_rows, sizes.num_visual, hidden, *heads, rows)
     form = cheapest_form(probe)
     # output projection, then the MLP; both directions have the same
     layer = [

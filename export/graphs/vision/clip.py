@@ -96,10 +96,8 @@ class ClipVision(nn.Module):
                 f"--token-method: expected one without keys of the vision tower's layer {observed}, as only"
                 f" {len(features.layers)} layers run (vision_feature_layer), got one that needs it; choose another"
             )
-        self.features = features
-        self.projector = projector
-        self.newline = newline
-        self.observed = observed
+        self.features, self.projector = features, projector
+        self.newline, self.observed = newline, observed
         self.norm: nn.Module | None
         self.projection: nn.Module | None
         self.norm, self.projection = clip or (None, None)

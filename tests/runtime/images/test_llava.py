@@ -227,6 +227,14 @@ def test_a_box_shows_what_its_patch_sees(name, size):
     np.testing.assert_allclose(seen[inside][:, :2], middle[inside], atol=3)
 
 
+def test_boxes_of_taken_tokens_outlive_the_memory_that_named_the_tokens():
+    layout = NEXT.layout(500, 300)
+    indices = np.array([3, 7], np.int32)
+    taken = layout.taken(indices)
+    indices[:] = 0  # as the next image's indices do
+    np.testing.assert_array_equal(taken.boxes, layout.boxes[[3, 7]])
+
+
 def test_constants_survive_json():
     assert LlavaImages.from_dict(json.loads(json.dumps(VALID))) == NEXT
 

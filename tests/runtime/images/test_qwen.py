@@ -15,9 +15,10 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-from tests.pictures import random_picture
+from tests.pictures import PHOTOGRAPHS, photograph, random_picture
 from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
 from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages
+from trio_edge.runtime.images.reading import open_image
 
 CONFIGS = {
     "default": {},
@@ -93,12 +94,13 @@ def expected_patches(picture: Image.Image, name: str) -> np.ndarray:
     return theirs.patchify(pixels, ours.patch_size, ours.merge_size, ours.temporal_patch_size)[0]
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("shown", [*SIZES, *PHOTOGRAPHS], ids=str)
 @pytest.mark.parametrize("name", ["default", "small_patches", "merge_3"])
-def test_patches_are_hugging_faces_in_window_order(name: str, size: tuple[int, int]) -> None:
-    ours, picture = PROCESSINGS[name], random_picture(*size)
+def test_patches_are_hugging_faces_in_window_order(name: str, shown: tuple[int, int] | str) -> None:
+    picture = open_image(photograph(shown)) if isinstance(shown, str) else random_picture(*shown)
+    ours = PROCESSINGS[name]
     inputs = ours.prepare(picture)
-    grid = torch.tensor([[1, *patch_grid(ours, *size)]])
+    grid = torch.tensor([[1, *patch_grid(ours, *picture.size)]])
     order, _ = get_vision_window_index(grid, ours.merge_size, ours.window_size, ours.patch_size)
     merged = ours.merge_size**2
     patches = expected_patches(picture, name).reshape(-1, merged, ours.patch_values)[order]

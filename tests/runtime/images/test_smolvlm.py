@@ -89,7 +89,7 @@ def test_grids_counts_and_text_equal_hugging_face(name: str, width: int, height:
     tiles = rows * columns + 1
     assert ours.sizes(width, height) == {"B": tiles, "N": tiles * ours.tokens_per_tile}
     layout = ours.layout(width, height)
-    assert layout.runs == (ours.tokens_per_tile,) * tiles
+    assert layout.run_lengths == (ours.tokens_per_tile,) * tiles
     between = marks[1] * ours.tokens_per_tile
     assert between.join(layout.text) == get_image_prompt_string(rows, columns, ours.tokens_per_tile, *marks)
 

@@ -30,30 +30,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trio_edge.trio.cost.selections import NUM_DART_PIVOTS as NUM_PIVOTS
-from trio_edge.trio.selectors.interface import (
-    KeepingModule,
-    Selection,
-    StageInputs,
-    StageParts,
-    best_tokens,
-    check_num_keep,
-    indices_by_group,
-    ranks,
-)
-from trio_edge.trio.selectors.stages.row_attention import (
-    TextRows,
-    normed_rows,
-    real_rows,
-    real_tokens,
-    rms_norm,
-    rotated_keys,
-    settled,
-    text_after,
-    visual_rows,
-)
+from trio_edge.trio.selectors import interface
+from trio_edge.trio.selectors.stages import row_attention
 
 
-class Dart(KeepingModule):
+class Dart(interface.KeepingModule):
     """DART's selection; a ``StageSelector``."""
 
     def __init__(self, layer: Any, final_norm: Any, *, num_keep: int) -> None:
@@ -64,16 +45,17 @@ class Dart(KeepingModule):
         self.num_visual_pivots = min(NUM_PIVOTS, num_keep)
 
     @classmethod
-    def for_stage(cls, parts: StageParts) -> Dart:
+    def for_stage(cls, parts: interface.StageParts) -> Dart:
         """Return the selector of a stage, which reads the keys of layer l - 1."""
         return cls(parts.previous_layer, parts.final_norm, num_keep=parts.num_keep)
 
-    def forward(self, inputs: StageInputs) -> Selection:
+    def forward(self, inputs: interface.StageInputs) -> interface.Selection:
         """Return the visual pivots and the tokens least similar to all pivots; raise ScheduleError if N < K."""
-        check_num_keep(self.num_keep, inputs.visual_rows_N.shape[0])
-        visual_N, real_N, text = visual_rows(inputs), real_tokens(inputs), text_after(inputs)
+        interface.check_num_keep(self.num_keep, inputs.visual_rows_N.shape[0])
+        visual_N, real_N = row_attention.visual_rows(inputs), row_attention.real_tokens(inputs)
+        text = row_attention.text_after(inputs)
         norm_S = self._key_norms(inputs)
-        pivot_V = best_tokens(
+        pivot_V = interface.best_tokens(
             norm_S.index_select(0, visual_N), inputs.num_visual, num_keep=self.num_visual_pivots
         )
         text_pivot_X = _text_pivots(norm_S, text)
@@ -87,17 +69,19 @@ class Dart(KeepingModule):
         group_N = 2.0 - chosen_N.to(torch.float32) - real_N.to(torch.float32)
         scores_N = torch.where(is_pivot_N, 1.0, torch.where(taken_N, distance_N, 0.0))
         scores_N = torch.where(real_N, scores_N, -1.0)
-        kept_K = indices_by_group(group_N, num_keep=self.num_keep)
-        return Selection(kept_K, scores_N, settled(inputs))
+        kept_K = interface.indices_by_group(group_N, num_keep=self.num_keep)
+        return interface.Selection(kept_K, scores_N, row_attention.settled(inputs))
 
-    def _key_norms(self, inputs: StageInputs) -> Float[Tensor, "S"]:
+    def _key_norms(self, inputs: interface.StageInputs) -> Float[Tensor, "S"]:
         assert inputs.previous_SD is not None, "reads_previous"
-        normed_SD = normed_rows(self.layer, inputs.previous_SD, inputs.length)
-        key_SGE = rotated_keys(self.layer, normed_SD, inputs.cos_SE, inputs.sin_SE)
+        normed_SD = row_attention.normed_rows(self.layer, inputs.previous_SD, inputs.length)
+        key_SGE = row_attention.rotated_keys(self.layer, normed_SD, inputs.cos_SE, inputs.sin_SE)
         return key_SGE.abs().sum((1, 2))
 
-    def _unit_rows(self, inputs: StageInputs) -> Float[Tensor, "S D"]:
-        normed_SD = rms_norm(real_rows(inputs.hidden_SD, inputs.length), self.final_norm)
+    def _unit_rows(self, inputs: interface.StageInputs) -> Float[Tensor, "S D"]:
+        normed_SD = row_attention.rms_norm(
+            row_attention.real_rows(inputs.hidden_SD, inputs.length), self.final_norm
+        )
         square_S1 = (normed_SD * normed_SD).sum(-1, keepdim=True)
         return normed_SD * torch.rsqrt(torch.where(square_S1 > 0, square_S1, 1.0))
 
@@ -119,16 +103,16 @@ class Dart(KeepingModule):
             quota_1 = torch.minimum(share_1, left_1)
             if pivot >= self.num_visual_pivots:
                 quota_1 = torch.where(pivot - self.num_visual_pivots < num_text_pivots, quota_1, 0.0)
-            now_N = pool_N & (ranks(-cosine_PN[pivot], pool_N) < quota_1)
+            now_N = pool_N & (interface.ranks(-cosine_PN[pivot], pool_N) < quota_1)
             distance_N = torch.where(now_N, (0.5 - 0.5 * cosine_PN[pivot]).clamp(0.0, 1.0), distance_N)
             taken_N, pool_N = taken_N | now_N, pool_N & ~now_N
             left_1 = left_1 - quota_1
         return taken_N, distance_N
 
 
-def _text_pivots(norm_S: Tensor, text: TextRows) -> Int[Tensor, "4"]:
+def _text_pivots(norm_S: Tensor, text: row_attention.TextRows) -> Int[Tensor, "4"]:
     """Return the text rows of the largest norm, ascending; if there are fewer than 4, the last row fills up."""
-    chosen_T = text.real_T & (ranks(norm_S.index_select(0, text.rows_T), text.real_T) < NUM_PIVOTS)
+    chosen_T = text.real_T & (interface.ranks(norm_S.index_select(0, text.rows_T), text.real_T) < NUM_PIVOTS)
     last_row = norm_S.shape[0] - 1
     rows_T = torch.where(chosen_T, text.rows_T, last_row).to(torch.float32)
     rows_T = torch.cat([rows_T, torch.ones(NUM_PIVOTS) * last_row])  # TopK needs at least 4

@@ -22,14 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trio_edge.trio.saliency import head_normed, key_norm, sliding_window
-from trio_edge.trio.selectors.interface import (
-    KeepingModule,
-    Selection,
-    StageInputs,
-    StageParts,
-    best_tokens,
-    check_num_keep,
-)
+from trio_edge.trio.selectors import interface
 
 
 class RowAttention(nn.Module):
@@ -88,7 +81,7 @@ class RowAttention(nn.Module):
         return visible_RS
 
 
-class MostAttended(KeepingModule):
+class MostAttended(interface.KeepingModule):
     """Keeps the tokens with the most attention of the last real row in one layer; a ``StageSelector``."""
 
     reads_previous: ClassVar[bool]
@@ -101,27 +94,27 @@ class MostAttended(KeepingModule):
         self.image_share = image_share
 
     @classmethod
-    def for_stage(cls, parts: StageParts) -> MostAttended:
+    def for_stage(cls, parts: interface.StageParts) -> MostAttended:
         """Return the selector of a stage."""
         layer = parts.previous_layer if cls.reads_previous else parts.layer
         return cls(layer, num_keep=parts.num_keep, image_share=parts.image_share)
 
-    def forward(self, inputs: StageInputs) -> Selection:
+    def forward(self, inputs: interface.StageInputs) -> interface.Selection:
         """Return the tokens with the most attention, mean over heads; raise ScheduleError if N < K."""
-        check_num_keep(self.num_keep, inputs.visual_rows_N.shape[0])
+        interface.check_num_keep(self.num_keep, inputs.visual_rows_N.shape[0])
         hidden_SD = inputs.previous_SD if self.reads_previous else inputs.hidden_SD
         assert hidden_SD is not None, "reads_previous"
         last_1 = inputs.length.to(torch.int64).reshape(1) - 1
         attention_RHS = self.attention(hidden_SD, inputs.cos_SE, inputs.sin_SE, last_1, inputs.length)
         scores_N = at_visual_tokens(attention_RHS.mean(1)[0], inputs)
-        kept_K = best_tokens(
+        kept_K = interface.best_tokens(
             scores_N,
             inputs.num_visual,
             num_keep=self.num_keep,
             image_N=inputs.image_N,
             image_share=self.image_share,
         )
-        return Selection(kept_K, scores_N, settled(inputs))
+        return interface.Selection(kept_K, scores_N, settled(inputs))
 
 
 class TextRows(NamedTuple):
@@ -135,7 +128,7 @@ class TextRows(NamedTuple):
     """[1] int64."""
 
 
-def text_after(inputs: StageInputs) -> TextRows:
+def text_after(inputs: interface.StageInputs) -> TextRows:
     """Return the rows of the text after the last visual token of the prompt, or of this stage if there is no ``prompt``.
 
     The two differ if earlier stages have dropped all tokens of the last image.
@@ -155,23 +148,23 @@ def text_after(inputs: StageInputs) -> TextRows:
     return TextRows((length - num_text + index_T).clamp(0, num_rows - 1), index_T < num_text, num_text)
 
 
-def visual_rows(inputs: StageInputs) -> Int[Tensor, "N"]:
+def visual_rows(inputs: interface.StageInputs) -> Int[Tensor, "N"]:
     """Return the visual tokens' rows as int64; those of padding are within the sequence."""
     return inputs.visual_rows_N.to(torch.int64).clamp(max=inputs.hidden_SD.shape[0] - 1)
 
 
-def real_tokens(inputs: StageInputs) -> Tensor:
+def real_tokens(inputs: interface.StageInputs) -> Tensor:
     """Return whether each of the N visual tokens is real, bool [N]."""
     index_N = torch.arange(inputs.visual_rows_N.shape[0], device=inputs.visual_rows_N.device)
     return index_N < inputs.num_visual.reshape(1)
 
 
-def at_visual_tokens(scores_S: Tensor, inputs: StageInputs) -> Float[Tensor, "N"]:
+def at_visual_tokens(scores_S: Tensor, inputs: interface.StageInputs) -> Float[Tensor, "N"]:
     """Return the scores of the rows that are visual tokens; -1 at padding."""
     return torch.where(real_tokens(inputs), scores_S.index_select(0, visual_rows(inputs)), -1.0)
 
 
-def settled(inputs: StageInputs) -> Int[Tensor, "1"]:
+def settled(inputs: interface.StageInputs) -> Int[Tensor, "1"]:
     """Return 0, as there are no rounds; computed, because a graph's output should not be a constant."""
     return inputs.num_visual.reshape(1).to(torch.int32) * 0
 

@@ -42,76 +42,58 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trio_edge.trio.cost.selections import split_of
-from trio_edge.trio.selectors.interface import (
-    KeepingModule,
-    Selection,
-    StageInputs,
-    StageParts,
-    best_tokens,
-    check_num_keep,
-    comes_before,
-    indices_by_group,
-    ranks,
-)
-from trio_edge.trio.selectors.stages.row_attention import (
-    RowAttention,
-    at_visual_tokens,
-    real_rows,
-    real_tokens,
-    settled,
-    text_after,
-    visual_rows,
-)
+from trio_edge.trio.selectors import interface
+from trio_edge.trio.selectors.stages import row_attention
 
 _ABOVE_MEAN = 1e-4
 _SAME_POINT = 1e-5
 """Squared distances below this share of the squared lengths are rounding errors of float32."""
 
 
-class SparseVlm(KeepingModule):
+class SparseVlm(interface.KeepingModule):
     """SparseVLM's selection; a ``StageSelector``."""
 
     def __init__(self, layer: Any, *, num_keep: int) -> None:
         """Hold decoder layer l - 1; raise ScheduleError if K is below 1. K counts merged rows, too."""
         super().__init__(num_keep=num_keep)
-        self.attention = RowAttention(layer)
+        self.attention = row_attention.RowAttention(layer)
 
     @classmethod
-    def for_stage(cls, parts: StageParts) -> SparseVlm:
+    def for_stage(cls, parts: interface.StageParts) -> SparseVlm:
         """Return the selector of a stage, which scores with layer l - 1."""
         return cls(parts.previous_layer, num_keep=parts.num_keep)
 
-    def forward(self, inputs: StageInputs) -> Selection:
+    def forward(self, inputs: interface.StageInputs) -> interface.Selection:
         """Return the tokens that the raters attend to most in layer l - 1, and clusters of some others.
 
         Raises:
             ScheduleError: If N < K.
         """
         N = inputs.visual_rows_N.shape[0]
-        check_num_keep(self.num_keep, N)
+        interface.check_num_keep(self.num_keep, N)
         scores_N = self._scores(inputs)
         if self.num_keep == 1 or (isinstance(N, int) and self.num_keep == N):
-            kept_K = best_tokens(scores_N, inputs.num_visual, num_keep=self.num_keep)
-            return Selection(kept_K, scores_N, settled(inputs))
+            kept_K = interface.best_tokens(scores_N, inputs.num_visual, num_keep=self.num_keep)
+            return interface.Selection(kept_K, scores_N, row_attention.settled(inputs))
         kept_K, weights_KN = self._merge(inputs, scores_N)
-        return Selection(kept_K, scores_N, settled(inputs), weights_KN)
+        return interface.Selection(kept_K, scores_N, row_attention.settled(inputs), weights_KN)
 
-    def _scores(self, inputs: StageInputs) -> Float[Tensor, "N"]:
+    def _scores(self, inputs: interface.StageInputs) -> Float[Tensor, "N"]:
         assert inputs.previous_SD is not None, "reads_previous"
-        text = text_after(inputs)
+        text = row_attention.text_after(inputs)
         rater_T = rater_weights(inputs)
         attention_TS = self.attention(
             inputs.previous_SD, inputs.cos_SE, inputs.sin_SE, text.rows_T, inputs.length
         ).mean(1)
         scores_S = torch.matmul(rater_T[None].to(attention_TS.dtype), attention_TS)[0]
-        return at_visual_tokens(scores_S, inputs)
+        return row_attention.at_visual_tokens(scores_S, inputs)
 
-    def _merge(self, inputs: StageInputs, scores_N: Tensor) -> tuple[Tensor, Tensor]:
+    def _merge(self, inputs: interface.StageInputs, scores_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return kept indices [K] and the rows' weights [K, N]."""
-        N, real_N = scores_N.shape[0], real_tokens(inputs)
+        N, real_N = scores_N.shape[0], row_attention.real_tokens(inputs)
         index_N = torch.arange(N, device=scores_N.device)
         split = _split(inputs.num_visual.reshape(1).to(torch.float32), self.num_keep)
-        rank_N = ranks(scores_N, real_N)
+        rank_N = interface.ranks(scores_N, real_N)
         kept_N = real_N & (rank_N < split.num_kept)
         pooled_N = real_N & ~kept_N & (rank_N < split.num_kept + split.num_pooled)
         max_pooled, max_merged = N, self.num_keep // 2
@@ -119,17 +101,17 @@ class SparseVlm(KeepingModule):
             _, max_merged, max_pooled = split_of(N, self.num_keep)
         pool_P = index_N
         if isinstance(max_pooled, int):
-            pool_P = indices_by_group(1.0 - pooled_N.to(torch.float32), num_keep=max_pooled)
+            pool_P = interface.indices_by_group(1.0 - pooled_N.to(torch.float32), num_keep=max_pooled)
         real_P = pooled_N.index_select(0, pool_P)
-        hidden_SD = real_rows(inputs.hidden_SD, inputs.length)
-        pool_PD = hidden_SD.index_select(0, visual_rows(inputs).index_select(0, pool_P))
+        hidden_SD = row_attention.real_rows(inputs.hidden_SD, inputs.length)
+        pool_PD = hidden_SD.index_select(0, row_attention.visual_rows(inputs).index_select(0, pool_P))
         centre_P, owner_P = density_peaks(pool_PD, real_P, split.num_merged, max_clusters=max_merged)
         owner_P = pool_P.index_select(0, owner_P).to(torch.float32)
         place_NP = ((index_N[:, None] == pool_P[None, :]) & real_P[None, :]).to(torch.float32)
         owner_N = torch.where(pooled_N, (place_NP * owner_P).sum(1), index_N.to(torch.float32))
         is_centre_N = (place_NP * centre_P.to(torch.float32)).sum(1) > 0
         group_N = torch.where(kept_N, 0.0, torch.where(is_centre_N, 1.0, torch.where(real_N, 2.0, 3.0)))
-        kept_K = indices_by_group(group_N, num_keep=self.num_keep)
+        kept_K = interface.indices_by_group(group_N, num_keep=self.num_keep)
         member_KN = (owner_N[None, :] == kept_K[:, None].to(torch.float32)).to(torch.float32)
         return kept_K, member_KN / member_KN.sum(1, keepdim=True)
 
@@ -152,11 +134,11 @@ def _split(num_visual: Float[Tensor, "1"], num_keep: int) -> _Split:
     return _Split(num_keep - merged, merged, pooled)
 
 
-def rater_weights(inputs: StageInputs) -> Float[Tensor, "T"]:
+def rater_weights(inputs: interface.StageInputs) -> Float[Tensor, "T"]:
     """Return 1 / number of raters at each rater among the text after the image, 0 elsewhere; float32."""
     assert inputs.prompt is not None, "reads_prompt"
-    embeds_FD = real_rows(inputs.prompt.embeds_FD, inputs.prompt.length)
-    text = text_after(inputs)
+    embeds_FD = row_attention.real_rows(inputs.prompt.embeds_FD, inputs.prompt.length)
+    text = row_attention.text_after(inputs)
     visual_F = (inputs.prompt.is_visual_F > 0).to(embeds_FD.dtype)
     index_T = torch.arange(text.rows_T.shape[0], device=embeds_FD.device)
     first = inputs.prompt.length.to(torch.int64).reshape(1) - text.num_text  # no selection drops text
@@ -188,12 +170,12 @@ def density_peaks(
     ).values
     counts_C = torch.arange(max_clusters, device=points_PD.device) < num_clusters
     spread_P = torch.where(counts_C[None], nearest_PC, 0.0).sum(1) / num_clusters.clamp(min=1.0)
-    denser_PP = comes_before(-spread_P, index_P) & real_PP
+    denser_PP = interface.comes_before(-spread_P, index_P) & real_PP
     largest = torch.where(real_PP, square_PP, 0.0).amax((0, 1))
     gap_P = torch.where(denser_PP, square_PP, largest).amin(0)
     # log(density · distance); a product of 0 comes last, whatever the density.
     peak_P = torch.where(gap_P > 0, 0.5 * torch.log(torch.where(gap_P > 0, gap_P, 1.0)) - spread_P, -far / 2)
-    centre_P = real_P & (ranks(peak_P, real_P) < num_clusters)
+    centre_P = real_P & (interface.ranks(peak_P, real_P) < num_clusters)
     to_centre_PP = torch.where(centre_P[None, :], square_PP, far)
     is_nearest_PP = centre_P[None, :] & (to_centre_PP == to_centre_PP.amin(1, keepdim=True))
     owner_P = torch.where(is_nearest_PP, index_P[None, :].to(torch.float32), float(2**24)).amin(1)

@@ -15,28 +15,21 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trio_edge.runtime.bundle.graph_io import END, WORD
-from trio_edge.trio.selectors.interface import (
-    ClipInputs,
-    Selection,
-    TokenInputs,
-    ascending,
-    check_num_keep,
-    indices_by_group,
-)
+from trio_edge.trio.selectors import interface
 
 
-def real_tokens(inputs: TokenInputs, *, num_keep: int) -> Bool[Tensor, "N"]:
+def real_tokens(inputs: interface.TokenInputs, *, num_keep: int) -> Bool[Tensor, "N"]:
     """Return whether each token is real, that is, no padding.
 
     Raises:
         ScheduleError: If there are fewer rows than ``num_keep``.
     """
     N = inputs.tokens_ND.shape[0]
-    check_num_keep(num_keep, N)
+    interface.check_num_keep(num_keep, N)
     return torch.arange(N, device=inputs.tokens_ND.device) < inputs.num_visual.reshape(1)
 
 
-def shown_tokens(inputs: TokenInputs, *, num_keep: int) -> Bool[Tensor, "N"]:
+def shown_tokens(inputs: interface.TokenInputs, *, num_keep: int) -> Bool[Tensor, "N"]:
     """Return whether each token shows a part of the image: neither padding nor newlines."""
     real_N = real_tokens(inputs, num_keep=num_keep)
     return real_N if inputs.is_newline_N is None else real_N & ~inputs.is_newline_N.to(torch.bool)
@@ -81,21 +74,25 @@ def scaled_to_one(
 
 def selection_of(
     chosen_N: Bool[Tensor, "N"], scores_N: Float[Tensor, "N"], real_N: Bool[Tensor, "N"], *, num_keep: int
-) -> Selection:
+) -> interface.Selection:
     """Return a selection of exactly ``num_keep`` tokens: the chosen ones, then the first other real ones, then padding.
 
     At most ``num_keep`` tokens may be chosen.
     """
     group_N = 2.0 - chosen_N.to(torch.float32) - real_N.to(torch.float32)
-    return exact_selection(ascending(indices_by_group(group_N, num_keep=num_keep)), scores_N, real_N)
+    return exact_selection(
+        interface.ascending(interface.indices_by_group(group_N, num_keep=num_keep)), scores_N, real_N
+    )
 
 
 def exact_selection(
     kept_K: Tensor, scores_N: Tensor, real_N: Tensor, weights_KN: Tensor | None = None
-) -> Selection:
+) -> interface.Selection:
     """Return the selection of ``kept_K``, with scores of -1 at padding; it takes no rounds, so ``unsettled`` is 0."""
     scores_N = torch.where(real_N, scores_N.to(torch.float32), -1.0)
-    return Selection(kept_K, scores_N, torch.zeros(1, dtype=torch.int32, device=real_N.device), weights_KN)
+    return interface.Selection(
+        kept_K, scores_N, torch.zeros(1, dtype=torch.int32, device=real_N.device), weights_KN
+    )
 
 
 class UnitTexts(NamedTuple):
@@ -111,7 +108,7 @@ class UnitTexts(NamedTuple):
     """[M] bool."""
 
 
-def clip_texts(clip: ClipInputs) -> UnitTexts:
+def clip_texts(clip: interface.ClipInputs) -> UnitTexts:
     """Return the question's texts with rows of length 1, and the kind of each row."""
     is_end_ML = clip.marks_ML == END
     unit_RZ = unit_rows(clip.texts_MLZ.flatten(0, 1), (clip.marks_ML > 0).flatten())

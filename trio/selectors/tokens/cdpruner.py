@@ -36,14 +36,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trio_edge.trio.selectors.interface import KeepingModule, Selection, TokenInputs
-from trio_edge.trio.selectors.tokens.candidates import (
-    clip_texts,
-    given,
-    real_tokens,
-    scaled_to_one,
-    shown_tokens,
-    unit_rows,
-)
+from trio_edge.trio.selectors.tokens import candidates
 from trio_edge.trio.selectors.tokens.greedy import State, greedy_selection, row_at
 
 _FLOOR = 1e-6
@@ -60,11 +53,11 @@ class CdPruner(KeepingModule):
 
     def forward(self, inputs: TokenInputs) -> Selection:
         """Return the selection; scores give the order of choice, K for the first token."""
-        real_N = real_tokens(inputs, num_keep=self.num_keep)
-        shown_N = shown_tokens(inputs, num_keep=self.num_keep)
-        unit_ND = unit_rows(inputs.tokens_ND, shown_N)
+        real_N = candidates.real_tokens(inputs, num_keep=self.num_keep)
+        shown_N = candidates.shown_tokens(inputs, num_keep=self.num_keep)
+        unit_ND = candidates.unit_rows(inputs.tokens_ND, shown_N)
         cosine_N = self._cosine(inputs, unit_ND, shown_N)
-        relevance_N = scaled_to_one((-1 if self.clip else 1) * cosine_N, shown_N, floor=_FLOOR)
+        relevance_N = candidates.scaled_to_one((-1 if self.clip else 1) * cosine_N, shown_N, floor=_FLOOR)
         scaled_ND = relevance_N[:, None] * unit_ND
         return _most_determinant(scaled_ND, relevance_N, shown_N, real_N, num_keep=self.num_keep)
 
@@ -73,19 +66,21 @@ class CdPruner(KeepingModule):
     ) -> Float[Tensor, "N"]:
         """Return each token's mean cosine with the text."""
         if inputs.clip is None or not self.clip:
-            text_D = mean_text(given(inputs.text_TD, "text_TD"), given(inputs.num_text, "num_text"))
+            text_D = mean_text(
+                candidates.given(inputs.text_TD, "text_TD"), candidates.given(inputs.num_text, "num_text")
+            )
             return (unit_ND * text_D.to(unit_ND.dtype)).sum(-1)
-        texts = clip_texts(inputs.clip)
+        texts = candidates.clip_texts(inputs.clip)
         whole_Z = torch.where(texts.is_end_ML[..., None], texts.unit_MLZ, 0.0).sum((0, 1))
         mean_Z = whole_Z / texts.is_real_M.to(whole_Z.dtype).sum().clamp(min=1.0)
-        return (unit_rows(inputs.clip.patches_NZ, shown_N) * mean_Z).sum(-1)
+        return (candidates.unit_rows(inputs.clip.patches_NZ, shown_N) * mean_Z).sum(-1)
 
 
 def mean_text(text_TD: Float[Tensor, "T D"], num_text: Tensor) -> Float[Tensor, "D"]:
     """Return the mean of the text's unit rows, 0 without text; its dot product with a unit row is the mean cosine."""
     T = text_TD.shape[0]
     used_T = torch.arange(T, device=text_TD.device) < num_text.reshape(1)
-    unit_TD = unit_rows(text_TD, used_T)
+    unit_TD = candidates.unit_rows(text_TD, used_T)
     return unit_TD.sum(0) / num_text.clamp(min=1).to(unit_TD.dtype)
 
 

@@ -40,15 +40,7 @@ from torch import Tensor
 
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.interface import KeepingModule, Selection, TokenInputs, ranks
-from trio_edge.trio.selectors.tokens.candidates import (
-    clip_texts,
-    given,
-    masked,
-    real_tokens,
-    scaled_to_one,
-    shown_tokens,
-    unit_rows,
-)
+from trio_edge.trio.selectors.tokens import candidates
 from trio_edge.trio.selectors.tokens.greedy import cover
 
 _TEXT_SHARE = 0.2  # q
@@ -80,9 +72,9 @@ class Eadp(KeepingModule):
 
     def forward(self, inputs: TokenInputs) -> Selection:
         """Return the selection; scores give the order of choice, K for the first token."""
-        real_N = real_tokens(inputs, num_keep=self.num_keep)
-        shown_N = shown_tokens(inputs, num_keep=self.num_keep)
-        unit_ND = unit_rows(inputs.tokens_ND, shown_N)
+        real_N = candidates.real_tokens(inputs, num_keep=self.num_keep)
+        shown_N = candidates.shown_tokens(inputs, num_keep=self.num_keep)
+        unit_ND = candidates.unit_rows(inputs.tokens_ND, shown_N)
         importance_N = self._importance(inputs, unit_ND, shown_N)
         similarity_NN = importance_N[None, :] * (1.0 + unit_ND @ unit_ND.T) * 0.5
         return cover(similarity_NN, torch.ones_like(importance_N), shown_N, real_N, num_keep=self.num_keep)
@@ -95,7 +87,7 @@ class Eadp(KeepingModule):
         fused_MN = _GLOBAL_SHARE * texts.whole_MN + (1.0 - _GLOBAL_SHARE) * dense_MN
         used_M1 = texts.is_real_M[:, None].to(fused_MN.dtype)
         fused_N = (used_M1 * fused_MN).sum(0) / used_M1.sum().clamp(min=1.0)
-        importance_N = scaled_to_one(fused_N, shown_N, floor=0.0)
+        importance_N = candidates.scaled_to_one(fused_N, shown_N, floor=0.0)
         if self.grid is not None:
             importance_N = torch.where(shown_N, _smoothed(importance_N, self.grid), 0.0)
         return importance_N ** (1.0 if self.clip else 2.0)
@@ -123,11 +115,14 @@ class _Cosines(NamedTuple):
 
 def _in_embeddings(inputs: TokenInputs, unit_ND: Float[Tensor, "N D"]) -> _Cosines:
     """Return the cosines in the decoder's embedding space, where the question is one text and its mean the whole."""
-    text_TD, num_text = given(inputs.text_TD, "text_TD"), given(inputs.num_text, "num_text")
+    text_TD, num_text = (
+        candidates.given(inputs.text_TD, "text_TD"),
+        candidates.given(inputs.num_text, "num_text"),
+    )
     used_T = torch.arange(text_TD.shape[0], device=text_TD.device) < num_text.reshape(1)
-    sum_1D = masked(text_TD, used_T).sum(0, keepdim=True)  # has the direction of the mean
-    whole_1D = unit_rows(sum_1D, torch.ones_like(used_T[:1])).to(unit_ND.dtype)
-    words_TD = unit_rows(text_TD, used_T).to(unit_ND.dtype)
+    sum_1D = candidates.masked(text_TD, used_T).sum(0, keepdim=True)  # has the direction of the mean
+    whole_1D = candidates.unit_rows(sum_1D, torch.ones_like(used_T[:1])).to(unit_ND.dtype)
+    words_TD = candidates.unit_rows(text_TD, used_T).to(unit_ND.dtype)
     return _Cosines(
         words_MLN=-(words_TD @ unit_ND.T)[None],
         whole_MN=-(whole_1D * unit_ND).sum(-1)[None],
@@ -139,8 +134,8 @@ def _in_embeddings(inputs: TokenInputs, unit_ND: Float[Tensor, "N D"]) -> _Cosin
 def _in_clip(inputs: TokenInputs, shown_N: Bool[Tensor, "N"]) -> _Cosines:
     """Return the cosines in CLIP's space, where a text's end token stands for the whole."""
     assert inputs.clip is not None, "--clip"
-    texts = clip_texts(inputs.clip)
-    unit_NZ = unit_rows(inputs.clip.patches_NZ, shown_N)
+    texts = candidates.clip_texts(inputs.clip)
+    unit_NZ = candidates.unit_rows(inputs.clip.patches_NZ, shown_N)
     cosine_MLN = -(texts.unit_MLZ.to(unit_NZ.dtype) @ unit_NZ.T)
     return _Cosines(
         words_MLN=cosine_MLN,

@@ -27,37 +27,23 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from trio_edge.trio.selectors.interface import (
-    KeepingModule,
-    Selection,
-    TokenInputs,
-    ascending,
-    comes_before,
-    ranks,
-)
-from trio_edge.trio.selectors.tokens.candidates import (
-    exact_selection,
-    given,
-    masked,
-    real_tokens,
-    shown_tokens,
-    unit_rows,
-)
+from trio_edge.trio.selectors import interface
+from trio_edge.trio.selectors.tokens import candidates
 
 _NUM_CHUNKS = 16
 _ATTENTION = 1000.0
 _VARIETY = 0.09
 
 
-class HoloV(KeepingModule):
+class HoloV(interface.KeepingModule):
     """HoloV; no parameters."""
 
-    def forward(self, inputs: TokenInputs) -> Selection:
+    def forward(self, inputs: interface.TokenInputs) -> interface.Selection:
         """Return the selection; scores combine the tokens' attention and variety."""
-        real_N = real_tokens(inputs, num_keep=self.num_keep)
-        shown_N = shown_tokens(inputs, num_keep=self.num_keep)
-        attention_N = masked(given(inputs.attention_N, "attention_N"), shown_N)
-        unit_ND = unit_rows(inputs.tokens_ND, shown_N)
+        real_N = candidates.real_tokens(inputs, num_keep=self.num_keep)
+        shown_N = candidates.shown_tokens(inputs, num_keep=self.num_keep)
+        attention_N = candidates.masked(candidates.given(inputs.attention_N, "attention_N"), shown_N)
+        unit_ND = candidates.unit_rows(inputs.tokens_ND, shown_N)
         attention_N = attention_N.to(unit_ND.dtype)
         chunk_N = _chunks(shown_N)
         chunk_P = torch.arange(_NUM_CHUNKS, device=chunk_N.device).to(torch.float32)
@@ -67,14 +53,14 @@ class HoloV(KeepingModule):
         quota_P = _quotas(score_N, member_PN, num_keep=self.num_keep)
         quota_N = (member_PN * quota_P[:, None]).sum(0)
         index_N = torch.arange(shown_N.shape[0], device=shown_N.device)
-        rank_N = (comes_before(attention_N, index_N) & same_NN).to(torch.float32).sum(0)
+        rank_N = (interface.comes_before(attention_N, index_N) & same_NN).to(torch.float32).sum(0)
         count = shown_N.shape[0]
         group_N = count * torch.where(rank_N < quota_N, 0.0, 1.0)
         # Newlines come after the image, padding after newlines.
         after_N = count * torch.where(real_N, 2.0, 3.0) + index_N.to(torch.float32)
-        order_N = torch.where(shown_N, group_N + ranks(_coarse(score_N), shown_N), after_N)
-        kept_K = ascending(torch.topk(order_N, self.num_keep, largest=False).indices)
-        return exact_selection(kept_K, score_N, real_N)
+        order_N = torch.where(shown_N, group_N + interface.ranks(_coarse(score_N), shown_N), after_N)
+        kept_K = interface.ascending(torch.topk(order_N, self.num_keep, largest=False).indices)
+        return candidates.exact_selection(kept_K, score_N, real_N)
 
 
 def _chunks(shown_N: Bool[Tensor, "N"]) -> Float[Tensor, "N"]:
@@ -122,4 +108,4 @@ def _quotas(
     # The addend keeps rounding from making 3 of a share of 4.
     quota_P = torch.floor(weight_P * num_keep + 1e-4)
     rest = num_keep - quota_P.sum(0)
-    return quota_P + (used_P & (ranks(_coarse(weight_P), used_P) < rest)).to(quota_P.dtype)
+    return quota_P + (used_P & (interface.ranks(_coarse(weight_P), used_P) < rest)).to(quota_P.dtype)

@@ -27,25 +27,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.trio.selectors.interface import (
-    KeepingModule,
-    Selection,
-    TokenInputs,
-    ascending,
-    indices_by_group,
-    ranks,
-)
-from trio_edge.trio.selectors.tokens.candidates import (
-    exact_selection,
-    given,
-    masked,
-    real_tokens,
-    shown_tokens,
-    unit_rows,
-)
+from trio_edge.trio.selectors import interface
+from trio_edge.trio.selectors.tokens import candidates
 
 
-class VisionZip(KeepingModule):
+class VisionZip(interface.KeepingModule):
     """VisionZip; no parameters."""
 
     def __init__(self, *, num_keep: int, num_contextual: int | None = None) -> None:
@@ -65,13 +51,13 @@ class VisionZip(KeepingModule):
                 f"num_contextual: expected 0..{num_keep - 1}, got {num_contextual}; keep one dominant token"
             )
 
-    def forward(self, inputs: TokenInputs) -> Selection:
+    def forward(self, inputs: interface.TokenInputs) -> interface.Selection:
         """Return the selection; scores are the attention. Contextual tokens come last."""
-        real_N = real_tokens(inputs, num_keep=self.num_keep)
-        shown_N = shown_tokens(inputs, num_keep=self.num_keep)
-        attention_N = masked(given(inputs.attention_N, "attention_N"), shown_N)
+        real_N = candidates.real_tokens(inputs, num_keep=self.num_keep)
+        shown_N = candidates.shown_tokens(inputs, num_keep=self.num_keep)
+        attention_N = candidates.masked(candidates.given(inputs.attention_N, "attention_N"), shown_N)
         D, C = self.num_keep - self.num_contextual, self.num_contextual
-        dominant_N = shown_N & (ranks(attention_N, shown_N) < D)
+        dominant_N = shown_N & (interface.ranks(attention_N, shown_N) < D)
         rest_N = shown_N & ~dominant_N
         num_rest = rest_N.to(torch.float32).sum(0, keepdim=True)
         target_N = _targets(rest_N, num_rest, num=C)
@@ -80,18 +66,18 @@ class VisionZip(KeepingModule):
             merging,
             torch.cat([_where(dominant_N, num=D), *([_where(target_N, num=C)] if C else [])]),
             # The whole image fits: it comes first, newlines after it, padding last.
-            ascending(
-                indices_by_group(
+            interface.ascending(
+                interface.indices_by_group(
                     2.0 - shown_N.to(torch.float32) - real_N.to(torch.float32), num_keep=self.num_keep
                 )
             ),
         )
         weights_KN = None
         if C:
-            keys_NE = unit_rows(given(inputs.keys_NE, "keys_NE"), shown_N)
+            keys_NE = candidates.unit_rows(candidates.given(inputs.keys_NE, "keys_NE"), shown_N)
             merged_N = rest_N & ~target_N & merging
             weights_KN = self._weights(kept_K, keys_NE, merged_N)
-        return exact_selection(kept_K, attention_N, real_N, weights_KN)
+        return candidates.exact_selection(kept_K, attention_N, real_N, weights_KN)
 
     def _weights(
         self, kept_K: Int[Tensor, "K"], keys_NE: Float[Tensor, "N E"], merged_N: Bool[Tensor, "N"]
@@ -122,4 +108,4 @@ def _targets(rest_N: Bool[Tensor, "N"], num_rest: Float[Tensor, "1"], *, num: in
 
 def _where(chosen_N: Bool[Tensor, "N"], *, num: int) -> Int[Tensor, "X"]:
     """Return the indices of the ``num`` chosen tokens, ascending."""
-    return indices_by_group(torch.where(chosen_N, 0.0, 1.0), num_keep=num)
+    return interface.indices_by_group(torch.where(chosen_N, 0.0, 1.0), num_keep=num)

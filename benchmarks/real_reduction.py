@@ -1,0 +1,251 @@
+"""Token reduction on a real language model: rows of a passage are marked as visual, then a question asks for one of its facts.
+
+    python benchmarks/real_reduction.py --split held-out --count 60 --layer 10      # --split tuning chooses settings
+
+In torch, float32, one stage before ``--layer``. The prompt is a chat; a stage sees nothing of the answer. Measured on the answer's
+rows, which are given: KL from keep-all, the log probability of the right word, and how often it is the likeliest ("recall").
+Intervals are 95 %, paired by prompt. "Fact" is the share of the asked sentence's rows that a stage keeps, "again" the share of kept
+rows whose token another kept row has, "gap" the longest run of removed rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from parts.arguments import parser_for, positive
+from parts.tables import markdown
+from real_weights.checkpoints import checkpoint
+from real_weights.passages import Passage, passages
+from real_weights.texts import as_chat, as_sequence
+
+from trio_edge.calibration.model.gradients import whole_gradients
+from trio_edge.calibration.model.sequence import (
+    Sequence,
+    advanced,
+    answer_logits,
+    order_of,
+    saliency,
+    with_kept,
+)
+from trio_edge.calibration.model.torch_model import TorchModel, load_model
+from trio_edge.profiling.statistics import bootstrap_interval, paired_interval
+from trio_edge.runtime.bundle.schedule import Schedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SEEDS = {"tuning": 1, "held-out": 2}
+
+
+class Prompt(NamedTuple):
+    """A passage as rows, before layer 0."""
+
+    sequence: Sequence
+    ids: list[int]
+    fact: set[int]
+    """Visual tokens of the sentence with the answer."""
+    word: int
+    """The right token."""
+
+
+class Stage(NamedTuple):
+    """What a selector sees."""
+
+    model: TorchModel
+    layer: int
+    entering: Sequence
+    prompt: Prompt
+    random: torch.Generator
+
+    def scores(self, rows: str = "reference", count: int = 4) -> Tensor:
+        schedule = Schedule(probe_rows="answer" if rows == "answer" else "reference", num_probe_rows=count)
+        with torch.no_grad():
+            return saliency(self.model, self.layer, schedule, self.entering)
+
+    def whole(self, rows: str = "reference", count: int = 4) -> Tensor:
+        schedule = Schedule(probe_rows="answer" if rows == "answer" else "reference", num_probe_rows=count)
+        return whole_gradients(self.model, self.entering, schedule, self.layer)[0]
+
+    def lengths(self) -> Tensor:
+        return self.entering.hidden_SD[self.entering.visual_rows_N].norm(dim=-1)
+
+    def attention(self) -> Tensor:
+        """Return the last prompt row's mean attention to each visual token."""
+        entering, length = self.entering, self.entering.prompt_length
+        probe = self.model.probe(self.layer, Schedule())
+        cos, sin = self.model.rotary(entering.positions_AS[:, :length])
+        last = torch.tensor([length - 1])
+        state = probe.attend(
+            entering.hidden_SD[:length], cos[0], sin[0], entering.visual_rows_N, last, torch.tensor([length])
+        )
+        return state.attention_HRN[:, 0].mean(0)
+
+    def drawn(self) -> Tensor:
+        return torch.rand(self.entering.num_visual, generator=self.random)
+
+    def best(self, scores_N: Tensor, num_keep: int, threshold: float | None = None) -> Tensor:
+        """Return the best tokens; with a threshold, those that its NMS leaves come first."""
+        if threshold is None:
+            return scores_N.topk(num_keep).indices.sort().values
+        return order_of(self.entering, scores_N, threshold=threshold).kept(num_keep)
+
+    def uniform(self, num_keep: int) -> Tensor:
+        return torch.linspace(0, self.entering.num_visual - 1, num_keep).round().to(torch.int64)
+
+    def fact_first(self, num_keep: int) -> Tensor:
+        """Return the asked sentence's tokens, and others evenly spread."""
+        rank_N = torch.zeros(self.entering.num_visual)
+        rank_N[self.uniform(num_keep)] = 1.0
+        rank_N[torch.tensor(sorted(self.prompt.fact))] = 2.0
+        return self.best(rank_N, num_keep)
+
+
+Select = Callable[[Stage, int], "Tensor"]
+SELECTORS: dict[str, Select] = {
+    "the asked fact, then uniform": lambda stage, K: stage.fact_first(K),
+    "trio": lambda stage, K: stage.best(stage.scores(), K, 0.8),
+    "trio, answer rows": lambda stage, K: stage.best(stage.scores("answer"), K, 0.8),
+    "trio, 8 answer rows": lambda stage, K: stage.best(stage.scores("answer", 8), K, 0.8),
+    "trio, 16 answer rows": lambda stage, K: stage.best(stage.scores("answer", 16), K, 0.8),
+    "trio, τ 0.6": lambda stage, K: stage.best(stage.scores(), K, 0.6),
+    "trio, τ 0.7": lambda stage, K: stage.best(stage.scores(), K, 0.7),
+    "trio, τ 0.9": lambda stage, K: stage.best(stage.scores(), K, 0.9),
+    "trio, no NMS": lambda stage, K: stage.best(stage.scores(), K),
+    "trio, 16 answer rows, no NMS": lambda stage, K: stage.best(stage.scores("answer", 16), K),
+    "trio, score × row length": lambda stage, K: stage.best(stage.scores() * stage.lengths(), K, 0.8),
+    "trio, score × row length, no NMS": lambda stage, K: stage.best(stage.scores() * stage.lengths(), K),
+    "whole gradient": lambda stage, K: stage.best(stage.whole(), K, 0.8),
+    "whole gradient, no NMS": lambda stage, K: stage.best(stage.whole(), K),
+    "whole gradient, 16 answer rows": lambda stage, K: stage.best(stage.whole("answer", 16), K, 0.8),
+    "last row's attention": lambda stage, K: stage.best(stage.attention(), K),
+    "last row's attention, NMS": lambda stage, K: stage.best(stage.attention(), K, 0.8),
+    "random, NMS": lambda stage, K: stage.best(stage.drawn(), K, 0.8),
+    "uniform": lambda stage, K: stage.uniform(K),
+    "random": lambda stage, K: stage.best(stage.drawn(), K),
+    "recency": lambda stage, K: torch.arange(stage.entering.num_visual - K, stage.entering.num_visual),
+}
+
+
+def prompt_of(model: TorchModel, passage: Passage) -> Prompt:
+    """Return a passage's chat with the beginning of its answer."""
+    plain = [model.tokenizer.plain_ids(text).tolist() for text in (passage.text, passage.beginning)]
+    ids = as_chat(model, f"{passage.text}\n{passage.question}", plain[1])
+    words = plain[0][:-1]  # the last full stop and the line break may be one token
+    first = next(place for place in range(len(ids)) if ids[place : place + len(words)] == words)
+    visual = range(first, first + len(words))
+    before = len(model.tokenizer.plain_ids(passage.text[: passage.text.index(passage.fact)].rstrip()))
+    inside = len(model.tokenizer.plain_ids(passage.fact))
+    fact = set(range(before, min(before + inside, len(words))))
+    (word,) = model.tokenizer.plain_ids(passage.word).tolist()
+    return Prompt(replace(as_sequence(model, ids, visual), num_answer=len(plain[1])), ids, fact, word)
+
+
+def measured(
+    model: TorchModel,
+    prompt: Prompt,
+    layer: int,
+    keeps: list[float],
+    chosen: dict[str, Select],
+    positions: str,
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Return the figures of keep-all and of each selector at each budget, by "NAME KEEP"."""
+    with torch.no_grad():
+        entering = advanced(model, prompt.sequence, range(layer))
+        exact_TV = torch.log_softmax(
+            answer_logits(model, advanced(model, entering, range(layer, model.num_layers))).double(), -1
+        )
+    last = exact_TV[-1]
+    found = {"all": {"log p": float(last[prompt.word]), "recall": float(last.argmax() == prompt.word)}}
+    for name, select in chosen.items():
+        for keep in keeps:
+            stage = Stage(model, layer, entering, prompt, torch.Generator().manual_seed(seed))
+            kept_K = select(stage, max(round(keep * entering.num_visual), 2))
+            with torch.no_grad():
+                reduced = with_kept(
+                    entering, kept_K, positions="preserved" if positions == "preserved" else "compact"
+                )
+                logits_TV = answer_logits(model, advanced(model, reduced, range(layer, model.num_layers)))
+            log_q_TV = torch.log_softmax(logits_TV.double(), -1)
+            tokens = [prompt.ids[int(prompt.sequence.visual_rows_N[one])] for one in kept_K]
+            gaps = np.diff([-1, *kept_K.tolist(), entering.num_visual])
+            found[f"{name} {keep}"] = {
+                "KL": float((exact_TV.exp() * (exact_TV - log_q_TV)).sum(-1).mean()),
+                "log p": float(log_q_TV[-1, prompt.word]),
+                "recall": float(log_q_TV[-1].argmax() == prompt.word),
+                "fact": len(prompt.fact & set(kept_K.tolist())) / len(prompt.fact),
+                "again": 1 - len(set(tokens)) / len(tokens),
+                "gap": float(gaps.max() - 1),
+            }
+    return found
+
+
+def table(results: list[dict[str, dict[str, float]]], keep: float, names: list[str], *, base: str) -> str:
+    """Return the table of one budget, best KL first; differences are from ``base``."""
+    images = [str(index) for index in range(len(results))]
+
+    def of(name: str, figure: str) -> list[float]:
+        return [one[name][figure] for one in results]
+
+    rows = []
+    for name in sorted(names, key=lambda one: np.mean(of(f"{one} {keep}", "KL"))):
+        key = f"{name} {keep}"
+        low, high = bootstrap_interval(of(key, "KL"), images)
+        difference = np.mean(of(key, "KL")) - np.mean(of(f"{base} {keep}", "KL"))
+        interval = paired_interval(of(key, "KL"), of(f"{base} {keep}", "KL"), images)
+        words_low, words_high = bootstrap_interval(of(key, "log p"), images)
+        rows.append(
+            (
+                f"{name}",
+                f"{np.mean(of(key, 'KL')):.2f} ({low:.2f}–{high:.2f})",
+                "" if name == base else f"{difference:+.2f} ({interval[0]:+.2f} to {interval[1]:+.2f})",
+                f"{np.mean(of(key, 'log p')):.2f} ({words_low:.2f} to {words_high:.2f})",
+                f"{100 * np.mean(of(key, 'recall')):.0f}",
+                f"{100 * np.mean(of(key, 'fact')):.0f}",
+                f"{100 * np.mean(of(key, 'again')):.0f}",
+                f"{np.mean(of(key, 'gap')):.1f}",
+            )
+        )
+    heads = ("selector", "KL, nats", f"minus {base}", "log p", "recall %", "fact %", "again %", "gap")
+    return markdown(heads, rows)
+
+
+def main() -> None:
+    parser = parser_for(__doc__)
+    parser.add_argument("--split", choices=list(SEEDS), default="held-out")
+    parser.add_argument("--count", type=positive, default=60)
+    parser.add_argument("--layer", type=positive, default=10)
+    parser.add_argument("--keeps", type=float, nargs="+", default=[1 / 3, 0.15])
+    parser.add_argument("--positions", choices=["compact", "preserved"], default="compact")
+    parser.add_argument("--selectors", nargs="+", choices=list(SELECTORS), default=list(SELECTORS))
+    parser.add_argument("--out", type=Path, default=Path("out/real"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model = load_model(str(checkpoint("llava", options.out)))
+    chosen = {name: SELECTORS[name] for name in options.selectors}
+    keeps = [round(keep, 3) for keep in options.keeps]
+    results, num_visual = [], []
+    for number, passage in enumerate(passages(options.count, seed=SEEDS[options.split])):
+        prompt = prompt_of(model, passage)
+        num_visual.append(prompt.sequence.num_visual)
+        results.append(measured(model, prompt, options.layer, keeps, chosen, options.positions, number))
+    name = f"reduction-{options.split}-{options.layer}-{options.positions}-{options.count}.json"
+    (options.out / name).write_text(json.dumps(results), encoding="utf-8")
+    whole = {name: np.mean([one["all"][name] for one in results]) for name in ("log p", "recall")}
+    print(
+        f"{options.split}, {options.count} prompts, {np.mean(num_visual):.0f} visual rows, stage before layer {options.layer},"
+        f" {options.positions} positions; keep-all: log p {whole['log p']:.2f}, recall {100 * whole['recall']:.0f} %\n"
+    )
+    base = "trio" if "trio" in chosen else options.selectors[0]
+    for keep in keeps:
+        print(f"{100 * keep:.1f} %\n\n{table(results, keep, options.selectors, base=base)}\n")
+
+
+if __name__ == "__main__":
+    main()

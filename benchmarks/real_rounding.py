@@ -1,0 +1,176 @@
+"""What helps a real language model in INT4: perplexity and next tokens by block size, calibration, and parts left wider.
+
+    python benchmarks/real_rounding.py --out out/real            # --layers: the damage of each layer and product alone
+
+In torch, with the exporter's own rounding of weights and inputs (calibration/quantize), which the tests compare with bundles. Texts
+are those of real_formats.py; calibrated scales come from other topics.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import TYPE_CHECKING, NamedTuple
+from unittest import mock
+
+import torch
+from parts.arguments import parser_for, positive
+from parts.tables import markdown
+from real_formats import REQUEST, calibrated_scales
+from real_weights.checkpoints import checkpoint
+from real_weights.texts import MEASURED, as_chat, as_sequence
+
+from trio_edge.calibration.model.sequence import advanced, logits_of
+from trio_edge.calibration.model.torch_model import TorchModel, load_model
+from trio_edge.calibration.quantize.quantized_model import quantized_model
+from trio_edge.export.graphs.linear_groups import decoder_groups
+from trio_edge.export.quantize.numerics import block_size, quantize_weight
+from trio_edge.export.quantize.plan import parse_plan
+from trio_edge.export.quantize.scales import CalibratedScales
+from trio_edge.profiling.statistics import score_interval
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK_SIZES = (
+    "trio_edge.export.quantize.numerics.BLOCK_SIZE",
+    "trio_edge.export.quantize.assign.BLOCK_SIZE",
+)
+
+
+class Variant(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    plan: str
+    is_calibrated: bool = False
+    block: int = 128
+    prefix: int = 4
+    """Layers before the first stage, which the plan calls prefix; those after the last one are its suffix."""
+    suffix: int = 16
+
+
+VARIANTS = (
+    Variant("int8", "int8"),
+    Variant("int4 (blocks of 96 and 128)", "int4"),
+    Variant("int4, blocks of 64", "int4", block=64),
+    Variant("int4, blocks of 32", "int4", block=32),
+    Variant("int4, AWQ", "int4", is_calibrated=True),
+    Variant("w8a8, SmoothQuant", "int8", is_calibrated=True),
+    Variant("int4, head int8", "int4,head=int8"),
+    Variant("int4, head int4", "int4,head=int4"),
+    Variant("int4, first 4 layers int8", "int4,prefix=int8"),
+    Variant("int4, first 12 layers int8", "int4,prefix=int8", prefix=12, suffix=20),
+    Variant("int4, last 14 layers int8", "int4,suffix=int8"),
+    Variant("fp8", "fp8"),
+    Variant("fp8, calibrated inputs", "fp8", is_calibrated=True),
+    Variant("int8, head int8", "int8,head=int8"),
+    Variant("int4, blocks of 32, AWQ", "int4", is_calibrated=True, block=32),
+    Variant("w8a8, head w8a8, SmoothQuant", "int8,head=int8", is_calibrated=True),
+)
+
+
+class Text(NamedTuple):
+    """What a model says about the texts."""
+
+    log_probs: Tensor
+    """In nats, of each token."""
+    likeliest: Tensor
+
+
+def read(model: TorchModel, length: int) -> Text:
+    """Return what the model says, the texts one after another, each of at most ``length`` tokens."""
+    log_probs, likeliest = [], []
+    with torch.no_grad():
+        for name in MEASURED:
+            ids = model.tokenizer.plain_ids(topics[name]).tolist()[:length]
+            chat = as_chat(model, REQUEST + name, ids)
+            rows = advanced(model, as_sequence(model, chat), range(model.num_layers))
+            logits_SV = logits_of(model, rows.hidden_SD[-len(ids) - 1 : -1])
+            log_probs.append(torch.log_softmax(logits_SV, -1).gather(1, torch.tensor(ids)[:, None])[:, 0])
+            likeliest.append(logits_SV.argmax(-1))
+    return Text(torch.cat(log_probs), torch.cat(likeliest))
+
+
+def cells(name: str, one: Text, exact: Text) -> tuple[str, ...]:
+    """Return a row of the table."""
+    same = (one.likeliest == exact.likeliest).float().tolist()
+    low, high = score_interval(same, [str(place) for place in range(len(same))])
+    return (
+        name,
+        f"{float((-one.log_probs.mean()).exp()):.2f}",
+        f"{float(exact.log_probs.mean() - one.log_probs.mean()):+.4f}",
+        f"{100 * sum(same) / len(same):.1f} ({100 * low:.1f}–{100 * high:.1f})",
+    )
+
+
+def of_variant(model: TorchModel, variant: Variant, length: int) -> Text:
+    """Return what the model says in a variant's formats."""
+    stages = (Stage(layer=variant.prefix, keep=20), Stage(layer=variant.suffix, keep=10))
+    schedule, plan = Schedule(stages=stages), parse_plan(variant.plan)
+    with ExitStack() as stack:
+        for name in BLOCK_SIZES:
+            stack.enter_context(mock.patch(name, variant.block))
+        scales = CalibratedScales()
+        if variant.is_calibrated:
+            scales = calibrated_scales(model, plan, schedule, dtype="float16")
+        stack.enter_context(quantized_model(model, schedule, plan, scales, dtype="float16"))
+        return read(model, length)
+
+
+def by_product(model: TorchModel, exact: Text, length: int) -> list[tuple[str, ...]]:
+    """Return rows for INT4 in one product of all layers, and in one layer alone."""
+    groups = [
+        group
+        for index, layer in enumerate(model.parts.layers)
+        for group in decoder_groups(layer, index=index)
+    ]
+    kinds = {
+        f"int4 only in {name}": [one for one in groups if one.name == name]
+        for name in dict.fromkeys(g.name for g in groups)
+    }
+    kinds |= {
+        f"int4 only in layer {index}": [one for one in groups if one.layer == index]
+        for index in range(model.num_layers)
+    }
+    rows = []
+    for name, chosen in kinds.items():
+        weights = [linear.get_parameter("weight") for group in chosen for linear in group.linears]
+        before = [weight.data for weight in weights]
+        for weight in weights:
+            rounded = quantize_weight(
+                weight.data, kind="int4", dtype="float16", block=block_size(weight.shape[1])
+            )
+            weight.data = rounded.dequantized().to(weight.dtype)
+        rows.append(cells(name, read(model, length), exact))
+        print(rows[-1], flush=True)
+        for weight, values in zip(weights, before):
+            weight.data = values
+    return rows
+
+
+def main() -> None:
+    parser = parser_for(__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/real"))
+    parser.add_argument("--length", type=positive, default=256, help="most tokens of each of the texts")
+    parser.add_argument("--layers", action="store_true")
+    parser.add_argument("--rows", nargs="+", metavar="WORD", help="only the rows with one of these words")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model = load_model(str(checkpoint("llava", options.out)))
+    exact = read(model, options.length)
+    rows = [cells("float32", exact, exact)]
+    if options.layers:
+        rows += by_product(model, exact, options.length)
+    for variant in () if options.layers else VARIANTS:
+        if options.rows is None or any(word in variant.name for word in options.rows):
+            rows.append(cells(variant.name, of_variant(model, variant, options.length), exact))
+            print(rows[-1], flush=True)
+    print(f"\nSmolLM2-135M-Instruct, {len(exact.log_probs)} tokens, in torch\n")
+    print(markdown(("weights", "perplexity", "nats", "same token %"), rows))
+
+
+if __name__ == "__main__":
+    main()
