@@ -272,7 +272,7 @@ def test_the_node_publishes_decisions_and_an_overlay_that_somebody_wants(
     topics = [topic for topic, _, _ in ros.published]
     assert topics == ["~/decisions"] + ["~/overlay"] * watchers
     line = json.loads(ros.published[0][2].data)
-    assert (line["question"], line["answer"], line["frame"]) == ("star", "yes", 0)
+    assert (line["name"], line["answer"], line["frame"]) == ("star", "yes", 0)
     if watchers:
         assert ros.published[1][2].header.frame_id == "camera"
         assert pixels_of(ros.published[1][2]).shape[2] == 3
