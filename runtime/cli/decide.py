@@ -81,7 +81,7 @@ def decide(
     opened = [open_image(path, max_pixels=max_pixels) for path in images]
     (decision,) = pipeline.decide(opened, question, both_orders=both_orders, **shown)
     if as_json:
-        print(json.dumps(as_dict(decision), ensure_ascii=False))
+        print(json.dumps(decision.to_dict(), ensure_ascii=False))
     else:
         rows = [(printable(name), f"{100 * share:.1f} %") for name, share in decision.by_name().items()]
         console = wide_console()
@@ -93,22 +93,3 @@ def decide(
     kept = f"kept per stage {list(statistics.kept_tokens)}"
     print(f"{pipeline.backend_name}: {statistics.ttft_ms:.1f} ms, {kept}", file=sys.stderr)
     return decision, opened
-
-
-def as_dict(decision: Decision) -> dict[str, Any]:
-    """Return a decision as JSON values."""
-    question, statistics = decision.question, decision.statistics
-    return {
-        "name": question.name,
-        "kind": question.kind,
-        "question": question.text,
-        "answer": decision.choice,
-        "confidence": decision.confidence,
-        **({"score": decision.score} if question.kind == "score" else {}),
-        "probabilities": decision.by_name(),
-        "label_mass": decision.label_mass,
-        "visual_tokens": statistics.visual_tokens,
-        "kept_tokens": list(statistics.kept_tokens),
-        "text_tokens": statistics.text_tokens,
-        "ms": statistics.ttft_ms,
-    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, final
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
 
 import numpy as np
 
@@ -156,3 +156,25 @@ class Decision:
     def by_name(self) -> dict[str, float]:
         """Return the probabilities by the options' names."""
         return {option.name: share for option, share in zip(self.question.options, self.probabilities)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the decision as JSON values of six digits: what trio-run and trio-watch print."""
+
+        def short(value: float) -> float:
+            return float(f"{value:.6g}")
+
+        question, statistics = self.question, self.statistics
+        return {
+            "name": question.name,
+            "kind": question.kind,
+            "question": question.text,
+            "answer": self.choice,
+            "confidence": short(self.confidence),
+            **({"score": short(self.score)} if question.kind == "score" else {}),
+            "probabilities": {name: short(share) for name, share in self.by_name().items()},
+            "label_mass": short(self.label_mass),
+            "visual_tokens": statistics.visual_tokens,
+            "kept_tokens": list(statistics.kept_tokens),
+            "text_tokens": statistics.text_tokens,
+            "ms": short(statistics.ttft_ms),
+        }

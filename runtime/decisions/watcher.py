@@ -50,23 +50,9 @@ class WatchEvent:
 
     def to_json(self, *, source: str) -> str:
         """Return the line of ASCII that trio-watch prints; ``source`` is the frame's."""
-        decision, question, statistics = self.decision, self.decision.question, self.decision.statistics
         when = datetime.fromtimestamp(self.time, timezone.utc).isoformat(timespec="milliseconds")
-        line = {
-            "time": when,
-            "source": source,
-            "frame": self.frame,
-            "question": question.name or question.text,
-            "answer": decision.choice,
-            "previous": self.previous,
-            "probabilities": {name: round(share, 6) for name, share in decision.by_name().items()},
-            "score": round(decision.score, 6) if question.kind == "score" else None,
-            "label_mass": round(decision.label_mass, 6),
-            "ms": round(statistics.ttft_ms, 2),
-            "visual_tokens": statistics.visual_tokens,
-            "kept_tokens": statistics.kept_tokens,
-        }
-        return json.dumps(line)
+        line = {"time": when, "source": source, "frame": self.frame, "previous": self.previous}
+        return json.dumps(line | self.decision.to_dict())
 
 
 @final

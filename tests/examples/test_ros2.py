@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.ros2.trio_edge_ros import latest
 from examples.ros2.trio_edge_ros.latest import BANDS, LatestImage, Outputs, fill, pixels_of
 from tests.bundles import export
 from tests.runtime.test_watcher import GATE, PICTURES, STAGES, Answers
@@ -143,28 +142,38 @@ def test_the_newest_message_wins() -> None:
     assert {line["source"] for line in found} == {"image"}
 
 
-def test_a_wrong_encoding_is_told_once_and_the_next_image_is_answered(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+class Told(LatestImage):
+    """Says when it has dealt with a message."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        self.is_done = threading.Event()
+        super().__init__(*arguments, **settings)
+
+    def _answer(self, number: int, message: Any) -> None:
+        try:
+            super()._answer(number, message)
+        finally:
+            self.is_done.set()
+
+    def put_and_wait(self, message: Any) -> None:
+        self.is_done.clear()
+        self.put(message)
+        assert self.is_done.wait(120)
+
+
+def test_a_wrong_encoding_is_told_once_and_the_next_image_is_answered() -> None:
     lines: list[str] = []
     warnings: list[str] = []
-    node = LatestImage(
-        Watcher(Answers((0.9, 0.1, 0.0)), [GATE]), outputs(lines, warnings=warnings), source="x"
-    )  # type: ignore[arg-type]
-    for message in (message_of(np.zeros((4, 6, 3), np.uint8), "rgb8"),) * 3:
-        message.encoding = "yuv422"
-        put_and_wait(node, message)
-    assert len(warnings) == 1
-    put_and_wait(node, a_frame(3))
+    node = Told(Watcher(Answers((0.9, 0.1, 0.0)), [GATE]), outputs(lines, warnings=warnings), source="x")  # type: ignore[arg-type]
+    wrong = message_of(np.zeros((4, 6, 3), np.uint8), "rgb8")
+    wrong.encoding = "yuv422"
+    for message in (wrong, wrong, wrong, a_frame(3), wrong):
+        node.put_and_wait(message)
     node.close()
+    assert [warning.partition(";")[2] for warning in warnings] == [
+        " convert it"
+    ] * 2  # again after a good one
     assert len(lines) == 1
-
-
-def put_and_wait(node: LatestImage, message: Any) -> None:
-    """Put a message, and wait until the thread asks for the next one."""
-    node.put(message)
-    while not (node._waiting.empty() and node._waiting.not_empty._waiters):  # type: ignore[attr-defined]
-        threading.Event().wait(0.01)
 
 
 def test_closing_drops_what_waits_and_ends_the_thread() -> None:
@@ -250,27 +259,20 @@ def test_the_node_publishes_decisions_and_an_overlay_that_somebody_wants(
     questions.write_text(json.dumps([{"name": "star", "kind": "yes-no", "text": "is there a star ?"}]))
     bundle = export("tiny", dtype="float32", schedule=STAGES)
     ros.parameters, ros.watchers = {"bundle": str(bundle), "questions": str(questions), "hold": 1}, watchers
-    answered = threading.Event()
-    answer = LatestImage._answer
-
-    def and_tell(self: LatestImage, number: int, message: Any) -> None:
-        answer(self, number, message)
-        answered.set()
-
-    monkeypatch.setattr(latest.LatestImage, "_answer", and_tell)
+    monkeypatch.setattr(node, "LatestImage", Told)
+    sent = message_of(np.asarray(open_image(PICTURES / "shapes-96x96.png")), "bgr8")
 
     def send() -> None:
         _, callback, qos = ros.subscribed["image"]
         assert (qos.depth, qos.reliability) == (1, "best effort")
-        callback(message_of(np.asarray(open_image(PICTURES / "shapes-96x96.png")), "bgr8"))
-        assert answered.wait(120)
+        callback.__self__.put_and_wait(sent)
 
     ros.while_spinning = send
     node.main()
     topics = [topic for topic, _, _ in ros.published]
     assert topics == ["~/decisions"] + ["~/overlay"] * watchers
     line = json.loads(ros.published[0][2].data)
-    assert (line["question"], line["answer"], line["frame"]) == ("star", "yes", 0)
+    assert (line["name"], line["answer"], line["frame"]) == ("star", "yes", 0)
     if watchers:
         assert ros.published[1][2].header.frame_id == "camera"
         assert pixels_of(ros.published[1][2]).shape[2] == 3

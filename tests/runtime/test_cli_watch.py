@@ -134,9 +134,9 @@ def test_lines_are_those_of_the_frames_that_changed(
             seen = now
     else:
         expected = [(frame, name) for frame in frames for name in ("star", "digit")]
-    assert [(line["frame"], line["question"]) for line in lines] == expected
+    assert [(line["frame"], line["name"]) for line in lines] == expected
     for line in lines:
-        assert line["answer"] == answers[ORDER[line["frame"]]][["star", "digit"].index(line["question"])]
+        assert line["answer"] == answers[ORDER[line["frame"]]][["star", "digit"].index(line["name"])]
         name = str(source / f"{line['frame']}.png") if kind == "folder" else str(source)
         assert line["source"] == name
         assert line["kept_tokens"] == [20, 12, 4]
@@ -174,7 +174,7 @@ def test_events_are_saved_with_their_kept_tokens_and_the_oldest_go(
         assert main([str(write_folder(tmp_path / f"frames{_}")), *arguments]) == 0
         lines = lines_of(capsys)
         files = sorted(path.name for path in saved.glob("trio-watch-*"))
-        told = [f"frame{line['frame']}-{line['question']}-{line['answer']}.jpg" for line in lines]
+        told = [f"frame{line['frame']}-{line['name']}-{line['answer']}.jpg" for line in lines]
         assert [name.split("Z-")[1] for name in files] == sorted(told)[-5:]
         assert all(re.match(r"trio-watch-\d{8}T\d{6}\.\d{6}Z-", name) for name in files)
     assert (saved / "holiday.jpg").exists()
@@ -224,7 +224,7 @@ def test_a_camera_that_goes_away_is_one_note_and_more_lines(bundle: Path, questi
         code, errors = ended(process, signal.SIGTERM)
     assert code == 0
     assert {line["source"] for line in lines} == {server.address}
-    assert [line["question"] for line in lines] == ["star", "digit"] * 3
+    assert [line["name"] for line in lines] == ["star", "digit"] * 3
     assert [line["answer"] for line in lines[:2]] == [line["answer"] for line in lines[4:]]
     assert "Traceback" not in errors
     notes = errors.splitlines()
@@ -269,7 +269,7 @@ def test_a_signal_ends_it_cleanly(
             source = server.address
         options = ["--live"] * kind.startswith("live") + ["--threshold", "0"]
         with started(source, bundle, questions, *options) as process:
-            assert json.loads(next_line(process))["question"] == "star"
+            assert json.loads(next_line(process))["name"] == "star"
             code, errors = ended(process, number)
     assert (code, errors) == (0, "")
 
