@@ -343,8 +343,8 @@ def _without(missing: Path, folder: Path) -> CheckpointError:
     if (folder / _WEIGHTS_INDEX).exists():
         text = f"{missing}: expected this shard, which the index names, got no file; download it again"
     elif any(next(folder.glob(pattern), None) for pattern in _PICKLES):
-        pickled = f"got pickled weights, which are never read; {SAFETENSORS_WAY_OUT}"
-        text = f"{folder}: expected safetensors, {pickled}"
+        pickled = "expected safetensors, got pickled weights, which are never read"
+        text = f"{folder}: {pickled}; {SAFETENSORS_WAY_OUT}"
     else:
         text = f"{folder}: expected {_WEIGHTS} or its index, got neither; download the weights"
     return CheckpointError(text)

@@ -173,7 +173,7 @@ def _opened(file: IO[bytes], *, name: str, max_pixels: int) -> Image.Image:
             f"{name}: expected an image (PNG, JPEG, WebP, …), got {num_bytes} bytes of no known format; convert it"
         ) from error
     except Exception as error:  # Pillow's readers raise almost anything on damaged headers
-        raise _refusal(error, name, max_pixels, "a readable image, got {}") from error
+        raise _refusal(error, name, max_pixels, "expected a readable image, got {}") from error
     if max(image.size) > MAX_SIDE:
         size = f"{image.width}x{image.height}"
         raise ImageError(
@@ -220,7 +220,7 @@ def _refusal(error: Exception, name: str, max_pixels: int, otherwise: str) -> Im
     """Return our error for Pillow's; ``otherwise`` says what was expected and got, unless there are too many pixels."""
     if isinstance(error, Image.DecompressionBombError):
         return _too_many(name, max_pixels)
-    return ImageError(f"{name}: expected {otherwise.format(one_line(error))}")
+    return ImageError(f"{name}: {otherwise.format(one_line(error))}")
 
 
 def load_common_formats() -> None:
@@ -250,7 +250,7 @@ def _decode(image: Image.Image, *, name: str, drop_alpha: bool, max_pixels: int)
             image.load()
             return _rgb(_upright(image), name=name, drop_alpha=drop_alpha)
     except Exception as error:  # Pillow's decoders raise almost anything on damaged data
-        raise _refusal(error, name, max_pixels, "a whole image, got {}; the file is damaged") from error
+        raise _refusal(error, name, max_pixels, "expected a whole image, got {}; the file is damaged") from error
 
 
 def _check_size(width: int, height: int, *, name: str, max_pixels: int) -> None:
