@@ -183,11 +183,9 @@ class _Guard:
 
 async def _models(request: Request) -> Response:
     described = [_described(worker, request) for worker in request.app.state.workers.values()]
-    since = time.strftime("%Y-%m-%d", time.gmtime(request.app.state.started))
-    models = [
-        {"name": name, "description": f"trio-edge bundle {name}", "release_date": since}
-        for name in request.app.state.workers
-    ]
+    date = time.strftime("%Y-%m-%d", time.gmtime(request.app.state.started))
+    own = {"description": "a trio-edge bundle", "release_date": date}
+    models = [{"name": name, **own} for name in request.app.state.workers]
     return JSONResponse(
         {"object": "list", "data": described, "models": models}
     )  # the last as System One lists them

@@ -34,7 +34,7 @@ from trio_edge.serving.requests.protocol import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 _MAX_ASSETS = 64
 _PRIVATE_USE = 0xF0000
@@ -107,40 +107,32 @@ def parse_system_one(
     """
     parts = form_parts(body) if body.startswith(b"--") else {"request": body}
     asked = decoded(parts.pop("request", b""), SystemOneRequest)
-    questions = {
-        name: _decoded_question(data, where=f"questions.{name}") for name, data in asked.questions.items()
-    }
-    assets = {
-        name: _part(asset, parts, where=f"assets.{name}") for name, asset in (asked.assets or {}).items()
-    }
-    if parts:
-        got = f"{next(iter(parts))!r:.80}"
-        raise invalid_value(
-            "assets", f"expected an asset for each part of the form, got none for {got}; add it"
-        )
-    write = _writer(assets)
-    shared: dict[str, int] = {}
+    given = asked.assets or {}
+    assets = {name: _part(asset, parts, where=f"assets.{name}") for name, asset in given.items()}
+    for part in parts:
+        problem = f"expected an asset for each part of the form, got none for {part!r:.80}; add it"
+        raise invalid_value("assets", problem)
+    write, shared, shown = _writer(assets), dict[str, int](), dict[str, int]()
+
+    def turn(images: Iterable[str], text: str, where: str) -> PlacedTurn:
+        placed = ((f"assets.{name}", assets[name]) for name in images)
+        return PlacedTurn("user", [*placed, (where, TextPart(text=text))])
+
     state = write(asked.state, shared, "state")
-    if isinstance(asked.state, str) and asked.state in assets:
-        state = ""
-    texts, shown, found = [("state", list(shared), state)], dict(shared), list[Question]()
-    for name, question in questions.items():
+    is_image = isinstance(asked.state, str) and asked.state in assets
+    turns = [turn(shared, "" if is_image else state, "state")]
+    named, questions = dict[str, NamedQuestion](), list[Question]()
+    for name, data in asked.questions.items():
         seen, where = dict(shared), f"questions.{name}"
-        found.append(checked_question(_question(question, write, seen, where), where=where))
-        texts.append((where, list(seen)[len(shared) :], found[-1].text))
+        named[name] = _decoded_question(data, where=where)
+        questions.append(checked_question(_question(named[name], write, seen, where), where=where))
+        turns.append(turn(list(seen)[len(shared) :], questions[-1].text, where))
         shown |= seen
-    for name in assets.keys() - shown.keys():
-        raise invalid_value(
-            f"assets.{name}", "expected its name in the state or a question, got none; add it"
-        )
-    turns = [
-        PlacedTurn(
-            "user", [*((f"assets.{name}", assets[name]) for name in images), (where, TextPart(text=text))]
-        )
-        for where, images, text in texts
-    ]
-    asking = Asking(found, asked.trio)
-    return questions, conversation(asked.model, turns, asking, default="state", max_parts=max_parts)
+    for name in assets.keys() - shown.keys() - shared.keys():
+        problem = "expected its name in the state or a question, got none; add it"
+        raise invalid_value(f"assets.{name}", problem)
+    asking = Asking(questions, asked.trio)
+    return named, conversation(asked.model, turns, asking, default="state", max_parts=max_parts)
 
 
 def refused_by_system_one(error: RequestError, places: dict[str, str]) -> RequestError:
