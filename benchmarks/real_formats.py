@@ -28,7 +28,7 @@ from real_weights.texts import CALIBRATING, MEASURED, QUESTIONS, as_chat, as_seq
 
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
-from trio_edge.calibration.questions import Question
+from trio_edge.calibration.questions import Sample
 from trio_edge.export.bundle import export_bundle
 from trio_edge.export.options import ExportOptions
 from trio_edge.export.quantize.plan import parse_plan
@@ -117,9 +117,9 @@ def calibrated_scales(
     texts = [
         as_chat(model, REQUEST + "Python", ids) for ids in pieces(model, CALIBRATING, count=8, length=192)
     ]
-    questions = [Question(index, str(index), "all", (), (), "", "", ()) for index in range(len(texts))]
+    questions = [Sample(index, str(index), "all", (), (), "", "", ()) for index in range(len(texts))]
 
-    def text_prompt(_model: TorchModel, question: Question) -> Any:
+    def text_prompt(_model: TorchModel, question: Sample) -> Any:
         return as_sequence(model, texts[question.index], range(4, 10))  # no more than any stage keeps
 
     with mock.patch(_MAKE_PROMPT, text_prompt):

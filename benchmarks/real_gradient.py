@@ -65,8 +65,8 @@ def by_layer(model: TorchModel, prompts: list[Sequence]) -> list[tuple[str, ...]
 
 def first_token(
     model: TorchModel, prompt: Sequence, schedule: Schedule, score: Callable[[int, Sequence], Tensor]
-) -> int:
-    """Return the likeliest first token when ``score`` ranks the tokens of each stage, before the NMS."""
+) -> Tensor:
+    """Return log probabilities [V] of the first token when ``score`` ranks the tokens of each stage, before the NMS."""
     sequence, layer = prompt, 0
     for stage in schedule.stages:
         with torch.no_grad():
@@ -77,7 +77,7 @@ def first_token(
             sequence = with_kept(sequence, order.kept(stage.keep), positions=schedule.positions)
     with torch.no_grad():
         last = advanced(model, sequence, range(layer, model.num_layers)).hidden_SD[-1:]
-        return int(logits_of(model, last).argmax())
+        return torch.log_softmax(logits_of(model, last)[0].double(), -1)
 
 
 def accuracies(model: TorchModel, count: int, keeps: list[str]) -> list[tuple[str, ...]]:
@@ -87,16 +87,23 @@ def accuracies(model: TorchModel, count: int, keeps: list[str]) -> list[tuple[st
         prompts = [make_prompt(model, question) for question in questions]
     images = [question.image_id for question in questions]
 
-    def right(token: int, index: int) -> float:
-        return float(model.tokenizer.decode([token]).strip() in questions[index].answers)
+    def right(log_p_V: Tensor, index: int) -> float:
+        return float(model.tokenizer.decode([int(log_p_V.argmax())]).strip() in questions[index].answers)
 
-    kept_all = [
-        right(first_token(model, prompt, Schedule(), lambda _layer, one: one.hidden_SD[:, 0]), index)
-        for index, prompt in enumerate(prompts)
+    whole = [
+        first_token(model, prompt, Schedule(), lambda _layer, one: one.hidden_SD[:, 0]) for prompt in prompts
     ]
+    kept_all = [right(log_p_V, index) for index, log_p_V in enumerate(whole)]
     low, high = score_interval(kept_all, images)
     found = [
-        ("100%", "", "all tokens", f"{100 * np.mean(kept_all):.1f} ({100 * low:.1f}–{100 * high:.1f})", "")
+        (
+            "100%",
+            "",
+            "all tokens",
+            f"{100 * np.mean(kept_all):.1f} ({100 * low:.1f}–{100 * high:.1f})",
+            "",
+            "",
+        )
     ]
     most = max(sizes["N"] for sizes in model.images.any_image_sizes())
     for keep in keeps:
@@ -115,18 +122,17 @@ def accuracies(model: TorchModel, count: int, keeps: list[str]) -> list[tuple[st
             }
             own: list[float] = []
             for name, score in rankings.items():
-                scores = [
-                    right(first_token(model, prompt, schedule, score), index)
-                    for index, prompt in enumerate(prompts)
-                ]
-                own = own or scores
+                answers = [first_token(model, prompt, schedule, score) for prompt in prompts]
+                scores = [right(log_q_V, index) for index, log_q_V in enumerate(answers)]
+                kls = [float((p.exp() * (p - q)).sum()) for p, q in zip(whole, answers)]
+                own = own or kls
                 low, high = score_interval(scores, images)
-                less, more = paired_interval(scores, own, images)
-                difference = (
-                    f"{100 * (np.mean(scores) - np.mean(own)):+.1f} ({100 * less:+.1f} to {100 * more:+.1f})"
-                )
+                less, more = paired_interval(kls, own, images)
+                difference = f"{np.mean(kls) - np.mean(own):+.3f} ({less:+.3f} to {more:+.3f})"
                 cell = f"{100 * np.mean(scores):.1f} ({100 * low:.1f}–{100 * high:.1f})"
-                found.append((keep, rows, name, cell, difference if scores is not own else ""))
+                found.append(
+                    (keep, rows, name, cell, f"{np.mean(kls):.3f}", difference if kls is not own else "")
+                )
                 print(found[-1], flush=True)
     return found
 
@@ -142,22 +148,28 @@ def main() -> None:
     parser.add_argument("--questions", type=positive, default=150)
     parser.add_argument("--keeps", nargs="+", default=["11.1%", "7.5%"])
     parser.add_argument("--out", type=Path, default=Path("out/real"))
+    parser.add_argument(
+        "--parts", nargs="+", choices=["tiny", "real", "answers"], default=["tiny", "real", "answers"]
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     tiny = load_model("tiny")
-    questions = read_questions(drawn_questions(options.questions, seed=0))[: options.count]
-    with torch.no_grad():
-        prompts = [make_prompt(tiny, question) for question in questions]
-    print(
-        f"packaged model, {len(prompts)} questions\n\n{markdown(HEADS, by_layer(tiny, prompts))}\n",
-        flush=True,
-    )
-    real = load_model(str(checkpoint("llava", options.out)))
-    texts = [prompt_of(real, one).sequence for one in passages(options.count, seed=SEEDS["tuning"])]
-    print(f"real model, {len(texts)} passages\n\n{markdown(HEADS, by_layer(real, texts))}\n", flush=True)
-    rows = accuracies(tiny, options.questions, options.keeps)
-    heads = ("keep", "probe rows", "ranked by", "right, %", "minus saliency")
-    print(f"\npackaged model, {options.questions} questions\n\n{markdown(heads, rows)}")
+    if "tiny" in options.parts:
+        questions = read_questions(drawn_questions(options.questions, seed=0))[: options.count]
+        with torch.no_grad():
+            prompts = [make_prompt(tiny, question) for question in questions]
+        print(
+            f"packaged model, {len(prompts)} questions\n\n{markdown(HEADS, by_layer(tiny, prompts))}\n",
+            flush=True,
+        )
+    if "real" in options.parts:
+        real = load_model(str(checkpoint("llava", options.out)))
+        texts = [prompt_of(real, one).sequence for one in passages(options.count, seed=SEEDS["tuning"])]
+        print(f"real model, {len(texts)} passages\n\n{markdown(HEADS, by_layer(real, texts))}\n", flush=True)
+    if "answers" in options.parts:
+        rows = accuracies(tiny, options.questions, options.keeps)
+        heads = ("keep", "probe rows", "ranked by", "right, %", "KL, nats", "minus saliency's")
+        print(f"\npackaged model, {options.questions} questions\n\n{markdown(heads, rows)}")
 
 
 if __name__ == "__main__":

@@ -612,6 +612,8 @@ class Pipeline:
                 if number > 0:
                     self._check_running(plan)
                 self._running = plan
+                if plan.joint is not None and seen.visual is not None:
+                    statistics.cached_tokens = plan.joint.text_before[-1] + seen.visual.num_visual
                 reads = []
                 for asked in orders:
                     logits = self._first_logits(asked, plan.joint, images[asked.text], seen, statistics)
@@ -641,8 +643,6 @@ class Pipeline:
         if seen.result is None or joint is None:
             seen.result = self._prefill(ids, seen.visual, prepared, override=seen.override)
             statistics.graph_ms |= self._vision.graph_ms
-        else:
-            statistics.cached_tokens += ids.text_before[-1] + seen.visual.num_visual
         self._count(statistics, seen.visual, seen.result, num_images=len(prepared))
         seen.kept, logits = seen.result.kept, seen.result.logits
         if joint is not None and asked.ids is not joint:

@@ -75,12 +75,7 @@ class InputJson(Spec, kw_only=True, frozen=True, tag="input_json", tag_field="ty
 class RefusalText(Spec, kw_only=True, frozen=True, tag="refusal", tag_field="type"):
     """An earlier refusal."""
 
-    refusal: str
-
-    @property
-    def text(self) -> str:
-        """The text."""
-        return self.refusal
+    text: str = msgspec.field(name="refusal")
 
 
 QuestionPart: TypeAlias = InputText | InputImage | InputJson

@@ -15,7 +15,7 @@ from trio_edge.calibration.model.ranges import float16_warning, listening_to_ran
 from trio_edge.calibration.model.sequence import advanced, logits_of, saliency
 from trio_edge.calibration.model.torch_model import TorchModel, load_model
 from trio_edge.calibration.progress import StepProgress
-from trio_edge.calibration.questions import Question, read_questions
+from trio_edge.calibration.questions import Sample, read_questions
 from trio_edge.calibration.search.calibrate import calibrate
 from trio_edge.calibration.search.options import CalibrationOptions
 from trio_edge.calibration.search.output import summary_of
@@ -33,7 +33,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def question(samples: Path) -> Question:
+def question(samples: Path) -> Sample:
     return read_questions(samples)[0]
 
 
@@ -43,7 +43,7 @@ def model(checkpoint: Path) -> TorchModel:
 
 
 @pytest.fixture
-def prompt(model: TorchModel, question: Question) -> Sequence:
+def prompt(model: TorchModel, question: Sample) -> Sequence:
     with torch.no_grad():
         return make_prompt(model, question)
 

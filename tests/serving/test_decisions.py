@@ -116,6 +116,15 @@ def test_our_own_options_reach_the_pipeline(decider: RunningServer, tiny: Pipeli
     assert msgspec.structs.asdict(parse_decisions(body, max_parts=9)[1].asking.options) == options
 
 
+def test_a_question_in_both_orders_counts_the_cache_once(checkpoint: Path) -> None:
+    schedule = Schedule(stages=(Stage(layer=1, keep=14), Stage(layer=2, keep=6)))
+    questions = [Question.choice(text, {"w5": "w9", "w6": ""}) for text in ("w1", "w2")]
+    with Pipeline.from_bundle(export(checkpoint, schedule=schedule, follow_ups=True)) as pipeline:
+        first, second = pipeline.decide(random_picture(48, 48), questions, sharing="joint", both_orders=True)
+    assert first.statistics.cached_tokens == 0
+    assert 51 < second.statistics.cached_tokens < 51 + second.statistics.text_tokens
+
+
 def test_text_alone_can_be_the_input(decider: RunningServer, tiny: Pipeline) -> None:
     text = "there is a red star ."
     own = tiny.decide(None, OWN[:1], evidence=text)
