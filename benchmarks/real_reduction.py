@@ -243,9 +243,12 @@ def main() -> None:
     )
     (options.out / name).write_text(json.dumps(results), encoding="utf-8")
     whole = {name: np.mean([one["all"][name] for one in results]) for name in ("log p", "recall")}
+    setting = (
+        f"stage before layer {options.layer}, {options.positions} positions, asked for a {options.asked}"
+    )
     print(
-        f"{options.split}, {options.count} prompts, {np.mean(num_visual):.0f} visual rows, stage before layer {options.layer},"
-        f" {options.positions} positions, asked for a {options.asked}; keep-all: log p {whole['log p']:.2f}, recall {100 * whole['recall']:.0f} %\n"
+        f"{options.split}, {options.count} prompts, {np.mean(num_visual):.0f} visual rows, {setting};"
+        f" keep-all: log p {whole['log p']:.2f}, recall {100 * whole['recall']:.0f} %\n"
     )
     base = "trio" if "trio" in chosen else options.selectors[0]
     for keep in keeps:
