@@ -2,8 +2,9 @@
 
     python benchmarks/real_reduction.py --split held-out --count 60 --layer 10      # --split tuning chooses settings
 
-In torch, float32, one stage before ``--layer``. The prompt is a chat; a stage sees nothing of the answer. Measured on the answer's
-rows, which are given: KL from keep-all, the log probability of the right word, and how often it is the likeliest ("recall").
+In torch, float32, one stage before ``--layer``. The prompt is a chat; a stage sees nothing of the answer, or with ``--asked word``
+its beginning, so that the next token is the word, as in questions that want one word. Measured on the answer's rows, which are
+given: KL from keep-all, the log probability of the right word, and how often it is the likeliest ("recall").
 Intervals are 95 %, paired by prompt. "Fact" is the share of the asked sentence's rows that a stage keeps, "again" the share of kept
 rows whose token another kept row has, "gap" the longest run of removed rows.
 """
@@ -132,8 +133,8 @@ SELECTORS: dict[str, Select] = {
 }
 
 
-def prompt_of(model: TorchModel, passage: Passage) -> Prompt:
-    """Return a passage's chat with the beginning of its answer."""
+def prompt_of(model: TorchModel, passage: Passage, *, asked: str = "sentence") -> Prompt:
+    """Return a passage's chat with the beginning of its answer, which for a "word" belongs to what a stage sees."""
     plain = [model.tokenizer.plain_ids(text).tolist() for text in (passage.text, passage.beginning)]
     ids = as_chat(model, f"{passage.text}\n{passage.question}", plain[1])
     words = plain[0][:-1]  # the last full stop and the line break may be one token
@@ -143,7 +144,8 @@ def prompt_of(model: TorchModel, passage: Passage) -> Prompt:
     inside = len(model.tokenizer.plain_ids(passage.fact))
     fact = set(range(before, min(before + inside, len(words))))
     (word,) = model.tokenizer.plain_ids(passage.word).tolist()
-    return Prompt(replace(as_sequence(model, ids, visual), num_answer=len(plain[1])), ids, fact, word)
+    num_answer = 0 if asked == "word" else len(plain[1])
+    return Prompt(replace(as_sequence(model, ids, visual), num_answer=num_answer), ids, fact, word)
 
 
 def measured(
@@ -222,6 +224,7 @@ def main() -> None:
     parser.add_argument("--count", type=positive, default=60)
     parser.add_argument("--layer", type=positive, default=10)
     parser.add_argument("--keeps", type=float, nargs="+", default=[1 / 3, 0.15])
+    parser.add_argument("--asked", choices=["sentence", "word"], default="sentence")
     parser.add_argument("--positions", choices=["compact", "preserved"], default="compact")
     parser.add_argument("--selectors", nargs="+", choices=list(SELECTORS), default=list(SELECTORS))
     parser.add_argument("--out", type=Path, default=Path("out/real"))
@@ -232,15 +235,20 @@ def main() -> None:
     keeps = [round(keep, 3) for keep in options.keeps]
     results, num_visual = [], []
     for number, passage in enumerate(passages(options.count, seed=SEEDS[options.split])):
-        prompt = prompt_of(model, passage)
+        prompt = prompt_of(model, passage, asked=options.asked)
         num_visual.append(prompt.sequence.num_visual)
         results.append(measured(model, prompt, options.layer, keeps, chosen, options.positions, number))
-    name = f"reduction-{options.split}-{options.layer}-{options.positions}-{options.count}.json"
+    name = (
+        f"reduction-{options.split}-{options.asked}-{options.layer}-{options.positions}-{options.count}.json"
+    )
     (options.out / name).write_text(json.dumps(results), encoding="utf-8")
     whole = {name: np.mean([one["all"][name] for one in results]) for name in ("log p", "recall")}
+    setting = (
+        f"stage before layer {options.layer}, {options.positions} positions, asked for a {options.asked}"
+    )
     print(
-        f"{options.split}, {options.count} prompts, {np.mean(num_visual):.0f} visual rows, stage before layer {options.layer},"
-        f" {options.positions} positions; keep-all: log p {whole['log p']:.2f}, recall {100 * whole['recall']:.0f} %\n"
+        f"{options.split}, {options.count} prompts, {np.mean(num_visual):.0f} visual rows, {setting};"
+        f" keep-all: log p {whole['log p']:.2f}, recall {100 * whole['recall']:.0f} %\n"
     )
     base = "trio" if "trio" in chosen else options.selectors[0]
     for keep in keeps:
