@@ -250,7 +250,9 @@ def _decode(image: Image.Image, *, name: str, drop_alpha: bool, max_pixels: int)
             image.load()
             return _rgb(_upright(image), name=name, drop_alpha=drop_alpha)
     except Exception as error:  # Pillow's decoders raise almost anything on damaged data
-        raise _refusal(error, name, max_pixels, "expected a whole image, got {}; the file is damaged") from error
+        raise _refusal(
+            error, name, max_pixels, "expected a whole image, got {}; the file is damaged"
+        ) from error
 
 
 def _check_size(width: int, height: int, *, name: str, max_pixels: int) -> None:
