@@ -103,6 +103,8 @@ class Vision:
         }
         self.reads_embeddings = io.TEXT_EMBEDS in self._reduce_inputs
         """Whether the reduce graph reads embeddings of the text after the last image."""
+        self.reads_question = self.reads_embeddings or clip_texts is not None
+        """Whether the tokens depend on the question."""
         self._timeline = Timeline(programs.device)
         self._kept: dict[str, NDArray[np.int32]] = {}
         """Indices that each graph kept of the last image, by role; valid once the host has waited for the device."""
@@ -118,11 +120,6 @@ class Vision:
             name: whole._replace(address=self._device.allocate(whole.num_bytes, purpose="kept images"))
             for name, whole in places.items()
         }
-
-    @property
-    def reads_question(self) -> bool:
-        """Whether the reduce graph reads the question, so that its tokens depend on the question."""
-        return self._clip_texts is not None or self.reads_embeddings
 
     @property
     def graph_ms(self) -> dict[str, float]:
