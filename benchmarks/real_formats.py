@@ -77,9 +77,11 @@ VARIANTS = (
     Variant("float32", dtype="float32"),
     Variant("float16"),
     Variant("int8 decoder and head", "int8,head=int8"),
+    Variant("int8 decoder and head, --cpu-accuracy int8", "int8,head=int8", cpu_accuracy="int8"),
     Variant("w8a8 decoder and head, SmoothQuant", "int8,head=int8", is_calibrated=True),
     Variant("fp8 decoder and head, calibrated", "fp8,head=fp8", is_calibrated=True),
     Variant("int4 decoder", "int4"),
+    Variant("int4 decoder, blocks of 64", "int4", block=64),
     Variant("int4 decoder, AWQ", "int4", is_calibrated=True),
     Variant("smolvlm, float32", dtype="float32", shape="smolvlm"),
 )

@@ -6,7 +6,7 @@ In torch, float32, one stage before ``--layer``. The prompt is a chat; a stage s
 its beginning, so that the next token is the word, as in questions that want one word. Measured on the answer's rows, which are
 given: KL from keep-all, the log probability of the right word, and how often it is the likeliest ("recall").
 Intervals are 95 %, paired by prompt. "Fact" is the share of the asked sentence's rows that a stage keeps, "again" the share of kept
-rows whose token another kept row has, "gap" the longest run of removed rows.
+rows whose token another kept row has, "stops" that of full stops, "gap" the longest run of removed rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from real_weights.checkpoints import checkpoint
 from real_weights.passages import Passage, passages
 from real_weights.texts import as_chat, as_sequence
 
-from trio_edge.calibration.model.gradients import whole_gradients
+from trio_edge.calibration.model.gradients import agreement, whole_gradients
 from trio_edge.calibration.model.sequence import (
     Sequence,
     advanced,
@@ -164,7 +164,14 @@ def measured(
             answer_logits(model, advanced(model, entering, range(layer, model.num_layers))).double(), -1
         )
     last = exact_TV[-1]
-    found = {"all": {"log p": float(last[prompt.word]), "recall": float(last.argmax() == prompt.word)}}
+    stage = Stage(model, layer, entering, prompt, torch.Generator())
+    with torch.no_grad():
+        own_N, others = stage.scores(), {"1 / length": 1 / stage.lengths(), "attention": stage.attention()}
+    by = {
+        f"saliency by {name}": agreement(own_N, other_N, num_keep=1).spearman
+        for name, other_N in others.items()
+    }
+    found = {"all": {**by, "log p": float(last[prompt.word]), "recall": float(last.argmax() == prompt.word)}}
     for name, select in chosen.items():
         for keep in keeps:
             stage = Stage(model, layer, entering, prompt, torch.Generator().manual_seed(seed))
@@ -183,6 +190,7 @@ def measured(
                 "recall": float(log_q_TV[-1].argmax() == prompt.word),
                 "fact": len(prompt.fact & set(kept_K.tolist())) / len(prompt.fact),
                 "again": 1 - len(set(tokens)) / len(tokens),
+                "stops": sum(model.tokenizer.decode([token]) == "." for token in tokens) / len(tokens),
                 "gap": float(gaps.max() - 1),
             }
     return found
@@ -211,10 +219,21 @@ def table(results: list[dict[str, dict[str, float]]], keep: float, names: list[s
                 f"{100 * np.mean(of(key, 'recall')):.0f}",
                 f"{100 * np.mean(of(key, 'fact')):.0f}",
                 f"{100 * np.mean(of(key, 'again')):.0f}",
+                f"{100 * np.mean(of(key, 'stops')):.0f}",
                 f"{np.mean(of(key, 'gap')):.1f}",
             )
         )
-    heads = ("selector", "KL, nats", f"minus {base}", "log p", "recall %", "fact %", "again %", "gap")
+    heads = (
+        "selector",
+        "KL, nats",
+        f"minus {base}",
+        "log p",
+        "recall %",
+        "fact %",
+        "again %",
+        "stops %",
+        "gap",
+    )
     return markdown(heads, rows)
 
 
@@ -242,7 +261,9 @@ def main() -> None:
         f"reduction-{options.split}-{options.asked}-{options.layer}-{options.positions}-{options.count}.json"
     )
     (options.out / name).write_text(json.dumps(results), encoding="utf-8")
-    whole = {name: np.mean([one["all"][name] for one in results]) for name in ("log p", "recall")}
+    whole = {name: np.mean([one["all"][name] for one in results]) for name in results[0]["all"]}
+    for name in ("1 / length", "attention"):
+        print(f"rank correlation of the saliency with {name}: {whole[f'saliency by {name}']:.2f}")
     setting = (
         f"stage before layer {options.layer}, {options.positions} positions, asked for a {options.asked}"
     )
