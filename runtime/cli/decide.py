@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trio_edge.runtime.bundle.errors import printable
-from trio_edge.runtime.cli.tables import print_table, wide_console
 from trio_edge.runtime.decisions.questions import Question
-from trio_edge.runtime.images.reading import open_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -74,6 +72,9 @@ def decide(
         ImageError: If an image cannot be read.
         UsageError: If ``settings`` has an option of generated answers.
     """
+    from trio_edge.runtime.cli.tables import print_table, wide_console
+    from trio_edge.runtime.images.reading import open_image  # slow to import, and --help needs neither
+
     if given := [name for name, value in settings.items() if name not in _SHOWN and value is not None]:
         option = f"--{given[0].replace('_', '-')}"
         raise click.UsageError(f"{option}: expected none with --yes-no, --choices or --levels; leave it out")

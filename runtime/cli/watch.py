@@ -80,7 +80,7 @@ def command(
         from trio_edge.runtime.videos.live import read_frames
 
         # What can be wrong is read first, and the camera opened last, when the bundle is ready.
-        frames, asked = read_frames(source, live=live, note=_note), read_questions(questions)
+        frames, asked = read_frames(source, live=live, note=_note, check=check), read_questions(questions)
         if save_frames is not None:
             check_outputs({"--save-frames": save_frames / "trio-watch.jpg"})
         hook = None if webhook is None else stack.enter_context(closing(Webhook(webhook, _note)))

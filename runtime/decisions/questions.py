@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
 
-import numpy as np
-
 from trio_edge.runtime.bundle.errors import ShapeError
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from trio_edge.runtime.answer import Statistics
@@ -139,7 +138,7 @@ class Decision:
     @property
     def choice(self) -> str:
         """Name of the likeliest answer; of equal ones the first."""
-        return self.question.options[int(np.argmax(self.probabilities))].name
+        return self.question.options[self.probabilities.index(max(self.probabilities))].name
 
     @property
     def confidence(self) -> float:
@@ -151,7 +150,7 @@ class Decision:
         """Mean of the levels' numbers 0, 1, … by their probabilities; for a yes-no question, the probability of yes."""
         if self.question.kind == "yes-no":
             return self.probabilities[0]
-        return float(np.dot(self.probabilities, np.arange(len(self.probabilities))))
+        return sum(level * share for level, share in enumerate(self.probabilities))
 
     def by_name(self) -> dict[str, float]:
         """Return the probabilities by the options' names."""

@@ -67,7 +67,11 @@ class Frame(NamedTuple):
 
 
 def read_frames(
-    source: str, *, live: bool = False, note: Callable[[str], None] = lambda _text: None
+    source: str,
+    *,
+    live: bool = False,
+    note: Callable[[str], None] = lambda _text: None,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[Frame]:
     """Return the frames of a source, which is opened at the first one.
 
@@ -77,6 +81,7 @@ def read_frames(
         source: See the module.
         live: Take only the newest frame of a file or folder, too.
         note: Called with one line when a camera is lost, and when it is back.
+        check: Called twice a second while no frame comes; what it raises ends the iteration.
 
     Raises:
         ImageError: If it is missing; and while iterating, if it cannot be opened, or a file is damaged.
@@ -86,12 +91,12 @@ def read_frames(
     address = re.match("(http|rtsp)s?://", place, re.IGNORECASE)
     if address or re.match("/dev/(?!shm/)", place):
         options = _OPTIONS[address[1].lower()] if address else {}
-        return _newest(_camera(place, options, closed, note), closed)
+        return _newest(_camera(place, options, closed, note), closed, check)
     if os.path.isdir(place):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
         frames = _written_images(Path(place), closed) if live else _images(Path(place))
     else:
         frames = _pictures(str(file_of(place, kind="video")), pace=closed if live else None)
-    return _newest(frames, closed) if live else frames
+    return _newest(frames, closed, check) if live else frames
 
 
 def put_newest(waiting: Queue[_Item], item: _Item) -> None:
@@ -101,13 +106,13 @@ def put_newest(waiting: Queue[_Item], item: _Item) -> None:
     waiting.put(item)
 
 
-def _newest(frames: Iterator[Frame], closed: threading.Event) -> Iterator[Frame]:
+def _newest(frames: Iterator[Frame], closed: threading.Event, check: Callable[[], None]) -> Iterator[Frame]:
     """Yield the newest of ``frames``, which a thread reads."""
     waiting: Queue[Frame | Exception | None] = Queue(1)
     thread = threading.Thread(target=_read, args=(frames, waiting, closed), name="frames", daemon=True)
     thread.start()
     try:
-        while (item := waiting.get()) is not None:
+        while (item := _next(waiting, check)) is not None:
             if isinstance(item, Exception):
                 raise item
             yield item
@@ -116,6 +121,14 @@ def _newest(frames: Iterator[Frame], closed: threading.Event) -> Iterator[Frame]
         with suppress(Empty):
             waiting.get_nowait()
         thread.join(_SECONDS_TO_CLOSE)  # a thread that still waits for a frame ends with the program
+
+
+def _next(waiting: Queue[_Item], check: Callable[[], None]) -> _Item:
+    """Return what is put next. A Ctrl-C that Python dropped in a finalizer would be waited over without ``check``."""
+    while True:
+        with suppress(Empty):
+            return waiting.get(timeout=_SECONDS_TO_LOOK)
+        check()
 
 
 def _read(frames: Iterator[Frame], waiting: Queue[Frame | Exception | None], closed: threading.Event) -> None:

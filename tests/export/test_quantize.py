@@ -76,8 +76,12 @@ def test_values_and_scales_are_stored_inputs_first() -> None:
     assert values[0] == round(1 / (16 / 7)) | round(33 / (48 / 7)) << 4
 
 
-@pytest.mark.parametrize(("num_inputs", "size"), [(4096, 128), (576, 64), (288, 32), (96, 32), (112, 16), (3420, None)])
-def test_a_block_is_the_largest_power_of_two_up_to_128_that_divides(num_inputs: int, size: int | None) -> None:
+@pytest.mark.parametrize(
+    ("num_inputs", "size"), [(4096, 128), (576, 64), (288, 32), (96, 32), (112, 16), (3420, None)]
+)
+def test_a_block_is_the_largest_power_of_two_up_to_128_that_divides(
+    num_inputs: int, size: int | None
+) -> None:
     assert block_size(num_inputs) == size
 
 

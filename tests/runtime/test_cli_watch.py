@@ -235,7 +235,13 @@ def test_a_camera_that_goes_away_is_one_note_and_more_lines(bundle: Path, questi
 def started(source: str, bundle: Path, questions: Path, *others: str) -> subprocess.Popen[str]:
     arguments = [source, "--bundle", str(bundle), "--questions", str(questions), "--threads", "1", *others]
     return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *arguments],
+        # A test run under nohup ignores SIGHUP, and so would the command.
+        [
+            sys.executable,
+            "-c",
+            f"import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); {COMMAND}",
+            *arguments,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -381,3 +381,13 @@ def test_a_missing_pyav_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(ImageError, match="expected PyAV to be installed"):
         next(read_frames("0"))
+
+
+def test_a_wait_for_a_frame_can_be_ended(tmp_path: Path) -> None:
+    def check() -> None:
+        raise KeyboardInterrupt
+
+    frames = read_frames(str(folder_of_images(tmp_path / "frames")), live=True, check=check)
+    next(frames)
+    with pytest.raises(KeyboardInterrupt):  # no image is written any more
+        next(frames)
