@@ -86,7 +86,7 @@ def test_a_slow_reader_gets_the_newest_frame_and_no_queue() -> None:
             yield Frame(number, 0.0, "", Image.new)  # type: ignore[arg-type]
         are_read.set()
 
-    newest = live._newest(frames(), threading.Event())
+    newest = live._newest(frames(), threading.Event(), lambda: None)
     first = next(newest)
     assert are_read.wait(60)
     assert [frame.number for frame in newest] == ([99] if first.number < 99 else [])
