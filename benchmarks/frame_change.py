@@ -1,4 +1,4 @@
-"""How much a frame differs from the one before: noise, compression and light, against objects that come.
+"""Differences between frames: of noise, compression and light, and of objects that appear.
 
     python benchmarks/frame_change.py photo.jpg examples/pictures/shapes-200x150.png
 

@@ -146,10 +146,10 @@ class Forced:
 
 
 class Reading(msgspec.Struct):
-    """What a model says about texts and questions."""
+    """A model's log probabilities of the texts, and its answers to the questions."""
 
     log_probs: list[float]
-    """Of each token of the texts, in nats."""
+    """Of each token of the texts, natural logarithms."""
     likeliest: list[int]
     """The likeliest token in each place."""
     answers: list[str]

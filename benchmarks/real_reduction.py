@@ -56,7 +56,7 @@ class Prompt(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """What a selector sees."""
+    """The inputs of a selector."""
 
     model: TorchModel
     layer: int

@@ -1,4 +1,4 @@
-"""What helps a real language model in INT4: perplexity and next tokens by block size, calibration, and parts left wider.
+"""A real language model in INT4: perplexity and next tokens by block size, calibration, and parts left in a wider type.
 
     python benchmarks/real_rounding.py --out out/real            # --layers: the damage of each layer and product alone
 
@@ -73,7 +73,7 @@ VARIANTS = (
 
 
 class Text(NamedTuple):
-    """What a model says about the texts."""
+    """A model's log probabilities of the texts, and its likeliest tokens."""
 
     log_probs: Tensor
     """In nats, of each token."""

@@ -24,7 +24,7 @@ from trio_edge.calibration.questions import read_questions
 from trio_edge.calibration.search.samples import split_samples
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.files import write_output
-from trio_edge.runtime.decisions.wording import TEMPERATURES_NAME, read_temperatures
+from trio_edge.runtime.decisions.wording import TEMPERATURES_NAME
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _judged(pipeline: Pipeline, sample: Sample, progress: StepProgress) -> Judge
     judged = Judged(
         kind=kind, shares=decision.probabilities, right=right_option(sample), label_mass=decision.label_mass
     )
-    return at_temperature(judged, 1 / read_temperatures(pipeline.folder).get(kind, 1.0))
+    return at_temperature(judged, 1 / pipeline.wording.temperature(decision.question))
 
 
 def _fitted(kind: str, temperature: float, searched: Sequence[Judged], held: Sequence[Judged]) -> FittedKind:

@@ -14,7 +14,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
@@ -119,7 +119,6 @@ class _Seen:
     visual: VisualInput | None = None
     result: PrefillResult | None = None
     """The last prefill's, whose rows are in the KV caches."""
-    kept: Sequence[NDArray[np.int32]] = ()
 
 
 @final
@@ -397,7 +396,9 @@ class Pipeline:
         self._check_open()
         start = time.perf_counter()
         check_messages(messages)
-        asked, wording = check_questions(questions), Wording(self._bundle, self.tokenizer)
+        if override is not None:
+            _check_own_code(override, None)
+        asked, wording = check_questions(questions), self.wording
         shown = self._open(with_text(messages, wording.text_of(asked, messages)))
         plan = wording.plan(
             asked,
@@ -415,12 +416,12 @@ class Pipeline:
                 shown = self._open(with_text(messages, text))
                 images[text] = [image for part in shown for image in part.prepared]
         prepare_ms = 1e3 * (time.perf_counter() - start)
-        return self._decisions(plan, images, wording=wording, override=override, prepare_ms=prepare_ms)
+        return self._decisions(plan, images, override=override, prepare_ms=prepare_ms)
 
-    @property
-    def folder(self) -> Path:
-        """The bundle's."""
-        return self._bundle.folder
+    @cached_property
+    def wording(self) -> Wording:
+        """How the bundle's questions are put, read at the first question; raises BundleError if that is broken."""
+        return Wording(self._bundle, self.tokenizer)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -599,7 +600,6 @@ class Pipeline:
         plan: Plan,
         images: Mapping[str, Sequence[PreparedImage]],
         *,
-        wording: Wording,
         override: SelectorOverride | None,
         prepare_ms: float,
     ) -> Iterator[Decision]:
@@ -617,13 +617,15 @@ class Pipeline:
                 reads = []
                 for asked in orders:
                     logits = self._first_logits(asked, plan.joint, images[asked.text], seen, statistics)
-                    reads.append(self._probabilities(asked, logits, wording))
+                    reads.append(self._probabilities(asked, logits))
+                assert seen.result is not None, "the questions have run"
+                shown = tuple(seen.result.kept), self._vision.layouts
             statistics.ttft_ms += 1e3 * (time.perf_counter() - start)
             # The second of two orders has the options reversed.
             shares = np.mean([shares[:: -1 if turn else 1] for turn, (shares, _) in enumerate(reads)], axis=0)
             mass = float(np.mean([mass for _, mass in reads]))
             answer = orders[0].question, tuple(shares.tolist()), mass
-            yield Decision(*answer, statistics, tuple(seen.kept), self._vision.layouts)
+            yield Decision(*answer, statistics, *shown)
 
     def _first_logits(
         self,
@@ -644,16 +646,14 @@ class Pipeline:
             seen.result = self._prefill(ids, seen.visual, prepared, override=seen.override)
             statistics.graph_ms |= self._vision.graph_ms
         self._count(statistics, seen.visual, seen.result, num_images=len(prepared))
-        seen.kept, logits = seen.result.kept, seen.result.logits
+        logits = seen.result.logits
         if joint is not None and asked.ids is not joint:
             logits = self._decoder.branch(self._embedding[asked.ids.after])
         statistics.text_tokens += asked.ids.num_tokens
         statistics.prefill_ms += 1e3 * (time.perf_counter() - start)
         return logits
 
-    def _probabilities(
-        self, asked: Asked, logits: NDArray[np.float32], wording: Wording
-    ) -> tuple[NDArray[np.float64], float]:
+    def _probabilities(self, asked: Asked, logits: NDArray[np.float32]) -> tuple[NDArray[np.float64], float]:
         """Return the options' probabilities, whose sum is 1, and their share of the whole, from the first token's logits."""
 
         def step(token: int) -> NDArray[np.float32]:
@@ -668,7 +668,7 @@ class Pipeline:
             back=lambda: self._decoder.skip(-1),
         )
         mass = float(np.exp(np.logaddexp.reduce(logs)))
-        return normalized(logs, temperature=wording.temperature(asked.question)), mass
+        return normalized(logs, temperature=self.wording.temperature(asked.question)), mass
 
     def _check_running(self, answer: object) -> None:
         # The caller may have asked another question in the meantime.

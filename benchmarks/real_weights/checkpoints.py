@@ -1,4 +1,4 @@
-"""Checkpoints with a real language model: SmolLM2-135M-Instruct from the package index, behind small random vision towers.
+"""Checkpoints with a real language model: SmolLM2-135M-Instruct from the package index, with small random vision towers.
 
     python benchmarks/real_weights/checkpoints.py                # writes out/real/llava and out/real/smolvlm
     python benchmarks/real_weights/checkpoints.py --download     # only gets the package

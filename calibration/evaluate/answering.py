@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -11,17 +11,18 @@ import numpy as np
 from trio_edge.calibration.evaluate.answer_cost import image_tokens, prefill_flops, processed_tokens
 from trio_edge.calibration.evaluate.decisions import Judged, lists_options, question_of, right_option
 from trio_edge.calibration.metrics import METRICS
-from trio_edge.runtime.first_token import FirstToken, first_token_kl, summary_of
 from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.runtime.images.reading import open_image
+from trio_edge.runtime.model.first_token import FirstToken, first_token_kl, summary_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
+    from PIL import Image
 
     from trio_edge.calibration.questions import Sample
-    from trio_edge.runtime.answer import Generation
+    from trio_edge.runtime.answer import Generation, Statistics
     from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.model.host_selection import SelectorOverride
     from trio_edge.runtime.pipeline import Pipeline
@@ -103,29 +104,15 @@ def answer(
         temperature=0.0,  # sampled answers would differ from run to run
         override=override,
     )
-    text, statistics, logits = generation.text, generation.statistics, generation.first_logits
-    counts = image_tokens(pipeline.images, generation.images)
-    num_text, tokens = statistics.text_tokens, {"image_tokens": counts, "kept": statistics.kept_tokens}
-    metric = METRICS[settings.metric]
-    reading = metric.read(text, question)
-    return Outcome(
-        index=question.index,
-        sample_id=question.sample_id,
-        kind=question.kind,
-        image_id=question.image_id,
-        answers=question.answers,
-        text=text,
-        reading=reading,
-        score=metric.score(reading, question),
-        visual_tokens=statistics.visual_tokens,
-        processed_tokens=processed_tokens(manifest, **tokens),
-        text_tokens=num_text,
-        new_tokens=statistics.new_tokens,
-        flops=prefill_flops(manifest, **tokens, num_text=num_text, select=override is None),
-        ttft_ms=statistics.ttft_ms,
-        decode_ms=statistics.decode_ms,
-        kv_bytes=statistics.kv_bytes,
-        repaired_stages=statistics.repaired_stages,
+    text, logits = generation.text, generation.first_logits
+    return _outcome(
+        pipeline,
+        question,
+        settings,
+        text,
+        statistics=generation.statistics,
+        images=generation.images,
+        select=override is None,
         first_token_kl=None if reference is None else first_token_kl(reference, logits),
         first_token=summary_of(logits) if is_reference else None,
     )
@@ -140,29 +127,14 @@ def _decide(pipeline: Pipeline, sample: Sample, settings: AnswerSettings, *, sel
     if asked.kind != "yes-no" and lists_options(pipeline.manifest):
         (again,) = pipeline.decide(images, asked.reversed(), override=override)
         turned = again.probabilities[::-1]
-    statistics, metric = decision.statistics, METRICS[settings.metric]
-    counts = image_tokens(pipeline.images, images)
-    tokens = {"image_tokens": counts, "kept": statistics.kept_tokens}
-    reading = metric.read(decision.choice, sample)
-    num_text = statistics.text_tokens
-    return Outcome(
-        index=sample.index,
-        sample_id=sample.sample_id,
-        kind=sample.kind,
-        image_id=sample.image_id,
-        answers=sample.answers,
-        text=decision.choice,
-        reading=reading,
-        score=metric.score(reading, sample),
-        visual_tokens=statistics.visual_tokens,
-        processed_tokens=processed_tokens(pipeline.manifest, **tokens),
-        text_tokens=num_text,
-        new_tokens=1,
-        flops=prefill_flops(pipeline.manifest, **tokens, num_text=num_text, select=override is None),
-        ttft_ms=statistics.ttft_ms,
-        decode_ms=0.0,
-        kv_bytes=statistics.kv_bytes,
-        repaired_stages=statistics.repaired_stages,
+    return _outcome(
+        pipeline,
+        sample,
+        settings,
+        decision.choice,
+        statistics=decision.statistics,
+        images=images,
+        select=override is None,
         judged=Judged(
             kind=asked.kind,
             shares=decision.probabilities,
@@ -170,6 +142,44 @@ def _decide(pipeline: Pipeline, sample: Sample, settings: AnswerSettings, *, sel
             label_mass=decision.label_mass,
             turned=turned,
         ),
+    )
+
+
+def _outcome(
+    pipeline: Pipeline,
+    sample: Sample,
+    settings: AnswerSettings,
+    text: str,
+    *,
+    statistics: Statistics,
+    images: Sequence[Image.Image],
+    select: bool,
+    **more: Any,
+) -> Outcome:
+    """Return the outcome of an answer's ``text``; ``select`` tells whether the bundle's selection ran."""
+    manifest, metric = pipeline.manifest, METRICS[settings.metric]
+    counts = image_tokens(pipeline.images, images)
+    num_text, tokens = statistics.text_tokens, {"image_tokens": counts, "kept": statistics.kept_tokens}
+    reading = metric.read(text, sample)
+    return Outcome(
+        index=sample.index,
+        sample_id=sample.sample_id,
+        kind=sample.kind,
+        image_id=sample.image_id,
+        answers=sample.answers,
+        text=text,
+        reading=reading,
+        score=metric.score(reading, sample),
+        visual_tokens=statistics.visual_tokens,
+        processed_tokens=processed_tokens(manifest, **tokens),
+        text_tokens=num_text,
+        new_tokens=statistics.new_tokens,
+        flops=prefill_flops(manifest, **tokens, num_text=num_text, select=select),
+        ttft_ms=statistics.ttft_ms,
+        decode_ms=statistics.decode_ms,
+        kv_bytes=statistics.kv_bytes,
+        repaired_stages=statistics.repaired_stages,
+        **more,
     )
 
 

@@ -65,7 +65,7 @@ class Bin(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reliability(msgspec.Struct, frozen=True, kw_only=True):
-    """How well probabilities fit what is right."""
+    """Measures of probabilities against the right answers, over all questions of a run."""
 
     brier: float
     calibration_error: float

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.questions import Sample
     from trio_edge.runtime.backends.interface import Backend
     from trio_edge.runtime.bundle.manifest import Manifest
-    from trio_edge.runtime.first_token import FirstToken
+    from trio_edge.runtime.model.first_token import FirstToken
 
 SCHEMA_VERSION = 2
 
@@ -70,7 +70,7 @@ class RunKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     answer_tokens: int
     backend: str
     temperatures: dict[str, float] | None = None
-    """Of the bundle's decisions; None for generated answers."""
+    """The temperatures of the bundle's decisions; None for generated answers."""
 
     @property
     def file_name(self) -> str:

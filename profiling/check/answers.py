@@ -17,7 +17,7 @@ from PIL import Image
 
 from trio_edge.runtime.bundle.errors import BundleError
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
-from trio_edge.runtime.first_token import first_token_kl, summary_of
+from trio_edge.runtime.model.first_token import first_token_kl, summary_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

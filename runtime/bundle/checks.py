@@ -347,8 +347,9 @@ def _sizes_of(manifest: Manifest, program: Program) -> tuple[dict[str, int], ...
         (spec,) = (spec for spec in manifest.graphs if spec.name == program.name)
         return tuple(profile.sizes for profile in spec.profiles)
     if program.name in _FOLLOW_UPS:
-        smaller = {size.get("T", 0) for size in program.sizes} & set(range(1, manifest.text_buckets[-1]))
-        return tuple({"T": rows} for rows in (*sorted(smaller), manifest.text_buckets[-1]))
+        largest = manifest.text_buckets[-1]
+        smaller = {rows for size in program.sizes if 0 < (rows := size.get("T", 0)) < largest}
+        return tuple({"T": rows} for rows in (*sorted(smaller), largest))
     if program.name == "decode":
         return ({},)
     return tuple({"N": rows, "T": text} for rows in manifest.visual_sizes for text in manifest.text_buckets)

@@ -202,7 +202,7 @@ def _draw(
 
 
 def _print_comparison(answer: Generation, reference: Generation) -> None:
-    from trio_edge.runtime.first_token import first_token_kl, summary_of
+    from trio_edge.runtime.model.first_token import first_token_kl, summary_of
 
     reduced, full = answer.statistics, reference.statistics
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import ShapeError
-from trio_edge.runtime.model.sampling import checked_logits
+from trio_edge.runtime.model.sampling import checked_logits, log_softmax
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -96,7 +96,7 @@ def log_probabilities(
     scores: list[list[float]] = [[] for _ in options]
 
     def walk(rest: Sequence[tuple[Tokens, int]], logits: NDArray[np.float32], so_far: float) -> None:
-        logs = _log_softmax(checked_logits(logits))
+        logs = log_softmax(checked_logits(logits))
         by_token: dict[int, list[tuple[Tokens, int]]] = {}
         for tokens, index in rest:
             if tokens:
@@ -115,13 +115,6 @@ def log_probabilities(
 
     walk([*ways.items()], logits, 0.0)
     return np.array([np.logaddexp.reduce(found) for found in scores])
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    values = logits.astype(np.float64)
-    values -= values.max()
-    shifted: NDArray[np.float64] = values - np.log(np.exp(values).sum())
-    return shifted
 
 
 def normalized(logs: NDArray[np.float64], *, temperature: float = 1.0) -> NDArray[np.float64]:

@@ -308,9 +308,15 @@ class TokenChooser:
         return token
 
 
+def log_softmax(logits_V: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the natural logarithms of all tokens' probabilities [V], from finite logits [V]."""
+    shifted_V = logits_V.astype(np.float64) - float(logits_V.max())
+    log_probs_V: NDArray[np.float64] = shifted_V - np.log(np.exp(shifted_V).sum())
+    return log_probs_V
+
+
 def _logprobs(logits_V: NDArray[np.float32], token: int, count: int) -> TokenLogprobs:
-    scores_V = logits_V.astype(np.float64) - logits_V.max()
-    scores_V -= np.log(np.exp(scores_V).sum())
+    scores_V = log_softmax(logits_V)
     ids = np.argsort(-scores_V, kind="stable")[:count]
     return TokenLogprobs(float(scores_V[token]), ids.tolist(), scores_V[ids].tolist())
 

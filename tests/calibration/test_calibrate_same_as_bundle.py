@@ -22,7 +22,7 @@ from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.questions import read_questions
 from trio_edge.calibration.search.measuring import measure
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.runtime.first_token import first_token_kl, summary_of
+from trio_edge.runtime.model.first_token import first_token_kl, summary_of
 from trio_edge.runtime.model.host_selection import greedy_nms
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.trio.nms import FeatureNms

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trio_edge.runtime.first_token import NUM_SUMMED_UP, first_token_kl, summary_of
+from trio_edge.runtime.model.first_token import NUM_SUMMED_UP, first_token_kl, summary_of
 
 
 def full_kl(reference: np.ndarray, logits: np.ndarray) -> float:

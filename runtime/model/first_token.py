@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from trio_edge.runtime.model.sampling import log_softmax
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -29,7 +31,7 @@ def summary_of(logits: NDArray[np.float32], *, num_tokens: int = NUM_SUMMED_UP) 
     kept = np.sort(np.argsort(-logits, kind="stable")[:num_tokens])
     return FirstToken(
         ids=kept.astype("<i4").tobytes(),
-        log_probs=_log_probs(logits)[kept].astype("<f4").tobytes(),
+        log_probs=log_softmax(logits)[kept].astype("<f4").tobytes(),
     )
 
 
@@ -42,15 +44,9 @@ def first_token_kl(reference: FirstToken, logits: NDArray[np.float32]) -> float:
     """
     ids = np.frombuffer(reference.ids, "<i4")
     log_p = np.frombuffer(reference.log_probs, "<f4").astype(np.float64)
-    log_q = _log_probs(logits)[ids]
+    log_q = log_softmax(logits)[ids]
     divergence = float((np.exp(log_p) * (log_p - log_q)).sum())
     rest_p, rest_q = 1.0 - float(np.exp(log_p).sum()), 1.0 - float(np.exp(log_q).sum())
     if len(ids) < len(logits) and rest_p > _SMALLEST:
         divergence += rest_p * float(np.log(rest_p / max(rest_q, _SMALLEST)))
     return max(divergence, 0.0)
-
-
-def _log_probs(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - float(logits.max())
-    log_probs: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
-    return log_probs
