@@ -9,6 +9,7 @@ are those of real_formats.py; calibrated scales come from other topics.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, NamedTuple
@@ -50,6 +51,8 @@ class Variant(NamedTuple):
     prefix: int = 4
     """Layers before the first stage, which the plan calls prefix; those after the last one are its suffix."""
     suffix: int = 16
+    unrounded: tuple[str, ...] = ()
+    """Weights, by a part of their names, whose inputs stay in floating point."""
 
 
 VARIANTS = (
@@ -59,6 +62,24 @@ VARIANTS = (
     Variant("int4, blocks of 32", "int4", block=32),
     Variant("int4, AWQ", "int4", is_calibrated=True),
     Variant("w8a8, SmoothQuant", "int8", is_calibrated=True),
+    Variant(
+        "w8a8, SmoothQuant, down_proj of layers 11, 28 and 29 with float inputs",
+        "int8",
+        is_calibrated=True,
+        unrounded=tuple(f"layers.{layer}.mlp.down_proj" for layer in (11, 28, 29)),
+    ),
+    Variant(
+        "w8a8, SmoothQuant, every down_proj with float inputs",
+        "int8",
+        is_calibrated=True,
+        unrounded=("down_proj",),
+    ),
+    Variant(
+        "w8a8, SmoothQuant, only down_proj with INT8 inputs",
+        "int8",
+        is_calibrated=True,
+        unrounded=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"),
+    ),
     Variant("int4, head int8", "int4,head=int8"),
     Variant("int4, head int4", "int4,head=int4"),
     Variant("int4, first 4 layers int8", "int4,prefix=int8"),
@@ -116,6 +137,12 @@ def of_variant(model: TorchModel, variant: Variant, length: int) -> Text:
         scales = CalibratedScales()
         if variant.is_calibrated:
             scales = calibrated_scales(model, plan, schedule, dtype="float16")
+            ranges = {
+                name: largest
+                for name, largest in scales.activation_max.items()
+                if not any(part in name for part in variant.unrounded)
+            }
+            scales = replace(scales, activation_max=ranges)
         stack.enter_context(quantized_model(model, schedule, plan, scales, dtype="float16"))
         return read(model, length)
 

@@ -31,7 +31,7 @@ from trio_edge.export.quantize.cache import check_cache, quantize_caches
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.export.quantize.store import quantized_bytes, store_quantized
 from trio_edge.export.tracing.graphs import trace_graphs
-from trio_edge.export.tracing.wiring import Wiring
+from trio_edge.export.tracing.levels import wire
 from trio_edge.runtime.bundle.errors import CheckpointError, TrioEdgeError, printable
 from trio_edge.runtime.bundle.files import atomic_folder
 from trio_edge.runtime.bundle.manifest import (
@@ -40,6 +40,7 @@ from trio_edge.runtime.bundle.manifest import (
     FileEntry,
     GraphSpec,
     ImageSize,
+    LevelSpec,
     Manifest,
     Quantization,
     StoredTensor,
@@ -99,9 +100,8 @@ def export_bundle(
         if (target := options.target) is not None:
             check_target(plan, find_device(target), progress)
         quantized = partial(assign.is_quantized, plan=options.quantize, checkpoint=source.checkpoint)
-        wiring = Wiring(plan, is_quantized=quantized)
-        programs = wiring.programs()
-        traced = trace_graphs(plan, wiring.graphs, step=progress.step)
+        outlines, programs = wire(plan, is_quantized=quantized)
+        traced = trace_graphs(plan, outlines, step=progress.step)
     contents = quantize(plan, traced, scales, progress)
     with atomic_folder(
         options.out,
@@ -124,11 +124,12 @@ def check_target(plan: ExportPlan, target: DeviceSpec, progress: Progress) -> No
     if (refusal := target.refusal(options.quantize.formats)) is not None:
         progress.warn(refusal)
     progress.step(f"checking the fit on {target.name}")
+    most = max(plan.levels, key=lambda level: level.rows_in_all)
     inputs = fit_inputs(
         plan.model,
         plan.dimensions,
-        layout=plan.layout,
-        processing=plan.resolved.processing,
+        layout=most.layout,
+        processing=most.resolved.processing,
         quantize=options.quantize,
         token_method=options.token_method,
         clip=plan.clip_graphs,
@@ -268,12 +269,12 @@ def _constant_name(graph: TracedGraph, name: str) -> StoredName:
 def record(
     plan: ExportPlan,
     contents: BundleContents,
-    programs: tuple[Program, ...],
+    programs: Sequence[tuple[Program, ...]],
     graphs: tuple[GraphSpec, ...],
     weights: StoredWeights,
     folder: Path,
 ) -> Manifest:
-    """Write and return the manifest, a bundle's last file."""
+    """Write and return the manifest, a bundle's last file; ``programs`` are each level's."""
     options, resolved, layout, model = plan.options, plan.resolved, plan.layout, plan.model
     image_sizes, files = _image_sizes(plan), _file_entries(folder, known=weights.sha256)
     path, stored, clip = Path(options.model), weights.tensors, plan.source.clip
@@ -309,7 +310,9 @@ def record(
         head_row_scales=None if rows is None else stored.get(rows.scales),
         quantization=contents.quantization,
         graphs=graphs,
-        programs=programs,
+        programs=programs[0],
+        level=plan.level,
+        levels=tuple(_level(other, graphs, program) for other, program in zip(plan.others, programs[1:])),
         files=files,
         model_bytes=np.dtype(resolved.dtype).itemsize * num_values,
         cost=cost_of(plan, graphs),
@@ -322,6 +325,19 @@ def record(
     )
     (folder / MANIFEST_NAME).write_bytes(json_from_manifest(manifest))
     return manifest
+
+
+def _level(plan: ExportPlan, graphs: tuple[GraphSpec, ...], programs: tuple[Program, ...]) -> LevelSpec:
+    return LevelSpec(
+        name=plan.level,
+        schedule=plan.layout.schedule,
+        visual_sizes=plan.layout.visual_sizes,
+        image_sizes=_image_sizes(plan),
+        image_processing=plan.resolved.processing.to_dict(),
+        video_processing=plan.resolved.video_processing,
+        cost=cost_of(plan, graphs),
+        programs=programs,
+    )
 
 
 def _image_sizes(plan: ExportPlan) -> tuple[ImageSize, ...]:

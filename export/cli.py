@@ -7,14 +7,14 @@ import inspect
 import itertools
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import click
 import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from trio_edge.export.options import ExportOptions
+from trio_edge.export.options import ExportOptions, LevelRequest
 from trio_edge.export.options import Progress as Callbacks
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError, printable
@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import Manifest
 
 KEEP_ALL = "all"
+_Level: TypeAlias = "tuple[str, str, str | None]"
+"""Name, keep and image form."""
+_PRESET: tuple[_Level, ...] = (
+    ("usual", budgets.USUAL_KEEP, None),
+    ("quick", budgets.USUAL_KEEP, "low"),
+    ("full", KEEP_ALL, None),
+)
+"""The levels of ``--level preset``."""
 _DEFAULTS = {
     **{field.name: field.default for field in dataclasses.fields(ExportOptions)},
     **msgspec.structs.asdict(Schedule()),
@@ -66,6 +74,18 @@ def _count(option: str) -> Callable[[str], int | float]:
         return int(match[2]) if match[1] is None else float(match[1]) / 100
 
     return parse
+
+
+def _levels(text: str) -> tuple[_Level, ...]:
+    """Return the levels of one --level: one, or those of the preset."""
+    if text == "preset":
+        return _PRESET
+    match = re.fullmatch(r"([^=@]+)=([^=@]+)(?:@([^=@]+))?", text)
+    if match is None:
+        raise click.UsageError(
+            f"--level: expected NAME=KEEP[@FORM], got {text!r}; write it as quick=7.5%@base"
+        )
+    return ((match[1], match[2], match[3]),)
 
 
 class _SelectorOption(click.Option):
@@ -114,6 +134,16 @@ _OPTIONS = (
         str,
         "Stages with the visual tokens that they keep, such as 1:460,10:270,15:110; replaces --keep.",
         "LAYER:KEPT,…",
+    ),
+    _option(
+        "--level levels",
+        _levels,
+        "One of several budgets in one bundle: KEEP is as for --keep or --schedule, FORM is 'base' (the tile with the whole image),"
+        " WIDTHxHEIGHT (smaller images), or 'low' (base, or a quarter of the pixels). May be repeated; the first is the default."
+        f" 'preset' is {' '.join(f'{name}={keep}' + f'@{form}' * bool(form) for name, keep, form in _PRESET)}."
+        " Replaces --keep.",
+        "NAME=KEEP[@FORM]|preset",
+        multiple=True,
     ),
     _option("--method", str, "Selector inside the decoder. SELECTORS.", "NAME"),
     _option(
@@ -233,6 +263,7 @@ def _run(
     out: Path | None,
     keep: str | None,
     stages: str | None,
+    levels: tuple[tuple[_Level, ...], ...],
     list_models: bool,
     quiet: bool,
     **settings: Any,
@@ -255,16 +286,21 @@ def _run(
     if "quantize" in given:
         given["quantize"] = parse_plan(given["quantize"])
     of_schedule = {field.name for field in dataclasses.fields(budgets.ScheduleRequest)} & given.keys()
-    schedule = budgets.ScheduleRequest(
-        average=None if keep == KEEP_ALL else budgets.parse_keep(keep or budgets.USUAL_KEEP),
-        stages=() if stages is None else budgets.parse_stages(stages),
-        is_strict=keep is not None,
-        **{name: given.pop(name) for name in of_schedule},
-    )
+    if levels and (keep or stages) is not None:
+        raise click.UsageError(
+            "--level: expected neither --keep nor --schedule with it, got one; leave it out"
+        )
+    asked = budgets.ScheduleRequest(**{name: given.pop(name) for name in of_schedule})
+    schedule = _request(asked, keep)
+    if stages is not None:
+        schedule = dataclasses.replace(asked, stages=budgets.parse_stages(stages))
     options = ExportOptions(
         model=model,
         out=out if out is not None else Path(Path(model).name + "-bundle"),
         schedule=schedule,
+        levels=tuple(
+            LevelRequest(name, _request(asked, text), form) for name, text, form in itertools.chain(*levels)
+        ),
         **given,
     )
     with interruptible() as check:
@@ -273,6 +309,14 @@ def _run(
         manifest = _export(options, Console(stderr=True, quiet=quiet), check)
         print(printable(_summary(manifest, options.out), but="\n"))
         return 0
+
+
+def _request(asked: budgets.ScheduleRequest, text: str | None) -> budgets.ScheduleRequest:
+    """Return the request for a keep, 'all', stages such as 1:460,10:270, or None for the usual keep."""
+    if text is not None and ":" in text:
+        return dataclasses.replace(asked, average=None, stages=budgets.parse_stages(text))
+    average = None if text == KEEP_ALL else budgets.parse_keep(text or budgets.USUAL_KEEP)
+    return dataclasses.replace(asked, average=average, is_strict=text is not None)
 
 
 command = click.Command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -9,6 +10,7 @@ from trio_edge.export.quantize.plan import QuantizePlan
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import MAX_TEXT
 from trio_edge.runtime.bundle.limits import MOST_TOKENS
+from trio_edge.runtime.bundle.manifest import AUTO
 from trio_edge.trio.budgets import ScheduleRequest
 from trio_edge.trio.cost.devices import find_device
 from trio_edge.trio.methods import TokenMethod, all_methods, token_method
@@ -21,6 +23,17 @@ if TYPE_CHECKING:
 
 MOST_IMAGES = 1024
 """Upper limit of --max-images, far above any model's positions."""
+
+
+@dataclass(frozen=True, slots=True)
+class LevelRequest:
+    """A budget of a bundle with several."""
+
+    name: str
+    schedule: ScheduleRequest | Schedule
+    image_form: str | None = None
+    """"base" for the tile that shows the whole image, "WIDTHxHEIGHT" for images of at most as many pixels, "low" for one of
+    both; None for the whole image."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +70,8 @@ class ExportOptions:
     of them; None keeps all."""
     schedule: ScheduleRequest | Schedule = ScheduleRequest()  # noqa: RUF009  # frozen
     """The reduction inside the decoder."""
+    levels: tuple[LevelRequest, ...] = ()
+    """Several budgets instead of ``schedule``; the first is the default."""
     token_method: str | None = None
     """Selector before the decoder, by its name in ``trio_edge.trio.methods``; works with any schedule."""
     token_keep: int | float | None = None
@@ -108,10 +123,24 @@ class ExportOptions:
         if (self.token_method is None) != (self.token_keep is None):
             missing = "--token-method" if self.token_method is None else "--token-keep"
             return f"--token-method and --token-keep: expected both or none, got one; add {missing}"
+        if (message := self._wrong_level()) is not None:
+            return message
         row = None if self.token_method is None else token_method(self.token_method)
         if self.clip is not None and (row is None or not row.takes_clip):
             able = " or ".join(other.name for other in all_methods(TokenMethod) if other.takes_clip)
             return f"--clip: expected --token-method {able} with it, got {self.token_method or 'none'}; leave out --clip"
+        return None
+
+    def _wrong_level(self) -> str | None:
+        names = [level.name for level in self.levels]
+        for name in names:
+            if name == AUTO or re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,31}", name) is None:
+                text = f"expected a name of small letters, digits, - and _, and not {AUTO!r}, got {name!r}"
+                return f"--level: {text}; choose another"
+        if len(set(names)) < len(names):
+            return f"--level: expected different names, got {', '.join(names)}; rename one"
+        if self.token_method is not None and any(level.image_form for level in self.levels):
+            return "--level: expected no image form with --token-method, got one; leave out one of them"
         return None
 
 

@@ -6,7 +6,7 @@ Nearly all errors in options and checkpoints are found here.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,16 +19,18 @@ from trio_edge.export.families import family_of
 from trio_edge.export.families.base import check_positions
 from trio_edge.export.families.clip import build_clip, read_clip, with_patches
 from trio_edge.export.graphs.vision.clip import KEEP_MULTIPLE
+from trio_edge.export.options import LevelRequest
 from trio_edge.export.quantize.plan import check_packed
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import text_buckets
 from trio_edge.runtime.bundle.manifest import Dimensions
+from trio_edge.runtime.images.interface import at_form
 from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.trio.budgets import MAX_TOPK, ScheduleRequest
 from trio_edge.trio.methods import StageMethod, all_methods, stage_method, token_method
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.checkpoints.text_files import TextFiles
@@ -137,6 +139,20 @@ class ExportPlan:
     selector: TokenSelector | None
     clip_graphs: ClipGraphs | None
     layout: Layout
+    level: str = "default"
+    others: tuple[ExportPlan, ...] = ()
+    """The other levels' plans; ``resolved``, ``layout`` and ``level`` differ."""
+
+    @property
+    def levels(self) -> tuple[ExportPlan, ...]:
+        """The plans of all levels; the first is the default."""
+        return (self, *self.others)
+
+    @property
+    def rows_in_all(self) -> int:
+        """Visual rows of the largest prompt, summed over the decoder's layers."""
+        schedule, most = self.layout.schedule, self.layout.visual_sizes[-1]
+        return sum(schedule.tokens_per_layer(num_layers=self.dimensions.num_layers, num_visual=most))
 
 
 def read(options: ExportOptions) -> ExportSource:
@@ -154,19 +170,21 @@ def read(options: ExportOptions) -> ExportSource:
     return ExportSource(checkpoint=checkpoint, family=family, clip=clip)
 
 
-def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
-    """Return ``options`` with this checkpoint's numbers.
+def resolve(
+    options: ExportOptions, source: ExportSource, *, image_form: str | None = None
+) -> ResolvedOptions:
+    """Return ``options`` with this checkpoint's numbers, for images in ``image_form``.
 
     Raises:
         CheckpointError: If the checkpoint's image processor or tokenizer is not supported.
         ScheduleError: If the family does not support an option, or its number is out of range.
     """
     checkpoint, family = source.checkpoint, source.family
-    processing, videos, profiles = _processing(options, source, encoder_keep=None)
+    processing, videos, profiles = _processing(options, source, encoder_keep=None, image_form=image_form)
     image_tokens, default_template = profiles.largest["N"], family.default_chat_template(checkpoint)
     if options.encoder_keep is not None:
         keep = _encoder_keep(options.encoder_keep, profiles.largest)
-        processing, videos, profiles = _processing(options, source, encoder_keep=keep)
+        processing, videos, profiles = _processing(options, source, encoder_keep=keep, image_form=image_form)
     return ResolvedOptions(
         processing=processing,
         video_processing=None if videos is None else videos.sampling.to_dict(),
@@ -180,13 +198,15 @@ def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
 
 
 def _processing(
-    options: ExportOptions, source: ExportSource, *, encoder_keep: int | None
+    options: ExportOptions, source: ExportSource, *, encoder_keep: int | None, image_form: str | None
 ) -> tuple[ImageProcessing, VideoProcessing | None, ImageProfiles]:
     """Return the processing of images, that of videos if the model takes any, and the sizes that get shapes."""
     family = source.family
     images = family.image_processing(
         source.checkpoint, encoder_keep=encoder_keep, max_visual=options.max_visual
     )
+    if image_form is not None:
+        images = at_form(images, image_form)
     videos = family.video_processing(source.checkpoint, images)
     if videos is None and options.max_frames is not None:
         raise ScheduleError(
@@ -204,7 +224,7 @@ def without_values(dtype: FloatType) -> Iterator[None]:
 
 
 def build(options: ExportOptions, source: ExportSource, resolved: ResolvedOptions) -> ExportPlan:
-    """Return the plan with the model's modules, the schedule and all shapes; called under ``without_values``.
+    """Return the plan with the model's modules, the schedule and all shapes of each level; called under ``without_values``.
 
     Raises:
         CheckpointError: If configuration and weights belong to different models, or the model is not supported.
@@ -216,25 +236,63 @@ def build(options: ExportOptions, source: ExportSource, resolved: ResolvedOption
         selector = token_selector(method, num_keep=keep, clip=has_clip, grid=_full_grid(resolved.processing))
     model, clip_graphs = _model(options, source, resolved)
     dimensions = dimensions_of(model)
-    schedule = options.schedule
-    if isinstance(schedule, ScheduleRequest):
-        schedule = schedule.schedule(
-            num_layers=dimensions.num_layers,
-            num_visual=resolved.entering,
-            image_tokens=resolved.images.num_images * resolved.image_tokens,
-            positions=source.family.positions,
+    levels = options.levels or (LevelRequest("default", options.schedule),)
+    sizes = [
+        resolved if level.image_form is None else resolve(options, source, image_form=level.image_form)
+        for level in levels
+    ]
+    plans = []
+    for level, own, schedule in zip(levels, sizes, _schedules(levels, sizes, source, dimensions)):
+        schedule.check_fits(num_layers=dimensions.num_layers, max_visual=own.entering)
+        _check_schedule(schedule, source.family, max_images=options.num_units)
+        layout = _layout(options, source, own, schedule)
+        check_positions(
+            model.text_config,
+            num_visual=layout.visual_sizes[-1],
+            max_text=options.max_text,
+            max_new_tokens=options.max_new_tokens,
+            schedule=schedule,
         )
-    schedule.check_fits(num_layers=dimensions.num_layers, max_visual=resolved.entering)
-    _check_schedule(schedule, source.family, max_images=options.num_units)
-    layout = _layout(options, source, resolved, schedule)
-    check_positions(
-        model.text_config,
-        num_visual=layout.visual_sizes[-1],
-        max_text=options.max_text,
-        max_new_tokens=options.max_new_tokens,
-        schedule=schedule,
-    )
-    return ExportPlan(options, source, resolved, model, dimensions, selector, clip_graphs, layout)
+        parts = model, dimensions, selector, clip_graphs
+        plans.append(ExportPlan(options, source, own, *parts, layout, level.name))
+    return replace(plans[0], others=tuple(plans[1:]))
+
+
+def _schedules(
+    levels: Sequence[LevelRequest],
+    sizes: Sequence[ResolvedOptions],
+    source: ExportSource,
+    dimensions: Dimensions,
+) -> list[Schedule]:
+    """Return the levels' schedules, with stages at the same layers in all that have any."""
+
+    def schedules(layers: tuple[int, ...] | None = None) -> list[Schedule]:
+        found = []
+        for level, own in zip(levels, sizes):
+            wanted = level.schedule
+            if isinstance(wanted, ScheduleRequest):
+                if layers and wanted.average is not None:
+                    wanted = replace(wanted, layers=layers)
+                wanted = wanted.schedule(
+                    num_layers=dimensions.num_layers,
+                    num_visual=own.entering,
+                    image_tokens=own.images.num_images * own.image_tokens,
+                    positions=source.family.positions,
+                )
+            found.append(wanted)
+        return found
+
+    found = schedules()
+    # Small budgets need early stages, and large ones can follow them.
+    if len(places := {schedule.layers for schedule in found if schedule.stages}) > 1:
+        found = schedules(min(places))
+        places = {schedule.layers for schedule in found if schedule.stages}
+    if len(places) > 1:
+        raise ScheduleError(
+            "--level: expected stages at the same layers in all levels, got"
+            f" {' and '.join(str(list(layers)) for layers in sorted(places))}; give closer budgets, or stages"
+        )
+    return found
 
 
 def _image_profiles(

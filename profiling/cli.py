@@ -24,6 +24,7 @@ from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.console import backend_options, run
 from trio_edge.runtime.cli.interruption import interruptible
 from trio_edge.runtime.cli.tables import wide_console
+from trio_edge.runtime.model.levels import one_level
 from trio_edge.trio.cost.devices import DEVICES, find_device
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 PATH = click.Path(path_type=Path)
 _PREDICTING = {"devices"}
 """Parameters of ``_predict`` and ``plan_for`` that are options; ``_wish`` adds the others."""
-_SHARED = ("bundle", "new_tokens", "json_file")
+_SHARED = ("bundle", "new_tokens", "level", "json_file")
 """Parameters of both measuring and predicting."""
 
 
@@ -79,6 +80,7 @@ def _wish(name: str, parameter: str, text: str, **settings: Any) -> Callable[[An
 @click.option(
     "--html", "html_file", type=PATH, metavar="FILE", help="Write a page with plots (needs matplotlib)."
 )
+@click.option("--level", metavar="NAME", help="Level of bundles with several. [default: the bundle's]")
 @click.option(
     "--predict",
     "devices",
@@ -92,6 +94,10 @@ def _wish(name: str, parameter: str, text: str, **settings: Any) -> Callable[[An
     metavar="WxH", callback=_parsed_size,
 )  # fmt: skip
 @_wish(
+    "--image-form", "image_form", "form of the image, as of a level: base, or WxH. [default: the whole]",
+    metavar="FORM",
+)  # fmt: skip
+@_wish(
     "--images", "num_images",
     "images per prompt, or pairs of video frames. [default: as many as BUNDLE allows]", type=click.IntRange(1),
 )  # fmt: skip
@@ -101,6 +107,7 @@ def command(
     bundle: Path | None,
     compare: tuple[Path, ...],
     new_tokens: int | None,
+    level: str | None,
     json_file: Path | None,
     html_file: Path | None,
     **settings: Any,
@@ -117,13 +124,13 @@ def command(
     if html_file is not None:
         check_matplotlib()
     if predicting["devices"] is not None:
-        _predict(bundle, json_file, num_new=new_tokens or NEW_TOKENS, **predicting)
+        _predict(bundle, json_file, num_new=new_tokens or NEW_TOKENS, level=level, **predicting)
         return 0
     if not math.isfinite(settings["seconds"]):  # click's ranges let "nan" pass
         raise click.UsageError(f"--seconds: expected a time, got {settings['seconds']}; for instance 30")
     if bundle is None:
         raise BundleError("BUNDLE: expected a bundle folder, got none; make one with trio-export")
-    _profile(outputs, bundles=(bundle, *compare), new_tokens=new_tokens, **settings)
+    _profile(outputs, bundles=(bundle, *compare), new_tokens=new_tokens, level=level, **settings)
     return 0
 
 
@@ -149,7 +156,13 @@ def _check_given(*, predicting: bool) -> None:
 
 
 def _predict(
-    bundle: Path | None, json_file: Path | None, *, devices: str, model: str | None, **wishes: Any
+    bundle: Path | None,
+    json_file: Path | None,
+    *,
+    devices: str,
+    model: str | None,
+    level: str | None,
+    **wishes: Any,
 ) -> None:
     """Predict for each of ``devices``; ``wishes`` are keyword arguments of ``plan_for``.
 
@@ -165,7 +178,11 @@ def _predict(
     names = DEVICES if devices.strip() == "all" else map(str.strip, devices.split(","))
     # by name, because a device that is named twice is predicted once
     found = {device.name: device for device in (find_device(name, option="--predict") for name in names)}
+    if level is not None and bundle is None:
+        raise TargetError("--level: expected a BUNDLE with it, got none; leave out --level")
     manifest = None if bundle is None else open_bundle(bundle).manifest
+    if manifest is not None:
+        manifest = manifest.at_level(one_level(manifest, level))
     setting = plan_for(manifest=manifest, model=model, **wishes)
     predictions = [predict(setting, device) for device in found.values()]
     if json_file is not None:

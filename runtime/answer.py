@@ -12,7 +12,7 @@ import numpy as np
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError, TrioEdgeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
     from PIL import Image
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 class Statistics:
     """Cost of one answer. Times are wall-clock milliseconds on the host."""
 
+    level: str = ""
+    """The level that gave the answer."""
+    levels_below: tuple[str, ...] = ()
+    """Levels that ran before and were not sure enough (level "auto")."""
+    margin: float | None = None
+    """Difference between the first token's two highest probabilities, where a higher level could have followed."""
     visual_tokens: int = 0
     """Visual tokens of the images, before any selection."""
     kept_tokens: tuple[int, ...] = ()
@@ -54,6 +60,11 @@ class Statistics:
     """Whether the first layer range ran only the question's rows and reused the rows before them (--follow-ups)."""
     image_was_kept: bool = False
     """Whether the visual tokens of all images were reused from an earlier question, so that no vision graph ran."""
+
+    def add_times(self, times: Mapping[str, float]) -> None:
+        """Add to ``graph_ms``."""
+        for name, milliseconds in times.items():
+            self.graph_ms[name] = self.graph_ms.get(name, 0.0) + milliseconds
 
     @property
     def tokens_per_second(self) -> float:

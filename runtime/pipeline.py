@@ -23,14 +23,21 @@ from trio_edge.runtime.answer import Generation, Statistics
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import BackendError, BundleError, ShapeError
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS, is_whole
+from trio_edge.runtime.bundle.manifest import AUTO
 from trio_edge.runtime.bundle.reader import Bundle, TokenTable, open_bundle
 from trio_edge.runtime.decisions.labels import log_probabilities, normalized
 from trio_edge.runtime.decisions.questions import Decision, Question, check_questions
-from trio_edge.runtime.decisions.wording import Wording, with_text
-from trio_edge.runtime.images.interface import image_processing
+from trio_edge.runtime.decisions.wording import Wording
+from trio_edge.runtime.devices.memory import Memory
 from trio_edge.runtime.images.reading import load_common_formats, open_image
-from trio_edge.runtime.model.decoder import Decoder
-from trio_edge.runtime.model.decoder_prompt import write_prompt
+from trio_edge.runtime.model.levels import (
+    Level,
+    chain_of,
+    images_of,
+    margin_of,
+    one_level,
+    read_margins,
+)
 from trio_edge.runtime.model.programs import Programs
 from trio_edge.runtime.model.sampling import (
     AnswerRules,
@@ -42,7 +49,6 @@ from trio_edge.runtime.model.sampling import (
     sampler_of,
     with_overrides,
 )
-from trio_edge.runtime.model.vision import Vision
 from trio_edge.runtime.prompts.chat import (
     build_messages,
     check_messages,
@@ -52,12 +58,11 @@ from trio_edge.runtime.prompts.chat import (
     visual_parts,
 )
 from trio_edge.runtime.prompts.clip_text import ClipTexts
-from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, Inset, Tokenizer
-from trio_edge.runtime.videos.qwen import video_processing
+from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, Tokenizer
 from trio_edge.runtime.videos.reading import open_video
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -69,44 +74,34 @@ if TYPE_CHECKING:
     from trio_edge.runtime.decisions.wording import Asked, Plan, Sharing
     from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.images.reading import ImageSource
-    from trio_edge.runtime.model.decoder import PrefillResult
+    from trio_edge.runtime.model.decoder import Decoder, PrefillResult
     from trio_edge.runtime.model.host_selection import SelectorOverride
     from trio_edge.runtime.model.sampling import TokenConstraint
     from trio_edge.runtime.model.vision import PreparedImage, VisualInput
     from trio_edge.runtime.prompts.chat import Message
-    from trio_edge.runtime.prompts.tokenizer import PromptIds
+    from trio_edge.runtime.prompts.tokenizer import Inset, PromptIds
+    from trio_edge.runtime.videos.reading import Video
 
 MOST_KEPT_IMAGES = 64
 
 
-class _Shown(NamedTuple):
-    """An image or a video of a prompt."""
+class _Attempt(NamedTuple):
+    """A prompt at a level, read and checked before its first graph runs."""
 
-    images: tuple[Image.Image, ...]
-    """The decoded image; for a video, the first frame of each pair."""
-    prepared: list[PreparedImage]
-    """One for each of ``images``."""
-    is_video: bool
-
-    @property
-    def inset(self) -> Inset:
-        """The text that replaces its placeholder in the prompt, around all runs of visual tokens."""
-        first, *rest = (image.layout.text for image in self.prepared)
-        text = list(first)
-        for start, *others in rest:
-            text[-1] += start
-            text += others
-        return Inset(text, self.is_video)
-
-
-class _Request(NamedTuple):
-    """Everything that an answer needs, read and checked before its first graph runs."""
-
+    level: Level
+    margin: float
+    """Margin of the first token that is sure enough not to go up to the next level."""
     images: tuple[Image.Image, ...]
     prepared: list[PreparedImage]
     ids: PromptIds
-    limit: int
-    chooser: TokenChooser
+
+
+class _Request(NamedTuple):
+    """Everything that an answer needs besides its prompt."""
+
+    attempts: list[_Attempt]
+    choosers: dict[str, tuple[TokenChooser, int]]
+    """Chooser and largest number of the answer's tokens, by level."""
     override: SelectorOverride | None
     prepare_ms: float
 
@@ -115,10 +110,15 @@ class _Request(NamedTuple):
 class _Seen:
     """What questions about the same images share."""
 
+    level: Level
     override: SelectorOverride | None
     visual: VisualInput | None = None
     result: PrefillResult | None = None
     """The last prefill's, whose rows are in the KV caches."""
+    plan: Plan | None = None
+    """The plan that has run last, at this level or the one below."""
+    after: Level | None = None
+    """The level below, if it has just run the same prompt."""
 
 
 @final
@@ -141,27 +141,29 @@ class Pipeline:
         self._max_pixels, self._bundle, self.manifest = max_pixels, bundle, bundle.manifest
         manifest: Manifest = self.manifest
         self.backend_name = backend.name
-        self.images = image_processing(
-            manifest.image_processing,
-            encoder_keep=manifest.encoder_keep,
-            profiles=manifest.graphs[0].profiles,
-        )
-        videos = manifest.video_processing
-        self._videos = None if videos is None else video_processing(videos, images=self.images)
+        self._margins = read_margins(bundle.folder, manifest)
         self.tokenizer = Tokenizer.from_file(bundle.path(manifest.text.tokenizer))
         self._template = bundle.read_text(manifest.text.chat_template)
         self._embedding = TokenTable(bundle, manifest.token_embedding, manifest.token_embedding_scales)
         rows = manifest.head_rows
         head_rows = None if rows is None else TokenTable(bundle, rows, manifest.head_row_scales)
         clip_texts = None if manifest.clip_text is None else ClipTexts(bundle)
+        levels = [manifest.at_level(name) for name in manifest.level_names]
+        images = [images_of(level) for level in levels]
         # Loaded after everything else that can fail, because loading takes seconds and device memory.
         self._graphs = backend.load(bundle)
         try:
-            programs = Programs(manifest, self._graphs, head_rows=head_rows)
-            self._vision = Vision(
-                programs, images=self.images, clip_texts=clip_texts, keep_images=keep_images
-            )
-            self._decoder = Decoder(programs, keep_images=keep_images)
+            memory = Memory(manifest, self._graphs.device)
+            self._levels: dict[str, Level] = {}
+            for level, processing in zip(levels, images):
+                self._levels[level.level] = Level(
+                    Programs(level, self._graphs, head_rows=head_rows, memory=memory),
+                    images=processing,
+                    embedding=self._embedding,
+                    clip_texts=clip_texts,
+                    keep_images=keep_images,
+                    others=[*self._levels.values()],
+                )
         except BaseException:
             self._graphs.close()
             raise
@@ -169,6 +171,9 @@ class Pipeline:
         load_common_formats()
         with suppress(BundleError):
             compile_template(self._template)
+        self._level = self._last = self._levels[manifest.level]
+        """The default level, and the one whose rows are in the KV caches."""
+        self.images = self._level.images
         self._running: object = None
         """The answer, or the plan of questions, whose rows are in the KV caches."""
         self._is_open = True
@@ -261,6 +266,7 @@ class Pipeline:
         logit_bias: Mapping[int, float] | None = None,
         num_logprobs: int | None = None,
         constraint: TokenConstraint | None = None,
+        level: str | None = None,
         override: SelectorOverride | None = None,
     ) -> Generation:
         """Return the answer to the last turn of a conversation, to be streamed.
@@ -283,6 +289,8 @@ class Pipeline:
             logit_bias: Numbers in [-100, 100] to add to logits, by token id.
             num_logprobs: Number of most likely tokens in ``Generation.logprobs``; None leaves that empty.
             constraint: Decides which tokens may come next, for instance by a grammar; a new one for each answer.
+            level: One of ``manifest.level_names``; "auto" starts at the lowest and goes up while the first token's margin is
+                small (see docs/levels.md); None is the bundle's default.
             override: Selects visual tokens on the host instead of the select graphs, for comparisons.
 
         Raises:
@@ -305,27 +313,22 @@ class Pipeline:
         overrides["min_new_tokens"] = min_new_tokens
         settings = with_overrides(self.manifest.generation, overrides)
         sampler = sampler_of(settings, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        shown = self._open(messages)
-        ids = self._encode(messages, [part.inset for part in shown])
-        prepared = [image for part in shown for image in part.prepared]
-        self._vision.rows_for(prepared)  # refuses too many
-        run_lengths = [length for image in prepared for length in image.layout.run_lengths]
-        if max_new_tokens is None:
-            limit = answer_limit(settings, room=limit, num_prompt=ids.num_tokens + sum(run_lengths))
         bias: dict[str, Any] = {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
-        bias["logit_bias"], rules = logit_bias, None
-        if has_rules(settings) or constraint is not None or any(bias.values()):
-            rules = self._rules(settings, ids.all_ids(run_lengths), limit, constraint, bias)
-        request = _Request(
-            images=tuple(image for part in shown for image in part.images),
-            prepared=prepared,
-            ids=ids,
-            limit=limit,
-            chooser=TokenChooser(sampler, rules, num_logprobs=num_logprobs),
-            override=override,
-            prepare_ms=1e3 * (time.perf_counter() - start),
-        )
-        return Generation(partial(self._steps, request))
+        bias["logit_bias"] = logit_bias
+        needs_rules = has_rules(settings) or constraint is not None or any(bias.values())
+        attempts, choosers = self._attempts(messages, self._decode(messages), level), {}
+        for attempt in attempts:
+            run_lengths = [length for image in attempt.prepared for length in image.layout.run_lengths]
+            most, rules = limit, None
+            if max_new_tokens is None:
+                num_prompt = attempt.ids.num_tokens + sum(run_lengths)
+                most = answer_limit(settings, room=limit, num_prompt=num_prompt)
+            if needs_rules:
+                rules = self._rules(settings, attempt.ids.all_ids(run_lengths), most, constraint, bias)
+            chooser = TokenChooser(sampler, rules, num_logprobs=num_logprobs)
+            choosers[attempt.level.manifest.level] = chooser, most
+        prepare_ms = 1e3 * (time.perf_counter() - start)
+        return Generation(partial(self._steps, _Request(attempts, choosers, override, prepare_ms)))
 
     def _rules(
         self,
@@ -354,6 +357,7 @@ class Pipeline:
         evidence: str = "",
         sharing: Sharing = "auto",
         both_orders: bool = False,
+        level: str | None = None,
         override: SelectorOverride | None = None,
         **shown: Any,
     ) -> list[Decision]:
@@ -366,6 +370,7 @@ class Pipeline:
             sharing: "each" selects visual tokens for every question; "joint" does it once with all of them in view, which needs
                 a bundle exported with --follow-ups; "auto" takes "joint" for several questions where that is possible.
             both_orders: Also read each choice and score with its options reversed, and return the mean.
+            level: As for ``chat``; the margin is that of the options' probabilities.
             override: As for ``chat``.
             shown: ``video``, ``fps``, ``num_frames``, ``source_fps`` and ``system`` of ``generate``.
 
@@ -378,7 +383,7 @@ class Pipeline:
         messages = _messages(image, evidence, **shown)
         asked = [questions] if isinstance(questions, Question) else questions
         how: dict[str, Any] = {"sharing": sharing, "both_orders": both_orders, "override": override}
-        return list(self.iter_decisions(messages, asked, **how))
+        return list(self.iter_decisions(messages, asked, level=level, **how))
 
     def iter_decisions(
         self,
@@ -387,46 +392,107 @@ class Pipeline:
         *,
         sharing: Sharing = "auto",
         both_orders: bool = False,
+        level: str | None = None,
         override: SelectorOverride | None = None,
     ) -> Iterator[Decision]:
         """Yield the answers to ``questions`` about a conversation one by one; the rest is as for ``decide`` and ``chat``.
 
         The last turn is evidence: its images and its text come before each question. All is checked before a graph runs.
+        With the level "auto", questions that leave doubt are asked again together at the next level.
         """
         self._check_open()
         start = time.perf_counter()
         check_messages(messages)
         if override is not None:
             _check_own_code(override, None)
-        asked, wording = check_questions(questions), self.wording
-        shown = self._open(with_text(messages, wording.text_of(asked, messages)))
-        plan = wording.plan(
-            asked,
+        asked, parts = check_questions(questions), self._decode(messages)
+        plan = partial(self._plan, messages, parts, sharing=sharing, both_orders=both_orders)
+        chain = chain_of(self.manifest, level, self._margins)
+        seen = [_Seen(self._levels[name], override) for name in chain]
+        plans = [plan(one.level, asked) for one in seen]
+        prepare_ms = 1e3 * (time.perf_counter() - start)
+        answers = self._decisions(*plans[0], seen[0], prepare_ms=prepare_ms)
+        return answers if len(chain) == 1 else self._surest(answers, asked, plan, seen, [*chain.values()])
+
+    def _plan(
+        self,
+        messages: Sequence[Message],
+        parts: Sequence[Image.Image | Video],
+        level: Level,
+        questions: Sequence[Question],
+        *,
+        sharing: Sharing,
+        both_orders: bool,
+    ) -> tuple[Plan, dict[str, list[PreparedImage]]]:
+        """Return the plan of ``questions`` at a level, and the images for each question's text."""
+        shown = level.show(parts, self.wording.text_of(questions, messages))
+        plan = self.wording.plan(
+            questions,
             messages,
             [part.inset for part in shown],
             sharing=sharing,
             both_orders=both_orders,
-            can_branch=self._decoder.can_branch,
+            can_branch=level.decoder.can_branch,
         )
         prepared = [image for part in shown for image in part.prepared]
-        self._vision.rows_for(prepared)  # refuses too many
+        level.vision.rows_for(prepared)  # refuses too many
         images = {asked.text: prepared for orders in plan.rounds for asked in orders}
-        if self._vision.reads_question and plan.joint is None:
+        if level.vision.reads_question and plan.joint is None:
             for text in images:
-                shown = self._open(with_text(messages, text))
-                images[text] = [image for part in shown for image in part.prepared]
-        prepare_ms = 1e3 * (time.perf_counter() - start)
-        return self._decisions(plan, images, override=override, prepare_ms=prepare_ms)
+                images[text] = [image for part in level.show(parts, text) for image in part.prepared]
+        return plan, images
+
+    def _surest(
+        self,
+        answers: Iterator[Decision],
+        asked: Sequence[Question],
+        plan: Callable[[Level, Sequence[Question]], tuple[Plan, dict[str, list[PreparedImage]]]],
+        seen: Sequence[_Seen],
+        margins: Sequence[float],
+    ) -> Iterator[Decision]:
+        """Yield ``answers``, the lowest level's; those whose margin is too small come from the next level."""
+        found = [*answers]
+        doubtful = [*range(len(found))]
+        for before, own, margin in zip(seen, seen[1:], margins):
+            doubtful = [index for index in doubtful if found[index].margin < margin]
+            if not doubtful:
+                break
+            start = time.perf_counter()
+            again = plan(own.level, [asked[index] for index in doubtful])
+            if own.level.vision is before.level.vision:
+                own.visual, own.plan = before.visual, before.plan
+                is_one = len(found) == 1 and len(again[0].rounds[0]) == 1
+                own.after = before.level if is_one else None  # it has run the same prompt
+            prepare_ms = 1e3 * (time.perf_counter() - start)
+            for index, answer in zip(doubtful, self._decisions(*again, own, prepare_ms=prepare_ms)):
+                below = found[index].statistics
+                answer.statistics.ttft_ms += below.ttft_ms
+                answer.statistics.levels_below = (*below.levels_below, below.level)
+                found[index] = answer
+        yield from found
 
     @cached_property
     def wording(self) -> Wording:
         """How the bundle's questions are put, read at the first question; raises BundleError if that is broken."""
         return Wording(self._bundle, self.tokenizer)
 
+    def level_named(self, name: str | None = None) -> Level:
+        """Return the level called ``name``, with its manifest and image processing; None is the default.
+
+        Raises:
+            ShapeError: If the bundle has no such level.
+        """
+        return self._levels[one_level(self.manifest, name)]
+
     @property
     def notes(self) -> tuple[str, ...]:
         """Harmless problems, one line each. The first answer may add some."""
         return tuple(self._graphs.notes)
+
+    @property
+    def auto_levels(self) -> tuple[str, ...]:
+        """The levels that "auto" may run, from the lowest."""
+        return tuple(chain_of(self.manifest, AUTO, self._margins))
 
     def time_tokens(self, count: int, *, skip: int = 0) -> list[float]:
         """Return the milliseconds of each of ``count`` further tokens after the last answer, which cannot go on afterwards.
@@ -443,12 +509,12 @@ class Pipeline:
         with self._lock:
             self._check_open()
             self._running = None
-            self._decoder.skip(skip)
+            self._last.decoder.skip(skip)
             chooser, times = TokenChooser(Sampler()), []
             for token in range(count):  # any tokens, because the time does not depend on them
                 start = time.perf_counter()
-                top = self._decoder.decode(np.asarray(self._embedding[token]))
-                chooser.choose(top, self._decoder.logits)
+                top = self._last.decoder.decode(np.asarray(self._embedding[token]))
+                chooser.choose(top, self._last.decoder.logits)
                 times.append(1e3 * (time.perf_counter() - start))
             return times
 
@@ -483,39 +549,50 @@ class Pipeline:
             max_tokens=self.manifest.text_buckets[-1],
         )
 
-    def _open(self, messages: Sequence[Message]) -> list[_Shown]:
-        """Return the images and videos of a conversation, decoded and prepared."""
+    def _decode(self, messages: Sequence[Message]) -> list[Image.Image | Video]:
+        """Return the decoded images and videos of a conversation."""
         check_messages(messages)
-        parts, question = visual_parts(messages), last_question(messages)
-        num_images = sum(part["type"] == "image" for part in parts)
-        images = self.images if num_images == 1 else self.images.of_several()
-        shown = []
-        for part in parts:
-            if part["type"] == "video":
-                shown.append(self._open_video(part, question))
-                continue
-            image = open_image(part["image"], max_pixels=self._max_pixels)
-            prepared = self._vision.prepare(image, question, images=images)
-            shown.append(_Shown((image,), [prepared], is_video=False))
-        return shown
+        return [
+            self._open_video(part)
+            if part["type"] == "video"
+            else open_image(part["image"], max_pixels=self._max_pixels)
+            for part in visual_parts(messages)
+        ]
 
-    def _open_video(self, part: Mapping[str, Any], question: str) -> _Shown:
-        if self._videos is None:
+    def _open_video(self, part: Mapping[str, Any]) -> Video:
+        videos = self._level.videos
+        if videos is None:
             raise ShapeError(
                 f"video: expected a model that takes videos (Qwen2.5-VL, Qwen3-VL), got {self.manifest.family}; give its"
                 " frames as images"
             )
         settings = {name: part.get(name) for name in ("fps", "num_frames", "source_fps")}
-        video = open_video(part["video"], self._videos.sampling, max_pixels=self._max_pixels, **settings)
-        prepared = self._vision.prepare_video(video, question, videos=self._videos)
-        return _Shown(video.frames[::2], prepared, is_video=True)
+        return open_video(part["video"], videos.sampling, max_pixels=self._max_pixels, **settings)
+
+    def _attempts(
+        self, messages: Sequence[Message], parts: Sequence[Image.Image | Video], level: str | None
+    ) -> list[_Attempt]:
+        """Return the prompt at ``level``, or at each level of "auto" from low to high."""
+        question, found = last_question(messages), list[_Attempt]()
+        for name, margin in chain_of(self.manifest, level, self._margins).items():
+            own = self._levels[name]
+            if found and found[-1].level.vision is own.vision:
+                found.append(found[-1]._replace(level=own, margin=margin))
+                continue
+            shown = own.show(parts, question)
+            ids = self._encode(messages, [part.inset for part in shown])
+            prepared = [image for part in shown for image in part.prepared]
+            own.vision.rows_for(prepared)  # refuses too many
+            images = tuple(image for part in shown for image in part.images)
+            found.append(_Attempt(own, margin, images, prepared, ids))
+        return found
 
     def _steps(self, request: _Request, generation: Generation) -> Iterator[str]:
         """Yield the pieces of an answer."""
-        generation.images, generation.statistics.ttft_ms = request.images, request.prepare_ms
-        generation.logprobs = request.chooser.logprobs
+        generation.statistics.ttft_ms = request.prepare_ms
         with self._lock:
-            token = self._first_token(request, generation)
+            attempt, chooser, limit, token = self._first_token(request, generation)
+        decoder, generation.logprobs = attempt.level.decoder, chooser.logprobs
         statistics, stream = generation.statistics, DetokenizeStream(self.tokenizer)
         while True:
             generation.token_ids.append(token)
@@ -524,102 +601,87 @@ class Pipeline:
                 break
             if piece := stream.push(token):
                 yield piece
-            if statistics.new_tokens >= request.limit or generation.is_cancelled:
+            if statistics.new_tokens >= limit or generation.is_cancelled:
                 break
             start = time.perf_counter()
             with self._lock:
                 self._check_open()  # the caller may have closed the pipeline in the meantime
                 self._check_running(generation)
-                top = self._decoder.decode(np.asarray(self._embedding[token]))
-                statistics.kv_bytes = self._decoder.kv_bytes
-                token = request.chooser.choose(top, self._decoder.logits)
+                top = decoder.decode(np.asarray(self._embedding[token]))
+                statistics.kv_bytes = decoder.kv_bytes
+                token = chooser.choose(top, decoder.logits)
             statistics.token_ms.append(1e3 * (time.perf_counter() - start))
             statistics.decode_ms += statistics.token_ms[-1]
         if rest := stream.finish():
             yield rest
 
-    def _first_token(self, request: _Request, generation: Generation) -> int:
-        """See the images, write the prompt, prefill, and return the first token."""
+    def _first_token(
+        self, request: _Request, generation: Generation
+    ) -> tuple[_Attempt, TokenChooser, int, int]:
+        """See the images, write the prompt and prefill, level by level until one is sure enough; return its first token.
+
+        Before the token come the attempt, the chooser and the largest number of tokens.
+        """
         self._check_open()
         self._running, statistics = generation, generation.statistics
-        start, ids, prepared = time.perf_counter(), request.ids, request.prepared
-        visual = self._see(ids, prepared)
-        prefill_start = time.perf_counter()
-        result = self._prefill(ids, visual, prepared, override=request.override)
-        token = request.chooser.choose(result.top, self._decoder.logits)
-        now = time.perf_counter()
-        # Choosing the token has waited for the device, so the kept indices are valid.
-        generation.layouts, statistics.graph_ms = self._vision.layouts, self._vision.graph_ms
-        generation.first_logits, generation.kept = result.logits, result.kept
-        self._count(statistics, visual, result, num_images=len(prepared))
-        statistics.text_tokens, statistics.image_was_kept = ids.num_tokens, visual.was_kept
-        statistics.ttft_ms += 1e3 * (now - start)
-        statistics.prefill_ms = 1e3 * (now - prefill_start)
-        return token
-
-    def _see(self, ids: PromptIds, prepared: Sequence[PreparedImage]) -> VisualInput:
-        """Enqueue the graphs before the decoder for a prompt's images."""
-        after = self._embedding[ids.after] if self._vision.reads_embeddings else None
-        return self._vision.encode_images(prepared, after=after, text_bucket=self._bucket(ids))
-
-    def _bucket(self, ids: PromptIds) -> int:
-        return next(size for size in self.manifest.text_buckets if size >= ids.num_tokens)
-
-    def _prefill(
-        self,
-        ids: PromptIds,
-        visual: VisualInput,
-        prepared: Sequence[PreparedImage],
-        *,
-        override: SelectorOverride | None = None,
-    ) -> PrefillResult:
-        """Write the prompt and run it."""
-        prompt = write_prompt(
-            ids,
-            visual,
-            manifest=self.manifest,
-            embedding=self._embedding,
-            text_bucket=self._bucket(ids),
-            kept_images=() if self._vision.reads_question else prepared,
+        start, visual = time.perf_counter(), None
+        before: Level | None = None
+        for attempt in request.attempts:
+            level, prepared, generation.images = attempt.level, attempt.prepared, attempt.images
+            if visual is None or before is None or before.vision is not level.vision:
+                visual, before = level.see(attempt.ids, prepared), None
+            prefill_start = time.perf_counter()
+            result = level.prefill(attempt.ids, visual, prepared, override=request.override, after=before)
+            statistics.prefill_ms += 1e3 * (time.perf_counter() - prefill_start)
+            # The prefill has waited for the device, so times and kept indices are valid.
+            if before is None:
+                statistics.add_times(level.vision.graph_ms)
+            level.count(statistics, visual, result, num_images=len(prepared))
+            statistics.margin = margin_of(result.logits) if attempt.margin else None
+            before = self._last = level
+            is_sure = statistics.margin is None or statistics.margin >= attempt.margin
+            if is_sure or generation.is_cancelled:
+                break
+            statistics.levels_below += (level.manifest.level,)
+        assert visual is not None, "there is an attempt"
+        chooser, limit = request.choosers[level.manifest.level]
+        token = chooser.choose(result.top, level.decoder.logits)
+        generation.layouts, generation.first_logits, generation.kept = (
+            level.vision.layouts,
+            result.logits,
+            result.kept,
         )
-        return self._decoder.prefill(prompt, override=override)
-
-    def _count(
-        self, statistics: Statistics, visual: VisualInput, result: PrefillResult, *, num_images: int
-    ) -> None:
-        """Write the size of a prefill and the device's times to ``statistics``."""
-        statistics.visual_tokens, statistics.kv_bytes = visual.num_visual, self._decoder.kv_bytes
-        statistics.kept_tokens = tuple(len(kept) for kept in result.kept)
-        statistics.average_keep = self.manifest.average_keep_of(visual.num_visual, num_images=num_images)
-        statistics.graph_ms |= self._decoder.timeline.milliseconds()
-        statistics.repaired_stages = result.num_repaired
-        statistics.prefix_was_kept = self._decoder.prefix_was_kept
+        statistics.text_tokens, statistics.image_was_kept = attempt.ids.num_tokens, visual.was_kept
+        statistics.ttft_ms += 1e3 * (time.perf_counter() - start)
+        return attempt, chooser, limit, token
 
     def _decisions(
         self,
         plan: Plan,
         images: Mapping[str, Sequence[PreparedImage]],
+        seen: _Seen,
         *,
-        override: SelectorOverride | None,
         prepare_ms: float,
     ) -> Iterator[Decision]:
         """Yield the answers to the questions of a plan; ``images`` are those for each question's text."""
-        seen = _Seen(override)
         for number, orders in enumerate(plan.rounds):
             statistics, start = Statistics(ttft_ms=prepare_ms * (number == 0)), time.perf_counter()
             with self._lock:
                 self._check_open()
                 if number > 0:
                     self._check_running(plan)
-                self._running = plan
+                elif self._running is not seen.plan:
+                    seen.visual = seen.after = None
+                self._running = seen.plan = plan
+                self._last = seen.level
                 if plan.joint is not None and seen.visual is not None:
                     statistics.cached_tokens = plan.joint.text_before[-1] + seen.visual.num_visual
                 reads = []
                 for asked in orders:
                     logits = self._first_logits(asked, plan.joint, images[asked.text], seen, statistics)
-                    reads.append(self._probabilities(asked, logits))
+                    reads.append(self._probabilities(asked, logits, seen.level.decoder))
                 assert seen.result is not None, "the questions have run"
-                shown = tuple(seen.result.kept), self._vision.layouts
+                shown = tuple(seen.result.kept), seen.level.vision.layouts
             statistics.ttft_ms += 1e3 * (time.perf_counter() - start)
             # The second of two orders has the options reversed.
             shares = np.mean([shares[:: -1 if turn else 1] for turn, (shares, _) in enumerate(reads)], axis=0)
@@ -636,36 +698,39 @@ class Pipeline:
         statistics: Statistics,
     ) -> NDArray[np.float32]:
         """Return the logits [V] of a question's first answer token; ``seen`` has what earlier questions left."""
-        start, ids = time.perf_counter(), joint or asked.ids
-        is_own = joint is None and self._vision.reads_question
+        start, ids, level = time.perf_counter(), joint or asked.ids, seen.level
+        is_own = joint is None and level.vision.reads_question
         statistics.image_was_kept = seen.visual is not None and not is_own
         if seen.visual is None or is_own:
-            seen.visual = self._see(ids, prepared)
+            seen.visual = level.see(ids, prepared)
             statistics.image_was_kept = seen.visual.was_kept
         if seen.result is None or joint is None:
-            seen.result = self._prefill(ids, seen.visual, prepared, override=seen.override)
-            statistics.graph_ms |= self._vision.graph_ms
-        self._count(statistics, seen.visual, seen.result, num_images=len(prepared))
+            after, seen.after = seen.after, None
+            seen.result = level.prefill(ids, seen.visual, prepared, override=seen.override, after=after)
+            statistics.add_times(level.vision.graph_ms)
+        level.count(statistics, seen.visual, seen.result, num_images=len(prepared))
         logits = seen.result.logits
         if joint is not None and asked.ids is not joint:
-            logits = self._decoder.branch(self._embedding[asked.ids.after])
+            logits = level.decoder.branch(self._embedding[asked.ids.after])
         statistics.text_tokens += asked.ids.num_tokens
         statistics.prefill_ms += 1e3 * (time.perf_counter() - start)
         return logits
 
-    def _probabilities(self, asked: Asked, logits: NDArray[np.float32]) -> tuple[NDArray[np.float64], float]:
+    def _probabilities(
+        self, asked: Asked, logits: NDArray[np.float32], decoder: Decoder
+    ) -> tuple[NDArray[np.float64], float]:
         """Return the options' probabilities, whose sum is 1, and their share of the whole, from the first token's logits."""
 
         def step(token: int) -> NDArray[np.float32]:
-            self._decoder.decode(np.asarray(self._embedding[token]))
-            return self._decoder.logits()
+            decoder.decode(np.asarray(self._embedding[token]))
+            return decoder.logits()
 
         logs = log_probabilities(
             asked.labels,
             logits,
             stop_ids=self.manifest.text.stop_token_ids,
             step=step,
-            back=lambda: self._decoder.skip(-1),
+            back=lambda: decoder.skip(-1),
         )
         mass = float(np.exp(np.logaddexp.reduce(logs)))
         return normalized(logs, temperature=self.wording.temperature(asked.question)), mass

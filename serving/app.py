@@ -25,9 +25,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from trio_edge.runtime.bundle.manifest import AUTO
 from trio_edge.serving.answers.completion import Completion
 from trio_edge.serving.answers.decisions import DecisionWriter, SystemOneWriter
 from trio_edge.serving.answers.endpoint import AnswerEndpoint
+from trio_edge.serving.answers.interface import named_levels
 from trio_edge.serving.answers.responses import ResponseWriter
 from trio_edge.serving.answers.worker import Worker
 from trio_edge.serving.metrics import Metrics
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-    from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.pipeline import Pipeline
     from trio_edge.serving.answers.interface import ModelWorker
 
@@ -182,10 +183,11 @@ class _Guard:
 
 
 async def _models(request: Request) -> Response:
-    described = [_described(worker, request) for worker in request.app.state.workers.values()]
+    served = named_levels(request.app.state.workers)
+    described = [_described(name, *served[name], request) for name in served]
     date = time.strftime("%Y-%m-%d", time.gmtime(request.app.state.started))
     own = {"description": "a trio-edge bundle", "release_date": date}
-    models = [{"name": name, **own} for name in request.app.state.workers]
+    models = [{"name": name, **own} for name in served]
     return JSONResponse(
         {"object": "list", "data": described, "models": models}
     )  # the last as System One lists them
@@ -193,26 +195,28 @@ async def _models(request: Request) -> Response:
 
 async def _model(request: Request) -> Response:
     name = request.path_params["name"]
-    workers = request.app.state.workers
-    if name not in workers:
-        raise unknown_model(name, workers)
-    return JSONResponse(_described(workers[name], request))
+    served = named_levels(request.app.state.workers)
+    if name not in served:
+        raise unknown_model(name, served)
+    return JSONResponse(_described(name, *served[name], request))
 
 
-def _described(worker: ModelWorker, request: Request) -> dict[str, Any]:
+def _described(name: str, worker: ModelWorker, level: str | None, request: Request) -> dict[str, Any]:
     return {
-        "id": worker.name,
+        "id": name,
         "object": "model",
         "created": request.app.state.started,
         "owned_by": "trio-edge",
-        "trio": _facts(worker.manifest) if worker.is_ready else None,
+        "trio": _facts(worker, level) if worker.is_ready else None,
     }
 
 
-def _facts(manifest: Manifest) -> dict[str, Any]:
-    """Return the bundle's properties for clients."""
+def _facts(worker: ModelWorker, level: str | None) -> dict[str, Any]:
+    """Return the properties of a bundle at a level for clients; None is the default level."""
+    whole, level = worker.manifest, level or worker.manifest.level
+    manifest = whole if level == AUTO else whole.at_level(level)
     most = manifest.visual_sizes[-1]
-    return {
+    facts = {
         "model": manifest.model,
         "family": manifest.family,
         "visual_tokens": most,
@@ -223,6 +227,13 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "max_text": manifest.text_buckets[-1],
         "max_new_tokens": manifest.max_new_tokens,
     }
+    if whole.levels:
+        flops = sum(manifest.cost.reduced_flops.values())
+        facts |= {"level": level, "levels": whole.level_names, "flops": flops}
+    if level == AUTO:  # depends on the question
+        names = ("visual_tokens", "average_keep", "stages", "flops")
+        facts |= {**dict.fromkeys(names), "levels": worker.auto_levels}
+    return facts
 
 
 async def _version(_request: Request) -> Response:

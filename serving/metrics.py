@@ -20,6 +20,10 @@ class Metrics:
         self._prompt = self._counter("trio_prompt_tokens", "Prompt tokens before reduction")
         self._visual = self._counter("trio_visual_tokens", "Visual tokens before reduction")
         self._kept = self._counter("trio_kept_tokens", "Visual tokens that each stage kept", "stage")
+        self._levels = self._counter("trio_level_answers", "Answers by the level that gave them", "level")
+        self._lowered = self._counter(
+            "trio_lowered_requests", "Requests at the lowest level because others wait"
+        )
         self._new = self._counter("trio_completion_tokens", "Tokens of answers")
         self._decisions = self._counter(
             "trio_decisions", "Requests whose questions were answered without decoding"
@@ -55,6 +59,10 @@ class Metrics:
         """Set the current number of replicas."""
         self._replicas.labels(model).set(count)
 
+    def count_lowered(self, model: str) -> None:
+        """Count a request that runs at the lowest level because others wait."""
+        self._lowered.labels(model).inc()
+
     def count_answer(self, model: str, usage: dict[str, Any], *, is_cancelled: bool) -> None:
         """Count a finished or cancelled answer, whose ``usage`` has OpenAI's fields and our own."""
         self._queue.labels(model).observe(usage["queue_ms"] / 1e3)
@@ -66,6 +74,9 @@ class Metrics:
         self._visual.labels(model).inc(usage["visual_tokens"])
         for stage, kept in enumerate(usage["kept_tokens"], 1):
             self._kept.labels(model, str(stage)).inc(kept)
+        if level := usage.get("level"):
+            for name, count in usage.get("levels", {level: 1}).items():
+                self._levels.labels(model, name).inc(count)
         if questions := usage.get("questions"):
             self._decisions.labels(model).inc()
             self._questions.labels(model).inc(questions)

@@ -53,6 +53,12 @@ _OPTIONS = (
         help="Maximum number of waiting requests for each BUNDLE; more get status 429.",
     ),
     click.option(
+        "--busy-queue",
+        type=click.IntRange(1),
+        metavar="N",
+        help='Requests with the level "auto" run at the lowest level only while N others wait. [default: off]',
+    ),
+    click.option(
         "--max-wait",
         "max_wait_s",
         type=click.FloatRange(0),
@@ -133,6 +139,10 @@ def settings_from_options(options: dict[str, Any]) -> tuple[ServerSettings, dict
     limits = ServerSettings(
         **{name: value for name, value in options.items() if name in ServerSettings.__annotations__}
     )
+    if (busy := limits.busy_queue) is not None and busy >= limits.max_queue:
+        raise click.UsageError(
+            f"--busy-queue: expected less than --max-queue ({limits.max_queue}), got {busy}; choose less"
+        )
     for key in limits.api_keys:
         if not key.isascii() or not key.isprintable() or " " in key or not key:
             raise click.UsageError(

@@ -20,6 +20,8 @@ class ServerSettings:
     """Host names that a server without a key accepts."""
     max_queue: int = 16
     """Maximum number of waiting requests for each model."""
+    busy_queue: int | None = None
+    """Number of waiting requests from which those with the level "auto" run at the lowest level only; None for no number."""
     max_wait_s: float = 60.0
     """Longest expected wait in seconds; a request that would wait longer is refused."""
     max_body: int = 20 * 2**20

@@ -105,28 +105,68 @@ def _faster_tracing() -> Iterator[None]:
             from torch._export import utils
 
             patch.setattr(utils, "_materialize_cpp_cia_ops", functools.cache(utils._materialize_cpp_cia_ops))
-        with contextlib.suppress(ImportError, AttributeError):
-            _compare_operators_before_patterns(patch)
-        with contextlib.suppress(ImportError, AttributeError):
-            _leave_out_what_no_graph_holds(patch)
+        for spare in (
+            _compare_operators_before_patterns,
+            _read_signatures_once,
+            _promote_types_without_running,
+            _leave_out_what_no_graph_holds,
+        ):
+            with contextlib.suppress(ImportError, AttributeError):
+                spare(patch)
         yield
     gc.unfreeze()
 
 
 def _compare_operators_before_patterns(patch: pytest.MonkeyPatch) -> None:
-    """Let onnxscript leave a pattern of another operator at once; 0.5 lists all nodes of the graph first, each time."""
-    from onnxscript.rewriter._basics import MatchResult
+    """Let onnxscript leave a rule for another operator at once; it tries 80 rules on each node, most of them in vain."""
     from onnxscript.rewriter._matcher import SimplePatternMatcher
+    from onnxscript.rewriter._rewrite_rule import RewriteRule
 
-    match = SimplePatternMatcher.match
+    rewrite, operators = RewriteRule.try_rewrite, dict[int, tuple[Any, Any]]()
 
-    def match_same_operator(self: Any, model: Any, graph: Any, node: Any, **settings: Any) -> MatchResult:
-        wanted = self.pattern.output_nodes[0].op_identifier()
+    def operator_of(rule: Any) -> Any:
+        """Return the operator that a rule is for; None for any."""
+        if type(rule._matcher) is not SimplePatternMatcher:
+            return None
+        return rule._matcher.pattern.output_nodes[0].op_identifier()
+
+    def rewrite_same_operator(self: Any, model: Any, graph: Any, node: Any, **settings: Any) -> Any:
+        _, wanted = operators.get(id(self)) or operators.setdefault(id(self), (self, operator_of(self)))
         if wanted is not None and wanted != node.op_identifier():
-            return MatchResult().fail("another operator")
-        return match(self, model, graph, node, **settings)
+            return None
+        return rewrite(self, model, graph, node, **settings)
 
-    patch.setattr(SimplePatternMatcher, "match", match_same_operator)
+    patch.setattr(RewriteRule, "try_rewrite", rewrite_same_operator)
+
+
+def _read_signatures_once(patch: pytest.MonkeyPatch) -> None:
+    """Let onnx_ir make the signature of an operator once, and not for each node."""
+    from onnx_ir.schemas import OpSignature
+
+    make, made = OpSignature.from_op_schema, dict[tuple[str, str, int], OpSignature]()
+
+    def made_once(schema: Any) -> OpSignature:
+        key = schema.domain, schema.name, schema.since_version
+        return made.get(key) or made.setdefault(key, make(schema))
+
+    patch.setattr(OpSignature, "from_op_schema", staticmethod(made_once))
+
+
+def _promote_types_without_running(patch: pytest.MonkeyPatch) -> None:
+    """Let torch look at the types that a capture has noted, where it runs the whole graph once more to find them."""
+    from torch.fx import Interpreter, Node
+    from torch.onnx._internal.fx.passes import type_promotion
+
+    rule_of = type_promotion.get_type_promotion_rule
+
+    def promote(self: Any, node: Node) -> Any:
+        with self._set_current_node(node):
+            if rule := rule_of(node, self.type_promotion_table):
+                self._maybe_promote_node(node, rule)
+        known = node.op == "call_function" and "val" in node.meta
+        return node.meta["val"] if known else Interpreter.run_node(self, node)
+
+    patch.setattr(type_promotion._TypePromotionInterpreter, "run_node", promote)
 
 
 def _leave_out_what_no_graph_holds(patch: pytest.MonkeyPatch) -> None:

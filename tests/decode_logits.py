@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def record_logits(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[NDArray[np.float32]]:
     """Return a list to which each later decode step of ``pipeline`` appends its logits [V]."""
     seen: list[Any] = []
-    decoder = pipeline._decoder
+    decoder = pipeline._level.decoder
     decode = decoder.decode
 
     def decode_and_record(embedding: NDArray[Any]) -> TopTokens:

@@ -14,6 +14,7 @@ from trio_edge.runtime.devices.machine import Gpu, Host
 from trio_edge.runtime.engines.child import Job, Reporter, build_engine
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from trio_edge.runtime.bundle.reader import Bundle
@@ -38,13 +39,17 @@ def bundle_with_engines(reduced_bundle: Path) -> Path:
     return made_once("bundle-with-engines", make)
 
 
-def build_here(bundle: Bundle, folder: Path) -> dict[str, int]:
-    """Build all engines of ``bundle`` for compute capability 8.6 in this process; return their sizes by graph.
+def build_here(
+    bundle: Bundle, folder: Path, *, graphs: Collection[str] | None = None, compute_capability: int = 86
+) -> dict[str, int]:
+    """Build the engines of ``bundle``, or of its graphs named ``graphs``, in this process; return their sizes by graph.
 
     Each has its smallest profile and its last one, which is decode's; ``bundle_with_engines`` has all.
     """
     sizes, dimensions = {}, bundle.manifest.dimensions
     for graph in bundle.manifest.graphs:
+        if graphs is not None and graph.name not in graphs:
+            continue
         ends = graph.profiles if len(graph.profiles) < 2 else (graph.profiles[0], graph.profiles[-1])
         spec = msgspec.structs.replace(graph, profiles=ends)
         reports: list[Any] = []
@@ -53,7 +58,7 @@ def build_here(bundle: Bundle, folder: Path) -> dict[str, int]:
             spec=spec,
             graph_file=bundle.path(spec.file).resolve(),
             folder=folder,
-            compute_capabilities=(86,),
+            compute_capabilities=(compute_capability,),
             detailed_layers=False,
             dtype=bundle.manifest.dtype,
             split_lm_head=1,

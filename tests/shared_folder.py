@@ -24,10 +24,13 @@ _ROOT = Path(__file__).parents[1]
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 _KEPT = Path(os.environ.get("TRIO_EDGE_TEST_TRACES") or _CACHE / "trio-edge" / "test-traces")
 """Outside of the clone, so that a fresh one finds what another has traced."""
+_MORE = "TRIO_EDGE_TEST_MORE_TRACES"
+"""Names a folder of traces that the tests of a changed copy of this tree may read too."""
 _NUM_KEPT = 10
 _TRACING_CODE = (
     "trio", "export", "runtime/bundle", "tests/shared_traces.py", "tests/trio/module_digest.py",
     "tests/trio/select_graph.py", "tests/trio/selectors/stage_graph.py", "tests/trio/selectors/token_graph.py",
+    "examples/selector_package",
 )  # fmt: skip
 _TRACING_PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
@@ -67,7 +70,10 @@ def kept_between_runs(name: str, make: Callable[[Path], object]) -> Path:
         name: A file name, the same for the same thing.
         make: Writes the file at the path it is given.
     """
-    place = _KEPT / _tracing_code() / name
+    place = traces_of_this_code() / name
+    others = Path(os.environ.get(_MORE, place.parent)) / name
+    if others.exists():
+        return others
     if not place.exists():
         with _without_collection():
             made = made_once(name, make)
@@ -89,20 +95,24 @@ def _without_collection() -> Iterator[None]:
         gc.enable()
 
 
+def with_more_traces() -> dict[str, str]:
+    """Return the environment of a test run in a copy of this tree to which files were added, so that it finds these traces."""
+    return {**os.environ, _MORE: str(traces_of_this_code())}
+
+
 @functools.cache
-def _tracing_code() -> str:
-    """Return a digest of all code that a trace depends on; forget what the code of long ago has traced."""
+def traces_of_this_code() -> Path:
+    """Return the folder of what this code has traced; forget what the code of long ago has traced."""
     digest = hashlib.sha256(platform.python_version().encode())
     for package in _TRACING_PACKAGES:
         digest.update(f"{package} {importlib.metadata.version(package)} ".encode())
     for place in (_ROOT / part for part in _TRACING_CODE):
-        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+        for path in [place] if place.suffix else sorted(place.rglob("*.py")):
             digest.update(f"{path.relative_to(_ROOT)} ".encode() + path.read_bytes())
-    name = digest.hexdigest()[:16]
-    folder = _KEPT / name
+    folder = _KEPT / digest.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     folder.touch()
     by_last_use = sorted(_KEPT.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
     for old in by_last_use[_NUM_KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
-    return name
+    return folder

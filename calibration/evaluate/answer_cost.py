@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
+    from trio_edge.runtime.answer import Statistics
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.images.interface import ImageProcessing
+    from trio_edge.runtime.model.levels import Level
+    from trio_edge.runtime.pipeline import Pipeline
 
 
 def image_tokens(processing: ImageProcessing, images: Sequence[Image.Image]) -> list[int]:
@@ -29,17 +32,49 @@ def image_tokens(processing: ImageProcessing, images: Sequence[Image.Image]) -> 
 
 def tokens_per_layer(manifest: Manifest, *, image_tokens: Sequence[int], kept: Sequence[int]) -> list[int]:
     """Return the visual tokens that each decoder layer processed; ``kept`` has those left after each stage."""
-    return [
-        count
-        for graph, count in zip(manifest.ranges, (_entering(manifest, image_tokens), *kept), strict=True)
-        for _ in range(graph.num_layers)
-    ]
+    entering, ranges = _entering(manifest, image_tokens), manifest.ranges
+    counts = (entering, *(kept or [entering] * (len(ranges) - 1)))
+    return [count for graph, count in zip(ranges, counts, strict=True) for _ in range(graph.num_layers)]
 
 
 def processed_tokens(manifest: Manifest, *, image_tokens: Sequence[int], kept: Sequence[int]) -> float:
     """Return the mean over decoder layers of the visual tokens processed."""
     counts = tokens_per_layer(manifest, image_tokens=image_tokens, kept=kept)
     return sum(counts) / manifest.dimensions.num_layers
+
+
+def answer_flops(
+    pipeline: Pipeline, statistics: Statistics, images: Sequence[Image.Image], *, select: bool = True
+) -> float:
+    """Return the FLOPs of the prefills of all levels that ran for an answer, without what a level took from the one below."""
+    total, before = 0.0, None
+    for name in (*statistics.levels_below, statistics.level):
+        level = pipeline.level_named(name)
+        total += level_flops(level, images, num_text=statistics.text_tokens, before=before, select=select)
+        before = level
+    return total
+
+
+def level_flops(
+    level: Level,
+    images: Sequence[Image.Image],
+    *,
+    num_text: int,
+    before: Level | None = None,
+    select: bool = True,
+) -> float:
+    """Return the FLOPs of a level's prefill; ``before`` is the level that has just run the same prompt."""
+    manifest, counts = level.manifest, image_tokens(level.images, images)
+    kept = [_entering(manifest, counts)]
+    for stage in manifest.schedule.stages:
+        kept.append(min(stage.keep, kept[-1]))
+    whole = prefill_flops(manifest, image_tokens=counts, kept=kept[1:], num_text=num_text, select=select)
+    if before is None or before.vision is not level.vision:
+        return whole
+    first = manifest.ranges[0].num_layers
+    rows = [count + num_text for count in tokens_per_layer(manifest, image_tokens=counts, kept=kept[1:])]
+    same = decoder_flops(manifest.dimensions, rows) - decoder_flops(manifest.dimensions, rows[first:])
+    return whole - same - manifest.cost.reduced_flops["vision"] * sum(counts) / manifest.cost.num_visual
 
 
 def prefill_flops(

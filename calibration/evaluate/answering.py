@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from trio_edge.calibration.evaluate.answer_cost import image_tokens, prefill_flops, processed_tokens
+from trio_edge.calibration.evaluate.answer_cost import answer_flops, image_tokens, processed_tokens
 from trio_edge.calibration.evaluate.decisions import Judged, lists_options, question_of, right_option
 from trio_edge.calibration.metrics import METRICS
+from trio_edge.runtime.bundle.manifest import DEFAULT
 from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.runtime.images.reading import open_image
 from trio_edge.runtime.model.first_token import FirstToken, first_token_kl, summary_of
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.questions import Sample
     from trio_edge.runtime.answer import Generation, Statistics
     from trio_edge.runtime.engines.cpu import CpuAccuracy
+    from trio_edge.runtime.images.interface import ImageProcessing
     from trio_edge.runtime.model.host_selection import SelectorOverride
     from trio_edge.runtime.pipeline import Pipeline
 
@@ -53,6 +55,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     decode_ms: float
     kv_bytes: int
     repaired_stages: int = 0
+    level: str = DEFAULT
+    levels_below: tuple[str, ...] = ()
+    """Levels that ran before, with the level "auto"."""
     first_token_kl: float | None = None
     """KL to keep-all, in nats; None without a reference."""
     first_token: FirstToken | None = None
@@ -81,11 +86,12 @@ def answer(
     selection: str = OWN_SELECTION,
     reference: FirstToken | None = None,
     is_reference: bool = False,
+    level: str | None = None,
 ) -> Outcome:
     """Return the greedy answer to a question.
 
     ``selection`` is ``OWN_SELECTION`` or one of ``BASELINES``. ``reference`` is keep-all's first token. With
-    ``is_reference`` the outcome keeps its own, for others to compare with.
+    ``is_reference`` the outcome keeps its own, for others to compare with. ``level`` is that of ``Pipeline.generate``.
 
     Raises:
         ImageError: If its image cannot be read.
@@ -93,16 +99,18 @@ def answer(
     """
     settings, manifest = settings or AnswerSettings(), pipeline.manifest
     if settings.decide:
-        return _decide(pipeline, question, settings, selection=selection)
+        return _decide(pipeline, question, settings, selection=selection, level=level)
     override = None
     if selection != OWN_SELECTION:
-        override = baseline(selection, seed=question.index, is_base=lambda: _is_base(pipeline, generation))
+        own = pipeline.level_named(level).images
+        override = baseline(selection, seed=question.index, is_base=lambda: _is_base(own, generation))
     generation = pipeline.generate(
         list(question.images),
         question.question,
         max_new_tokens=min(settings.answer_tokens, manifest.max_new_tokens),
         temperature=0.0,  # sampled answers would differ from run to run
         override=override,
+        level=level,
     )
     text, logits = generation.text, generation.first_logits
     return _outcome(
@@ -118,14 +126,16 @@ def answer(
     )
 
 
-def _decide(pipeline: Pipeline, sample: Sample, settings: AnswerSettings, *, selection: str) -> Outcome:
+def _decide(
+    pipeline: Pipeline, sample: Sample, settings: AnswerSettings, *, selection: str, level: str | None
+) -> Outcome:
     """Return the likeliest of a sample's options."""
     override = None if selection == OWN_SELECTION else baseline(selection, seed=sample.index)
     images, asked = [open_image(path) for path in sample.images], question_of(sample)
-    (decision,) = pipeline.decide(images, asked, override=override)
+    (decision,) = pipeline.decide(images, asked, override=override, level=level)
     turned: tuple[float, ...] = ()
     if asked.kind != "yes-no" and lists_options(pipeline.manifest):
-        (again,) = pipeline.decide(images, asked.reversed(), override=override)
+        (again,) = pipeline.decide(images, asked.reversed(), override=override, level=level)
         turned = again.probabilities[::-1]
     return _outcome(
         pipeline,
@@ -157,9 +167,8 @@ def _outcome(
     **more: Any,
 ) -> Outcome:
     """Return the outcome of an answer's ``text``; ``select`` tells whether the bundle's selection ran."""
-    manifest, metric = pipeline.manifest, METRICS[settings.metric]
-    counts = image_tokens(pipeline.images, images)
-    num_text, tokens = statistics.text_tokens, {"image_tokens": counts, "kept": statistics.kept_tokens}
+    level, metric = pipeline.level_named(statistics.level), METRICS[settings.metric]
+    counts = image_tokens(level.images, images)
     reading = metric.read(text, sample)
     return Outcome(
         index=sample.index,
@@ -171,10 +180,12 @@ def _outcome(
         reading=reading,
         score=metric.score(reading, sample),
         visual_tokens=statistics.visual_tokens,
-        processed_tokens=processed_tokens(manifest, **tokens),
-        text_tokens=num_text,
+        processed_tokens=processed_tokens(level.manifest, image_tokens=counts, kept=statistics.kept_tokens),
+        text_tokens=statistics.text_tokens,
         new_tokens=statistics.new_tokens,
-        flops=prefill_flops(manifest, **tokens, num_text=num_text, select=select),
+        flops=answer_flops(pipeline, statistics, images, select=select),
+        level=statistics.level,
+        levels_below=statistics.levels_below,
         ttft_ms=statistics.ttft_ms,
         decode_ms=statistics.decode_ms,
         kv_bytes=statistics.kv_bytes,
@@ -220,8 +231,7 @@ def evenly_spaced(count: int, num_keep: int) -> NDArray[np.int32]:
     return np.floor((np.arange(num_keep) + 0.5) * count / max(num_keep, 1)).astype(np.int32)
 
 
-def _is_base(pipeline: Pipeline, generation: Generation) -> NDArray[np.bool_]:
-    processing = pipeline.images
+def _is_base(processing: ImageProcessing, generation: Generation) -> NDArray[np.bool_]:
     # only LLaVA's first tile shows the whole image: InternVL's is its last, Qwen2.5-VL has none
     base = 0
     if isinstance(processing, LlavaImages):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -17,9 +17,10 @@ from trio_edge.calibration.json_lines import SUFFIX, opened_results, read_header
 from trio_edge.calibration.progress import SILENT
 from trio_edge.runtime.backends.registry import make_backend, with_accuracy
 from trio_edge.runtime.bundle.errors import DataError, ImageError, ShapeError, printable
-from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
+from trio_edge.runtime.bundle.manifest import AUTO, MANIFEST_NAME
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle, sha256_of
 from trio_edge.runtime.decisions.wording import read_temperatures
+from trio_edge.runtime.model.levels import chain_of, read_margins
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.trio.methods import stage_method
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from trio_edge.runtime.model.first_token import FirstToken
 
 SCHEMA_VERSION = 2
+_Opened: TypeAlias = "tuple[Bundle, str | None]"
+"""A bundle, and the level that answers; None is the default."""
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +58,7 @@ class Run(NamedTuple):
 
     info: RunInfo
     bundle: Bundle
+    level: str | None = None
 
 
 class RunKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,6 +75,9 @@ class RunKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     backend: str
     temperatures: dict[str, float] | None = None
     """The temperatures of the bundle's decisions; None for generated answers."""
+    level: str | None = None
+    margins: dict[str, float] | None = None
+    """Margins of the level "auto"."""
 
     @property
     def file_name(self) -> str:
@@ -101,20 +108,21 @@ def plan_runs(
             is to run with a baseline.
     """
     names = labels or _names(bundles)
-    named = [(open_bundle(folder), name) for folder, name in zip(bundles, names, strict=True)]
+    named = [(_opened(folder), name) for folder, name in zip(bundles, names, strict=True)]
     runs = []
     if reference is not None:
-        full, own = open_bundle(reference), reference.resolve()
-        _check_reference(full, [bundle for bundle, _ in named])
-        label = next((name for one, name in named if one.folder.resolve() == own), _names([reference])[0])
-        runs.append(_run(full, label, OWN_SELECTION, is_reference=True))
-        named = [(bundle, name) for bundle, name in named if bundle.folder.resolve() != own]
-    for bundle, name in named:
+        full = _opened(reference)
+        _check_reference(full, [bundle for (bundle, _), _ in named])
+        own = full[0].folder.resolve(), full[1]
+        same = [name for (one, level), name in named if (one.folder.resolve(), level) == own]
+        runs.append(_run(full, (same or _names([reference]))[0], OWN_SELECTION, is_reference=True))
+        named = [(one, name) for one, name in named if (one[0].folder.resolve(), one[1]) != own]
+    for opened, name in named:
         for selection in selections:
-            _check_selection(bundle, selection)
+            _check_selection(opened, selection)
             label = name if selection == OWN_SELECTION else f"{name} ({selection})"
-            runs.append(_run(bundle, label, selection))
-    keys = [(run.info.bundle_sha256, run.info.selection) for run in runs]
+            runs.append(_run(opened, label, selection))
+    keys = [(run.info.bundle_sha256, run.level, run.info.selection) for run in runs]
     for index, run in enumerate(runs):
         if keys[index] in keys[:index]:
             raise DataError(f"{run.bundle.folder}: expected each bundle once, got it twice; leave one out")
@@ -164,6 +172,7 @@ def answer_runs(
                             selection=run.info.selection,
                             reference=firsts.get(question.index),
                             is_reference=run.info.is_reference,
+                            level=run.level,
                         )
                     except (ImageError, ShapeError) as error:
                         failure = {"run": run.info.label, "where": question.where, "reason": str(error)}
@@ -198,20 +207,40 @@ def _key_of(run: Run, first: Run, settings: AnswerSettings, data_sha256: str) ->
         answer_tokens=settings.answer_tokens,
         backend=backend_of(run, settings),
         temperatures=dict(read_temperatures(run.bundle.folder).items()) if settings.decide else None,
+        level=run.level,
+        margins=read_margins(run.bundle.folder, run.bundle.manifest) if run.level == AUTO else None,
     )
 
 
-def _run(bundle: Bundle, label: str, selection: str, *, is_reference: bool = False) -> Run:
+def _opened(place: Path) -> _Opened:
+    """Return the bundle and the level of ``BUNDLE`` or ``BUNDLE@LEVEL``."""
+    name, mark, level = place.name.rpartition("@")
+    if not mark or place.exists():
+        return open_bundle(place), None
+    bundle = open_bundle(place.with_name(name))
+    chain_of(bundle.manifest, level, {})  # refuses an unknown one
+    return bundle, level
+
+
+def _manifest_of(opened: _Opened) -> Manifest:
+    bundle, level = opened
+    names = bundle.manifest.level_names
+    return bundle.manifest.at_level(level if level in names else bundle.manifest.level)
+
+
+def _run(opened: _Opened, label: str, selection: str, *, is_reference: bool = False) -> Run:
+    bundle, level = opened
+    method = AUTO if level == AUTO else method_of(_manifest_of(opened), selection)
     info = RunInfo(
         label=label,
-        method=method_of(bundle.manifest, selection),
+        method=method,
         bundle=printable(str(bundle.folder)),
         bundle_sha256=sha256_of(bundle.folder / MANIFEST_NAME),
         selection=selection,
         dtype=bundle.manifest.dtype,
         is_reference=is_reference,
     )
-    return Run(info, bundle)
+    return Run(info, bundle, level)
 
 
 def method_of(manifest: Manifest, selection: str) -> str:
@@ -237,8 +266,8 @@ def _names(bundles: Sequence[Path]) -> list[str]:
     return [printable(name) for name in names]
 
 
-def _check_reference(reference: Bundle, bundles: Sequence[Bundle]) -> None:
-    manifest = reference.manifest
+def _check_reference(opened: _Opened, bundles: Sequence[Bundle]) -> None:
+    reference, manifest = opened[0], _manifest_of(opened)
     if manifest.schedule.stages or manifest.encoder_keep is not None or manifest.token_keep is not None:
         raise DataError(
             f"--reference {reference.folder}: expected a keep-all bundle, got one that keeps"
@@ -252,8 +281,11 @@ def _check_reference(reference: Bundle, bundles: Sequence[Bundle]) -> None:
             )
 
 
-def _check_selection(bundle: Bundle, selection: str) -> None:
-    if selection != OWN_SELECTION and not bundle.manifest.schedule.stages:
+def _check_selection(opened: _Opened, selection: str) -> None:
+    bundle, level = opened
+    if selection != OWN_SELECTION and level == AUTO:
+        raise DataError(f"--selection {selection}: expected one level, got {AUTO}; name a level")
+    if selection != OWN_SELECTION and not _manifest_of(opened).schedule.stages:
         raise DataError(
             f"--selection {selection}: expected a bundle with stages, got {bundle.folder} without any;"
             " leave it out, or give it as --reference"

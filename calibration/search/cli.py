@@ -16,6 +16,7 @@ from trio_edge.runtime.bundle.files import atomic_folder, check_place
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
 from trio_edge.runtime.cli.tables import print_table, wide_console
+from trio_edge.runtime.model.levels import MARGINS_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,6 +67,23 @@ def _option(name: str, text: str, default: str | None = None, **settings: Any) -
     "--temperatures",
     is_flag=True,
     help="MODEL is a bundle: fit how sure its decisions are on --samples with answers, and store it there.",
+)
+@click.option(
+    "--levels",
+    is_flag=True,
+    help="MODEL is a bundle with several levels: find on --samples with answers when 'auto' goes up, and store it there.",
+)
+@click.option(
+    "--accuracy",
+    metavar="PERCENT",
+    callback=_parsed(_share, "a percentage, for instance 99%"),
+    help="With --levels: wanted accuracy, as a share of the highest level's. [default: 99%]",
+)
+@click.option(
+    "--mean-flops",
+    metavar="PERCENT",
+    callback=_parsed(_share, "a percentage, for instance 60%"),
+    help="With --levels: wanted mean FLOPs of a prefill, as a share of the highest level's, instead of --accuracy.",
 )
 @click.option("--config", type=PATH, help="Repeat this calibration.json; other options change it.")
 @_option("--prompt", "Question about every image of a folder.")
@@ -143,6 +161,9 @@ def command(
     model: str | None,
     out: Path | None,
     temperatures: bool,
+    levels: bool,
+    accuracy: float | None,
+    mean_flops: float | None,
     config: Path | None,
     work: Path | None,
     no_export: bool,
@@ -155,7 +176,13 @@ def command(
     MODEL is an alias, a Hub id or a checkpoint folder.
     """
     given = {name: value for name, value in settings.items() if value is not None}
-    if temperatures:
+    wanted = {"accuracy": accuracy, "mean_flops": mean_flops}
+    goals = {name: value for name, value in wanted.items() if value is not None}
+    if len(goals) > 1 or (goals and not levels):
+        raise click.UsageError(
+            "--accuracy and --mean-flops: expected one of them, and --levels with it, got others; correct it"
+        )
+    if temperatures or levels:
         others = {
             "out": out,
             "config": config,
@@ -164,7 +191,14 @@ def command(
             "no_export": no_export or None,
         }
         given |= {name: value for name, value in others.items() if value is not None}
-        return _fit_temperatures(model, given, quiet=quiet)
+        if temperatures and levels:
+            raise click.UsageError(
+                "--temperatures and --levels: expected one of them, got both; run them in turn"
+            )
+        fit: Callable[..., None] = partial(_find_margins, **dict[str, Any](goals))
+        if temperatures:
+            fit = _fit_temperatures
+        return _fit(fit, model, given, option="--temperatures" if temperatures else "--levels", quiet=quiet)
     if out is None:
         raise click.UsageError("expected --out, got none; name a folder to create")
     with interruptible() as check:
@@ -200,20 +234,28 @@ def command(
         return 0
 
 
-def _fit_temperatures(model: str | None, given: dict[str, Any], *, quiet: bool) -> int:
-    from trio_edge.calibration.temperatures import fit_temperatures
-
+def _fit(
+    fit: Callable[..., None], model: str | None, given: dict[str, Any], *, option: str, quiet: bool
+) -> int:
+    """Call ``fit`` with a bundle and samples: what is found is stored in the bundle, and no torch is needed."""
     wanted = {"samples", "count", "held_out", "seed"}
     if model is None or "samples" not in given or given.keys() - wanted:
         other = next((f"--{name.replace('_', '-')}" for name in given.keys() - wanted), "none")
         raise click.UsageError(
-            f"--temperatures: expected a bundle and --samples, and only --count, --held-out and --seed besides, got {other};"
+            f"{option}: expected a bundle and --samples, and only --count, --held-out and --seed besides, got {other};"
             " correct it"
         )
     how = {name: _DEFAULTS[name] for name in ("held_out", "seed")} | given
     samples = Path(how.pop("samples"))
     with interruptible(), progress_bars("trio-calibrate", quiet=quiet) as progress:
-        fitted = fit_temperatures(Path(model), samples, progress=progress, **how)
+        fit(Path(model), samples, progress=progress, **how)
+    return 0
+
+
+def _fit_temperatures(bundle: Path, samples: Path, **how: Any) -> None:
+    from trio_edge.calibration.temperatures import fit_temperatures
+
+    fitted = fit_temperatures(bundle, samples, **how)
     rows = [
         (
             one.kind,
@@ -226,7 +268,27 @@ def _fit_temperatures(model: str | None, given: dict[str, Any], *, quiet: bool) 
     ]
     headers = ("kind", "temperature", "samples", "held-out calibration error", "held-out log loss")
     print_table(wide_console(), headers, rows)
-    return 0
+
+
+def _find_margins(bundle: Path, samples: Path, **how: Any) -> None:
+    from trio_edge.calibration.levels import find_margins
+
+    found = find_margins(bundle, samples, **how)
+    rows = [
+        (
+            one.label,
+            f"{100 * one.accuracy:.1f} % ({100 * one.interval[0]:.1f} to {100 * one.interval[1]:.1f})",
+            f"{100 * one.difference[0]:+.1f} to {100 * one.difference[1]:+.1f}",
+            f"{100 * one.flops:.1f} %",
+            f"{100 * one.up:.1f} %",
+        )
+        for one in found.judged
+    ]
+    headers = ("level", "accuracy", "against the highest, points", "mean FLOPs", "went up")
+    title = f"{found.num_held_out} held-out samples; margins found on {found.num_samples} others"
+    print_table(wide_console(), headers, rows, title=title)
+    margins = ", ".join(f"{name} {margin:g}" for name, margin in found.chain.margins.items())
+    print(f"stored in {bundle / MARGINS_NAME}: {margins}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -81,11 +81,18 @@ class Wiring:
     own.
     """
 
-    def __init__(self, plan: ExportPlan, *, is_quantized: Callable[[Role], bool]) -> None:
+    def __init__(
+        self, plan: ExportPlan, *, is_quantized: Callable[[Role], bool], bundle: ExportPlan | None = None
+    ) -> None:
         """Describe the graphs; called under FakeTensorMode.
 
-        ``is_quantized`` tells whether the linear layers of a role are going to be quantized.
+        ``is_quantized`` tells whether the linear layers of a role are going to be quantized. ``plan`` is one level of
+        ``bundle``; by default there is no other.
         """
+        levels = [level.layout for level in (bundle or plan).levels]
+        self._splits = max((layout.schedule.layers for layout in levels), key=len)
+        """First layer of each layer range after the first, the same in all levels."""
+        self._of_levels = [layout for layout in levels if layout.schedule.stages]
         self._plan, self._model, self._layout = plan, plan.model, plan.layout
         self._dimensions, self._dtype = plan.dimensions, plan.layout.dtype
         self._is_quantized = is_quantized
@@ -124,8 +131,15 @@ class Wiring:
             self._describe_reduction(plan.selector, token_method(plan.options.token_method))
         self._describe_decoder()
 
-    def programs(self) -> tuple[Program, ...]:
-        """Return the programs."""
+    def programs(
+        self, whole: Sequence[GraphSpec] = (), names: Mapping[tuple[str, str], str] = MappingProxyType({})
+    ) -> tuple[Program, ...]:
+        """Return the programs.
+
+        In a bundle with several levels ``whole`` has all graphs and pieces, and ``names`` the name of each graph's profile
+        that is called otherwise there.
+        """
+        specs = whole or [graph.spec for graph in self.graphs]
         prompts = [{"N": rows, "T": bucket} for rows, bucket in self._prompts]
         images = {
             graph.spec.role: [profile.sizes for profile in graph.spec.profiles] for graph in self.graphs
@@ -140,24 +154,14 @@ class Wiring:
             "exact": prompts,
         }
         return tuple(
-            Program(name=name, sizes=tuple(runs_at), launches=tuple(map(self._with_zeros, launches)))
+            Program(
+                name=name,
+                sizes=tuple(runs_at),
+                launches=tuple(_with_zeros(launch, specs, names) for launch in launches),
+            )
             for name, runs_at in sizes.items()
             if (launches := self._launches[name])
         )
-
-    def _with_zeros(self, launch: Launch) -> Launch:
-        """Return the launch of a whole graph: inputs of other pieces read zeros, if they have elements."""
-        specs = [graph.spec for graph in self.graphs if graph.spec.name == launch.runs]
-        if len(specs) < 2:
-            return launch
-        profile = next(one for spec in specs for one in spec.profiles if one.name in launch.profiles)
-        inputs = {
-            tensor.name: launch.inputs.get(tensor.name, f"zeros.{tensor.name}")
-            for spec in specs
-            for tensor in spec.inputs
-            if tensor.name in launch.inputs or 0 not in shape_at(tensor.shape, profile)
-        }
-        return msgspec.structs.replace(launch, inputs=inputs)
 
     def _run(
         self,
@@ -293,48 +297,64 @@ class Wiring:
     # The decoder
 
     def _describe_decoder(self) -> None:
-        starts = [0, *(stage.layer for stage in self._layout.schedule.stages), self._dimensions.num_layers]
+        starts = [0, *self._splits, self._dimensions.num_layers]
         ranges = [range(start, stop) for start, stop in zip(starts, starts[1:])]
+        most = [layout.visual_sizes[-1] for layout in self._of_levels]
         selectors: list[Any] = [
             stage_selector(
                 self._model,
                 self._layout.schedule,
                 stage=stage,
-                max_visual=self._max_visual(stage),
+                max_visual=max(most) if stage == 0 else max(keeps[stage - 1] for keeps in self._keeps),
                 max_images=self._layout.max_images,
                 is_quantized=self._is_quantized(self._role(stage + 1)),
             )
-            for stage in range(len(ranges) - 1)
+            for stage in range(len(self._layout.schedule.stages))
         ]
-        has_probes = self._method.has_probe and bool(selectors)
+        has_probes = self._method.has_probe and len(ranges) > 1
         heads = [self._head(is_shared=has_probes), *([self._gradient()] if has_probes else [])]
         for index, layers in enumerate(ranges):
             halves: list[Outline] = []
-            if index > 0:
+            if index > 0 and selectors:
                 if has_probes:
                     halves = self._probe(index - 1, selectors[index - 1].saliency, *heads)
                 self.graphs += [half for half in halves if half.piece is None]
                 self.graphs.append(self._select(index - 1, selectors[index - 1]))
-            self.graphs.append(self._range(index, layers, piece="layers" if halves else None))
+            piece: PieceName | None = "layers" if has_probes and index > 0 else None
+            self.graphs.append(self._range(index, layers, piece=piece))
             self.graphs += [half for half in halves if half.piece is not None]
         self._run("prefill", heads[0], stage=len(selectors))
         top = {name: f"top.{name}" for name in (io.TOP_LOGITS, io.TOP_IDS)}
         step = {io.LAST_ROW: "zeros.last_row", io.LOGITS: "logits.logits", **top}
         self._run("decode", heads[0], step, profiles=["decode"], stage=len(selectors))
         if follows := [profile.name for profile in self._follows(0)]:
-            after = {io.HIDDEN: f"after_{len(selectors)}.{io.HIDDEN_OUT}", io.LAST_ROW: "branch.last_row"}
+            after = {io.HIDDEN: f"after_{len(self._splits)}.{io.HIDDEN_OUT}", io.LAST_ROW: "branch.last_row"}
             self._run("branch", heads[0], after, profiles=follows, label="branch", stage=len(selectors))
         self.graphs += heads
 
     def _max_visual(self, index: int) -> int:
         """Return the most visual rows of layer range ``index``: the largest N, or K of its stage."""
-        stages = self._layout.schedule.stages
-        return stages[index - 1].keep if index else self._layout.visual_sizes[-1]
+        layout = self._layout
+        return layout.schedule.rows_of(len(self._splits) + 1, layout.visual_sizes[-1])[index]
+
+    @property
+    def _keeps(self) -> list[list[int]]:
+        """K of each stage, for each level that has stages."""
+        return [[stage.keep for stage in layout.schedule.stages] for layout in self._of_levels]
+
+    def _select_name(self, stage: int) -> str:
+        """Return the name of a select graph, which levels share that keep as many tokens there."""
+        known = dict.fromkeys(pair for keeps in self._keeps for pair in enumerate(keeps))
+        return f"select_{[*known].index((stage, self._layout.schedule.stages[stage].keep)) + 1}"
+
+    def _selections_before(self, index: int) -> int:
+        """Return the selections before layer range ``index``: none at a level that keeps all."""
+        return min(index, len(self._layout.schedule.stages))
 
     def _role(self, index: int) -> Role:
         if index == 0:
             return "prefix"
-        return "suffix" if index == len(self._layout.schedule.stages) else "segment"
+        return "suffix" if index == len(self._splits) else "segment"
 
     def _name(self, index: int) -> str:
         role = self._role(index)
@@ -357,10 +377,12 @@ class Wiring:
         ``sizes`` gets the prompt's visual rows, those that enter, and the text bucket. After a stage the former only matter
         ``by_prompt``.
         """
-        entering = self._layout.schedule.stages[index - 1].keep if index else None
-        by_rows = by_prompt if index else len(self._layout.visual_sizes) > 1
+        is_reduced = index > 0 and len(self._layout.schedule.stages) > 0
+        entering = self._max_visual(index) if is_reduced else None
+        by_rows = by_prompt if is_reduced else len(self._layout.visual_sizes) > 1
         found: dict[str, Profile] = {}
-        for rows, bucket in sorted(self._prompts, key=lambda prompt: prompt[1]) if index else self._prompts:
+        prompts = sorted(self._prompts, key=lambda prompt: prompt[1]) if is_reduced else self._prompts
+        for rows, bucket in prompts:
             name = f"{label}_{rows}+{bucket}" if by_rows else f"{label}_{bucket}"
             found.setdefault(name, Profile(name=name, sizes=sizes(rows, entering or rows, bucket)))
         wanted = [sizes(rows, entering or rows, bucket) for rows, bucket in self._prompts]
@@ -385,7 +407,7 @@ class Wiring:
         inputs = self._tensors(tables.RANGE_INPUTS, ["later" if index else "first"]) + kept
         inputs += [_tensor(plane, self._at[plane], rows, dtype) for plane in planes]
         outputs = [_tensor(io.HIDDEN_OUT, f"{name}.", rows, dtype), *made]
-        if index < len(layout.schedule.stages) and self._method.reads_previous:
+        if index < len(self._splits) and self._method.reads_previous:
             outputs.append(_tensor(io.PREVIOUS, f"{name}.", rows, dtype))
         capacity = self._max_visual(index) + layout.text_buckets[-1] + layout.max_new_tokens
         questions = self._follows(capacity)
@@ -413,7 +435,7 @@ class Wiring:
         new = [tensor.name for tensor in graph.spec.outputs if tensor.name.startswith(io.PRESENT_PREFIX)]
         planes = [tensor.name for tensor in graph.spec.inputs if tensor.name.startswith(io.DEEPSTACK)]
         no_planes = dict.fromkeys(planes, "zeros.plane")
-        self._run("prefill", graph, stage=index)
+        self._run("prefill", graph, stage=self._selections_before(index))
         if questions:
             self._run_question(index, graph, questions, new, no_planes)
         before = {io.HIDDEN: f"{self._name(index - 1)}.{io.HIDDEN_OUT}"}
@@ -424,7 +446,7 @@ class Wiring:
             **{part: f"new_row.{name}[{i}]" for i, part in enumerate(new)},
             **no_planes,
         }
-        self._run("decode", graph, step, profiles=["decode"], stage=index)
+        self._run("decode", graph, step, profiles=["decode"], stage=self._selections_before(index))
 
     def _run_question(
         self,
@@ -454,7 +476,8 @@ class Wiring:
             io.HIDDEN_OUT: f"after_{index}.{io.HIDDEN_OUT}",
             io.PREVIOUS: f"after_{index}.{io.PREVIOUS}",
         }
-        self._run("branch", graph, question, profiles=profiles, label="branch", stage=index)
+        before = self._selections_before(index)
+        self._run("branch", graph, question, profiles=profiles, label="branch", stage=before)
 
     def _select(self, stage: int, selector: Any) -> Outline:
         schedule, method, name = self._layout.schedule, self._method, f"select_{stage + 1}"
@@ -485,9 +508,16 @@ class Wiring:
             selector, self._rotary(), preserve_positions=schedule.positions == "preserved", others=others
         )
         graph = _outline(
-            name, "select", inputs, outputs, profiles, module, at_sizes=at_sizes, first_layer=layer
+            self._select_name(stage),
+            "select",
+            inputs,
+            outputs,
+            profiles,
+            module,
+            at_sizes=at_sizes,
+            first_layer=layer,
         )
-        self._run("prefill", graph, stage=stage)
+        self._run("prefill", graph, label=name, stage=stage)
         launch = self._launches["prefill"][-1]
         self._launches["exact"].append(msgspec.structs.replace(launch, runs="exact_nms", profiles=()))
         self._at |= {
@@ -565,7 +595,7 @@ class Wiring:
     def _head(self, *, is_shared: bool) -> Outline:
         """Describe the head; one that probes share has L rows: 1, 0 while its gradient runs, or all probe rows."""
         count, num_rows = io.num_candidates(self._dimensions), self._layout.schedule.num_probe_rows
-        last, rows = len(self._layout.schedule.stages), "L" if is_shared else 1
+        last, rows = len(self._splits), "L" if is_shared else 1
         own = {"L": 1} if is_shared else {}
         more = [Profile(name="decode", sizes={"S": 1, **own})]
         more += [Profile(name=one.name, sizes={"S": one.sizes["S"], **own}) for one in self._follows(0)]
@@ -598,6 +628,23 @@ class Wiring:
             at_sizes=["gradient"] * len(self._prompts),
             piece=None if is_alone else "gradient",
         )
+
+
+def _with_zeros(launch: Launch, graphs: Sequence[GraphSpec], names: Mapping[tuple[str, str], str]) -> Launch:
+    """Return the launch of a whole graph: inputs of other pieces read zeros, if they have elements."""
+    profiles = tuple(names.get((launch.runs, name), name) for name in launch.profiles)
+    launch = msgspec.structs.replace(launch, profiles=profiles)
+    specs = [spec for spec in graphs if spec.name == launch.runs]
+    if len(specs) < 2:
+        return launch
+    profile = next(one for spec in specs for one in spec.profiles if one.name in launch.profiles)
+    inputs = {
+        tensor.name: launch.inputs.get(tensor.name, f"zeros.{tensor.name}")
+        for spec in specs
+        for tensor in spec.inputs
+        if tensor.name in launch.inputs or 0 not in shape_at(tensor.shape, profile)
+    }
+    return msgspec.structs.replace(launch, inputs=inputs)
 
 
 def _outline(

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, final
 
 import msgspec
 
-from trio_edge.profiling.measure.recording import DECODE, GraphCall, RecordingBackend
+from trio_edge.profiling.measure.recording import GraphCall, RecordingBackend, is_decode
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
+from trio_edge.runtime.model.levels import one_level
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -61,12 +62,12 @@ class Answer:
     @property
     def host_first_ms(self) -> float:
         """Time to the first token outside of graphs."""
-        return self.ttft_ms - sum(call.milliseconds for call in self.calls if call.profile != DECODE)
+        return self.ttft_ms - sum(call.milliseconds for call in self.calls if not is_decode(call.profile))
 
     @property
     def host_token_ms(self) -> float | None:
         """Mean time of a later token outside of graphs; None if their graphs were not timed."""
-        graphs = [call.milliseconds for call in self.calls if call.profile == DECODE]
+        graphs = [call.milliseconds for call in self.calls if is_decode(call.profile)]
         times = self.token_ms
         return (sum(times) - sum(graphs)) / len(times) if graphs and times else None
 
@@ -89,10 +90,18 @@ class _StampedIds(list[int]):
 class LoadedBundle:
     """A loaded bundle whose answers all have the same number of tokens: no token stops them."""
 
-    def __init__(self, folder: Path, backend: Backend, *, capture: bool = True) -> None:
-        """Open and load the bundle, and time both; ``capture`` is ``RecordingBackend``'s."""
+    def __init__(
+        self, folder: Path, backend: Backend, *, capture: bool = True, level: str | None = None
+    ) -> None:
+        """Open and load the bundle, and time both; ``capture`` is ``RecordingBackend``'s.
+
+        Raises:
+            ShapeError: If the bundle has no such ``level``; None is its default.
+        """
         start = time.perf_counter()
         self.bundle = open_bundle(folder)
+        self.level = one_level(self.bundle.manifest, level)
+        self.manifest = self.bundle.manifest.at_level(self.level)
         opened = time.perf_counter()
         recorded = RecordingBackend(backend, capture=capture)
         self.pipeline = Pipeline(without_stop_tokens(self.bundle), recorded)
@@ -106,7 +115,7 @@ class LoadedBundle:
         ids = _StampedIds()
         start = time.perf_counter()
         generation = self.pipeline.generate(
-            question.image, question.prompt, max_new_tokens=question.new_tokens
+            question.image, question.prompt, max_new_tokens=question.new_tokens, level=self.level
         )
         generation.token_ids = ids
         for _ in generation:

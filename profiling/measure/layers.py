@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
-from trio_edge.profiling.measure.recording import DECODE
+from trio_edge.profiling.measure.recording import is_decode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,7 +61,7 @@ def layer_times(
     """
     found: dict[tuple[Phase, str], list[LayerCall]] = {}
     for calls, profile in zip(runs, profiles, strict=True):
-        phase: Phase = "decode" if profile == DECODE else "prefill"
+        phase: Phase = "decode" if is_decode(profile) else "prefill"
         for call in calls:
             found.setdefault((phase, call.name), []).append(call)
     return [

@@ -70,6 +70,7 @@ class MeasureOptions:
     image: Path | None = None
     """None for random pixels with the most visual tokens of the first bundle."""
     prompt: str | None = None
+    level: str | None = None
     new_tokens: int | None = None
     """Tokens per answer; None for ``NEW_TOKENS``, or fewer if a bundle has less room."""
     runs: int | None = None
@@ -234,7 +235,7 @@ def _first_answers(
     for folder in options.bundles:
         options.on_step(f"loading {printable(str(folder))}")
         memory = MeasuredMemory(before=process_bytes("VmRSS"))
-        loaded = LoadedBundle(folder, options.make_backend(open_bundle(folder)))
+        loaded = LoadedBundle(folder, options.make_backend(open_bundle(folder)), level=options.level)
         stack.callback(loaded.close)
         memory.loaded = process_bytes("VmRSS")
         memory.planned = dict(loaded.recording.memory)
@@ -250,7 +251,7 @@ def _question(options: MeasureOptions, loaded: LoadedBundle, *, num_new: int) ->
     if options.image is not None:
         image, text = options.image, printable(options.image.name)
     else:
-        size = measured_sizes(loaded.pipeline)[0]
+        size = measured_sizes(loaded.pipeline, loaded.level)[0]
         image, text = random_image(size), f"{size.width}x{size.height} random pixels"
     prompt = PROMPT if options.prompt is None else options.prompt
     return RunQuestion(image=image, prompt=prompt, new_tokens=num_new, image_words=text)
@@ -312,7 +313,7 @@ def _measure_sizes(measured: Sequence[MeasuredBundle], question: RunQuestion) ->
     """Measure the time to the first token at up to ``_MOST_SIZES`` image sizes of each bundle."""
     turns: list[tuple[LoadedBundle, RunQuestion, list[Answer]]] = []
     for one in measured:
-        sizes = measured_sizes(one.loaded.pipeline)
+        sizes = measured_sizes(one.loaded.pipeline, one.loaded.level)
         step = max(1, -(-len(sizes) // _MOST_SIZES))
         for size in sizes[::step]:
             one.sizes.append((size, []))
@@ -334,7 +335,7 @@ def _separate_runs(one: MeasuredBundle, question: RunQuestion, options: MeasureO
     if one.loaded.recording.captured:
         options.on_step(f"decode steps one by one: {printable(str(folder))}")
         backend = options.make_backend(one.loaded.bundle)
-        with closing(LoadedBundle(folder, backend, capture=False)) as again:
+        with closing(LoadedBundle(folder, backend, capture=False, level=options.level)) as again:
             again.answer(question)
             one.steps = [again.answer(question) for _ in range(_STEP_RUNS)]
 
@@ -345,7 +346,7 @@ def _measure_layers(loaded: LoadedBundle, question: RunQuestion, options: Measur
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         backend = options.make_backend(bundle, name=name, layer_times=folder)
-        with closing(LoadedBundle(bundle.folder, backend, capture=False)) as again:
+        with closing(LoadedBundle(bundle.folder, backend, capture=False, level=options.level)) as again:
             warm_up = again.answer(question).calls
             calls = [call for _ in range(_LAYER_RUNS) for call in again.answer(question).calls]
         layers = []
@@ -426,9 +427,10 @@ class MeasuredSize(NamedTuple):
     visual_tokens: int
 
 
-def measured_sizes(pipeline: Pipeline) -> list[MeasuredSize]:
-    """Return one image size for each number of visual tokens that the bundle has shapes for, most tokens first."""
-    manifest = pipeline.manifest
+def measured_sizes(pipeline: Pipeline, level: str | None = None) -> list[MeasuredSize]:
+    """Return one image size for each number of visual tokens that the level has shapes for, most tokens first."""
+    own = pipeline.level_named(level)
+    manifest = own.manifest
     exact = [(size.width, size.height) for size in manifest.image_sizes]
     sides = [(width, height) for width in _SIDES for height in _SIDES]
     # exact shapes first, then small images: the first size of each number of tokens is taken
@@ -437,7 +439,7 @@ def measured_sizes(pipeline: Pipeline) -> list[MeasuredSize]:
     found: dict[int, MeasuredSize] = {}
     for width, height in candidates:
         try:
-            sizes = pipeline.images.sizes(width, height)
+            sizes = own.images.sizes(width, height)
         except TrioEdgeError:
             continue
         if any(all(profile[name] >= size for name, size in sizes.items()) for profile in profiles):

@@ -25,8 +25,13 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.reader import Bundle
     from trio_edge.runtime.devices.interface import DeviceTensor, Engine, Event, LoadedGraphs, PreparedLaunch
 
-DECODE = "decode"
-"""Name of the profile of a decode step."""
+_DECODE = "decode"
+
+
+def is_decode(profile: str) -> bool:
+    """Return whether a profile of this name is a decode step's; levels may have their own."""
+    return profile.startswith(_DECODE)
+
 
 _Stamp = tuple[tuple[str, str], float, float]
 
@@ -139,7 +144,7 @@ class _RecordingEngine:
         launch = self.engine.prepare(profile, tensors)
         names = (self.engine.spec.name, profile.name)
         # the decoder captures only decode steps
-        return self.recording.timed(launch, names, capture=self.capture and profile.name == DECODE)
+        return self.recording.timed(launch, names, capture=self.capture and is_decode(profile.name))
 
     def close(self) -> None:
         self.engine.close()

@@ -18,6 +18,7 @@ from trio_edge.runtime.bundle.graph_io import CLIP_TEXT, MAX_TEXT, bucket_of, nu
 from trio_edge.runtime.bundle.limits import MOST_TOKENS
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.devices.memory import estimate
+from trio_edge.runtime.images.interface import at_form
 from trio_edge.trio.cost.bundle_work import clip_text_flops, fixed_sizes, reduce_cost, vision_flops
 from trio_edge.trio.cost.work import counted_work, sum_of
 
@@ -38,6 +39,7 @@ def plan_for(
     model: str | None = None,
     keep: str | None = None,
     image_size: tuple[int, int] | None = None,
+    image_form: str | None = None,
     precision: Precision | None = None,
     num_text: int = 40,
     num_new: int = 16,
@@ -46,7 +48,8 @@ def plan_for(
     """Return the setting for a bundle's manifest, or for a released model by name.
 
     The defaults of ``keep``, ``image_size``, ``precision`` and ``num_images`` are the bundle's schedule, largest shapes,
-    precision and most images; for a released model 100 %, ``USUAL_SIZE``, float16 and one image.
+    precision and most images; for a released model 100 %, ``USUAL_SIZE``, float16 and one image. ``image_form`` is a
+    level's, for an ``image_size``.
 
     Raises:
         TargetError: If no released model has the name.
@@ -63,6 +66,8 @@ def plan_for(
         known, keep, image_size = find_model(model or ""), keep or KEEP_ALL, image_size or USUAL_SIZE
     else:
         known = model_of(manifest)
+    if image_form is not None:
+        known = dataclasses.replace(known, images=at_form(known.images, image_form))
     is_own = keep is None and image_size is None and precision in (None, _precision_of(manifest))
     if num_images is None:
         num_images = 1 if manifest is None or image_size is not None else manifest.cost.num_images

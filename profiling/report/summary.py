@@ -9,7 +9,7 @@ import msgspec
 
 from trio_edge.profiling.measure.layers import operator_times, slowest_layers
 from trio_edge.profiling.measure.machine_info import find_machine, find_versions
-from trio_edge.profiling.measure.recording import DECODE
+from trio_edge.profiling.measure.recording import is_decode
 from trio_edge.profiling.measure.sensors.sampling_thread import joules, sensor_ranges
 from trio_edge.profiling.report.profile import (
     SCHEMA_VERSION,
@@ -69,7 +69,7 @@ def _labels(measurement: Measurement) -> list[str]:
 
 def _bundle_profile(measured: MeasuredBundle, measurement: Measurement, *, label: str) -> BundleProfile:
     answers, bundle = measured.answers, measured.loaded.bundle
-    manifest, first = bundle.manifest, measured.answers[0].statistics
+    manifest, first = measured.loaded.manifest, measured.answers[0].statistics
     windows = [(answer.start, answer.end) for answer in answers]
     token_ms = [time for answer in answers for time in answer.token_ms]
     energy = joules(measurement.samples, windows)
@@ -205,9 +205,9 @@ class Verdict(NamedTuple):
 
 def graph_profiles(measured: MeasuredBundle, ceilings: Ceilings | None) -> tuple[GraphProfile, ...]:
     """Return all graphs and profiles that ran, in the manifest's order, prefill first."""
-    manifest = measured.loaded.bundle.manifest
+    manifest = measured.loaded.manifest
     launches = [(spec, profile) for spec in manifest.graphs for profile in spec.profiles]
-    launches.sort(key=lambda launch: launch[1].name == DECODE)
+    launches.sort(key=lambda launch: is_decode(launch[1].name))
     found = (_graph_profile(measured, spec, profile, ceilings) for spec, profile in launches)
     return tuple(graph for graph in found if graph is not None)
 
@@ -232,7 +232,7 @@ def _graph_profile(
         return None
     call_ms = distribution_of_runs(answers)
     in_answer = statistics.median(sum(calls) for calls in answers)
-    work = graph_work(measured.loaded.bundle.manifest, spec, profile)
+    work = graph_work(measured.loaded.manifest, spec, profile)
     flops, moved = work.flops, work.moved_bytes
     judged: Verdict | tuple[None, None, None] = (None, None, None)
     if ceilings is not None and call_ms.p50 > 0:
@@ -241,7 +241,7 @@ def _graph_profile(
     return GraphProfile(
         name=spec.name,
         role="select" if is_probe(spec.part_at(profile)) or profile.name == CANDIDATES else spec.role,
-        phase="decode" if profile.name == DECODE else "prefill",
+        phase="decode" if is_decode(profile.name) else "prefill",
         profile=profile.name,
         calls_per_answer=sum(map(len, answers)) / len(answers),
         call_ms=call_ms,

@@ -186,7 +186,8 @@ class TensorRTEngine:
         index = self.spec.profiles.index(profile)
         # A CUDA graph holds its context's state, so decode shares its context with no other profile. Pieces take turns in
         # every prefill, and switching profiles takes time.
-        key = profile.name if profile.name in (_DECODE, CANDIDATES) else self.spec.part_at(profile).name
+        is_own = profile.name.startswith(_DECODE) or profile.name == CANDIDATES
+        key = profile.name if is_own else self.spec.part_at(profile).name
         if key not in self._contexts:
             self._contexts[key] = self._new_context()
         return TensorRTLaunch(self._contexts[key], index, tensors)

@@ -73,8 +73,13 @@ def manifest_from_json(text: bytes, *, where: str) -> Manifest:
         )
     try:
         manifest = typed(head, Manifest)
-        for check in (_check_sizes, _check_files, _check_tables, _check_graphs, _check_programs):
-            check(manifest)
+        _check_files(manifest)
+        _check_tables(manifest)
+        for name in manifest.level_names:
+            level = manifest.at_level(name)
+            for check in (_check_sizes, _check_graphs, _check_programs):
+                check(level)
+        _check_levels(manifest)
     except (msgspec.ValidationError, ManifestError, ScheduleError) as error:
         raise ManifestError(f"{where}: {error}; export the bundle again") from None
     return manifest
@@ -83,6 +88,17 @@ def manifest_from_json(text: bytes, *, where: str) -> Manifest:
 def _require(is_right: object, where: str, expected: str, got: object) -> None:
     if not is_right:
         raise ManifestError(f"{where}: expected {expected}, got {got}")
+
+
+def _check_levels(manifest: Manifest) -> None:
+    """Raise ManifestError unless the levels' names differ, and several together run every graph at every profile."""
+    names = manifest.level_names
+    _require(len(names) == len(manifest.levels) + 1, "levels", "different names", ", ".join(names))
+    launches = [launch for program in manifest.all_programs for launch in program.launches]
+    for spec in manifest.graphs if manifest.levels else ():
+        used = {name for launch in launches if launch.runs == spec.name for name in launch.profiles}
+        unused = sorted({profile.name for profile in spec.profiles} - used)
+        _require(not unused, f"graph {spec.name!r}", "a level for each profile", next(iter(unused), ""))
 
 
 def _check_sizes(manifest: Manifest) -> None:
@@ -161,11 +177,13 @@ def _check_tables(manifest: Manifest) -> None:
 
 def _check_graphs(manifest: Manifest) -> None:
     roles = [spec.role for spec in manifest.graphs if spec.role != "probe"]
-    num_stages = len(manifest.schedule.stages)
+    num_stages, num_later = len(manifest.schedule.stages), len(manifest.ranges) - 1
+    # Without stages, the layer ranges of levels with stages follow each other directly.
+    _require(num_stages in (0, num_later), "graphs", f"{num_stages + 1} layer ranges", num_later + 1)
     expected = ["vision", *([] if manifest.clip_text is None else ["clip_text"])]
     expected += [*([] if manifest.token_method is None else ["reduce"]), "prefix"]
-    for stage in range(num_stages):
-        expected += ["select", "suffix" if stage == num_stages - 1 else "segment"]
+    for index in range(num_later):
+        expected += ["select"] * (num_stages > 0) + ["suffix" if index == num_later - 1 else "segment"]
     expected.append("head")
     _require(roles == expected, "graphs", f"roles {expected}", roles)
     # KV rows are appended range by range, so a gap or an overlap would silently give wrong answers.
@@ -294,7 +312,7 @@ def _on_host(rows: Sequence[_HostRow], manifest: Manifest, sizes: Mapping[str, i
     dims, schedule, planes = manifest.dimensions, manifest.schedule, manifest.num_deepstack
     keeps = [stage.keep for stage in schedule.stages]
     entering, stages = [sizes.get("N", 0), *keeps], len(keeps)
-    counts = {"{plane}": planes, "{range}": stages + 1, "{stage}": stages, "{number}": stages}
+    counts = {"{plane}": planes, "{range}": len(manifest.ranges), "{stage}": stages, "{number}": stages}
     counts["{share}"] = stages if schedule.budget == "image" else 0
     known = {"width": dims.hidden_size, "vocab": dims.vocab_size, "axes": manifest.position_axes}
     known |= {"probes": schedule.num_probe_rows, "top": graph_io.num_candidates(dims), "1": 1, **sizes}
@@ -478,10 +496,10 @@ class _Run:
             self.refuse(f"a graph with profiles, or one of {', '.join(get_args(HostFunction))}", launch.runs)
         if launch.runs == "exact_nms":  # it writes the places of its stage's select graph, which it replaces
             (prefill,) = (program for program in self.manifest.programs if program.name == "prefill")
-            runs, replaced = f"select_{launch.stage + 1}", (launch.inputs, launch.outputs)
-            if not any(
-                other.runs == runs and (other.inputs, other.outputs) == replaced for other in prefill.launches
-            ):
+            selects = {spec.name for spec in self.manifest.selects}
+            stages = [other for other in prefill.launches if other.runs in selects]
+            replaced = launch.stage, launch.inputs, launch.outputs
+            if replaced not in [(other.stage, other.inputs, other.outputs) for other in stages]:
                 self.refuse(f"the places of stage {launch.stage} in the prefill", "others")
             return
         if launch.runs == "likeliest_rows" and self.manifest.head_rows is None:

@@ -43,7 +43,7 @@ from trio_edge.runtime.bundle.limits import (
 from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 SCHEMA_VERSION = 5
 MANIFEST_NAME = "trio.json"
@@ -70,6 +70,7 @@ PART_FROM_ROLE: dict[Role, Part] = {
 """Part of the graphs that can be quantized."""
 
 
+LevelName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}\Z")]
 Place: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_.]{1,200}(\[[0-9]{1,5}\])?\Z")]
 HostFunction = Literal["enter_head", "likeliest_rows", "exact_nms"]
 """What the host does between two graphs: send probe rows to the head, look up the rows of the lm_head for the likeliest
@@ -79,6 +80,10 @@ ProgramName = Literal["vision", "reduce", "prefill", "question", "branch", "deco
 first layer range, and other text after kept rows of all ranges; one new token; and the selection of each stage on the host, after
 which a prefill goes on."""
 
+AUTO = "auto"
+"""In place of a level's name: the lowest level that is sure enough."""
+DEFAULT = "default"
+"""Name of the only level of other bundles."""
 ZEROS = "zeros."
 CACHE = "cache."
 JOINT = ("prompt", "question", "branch", "step", "results", "top", "logits", "entering", "found", "likeliest")
@@ -165,6 +170,16 @@ class GraphSpec(_Spec, frozen=True):
             for piece in self.pieces
         )
         return tuple(parts) or (self,)
+
+    def at_profiles(self, names: Sequence[str]) -> GraphSpec:
+        """Return the graph with only the profiles called ``names``, in this order."""
+        known = {profile.name: profile for profile in self.profiles}
+        pieces = tuple(
+            msgspec.structs.replace(piece, profiles=tuple(name for name in names if name in piece.profiles))
+            for piece in self.pieces
+        )
+        profiles = tuple(known[name] for name in names if name in known)
+        return msgspec.structs.replace(self, profiles=profiles, pieces=pieces)
 
     def part_at(self, profile: Profile) -> GraphSpec:
         """Return the graph of ``split()`` that runs at ``profile``, one of this graph's profiles."""
@@ -388,6 +403,19 @@ def stacks_of(places: Mapping[str, str]) -> dict[str, list[str]]:
     return {name: [tensors[index] for index in sorted(tensors)] for name, tensors in found.items()}
 
 
+class LevelSpec(_Spec, frozen=True):
+    """One budget of a bundle with several: what differs from the manifest's own, which is the default level's."""
+
+    name: LevelName
+    schedule: Schedule
+    visual_sizes: tuple[Tokens, ...]
+    image_sizes: tuple[ImageSize, ...]
+    image_processing: dict[str, Any]
+    video_processing: dict[str, Any] | None
+    cost: Cost
+    programs: tuple[Program, ...]
+
+
 class Manifest(_Spec, frozen=True):
     """Everything that the runtime must know about a bundle."""
 
@@ -453,6 +481,41 @@ class Manifest(_Spec, frozen=True):
     """None if the bundle takes no videos."""
     num_deepstack: Layer = 0
     """Number of first decoder layers to whose outputs DeepStack adds features of inner vision layers."""
+    level: LevelName = DEFAULT
+    """Name of the default level."""
+    levels: tuple[LevelSpec, ...] = ()
+    """Further levels, which run the same graphs."""
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        """Names of all levels, from the least FLOPs to the most."""
+        work = {one.name: sum(one.cost.reduced_flops.values()) for one in self.levels}
+        work[self.level] = sum(self.cost.reduced_flops.values())
+        return tuple(sorted(work, key=lambda name: work[name]))
+
+    @property
+    def _budgets(self) -> tuple[Manifest | LevelSpec, ...]:
+        return (self, *self.levels)
+
+    @property
+    def all_programs(self) -> tuple[Program, ...]:
+        """The programs of all levels."""
+        return (*self.programs, *(program for level in self.levels for program in level.programs))
+
+    def at_level(self, name: str) -> Manifest:
+        """Return the manifest of a bundle that has only the level ``name``, with the graphs and profiles that it runs."""
+        if not self.levels:
+            return self
+        own: dict[str, Any] = {"levels": ()}
+        if name != self.level:
+            found = msgspec.structs.asdict(next(level for level in self.levels if level.name == name))
+            own |= {"level": found.pop("name"), **found}
+        one = msgspec.structs.replace(self, **own)
+        used: dict[str, dict[str, None]] = {}
+        for launch in (launch for program in one.programs for launch in program.launches):
+            used.setdefault(launch.runs, {}).update(dict.fromkeys(launch.profiles))
+        graphs = tuple(graph.at_profiles([*used[graph.name]]) for graph in self.graphs if graph.name in used)
+        return msgspec.structs.replace(one, graphs=graphs)
 
     def graph(self, name: str) -> GraphSpec:
         """Return the graph called ``name``."""
@@ -489,19 +552,15 @@ class Manifest(_Spec, frozen=True):
 
     @property
     def max_visual(self) -> int:
-        """Largest N."""
-        return self.visual_sizes[-1]
-
-    @property
-    def visual_rows(self) -> tuple[int, ...]:
-        """Rows of the visual span in each layer range: the largest N, then K of every stage."""
-        return (self.max_visual, *(stage.keep for stage in self.schedule.stages))
+        """Largest N of all levels."""
+        return max(one.visual_sizes[-1] for one in self._budgets)
 
     @property
     def kv_capacities(self) -> tuple[int, ...]:
-        """C, token rows of each layer range's KV cache: the largest prefill and all new tokens."""
-        largest = self.text_buckets[-1]
-        return tuple(rows + largest + self.max_new_tokens for rows in self.visual_rows)
+        """C, token rows of each layer range's KV cache: the largest prefill of all levels, and all new tokens."""
+        count, text = len(self.ranges), self.text_buckets[-1] + self.max_new_tokens
+        rows = (one.schedule.rows_of(count, one.visual_sizes[-1]) for one in self._budgets)
+        return tuple(max(each) + text for each in zip(*rows))
 
     @property
     def kv_dtype(self) -> CacheType:

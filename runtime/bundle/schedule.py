@@ -84,6 +84,11 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ScheduleError(f"nms_rounds: expected 1..4096, got {self.nms_rounds}")
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """The layer of each stage."""
+        return tuple(stage.layer for stage in self.stages)
+
+    @property
     def last_probe_offset(self) -> int:
         """Distance of the last probe row from the end of the prompt: 2 is row S-2, 1 is row S-1."""
         return 2 if self.probe_rows == "reference" else 1
@@ -101,6 +106,11 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                     f"stage at layer {stage.layer}: expected to keep <= {max_visual} (all visual tokens),"
                     f" got {stage.keep}; keep fewer"
                 )
+
+    def rows_of(self, num_ranges: int, num_visual: int) -> tuple[int, ...]:
+        """Return the visual tokens that enter each of ``num_ranges`` layer ranges, of at most ``num_visual``."""
+        keeps = [stage.keep for stage in self.stages] or [num_visual] * (num_ranges - 1)
+        return (num_visual, *keeps)
 
     def tokens_per_layer(self, *, num_layers: int, num_visual: int) -> tuple[int, ...]:
         """Return the visual tokens that each decoder layer processes, for an image of ``num_visual`` tokens."""

@@ -138,6 +138,14 @@ def _fail(command: click.Command, message: str) -> int:
     return EXIT_USER_ERROR
 
 
+def level_option() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that adds ``--level`` to a command."""
+    text = (
+        "Level of a bundle with several, or auto for the lowest that is sure enough. [default: the bundle's]"
+    )
+    return click.option("--level", metavar="NAME", help=text)
+
+
 def backend_options(
     *, threads: int = 0, threads_help: str = "CPU threads; 0 lets the backend choose."
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
+    from trio_edge.runtime.answer import Statistics
     from trio_edge.runtime.decisions.questions import Decision
     from trio_edge.runtime.pipeline import Pipeline
 
@@ -36,7 +37,7 @@ OPTIONS: tuple[Callable[..., Any], ...] = (
     click.option("--json", "as_json", is_flag=True, help="Print the probabilities as one line of JSON."),
 )
 NAMES = ("yes_no", "choices", "levels", "both_orders", "as_json")
-_SHOWN = ("video", "fps", "num_frames", "source_fps", "system")
+_SHOWN = ("video", "fps", "num_frames", "source_fps", "system", "level")
 
 
 def question_of(prompt: str, *, yes_no: bool, choices: str | None, levels: str | None) -> Question:
@@ -92,5 +93,12 @@ def decide(
         print(f"answers among all that the model could say: {100 * decision.label_mass:.1f} %")
     statistics = decision.statistics
     kept = f"kept per stage {list(statistics.kept_tokens)}"
-    print(f"{pipeline.backend_name}: {statistics.ttft_ms:.1f} ms, {kept}", file=sys.stderr)
+    level = f", {described_level(statistics)}" if pipeline.manifest.levels else ""
+    print(f"{pipeline.backend_name}: {statistics.ttft_ms:.1f} ms, {kept}{level}", file=sys.stderr)
     return decision, opened
+
+
+def described_level(statistics: Statistics) -> str:
+    """Return the answer's level, and those that ran before it."""
+    below = f" after {', '.join(statistics.levels_below)}" if statistics.levels_below else ""
+    return f"level {statistics.level}{below}"

@@ -17,6 +17,7 @@ from trio_edge.runtime.bundle.graph_io import has_follow_ups
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.tables import profile_list
+from trio_edge.runtime.devices.memory import estimate
 from trio_edge.runtime.engines.files import engine_sets
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ def summary(manifest: Manifest) -> dict[str, Any]:
             "device_ratio": manifest.device_weight_ratio,
             "bundle_bytes": sum(entry.num_bytes for entry in manifest.files),
         },
+        "level": manifest.level,
+        "levels": [_level_facts(manifest, name) for name in manifest.level_names if manifest.levels],
         "graphs": [
             {
                 **_values(graph, "name", "role", "file"),
@@ -99,8 +102,38 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def _level_facts(manifest: Manifest, name: str) -> dict[str, Any]:
+    level = manifest.at_level(name)
+    return {
+        "name": name,
+        **_values(level, "visual_sizes", "schedule"),
+        "average_keep": level.average_keep,
+        "flops": sum(level.cost.reduced_flops.values()),
+        "kv_bytes": level.cost.reduced_kv_bytes,
+        "memory": estimate(
+            level, level.graphs, weight_bytes=sum(graph.weight_bytes for graph in level.graphs)
+        ),
+    }
+
+
 def _values(source: object, *names: str) -> dict[str, Any]:
     return {name: msgspec.to_builtins(getattr(source, name)) for name in names}
+
+
+def _levels_table(manifest: Manifest, levels: Sequence[dict[str, Any]], headers: Sequence[str]) -> Table:
+    table = Table(*headers)
+    for level in levels:
+        stages = ", ".join(f"{stage['layer']}:{stage['keep']}" for stage in level["schedule"]["stages"])
+        table.add_row(
+            level["name"] + " (default)" * (level["name"] == manifest.level),
+            str(level["visual_sizes"][-1]),
+            stages or "keeps all",
+            f"{100 * level['average_keep']:.1f} %",
+            f"{level['flops'] / 1e9:.2f}",
+            f"{level['kv_bytes'] / 1e6:.2f}",
+            f"{sum(level['memory'].values()) / 1e6:.1f}",
+        )
+    return table
 
 
 def _engines(bundle: Path) -> list[dict[str, Any]]:
@@ -167,6 +200,9 @@ def _print(console: Console, manifest: Manifest) -> None:
     }
     for name, text in lines.items():
         _print_line(console, name, text)
+    if facts["levels"]:
+        headers = "level", "visual tokens", "stages", "average keep", "GFLOPs", "KV MB", "memory MB"
+        console.print(_levels_table(manifest, facts["levels"], headers))
     table = Table("graph", "layers", "weights MB", "profiles")
     for graph in manifest.graphs:
         weights = f"{graph.weight_bytes / 1e6:.2f}"

@@ -12,10 +12,10 @@ import click
 from trio_edge.runtime.bundle.errors import BundleError, ImageError, printable
 from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS
-from trio_edge.runtime.cli.console import backend_options, run
+from trio_edge.runtime.cli.console import backend_options, level_option, run
 from trio_edge.runtime.cli.decide import NAMES as DECISION_NAMES
 from trio_edge.runtime.cli.decide import OPTIONS as DECISION_OPTIONS
-from trio_edge.runtime.cli.decide import decide, question_of
+from trio_edge.runtime.cli.decide import decide, described_level, question_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,6 +66,7 @@ _OPTIONS: tuple[Callable[..., Any], ...] = (
     ),
     click.option("--seed", type=int, help="Random seed that makes sampling repeatable."),
     *DECISION_OPTIONS,
+    level_option(),
     click.option(
         "--show-kept",
         type=_PATH,
@@ -73,9 +74,11 @@ _OPTIONS: tuple[Callable[..., Any], ...] = (
     ),
     click.option(
         "--compare-full",
-        type=_PATH,
-        metavar="BUNDLE",
-        help="Keep-all bundle that answers as well; prints how its answer, times and memory differ.",
+        is_flag=False,
+        flag_value="",
+        metavar="[BUNDLE]",
+        help="Keep-all bundle that answers as well, or none for BUNDLE's own level that keeps all; prints how answer, times and"
+        " memory differ.",
     ),
 )
 
@@ -98,7 +101,7 @@ def command(
     cpu_accuracy: CpuAccuracy,
     max_pixels: int,
     show_kept: Path | None,
-    compare_full: Path | None,
+    compare_full: str | None,
     **settings: Any,
 ) -> int:
     """Answer a question about images or a video with BUNDLE.
@@ -110,8 +113,7 @@ def command(
 
     if show_kept is not None:
         _check_drawing_target(show_kept, is_seen=bool(images) or settings["video"] is not None)
-    if compare_full is not None:
-        _check_keep_all(compare_full)
+    full_level = None if compare_full is None else _keep_all_level(Path(compare_full or bundle))
     loading: dict[str, Any] = {"backend": backend, "threads": threads}
     loading |= {"cpu_accuracy": cpu_accuracy, "max_pixels": max_pixels}
     decision = {name: settings.pop(name) for name in DECISION_NAMES}
@@ -140,7 +142,8 @@ def command(
         kept = f"KV {statistics.kv_bytes / 1e6:.2f} MB, kept per stage {list(statistics.kept_tokens)}"
         redone = statistics.repaired_stages
         repaired = f"; {redone} stages redone on the host" if redone else ""
-        print(f"{pipeline.backend_name}: {times}, {kept}{repaired}", file=sys.stderr)
+        level = f", {described_level(statistics)}" if pipeline.manifest.levels else ""
+        print(f"{pipeline.backend_name}: {times}, {kept}{repaired}{level}", file=sys.stderr)
         for note in pipeline.notes:  # after the answer, which may add some
             print(f"trio-run: {printable(note)}", file=sys.stderr)
         if show_kept is not None:
@@ -150,8 +153,8 @@ def command(
             share = f"{100 * statistics.average_keep:.1f} %"
             print(f"visual tokens: {statistics.visual_tokens} in, {kept} ({share})")
     if compare_full is not None:
-        with Pipeline.from_bundle(compare_full, **loading) as full:
-            reference = full.generate(images, prompt, **settings)
+        with Pipeline.from_bundle(compare_full or bundle, **loading) as full:
+            reference = full.generate(images, prompt, **{**settings, "level": full_level})
             _ = reference.text
         _print_comparison(answer, reference)
     return 0
@@ -170,11 +173,21 @@ def _shown(text: str) -> str:
 _KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def _check_keep_all(bundle: Path) -> None:
+def _keep_all_level(bundle: Path) -> str:
+    """Return the name of the bundle's largest level without stages.
+
+    Raises:
+        BundleError: If there is none.
+    """
     from trio_edge.runtime.bundle.reader import open_bundle
 
-    if open_bundle(bundle).manifest.schedule.stages:
-        raise BundleError(f"{bundle}: expected a keep-all bundle, got one with stages; export --keep all")
+    manifest = open_bundle(bundle).manifest
+    for name in reversed(manifest.level_names):
+        if not manifest.at_level(name).schedule.stages:
+            return name
+    raise BundleError(
+        f"{bundle}: expected a keep-all bundle, or a level that keeps all, got stages; export --keep all, or --level full=all"
+    )
 
 
 def _check_drawing_target(path: Path, *, is_seen: bool) -> None:
@@ -192,7 +205,8 @@ def _draw(
 ) -> None:
     from trio_edge.runtime.images.overlay import draw_all
 
-    captions = [f"layer {stage.layer}" for stage in pipeline.manifest.schedule.stages]
+    schedule = pipeline.manifest.at_level(answer.statistics.level).schedule
+    captions = [f"layer {layer}" for layer in schedule.layers]
     drawing, content = draw_all(images, answer.layouts, answer.kept, captions=captions), io.BytesIO()
     try:
         drawing.save(content, _KINDS[target.suffix.lower()])

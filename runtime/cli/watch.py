@@ -14,7 +14,7 @@ import click
 
 from trio_edge.runtime.bundle.errors import printable
 from trio_edge.runtime.bundle.files import check_outputs, write_output
-from trio_edge.runtime.cli.console import backend_options, lose, run
+from trio_edge.runtime.cli.console import backend_options, level_option, lose, run
 from trio_edge.runtime.cli.interruption import interruptible
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ _SAVE = (
 @click.option("--threshold", type=float, help=_THRESHOLD)
 @click.option("--webhook", metavar="URL", help="Address, http or https, that gets each line as a POST.")
 @click.option("--save-frames", type=_PATH, help=_SAVE)
+@level_option()
 @backend_options()
 def command(
     source: str,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
 
 from trio_edge.runtime.bundle.errors import ShapeError
+from trio_edge.runtime.bundle.manifest import DEFAULT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -146,6 +147,12 @@ class Decision:
         return max(self.probabilities)
 
     @property
+    def margin(self) -> float:
+        """Difference between the two highest probabilities."""
+        first, second, *_ = sorted(self.probabilities, reverse=True)
+        return first - second
+
+    @property
     def score(self) -> float:
         """Mean of the levels' numbers 0, 1, … by their probabilities; for a yes-no question, the probability of yes."""
         if self.question.kind == "yes-no":
@@ -175,5 +182,6 @@ class Decision:
             "visual_tokens": statistics.visual_tokens,
             "kept_tokens": list(statistics.kept_tokens),
             "text_tokens": statistics.text_tokens,
+            **({} if statistics.level == DEFAULT else {"level": statistics.level}),
             "ms": short(statistics.ttft_ms),
         }

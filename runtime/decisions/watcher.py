@@ -16,6 +16,7 @@ from trio_edge.runtime.bundle.limits import is_number, is_whole
 from trio_edge.runtime.decisions.questions import check_questions
 from trio_edge.runtime.images.overlay import draw_all
 from trio_edge.runtime.images.reading import open_image
+from trio_edge.runtime.model.levels import chain_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,6 +69,7 @@ class Watcher:
         hold: int = 1,
         margin: float = 0.0,
         threshold: float = THRESHOLD,
+        level: str | None = None,
     ) -> None:
         """Check the questions; runs nothing.
 
@@ -78,6 +80,7 @@ class Watcher:
             hold: Frames in a row that must have an answer before it counts as a change.
             margin: Smallest difference of the two highest probabilities with which an answer counts; with a smaller one, the
                 answer before stays.
+            level: As for ``Pipeline.decide``.
             threshold: Difference from the last frame that the model saw, 0 to 255, from which it runs again; 0 means always.
 
         Raises:
@@ -89,7 +92,9 @@ class Watcher:
         for name, value, most in (("margin", margin, 1), ("threshold", threshold, 255)):
             if not is_number(value) or not 0 <= value <= most:
                 raise ShapeError(f"{name}: expected 0..{most}, got {value!r:.80}; choose another number")
-        self._only_changes, self._threshold = only_changes, threshold
+        if level is not None:
+            chain_of(pipeline.manifest, level, {})  # refuses an unknown one
+        self._only_changes, self._threshold, self._level = only_changes, threshold, level
         self._answers = [_HeldAnswer(hold, margin) for _ in self._questions]
         self._decisions: list[Decision] = []
         self._image = Image.new("RGB", (1, 1))
@@ -119,7 +124,7 @@ class Watcher:
         # Compared with the last frame that the model saw, so that a slow change is not missed.
         has_run = self._small is None or difference(small, self._small) >= self._threshold
         if has_run:
-            self._decisions = self._pipeline.decide(rgb, self._questions)
+            self._decisions = self._pipeline.decide(rgb, self._questions, level=self._level)
             self._image, self._small = rgb, small
         events = []
         for decision, answer in zip(self._decisions, self._answers):
@@ -130,7 +135,8 @@ class Watcher:
 
     def drawing(self, event: WatchEvent) -> Image.Image:
         """Return the event's frame with the visual tokens that each stage kept."""
-        captions = [f"layer {stage.layer}" for stage in self._pipeline.manifest.schedule.stages]
+        schedule = self._pipeline.manifest.at_level(event.decision.statistics.level).schedule
+        captions = [f"layer {layer}" for layer in schedule.layers]
         return draw_all([event.image], event.decision.layouts, event.decision.kept, captions=captions)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, final
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
-from trio_edge.runtime.bundle.manifest import CACHE, JOINT, SINGLE, shape_at, stack_of, stacks_of
+from trio_edge.runtime.bundle.manifest import JOINT, SINGLE, shape_at, stack_of, stacks_of
 from trio_edge.runtime.devices.interface import ALIGNMENT, DeviceTensor, PitchedRows, aligned
 from trio_edge.runtime.devices.machine import whole_memory_bytes
 
@@ -121,7 +121,7 @@ def memory_plan(manifest: Manifest) -> MemoryPlan:
     graphs = {spec.name: spec for spec in manifest.graphs}
     tensors: dict[str, DeviceTensor] = {}
     stacks: dict[str, Stack] = {}
-    for launch in (launch for program in manifest.programs for launch in program.launches):
+    for launch in (launch for program in manifest.all_programs for launch in program.launches):
         for index in range(len(launch.profiles)):
             _, found, found_stacks = _launch_at(graphs, launch, index)
             for name, place in (launch.inputs | launch.outputs).items():
@@ -235,8 +235,6 @@ class Memory:
             name: stack.moved(allocator.allocate(stack.num_bytes, purpose=name))
             for name, stack in plan.stacks.items()
         }
-        self.caches = {name: KVCache(stack) for name, stack in self._stacks.items() if name.startswith(CACHE)}
-        """KV caches by name, in the order of the layer ranges."""
         self._nothing = allocator.allocate(1, purpose="tensors without elements")
         self._images: list[DeviceTensor] = []
         if plan.images:

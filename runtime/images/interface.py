@@ -7,9 +7,10 @@ the tiles (SmolVLM2).
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trio_edge.runtime.bundle.errors import ManifestError
+from trio_edge.runtime.bundle.errors import ManifestError, ScheduleError
 from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages
 from trio_edge.runtime.images.tiles import InternVlImages, SmolVlmImages
@@ -37,6 +38,15 @@ class ImageProcessing(Protocol):
     def of_several(self) -> ImageProcessing:
         """Return the processing for a prompt with several images, if it differs; else itself."""
 
+    def at_base(self) -> ImageProcessing | None:
+        """Return the processing that makes only the tile with the whole image; None if there are no other tiles."""
+
+    def at_low(self) -> ImageProcessing:
+        """Return the processing of a quick look: the tile with the whole image, or a quarter of the most pixels."""
+
+    def within(self, width: int, height: int) -> ImageProcessing | None:
+        """Return the processing that scales images into this size in pixels; None if that is impossible."""
+
     def sizes(self, width: int, height: int) -> dict[str, int]:
         """Return the sizes of the vision graph's axes for an image, including N, its visual tokens.
 
@@ -60,6 +70,31 @@ class ImageProcessing(Protocol):
         Raises:
             ImageError: If the image is not RGB, cannot be processed, or is larger than ``sizes``.
         """
+
+
+def at_form(images: ImageProcessing, form: str) -> ImageProcessing:
+    """Return the processing of a level's image form: "base", "low" or "WIDTHxHEIGHT".
+
+    Raises:
+        ScheduleError: If it is something else, or the model's images have no such form.
+    """
+    if form == "low":
+        return images.at_low()
+    if form == "base":
+        if (found := images.at_base()) is None:
+            raise ScheduleError(
+                "--level: expected a model with a base tile and others for @base, got one without; give @WIDTHxHEIGHT, or no form"
+            )
+        return found
+    if (match := re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", form)) is None:
+        raise ScheduleError(
+            f"--level: expected @base, @low or @WIDTHxHEIGHT in pixels, got @{form}; write it as @640x480"
+        )
+    if (found := images.within(int(match[1]), int(match[2]))) is None:
+        raise ScheduleError(
+            f"--level: expected an image form that the model's images can have, got @{form}; give a larger one, or none"
+        )
+    return found
 
 
 def image_processing(

@@ -60,7 +60,7 @@ class LlavaImages(processing.ImageConstants, frozen=True, kw_only=True):
     """Limit of a grid's tokens, in tiles; a grid with clearly more tokens is shrunk bilinearly (LLaVA-OneVision). None for
     no limit."""
     is_one_of_several: bool = False
-    """Use one tile with the padded image and a newline, as LLaVA-OneVision does for several images in a prompt."""
+    """Use one tile and a newline: the padded image, as LLaVA-OneVision does for several images in a prompt, or the base tile."""
     do_resize: bool = True
     do_center_crop: bool = True
     do_pad: bool = False
@@ -154,6 +154,19 @@ class LlavaImages(processing.ImageConstants, frozen=True, kw_only=True):
         if self.max_grid_tiles is None:
             return self
         return msgspec.structs.replace(self, is_one_of_several=True, do_pad=True)
+
+    def at_base(self) -> LlavaImages | None:
+        """Return the processing that makes only the base tile; None for "single"."""
+        if not self.has_grid:
+            return None
+        return msgspec.structs.replace(self, is_one_of_several=True, resize_mode="stretch", do_resize=True)
+
+    def within(self, width: int, height: int) -> LlavaImages | None:
+        """Return the processing with the grids that lie within this size; None if there are none."""
+        inside = tuple(
+            pinpoint for pinpoint in self.grid_pinpoints if pinpoint[0] <= height and pinpoint[1] <= width
+        )
+        return msgspec.structs.replace(self, grid_pinpoints=inside) if inside else None
 
     def any_image_sizes(self) -> tuple[dict[str, int], ...]:
         """Return the largest N with every possible number of tiles.

@@ -83,6 +83,18 @@ class ImageConstants(Processing, frozen=True, kw_only=True):
         """Return the processing for a prompt with several images: by default the same."""
         return self
 
+    def at_base(self: _Images) -> _Images | None:
+        """Return the processing that makes only the tile with the whole image; None if there are no other tiles."""
+        return None
+
+    def at_low(self: _Images) -> _Images:
+        """Return the processing of a quick look: the tile with the whole image, or the same if there are no other tiles."""
+        return self.at_base() or self
+
+    def within(self: _Images, width: int, height: int) -> _Images | None:
+        """Return the processing that scales images into this size in pixels; None if all images have one size."""
+        return None
+
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final
 
+import msgspec
 import numpy as np
 
 from trio_edge.runtime.bundle import graph_io as io
@@ -77,6 +78,15 @@ class PatchImages(processing.ImageConstants, frozen=True, kw_only=True):
         with processing.only_checkpoint_errors():
             fields = processing.pixel_fields(values, "patch_size", "temporal_patch_size", "merge_size")
             return cls.from_dict({"patch_size": 14, **tower, **areas(values), **fields})
+
+    def at_low(self: _Images) -> _Images:
+        """Return the processing that reduces images to at most a quarter of the most pixels."""
+        return self.within(self.max_pixels // 4, 1) or self
+
+    def within(self: _Images, width: int, height: int) -> _Images | None:
+        """Return the processing that reduces images to at most as many pixels."""
+        most = min(self.max_pixels, width * height)
+        return msgspec.structs.replace(self, max_pixels=most, min_pixels=min(self.min_pixels, most))
 
     @property
     def token_size(self) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, final
 
+import msgspec
 import numpy as np
 from PIL import Image
 
@@ -173,6 +174,16 @@ class InternVlImages(TileImages, frozen=True, kw_only=True, tag_field="kind", ta
             fields |= {"tile_size": tile_size, "tokens_per_side": tokens_per_side}
             return cls.from_dict(fields | processing.pixel_fields(values))
 
+    def at_base(self) -> InternVlImages | None:
+        """Return the processing that makes only one tile."""
+        return msgspec.structs.replace(self, min_tiles=1, max_tiles=1)
+
+    def within(self, width: int, height: int) -> InternVlImages | None:
+        """Return the processing with at most as many tiles as lie within this size."""
+        tiles = max((width // self.tile_size) * (height // self.tile_size), 1)
+        least, most = min(self.min_tiles, tiles), min(self.max_tiles, tiles)
+        return msgspec.structs.replace(self, min_tiles=least, max_tiles=most)
+
     @property
     def token_share(self) -> float:
         """Tokens divide a tile evenly."""
@@ -286,6 +297,14 @@ class SmolVlmImages(TileImages, frozen=True, kw_only=True, tag_field="kind", tag
         side, (width, height) = self.tile_size, self._resized(width, height)
         width, height = _scaled(width, height, _whole_tiles(max(width, height), side) * side)
         return _whole_tiles(height, side), _whole_tiles(width, side)
+
+    def at_base(self) -> SmolVlmImages | None:
+        """Return the processing that makes only one tile."""
+        return msgspec.structs.replace(self, do_image_splitting=False)
+
+    def within(self, width: int, height: int) -> SmolVlmImages | None:
+        """Return the processing whose longer side is at most that of this size."""
+        return msgspec.structs.replace(self, longest_edge=min(self.longest_edge, max(width, height)))
 
     def counts(self) -> Sequence[int]:
         """Return all possible numbers of tiles of an image, ascending."""

@@ -66,7 +66,7 @@ class Decoder:
         manifest = programs.manifest
         self._programs, self._device, self._memory = programs, programs.device, programs.memory
         self._manifest, self._schedule = manifest, manifest.schedule
-        self.caches: list[KVCache] = [*self._memory.caches.values()]
+        self.caches: list[KVCache] = [*programs.caches.values()]
         """One for each layer range, in order."""
         self._selections = programs.launches.get("exact", ())
         """The selection of each stage, with the places of its select graph."""
@@ -74,6 +74,8 @@ class Decoder:
         self._question = QuestionRows(programs, count=keep_images) if has_follow_ups else None
         self.can_branch = "branch" in programs.launches
         """Whether the bundle has the program of ``branch``."""
+        self._stages = [launch.stage for launch in programs.launches["prefill"] if launch.cache is not None]
+        """Selections before each layer range."""
         self._before: list[int] = []
         """Rows before the text after the last visual token in each KV cache, after a prefill."""
         self._first_position = 0
@@ -100,16 +102,25 @@ class Decoder:
         self._done = self._device.event()
         self._logits: NDArray[np.float32] | None = None
         self._next_position = 0
+        self._start: object = None
+        """The first layer range of the last prefill, with its memory; None once its outputs are gone."""
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of the KV rows in use."""
         return sum(cache.stack.bytes_per_row * cache.length for cache in self.caches)
 
-    def prefill(self, prompt: DecoderPrompt, *, override: SelectorOverride | None = None) -> PrefillResult:
+    def prefill(
+        self,
+        prompt: DecoderPrompt,
+        *,
+        override: SelectorOverride | None = None,
+        after: Decoder | None = None,
+    ) -> PrefillResult:
         """Run the prompt through all stages and fill the KV caches.
 
-        ``override`` selects on the host instead of the select graphs, for comparisons.
+        ``override`` selects on the host instead of the select graphs, for comparisons. ``after`` is the decoder of another
+        level, in the same memory, that has just run the same prompt: the first layer range's rows are taken from there.
 
         Raises:
             ShapeError: If the prompt does not fit its bucket.
@@ -120,10 +131,16 @@ class Decoder:
         self.timeline.recorded.clear()
         self.prefix_was_kept = False
         num_after = rows.length - rows.num_before
-        self._before = [span.length - num_after for span in rows.spans]
+        self._before = [rows.spans[stage].length - num_after for stage in self._stages]
         self._next_position = prompt.positions.next
         self._first_position = self._next_position - num_after
-        self._send(prompt, rows)
+        self._memory.send(self._device, "prompt", rows.values)
+        self._start = launches[0].spec.runs, launches[0].tensors, self.caches[0].stack.shape
+        if after is not None and self._start == after._start:
+            self.caches[0].length = rows.spans[0].length
+            launches = launches[1:]
+        else:
+            self._send(prompt, rows)
         kept_of: dict[int, NDArray[np.int32]] = {}
         if override is not None:
             kept_of = self._run_overridden(launches, prompt, rows, override)
@@ -159,8 +176,8 @@ class Decoder:
             "branch.last_row": np.array([count - 1], np.int32),
         }
         is_compact = self._schedule.positions == "compact"
-        for index, (cache, before) in enumerate(zip(self.caches, self._before)):
-            first = before if is_compact and index else self._first_position
+        for index, (cache, before, stage) in enumerate(zip(self.caches, self._before, self._stages)):
+            first = before if is_compact and stage else self._first_position
             values[f"branch.position_ids.{index}"] = np.tile(
                 np.arange(first, first + bucket, dtype=np.int32), (axes, 1)
             )
@@ -192,6 +209,7 @@ class Decoder:
                 " export with a larger --max-new-tokens"
             )
         device, is_compact = self._device, self._schedule.positions == "compact"
+        self._start = None  # the step writes over the prompt's first rows
         self._embedding[:] = embedding.reshape(-1)
         for cache, positions, past_length in zip(self.caches, self._positions, self._past_lengths):
             positions[:] = cache.length if is_compact else self._next_position
@@ -236,9 +254,8 @@ class Decoder:
     # Prefill
 
     def _send(self, prompt: DecoderPrompt, rows: PromptRows) -> None:
-        """Enqueue copies of all inputs: positions and lengths, and the rows of text and visual tokens."""
+        """Enqueue copies of the rows of text and visual tokens."""
         device, memory = self._device, self._memory
-        memory.send(device, "prompt", rows.values)
         embeds, text = memory.tensor("rows.embeds"), self._text
         text[: len(prompt.text)] = prompt.text
         row, sent = 0, 0
@@ -279,7 +296,7 @@ class Decoder:
                 continue
             for launch in together:
                 stage, first = launch.spec.stage, rows.num_before
-                if stage == 0 and self._question is not None and 0 < first < rows.length:
+                if launch.cache is self.caches[0] and self._question is not None and 0 < first < rows.length:
                     self._run_in_two_parts(launch, self._question, prompt, rows)
                 else:
                     self._run_range(launch, num_rows=rows.spans[stage].length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, final
 
-from trio_edge.runtime.devices.memory import Memory
+from trio_edge.runtime.devices.memory import KVCache, Memory
 from trio_edge.runtime.model.head_candidates import EnterHead, LikeliestRows
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import Launch, Manifest
     from trio_edge.runtime.bundle.reader import TokenTable
     from trio_edge.runtime.devices.interface import Device, DeviceTensor, Event, LoadedGraphs, PreparedLaunch
-    from trio_edge.runtime.devices.memory import KVCache, Stack
+    from trio_edge.runtime.devices.memory import Stack
 
 
 class BoundLaunch(NamedTuple):
@@ -30,22 +30,35 @@ class BoundLaunch(NamedTuple):
 
 @final
 class Programs:
-    """Binds programs at their first use. Whoever loaded the graphs closes them."""
+    """Binds a level's programs at their first use. Whoever loaded the graphs closes them."""
 
     def __init__(
-        self, manifest: Manifest, graphs: LoadedGraphs, *, head_rows: TokenTable | None = None
+        self,
+        manifest: Manifest,
+        graphs: LoadedGraphs,
+        *,
+        head_rows: TokenTable | None = None,
+        memory: Memory | None = None,
     ) -> None:
-        """Allocate the memory of all programs. ``head_rows`` is the manifest's table, if it has one.
+        """Take the places of ``manifest`` from ``memory``, which levels share; None allocates it.
+
+        ``head_rows`` is the manifest's table, if it has one.
 
         Raises:
             BackendError: If the device has too little memory.
         """
         self.manifest, self.device, self.notes = manifest, graphs.device, graphs.notes
-        self.memory = Memory(manifest, graphs.device)
+        self.memory = memory or Memory(manifest, graphs.device)
         self.launches: dict[str, tuple[Launch, ...]] = {
             program.name: program.launches for program in manifest.programs
         }
         """Launches of each program as the manifest describes them."""
+        self.caches = {
+            launch.cache: KVCache(self.memory.at(launch, 0)[2][launch.cache])
+            for launch in self.launches["decode"]
+            if launch.cache is not None
+        }
+        """KV caches by name, in the order of the layer ranges, at this level's capacity."""
         self._engines, self._head_rows = graphs.engines, head_rows
         self._sizes: dict[str, tuple[dict[str, int], ...]] = {
             program.name: program.sizes for program in manifest.programs
@@ -72,7 +85,7 @@ class Programs:
             return BoundLaunch(spec, LikeliestRows(self.device, self.memory, spec, rows=self._head_rows), {})
         profile, tensors, stacks = self.memory.at(spec, index)
         launch = self._engines[spec.runs].prepare(profile, tensors)
-        cache = None if spec.cache is None else self.memory.caches[spec.cache]
+        cache = None if spec.cache is None else self.caches[spec.cache]
         new_rows = next((stack for name, stack in stacks.items() if name != spec.cache), None)
         return BoundLaunch(spec, launch, tensors, cache, new_rows)
 

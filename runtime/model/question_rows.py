@@ -43,7 +43,7 @@ class QuestionRows:
         ]
         """The range's outputs for all rows of a prompt, and for the question's rows."""
         assert first.cache is not None, "a layer range has one"
-        self._cache: KVCache = self._memory.caches[first.cache]
+        self._cache: KVCache = programs.caches[first.cache]
         self._recent = Recent([self._slot() for _ in range(count)])
 
     def _slot(self) -> _Slot:

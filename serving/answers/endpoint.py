@@ -11,7 +11,9 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from trio_edge.runtime.bundle.errors import TrioEdgeError
+from trio_edge.runtime.bundle.manifest import AUTO
 from trio_edge.serving.answers.completion import CLOSED, StreamWriter
+from trio_edge.serving.answers.interface import named_levels
 from trio_edge.serving.answers.job import AnswerJob
 from trio_edge.serving.answers.worker import answer_settings
 from trio_edge.serving.requests.content import read_prompt
@@ -68,9 +70,11 @@ class AnswerEndpoint:
         try:
             async with self._bodies.read(request, takes_forms=self._takes_forms) as body:
                 writer = await run_in_threadpool(self._read, body, self._settings.max_parts)
-                worker = _chosen_worker(self._workers, writer.chat)
+                worker, level = _chosen_worker(self._workers, writer.chat)
                 name = worker.name
                 chat = self._clamped(writer.chat, worker.manifest)
+                trio = msgspec.structs.replace(chat.trio, level=level)
+                chat = msgspec.structs.replace(chat, trio=trio)
                 job = await self._submit(worker, chat, writer.asking)
                 try:
                     writer.begin(name, job.events())
@@ -126,29 +130,44 @@ class AnswerEndpoint:
         return StreamingResponse(writer.stream(first), media_type="text/event-stream", headers=headers)
 
 
-def _chosen_worker(workers: Mapping[str, ModelWorker], chat: ChatRequest) -> ModelWorker:
-    """Return the worker for a request, by its ``model`` and its images' ``detail``.
+def _chosen_worker(workers: Mapping[str, ModelWorker], chat: ChatRequest) -> tuple[ModelWorker, str | None]:
+    """Return the worker for a request and the level, by its ``model``, its ``level`` and its images' ``detail``.
 
-    "low" chooses the bundle of the same model that keeps the fewest visual tokens, "high" the one that keeps the most, of
-    those that can take the request.
+    Without a level, "low" chooses the bundle of the same model, and the level, that keeps the fewest visual tokens, "high" the
+    one that keeps the most, of those that can take the request.
 
     Raises:
-        RequestError: If the model is not served or not loaded.
+        RequestError: If the model is not served or not loaded, or has no such level.
     """
-    named = workers.get(chat.model)
-    if named is None:
-        raise unknown_model(chat.model, workers)
-    model = named.manifest.model
-    if not chat.details:
-        return named
-    candidates = (named, *workers.values())  # the named one first: min and max return the first of equals
+    names = named_levels(workers)
+    if chat.model not in names:
+        if (base := workers.get(chat.model.rpartition("@")[0])) is not None:
+            _ = base.manifest  # while it loads, its levels are not known
+        raise unknown_model(chat.model, names)
+    (named, level), asked = names[chat.model], chat.trio.level
+    manifest = named.manifest
+    known, where, hint = (AUTO, *manifest.level_names), "the model's levels", "choose one"
+    if level is not None:
+        known, where, hint = (level,), "the one in the model's name", "leave one out"
+    if asked is not None and asked not in known:
+        problem = f"expected {' or '.join(known)} ({where}), got {asked!r:.80}; {hint}"
+        raise invalid_value("trio.level", problem)
+    level = level or asked
+    if level is not None or not chat.details:
+        return named, level
+    # The named one first: min and max return the first of equals.
     same = [
-        worker
-        for worker in candidates
-        if worker.is_ready and worker.manifest.model == model and _takes(worker.manifest, chat)
+        (worker, one, at_level)
+        for worker in (named, *workers.values())
+        if worker.is_ready and worker.manifest.model == manifest.model
+        for one in dict.fromkeys((worker.manifest.level, *worker.manifest.level_names))
+        if _takes(at_level := worker.manifest.at_level(one), chat)
     ]
     choose = min if chat.details == {"low"} else max
-    return choose(same or [named], key=_kept_tokens)
+    worker, level, _ = choose(
+        same or [(named, manifest.level, manifest)], key=lambda found: _kept_tokens(found[2])
+    )
+    return worker, level
 
 
 def _takes(manifest: Manifest, chat: ChatRequest) -> bool:
@@ -157,8 +176,7 @@ def _takes(manifest: Manifest, chat: ChatRequest) -> bool:
     return has_room and (not has_video or manifest.video_processing is not None)
 
 
-def _kept_tokens(worker: ModelWorker) -> float:
-    manifest = worker.manifest
+def _kept_tokens(manifest: Manifest) -> float:
     most = manifest.visual_sizes[-1]
     return most * manifest.average_keep_of(most, num_images=manifest.max_images)
 

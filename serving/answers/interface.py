@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
+
+from trio_edge.runtime.bundle.manifest import AUTO
 from trio_edge.serving.requests.errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from concurrent.futures import Future
 
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.serving.answers.job import AnswerJob
+    from trio_edge.serving.metrics import Metrics
+    from trio_edge.serving.settings import ServerSettings
 
 _MEMORY = 0.8  # weight of the old mean service time: the last five answers count for two thirds
 
@@ -20,6 +26,8 @@ class ModelWorker(Protocol):
 
     name: str
     """The model's name in requests."""
+    _settings: ServerSettings
+    _metrics: Metrics
     loaded: Future[Any]
     """Done when the model is loaded; holds the pipeline or a replica's description, or the exception if loading failed."""
 
@@ -49,6 +57,21 @@ class ModelWorker(Protocol):
         """The backend that runs the graphs; raises ``RequestError`` if the model is not loaded."""
         return str(self._loaded().backend_name)
 
+    @property
+    def auto_levels(self) -> tuple[str, ...]:
+        """The levels that "auto" may run, from the lowest; raises ``RequestError`` if the model is not loaded."""
+        levels: tuple[str, ...] = self._loaded().auto_levels
+        return levels
+
+    def lower_if_busy(self, job: AnswerJob, *, num_waiting: int) -> None:
+        """Give a job with the level "auto" the lowest one if ``num_waiting`` others are too many."""
+        busy, trio = self._settings.busy_queue, job.chat.trio
+        if busy is None or num_waiting < busy or trio.level != AUTO or not self.manifest.levels:
+            return
+        lowest = msgspec.structs.replace(trio, level=self.auto_levels[0])
+        job.chat = msgspec.structs.replace(job.chat, trio=lowest)
+        self._metrics.count_lowered(self.name)
+
     def start(self) -> None:
         """Load the model and begin to answer. Called on the event loop."""
 
@@ -67,6 +90,16 @@ class ModelWorker(Protocol):
 
     def stop(self, *, timeout_s: float) -> None:
         """End all jobs and release the model. Called in a thread."""
+
+
+def named_levels(workers: Mapping[str, ModelWorker]) -> dict[str, tuple[ModelWorker, str | None]]:
+    """Return the worker and the level of each ``model`` of requests: NAME, and NAME@LEVEL of a bundle with several levels."""
+    found: dict[str, tuple[ModelWorker, str | None]] = {name: (one, None) for name, one in workers.items()}
+    for name, worker in workers.items():
+        if worker.has_loaded and worker.manifest.levels:
+            for level in (AUTO, *worker.manifest.level_names):
+                found.setdefault(f"{name}@{level}", (worker, level))
+    return found
 
 
 def smoothed(mean_s: float, seconds: float) -> float:

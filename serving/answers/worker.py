@@ -8,12 +8,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Future
 from itertools import chain
 from typing import TYPE_CHECKING, Any, final
 
-import msgspec
 import numpy as np
 
 from trio_edge.runtime.answer import Statistics
@@ -184,6 +183,7 @@ class Worker(ModelWorker):
         return failure
 
     def _answer(self, pipeline: Pipeline, constraints: Constraints, job: AnswerJob) -> None:
+        self.lower_if_busy(job, num_waiting=len(self._waiting))
         if job.asking is None:
             reason, usage = self._chat(pipeline, constraints, job)
         else:
@@ -211,22 +211,30 @@ class Worker(ModelWorker):
             done.append(answer.statistics)
             if job.is_cancelled:
                 break
-        return reason, usage_of(done, queue_s=self._running_since - job.submitted)
+        usage = usage_of(done, queue_s=self._running_since - job.submitted)
+        return reason, usage | level_fields(done[0], pipeline.manifest)
 
     def _decide(self, pipeline: Pipeline, job: AnswerJob, asking: Asking) -> dict[str, Any]:
         """Emit the answers to questions until the job is cancelled; return the usage."""
-        done = list[Statistics]()
-        for index, decision in decisions_of(pipeline, job.prompt.messages, asking):
+        done, manifest, level = list[Statistics](), pipeline.manifest, job.chat.trio.level
+        for index, decision in decisions_of(pipeline, job.prompt.messages, asking, level=level):
             done.append(decision.statistics)
             diagnostics = {
                 "label_mass": decision.label_mass,
                 "visual_tokens": done[-1].visual_tokens,
                 "kept_tokens": list(done[-1].kept_tokens),
+                **level_fields(done[-1], manifest),
             }
+            if asking.options.kept:
+                diagnostics["kept"] = kept_report(
+                    decision, manifest.at_level(decision.statistics.level).schedule.stages
+                )
             job.emit(Decided(index, list(decision.probabilities), decision.score, diagnostics))
             if job.is_cancelled:
                 break
-        return decision_usage(done, queue_s=self._running_since - job.submitted)
+        usage = decision_usage(done, queue_s=self._running_since - job.submitted)
+        levels = {"levels": Counter(answer.level for answer in done)} if manifest.levels else {}
+        return usage | level_fields(done[0], manifest) | levels
 
     def _stream(self, pipeline: Pipeline, answer: Generation, job: AnswerJob, *, needs_report: bool) -> str:
         """Emit an answer's events but its end; return why it ended."""
@@ -241,7 +249,8 @@ class Worker(ModelWorker):
 
         for piece in chain(answer, [""]):  # the empty piece: an answer without text has a report, too
             if needs_report:
-                job.emit(Kept(kept_report(answer, pipeline.manifest.schedule.stages)))
+                manifest = pipeline.manifest.at_level(answer.statistics.level)
+                job.emit(Kept(kept_report(answer, manifest.schedule.stages)))
                 needs_report = False
             emit(stops.push(piece))
             if stops.is_found:
@@ -265,6 +274,7 @@ def answer_settings(chat: ChatRequest, manifest: Manifest, *, number: int = 0) -
         message = f"{expected}; ask for fewer, or export with a larger --max-new-tokens"
         raise RequestError(400, message, code="context_length_exceeded", param=param)
     return {
+        "level": chat.trio.level,
         "max_new_tokens": limit,
         "temperature": chat.temperature,
         "top_p": chat.top_p,
@@ -332,10 +342,16 @@ def decision_usage(answers: Sequence[Statistics], *, queue_s: float) -> dict[str
     }
 
 
+def level_fields(statistics: Statistics, manifest: Manifest) -> dict[str, Any]:
+    """Return the level of an answer and those that ran below it; nothing for a bundle with one level."""
+    below = {"levels_below": list(statistics.levels_below)} if statistics.levels_below else {}
+    return {"level": statistics.level, **below} if manifest.levels else {}
+
+
 def decisions_of(
-    pipeline: Pipeline, messages: Sequence[Message], asking: Asking
+    pipeline: Pipeline, messages: Sequence[Message], asking: Asking, *, level: str | None
 ) -> Iterator[tuple[int, Decision]]:
-    """Yield the place of each question and its answer; questions with images of their own come last.
+    """Yield the place of each question and its answer at ``level``; questions with images of their own come last.
 
     The last messages are the questions' own, one for each, with these images.
     """
@@ -349,8 +365,12 @@ def decisions_of(
         if group:
             last = {**shared[-1], "content": [*shared[-1]["content"], *own[group[0]]]}
             questions = [asking.questions[index] for index in group]
-            options = msgspec.structs.asdict(asking.options)
-            yield from zip(group, pipeline.iter_decisions([*shared[:-1], last], questions, **options))
+            how: dict[str, Any] = {
+                "sharing": asking.options.sharing,
+                "both_orders": asking.options.both_orders,
+                "level": level,
+            }
+            yield from zip(group, pipeline.iter_decisions([*shared[:-1], last], questions, **how))
 
 
 @final
@@ -384,18 +404,18 @@ def _overlap(text: str, stop: str) -> int:
     return next((count for count in range(longest, 0, -1) if text.endswith(stop[:count])), 0)
 
 
-def kept_report(answer: Generation, stages: Sequence[Stage]) -> dict[str, Any]:
+def kept_report(answer: Generation | Decision, stages: Sequence[Stage]) -> dict[str, Any]:
     """Return the kept boxes of each image and stage in pixels, for the page, and the milliseconds of each graph.
 
     The answer must have its first token.
     """
     images, first = [], 0
-    for image, layout in zip(answer.images, answer.layouts):
+    for layout in answer.layouts:
         after = first + len(layout.boxes)
         own = [indices[(indices >= first) & (indices < after)] - first for indices in answer.kept]
         entered = {"layer": 0, **_boxes(layout, np.arange(len(layout.boxes)))}
         kept = [{"layer": stage.layer, **_boxes(layout, chosen)} for stage, chosen in zip(stages, own)]
-        images.append({"width": image.width, "height": image.height, "stages": [entered, *kept]})
+        images.append({"width": layout.width, "height": layout.height, "stages": [entered, *kept]})
         first = after
     graph_ms = {name: round(ms, 3) for name, ms in answer.statistics.graph_ms.items()}
     return {"images": images, "graph_ms": graph_ms}

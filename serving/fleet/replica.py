@@ -37,15 +37,16 @@ class Replica:
             TrioEdgeError: If the bundle cannot be loaded.
         """
         # Ray Serve has the queue. One request may wait here while a cancelled one reaches its next token.
-        settings = replace(settings, max_queue=2, max_wait_s=float("inf"))
+        settings = replace(settings, max_queue=2, busy_queue=None, max_wait_s=float("inf"))
         load = partial(Pipeline.from_bundle, bundle, **loading)
         self._worker = Worker(name, load, settings=settings, metrics=Metrics())
         self._worker.start()
         self._worker.loaded.result()
 
-    async def describe(self) -> tuple[str, bytes]:
-        """Return the backend's name and the manifest as JSON."""
-        return self._worker.backend_name, json_from_manifest(self._worker.manifest)
+    async def describe(self) -> tuple[str, bytes, tuple[str, ...]]:
+        """Return the backend's name, the manifest as JSON, and the levels that "auto" may run."""
+        worker = self._worker
+        return worker.backend_name, json_from_manifest(worker.manifest), worker.auto_levels
 
     async def answer(self, request: bytes) -> AsyncIterator[bytes]:
         """Yield ``STARTED``, then the events of an answer. Ray Serve closes it when the client goes away."""

@@ -40,6 +40,7 @@ class Description(NamedTuple):
 
     backend_name: str
     manifest: Manifest
+    auto_levels: tuple[str, ...]
 
 
 @final
@@ -126,16 +127,18 @@ class FleetWorker(ModelWorker):
 
     async def _first_description(self) -> Description:
         """Return the description of the first replica."""
-        asking: asyncio.Future[tuple[str, bytes]] = asyncio.ensure_future(self._replicas.describe.remote())
+        asking: asyncio.Future[tuple[str, bytes, tuple[str, ...]]] = asyncio.ensure_future(
+            self._replicas.describe.remote()
+        )
         # A handle waits for ever for replicas whose deployment has failed (Ray 2.60).
         while not (await asyncio.wait({asking}, timeout=_WATCH_S))[0]:
             status = await run_in_threadpool(self._status)
             if status.status == "DEPLOY_FAILED":
                 asking.cancel()
                 raise BackendError(_last_error(str(status.message)))
-        backend_name, manifest = asking.result()
+        backend_name, manifest, levels = asking.result()
         await self._count_replicas()
-        return Description(backend_name, manifest_from_json(manifest, where=self.name))
+        return Description(backend_name, manifest_from_json(manifest, where=self.name), levels)
 
     async def _count_replicas(self) -> None:
         try:
@@ -156,6 +159,7 @@ class FleetWorker(ModelWorker):
             job.emit(Failed(self._client_error(error)))
 
     async def _relay(self, job: AnswerJob) -> None:
+        self.lower_if_busy(job, num_waiting=self._num_waiting - 1)
         request = await run_in_threadpool(packed_request, job)
         answer = self._replicas.options(stream=True).answer.remote(request)
         try:

@@ -5,6 +5,7 @@ A request becomes a conversation: its input, then a turn for each question with 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
@@ -16,9 +17,12 @@ from trio_edge.runtime.decisions.wording import Sharing
 from trio_edge.serving.requests.errors import RequestError, invalid_value
 from trio_edge.serving.requests.protocol import (
     ChatRequest,
+    ImagePart,
+    LevelOptions,
     Part,
     Spec,
     TextPart,
+    TrioOptions,
     Turn,
     checked,
     decoded,
@@ -30,11 +34,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-class DecisionOptions(Spec, kw_only=True, frozen=True):
-    """Our own options: the keyword arguments of ``Pipeline.iter_decisions``."""
+class DecisionOptions(LevelOptions, kw_only=True, frozen=True):
+    """Our own options: keyword arguments of ``Pipeline.iter_decisions``, and what an answer tells."""
 
     sharing: Sharing = "auto"
     both_orders: bool = False
+    kept: bool = False
+    """Whether the diagnostics have the boxes of the kept tokens and the times of the graphs."""
 
 
 class Asking(msgspec.Struct, frozen=True):
@@ -161,9 +167,13 @@ def parse_decisions(body: bytes | bytearray, *, max_parts: int) -> tuple[Decisio
         PlacedTurn(turn.role, _placed(turn.content, where=f"input[{number}].content"))
         for number, turn in enumerate(messages)
     ]
+    if messages[-1].role == "user":
+        turns[-1] = _with_numbers(turns[-1], where=f"input[{len(turns) - 1}].content", before=turns[:-1])
+    shared = turns[:]
     for number, one in enumerate(asked.questions):
         where = f"questions[{number}]"
-        turns.append(PlacedTurn("user", _placed(one.instructions, where=f"{where}.instructions")))
+        own = PlacedTurn("user", _placed(one.instructions, where=f"{where}.instructions"))
+        turns.append(_with_numbers(own, where=f"{where}.instructions", before=shared))
         text = "\n".join(part.text for _, part in turns[-1].parts if isinstance(part, TextPart))
         questions.append(checked_question(_question(one, text), where=where))
     asking = Asking(questions, asked.trio)
@@ -183,7 +193,8 @@ def conversation(
         for number, turn in enumerate(turns)
         for place, (name, _) in enumerate(turn.parts)
     }
-    found = Conversation(ChatRequest(model=model, messages=messages), asking, {"messages": default, **places})
+    chat = ChatRequest(model=model, messages=messages, trio=TrioOptions(level=asking.options.level))
+    found = Conversation(chat, asking, {"messages": default, **places})
     try:
         checked(found.chat, max_parts=max_parts + 2 * len(asking.questions))
     except RequestError as error:
@@ -214,6 +225,21 @@ def _placed(content: str | Sequence[DecisionPart], *, where: str) -> list[tuple[
         return [(where, TextPart(text=content))]
     parts = [image_of(part) if isinstance(part, InputImage) else TextPart(text=part.text) for part in content]
     return [(f"{where}[{place}]", part) for place, part in enumerate(parts)]
+
+
+def _with_numbers(turn: PlacedTurn, *, where: str, before: Sequence[PlacedTurn]) -> PlacedTurn:
+    """Return a turn that the model sees with its images first: text between them becomes one with "[image 1]" for each."""
+    seen = [isinstance(part, ImagePart) for _, part in turn.parts]
+    images = [part for part, is_image in zip(turn.parts, seen) if is_image]
+    if not images or all(seen[seen.index(True) : len(seen) - seen[::-1].index(True)]):
+        return turn
+    numbers = itertools.count(
+        1 + sum(isinstance(part, ImagePart) for other in before for _, part in other.parts)
+    )
+    texts = [
+        part.text if isinstance(part, TextPart) else f"[image {next(numbers)}]" for _, part in turn.parts
+    ]
+    return PlacedTurn(turn.role, [*images, (where, TextPart(text="\n".join(texts)))])
 
 
 def _question(asked: AskedQuestion, text: str) -> Question:

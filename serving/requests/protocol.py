@@ -146,8 +146,15 @@ class StructuredOutputs(Spec, kw_only=True, frozen=True):
     choice: Annotated[list[_Choice], msgspec.Meta(min_length=1, max_length=_MAX_CHOICES)]
 
 
-class TrioOptions(Spec, kw_only=True, frozen=True):
-    """Our own options."""
+class LevelOptions(Spec, kw_only=True, frozen=True):
+    """Our own options of all requests."""
+
+    level: str | None = None
+    """One of the bundle's levels, or "auto"; None for its default."""
+
+
+class TrioOptions(LevelOptions, kw_only=True, frozen=True):
+    """Our own options of chats."""
 
     kept: bool = False
     """Whether the answer has the boxes of the kept tokens and the times of the graphs."""

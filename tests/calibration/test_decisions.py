@@ -81,7 +81,7 @@ def test_bins_hold_every_confidence() -> None:
 def test_a_temperature_is_found_again(temperature: float) -> None:
     """Answers drawn from probabilities that are then sharpened: dividing by the temperature brings them back."""
     random, drawn = np.random.default_rng(0), []
-    for shares in random.dirichlet(np.ones(4), size=4000):
+    for shares in random.dirichlet(np.ones(4), size=2000):
         right = int(random.choice(4, p=shares))
         drawn.append(at_temperature(judged(*shares.tolist(), right=right), 1 / temperature))
     assert fitted_temperature(drawn) == pytest.approx(temperature, rel=0.08)

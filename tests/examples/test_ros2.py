@@ -103,10 +103,10 @@ class Slow(Answers):
         super().__init__(*probabilities)
         self.is_asked, self.may_answer = threading.Event(), threading.Event()
 
-    def decide(self, image: Image.Image, questions: Any) -> Any:
+    def decide(self, image: Image.Image, questions: Any, level: Any) -> Any:
         self.is_asked.set()
         assert self.may_answer.wait(60)
-        return super().decide(image, questions)
+        return super().decide(image, questions, level)
 
 
 def outputs(

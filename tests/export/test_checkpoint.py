@@ -16,18 +16,22 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.hub_server import COMMIT, HubServer, serve
+from tests.preloaded import preloaded
 from trio_edge.export.checkpoints.checkpoint import ALIASES, canonical_name, locate, read_checkpoint
 from trio_edge.export.checkpoints.weights import read_safetensors_header
 from trio_edge.runtime.bundle.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    Run = Callable[..., subprocess.CompletedProcess[str]]
 
 REPOSITORY = "someone/sharded-llava"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 TRIO_EXPORT = Path(sys.executable).parent / "trio-export"
 READ = """
 import json, sys
+assert "huggingface_hub" not in sys.modules
 from trio_edge.export.checkpoints.checkpoint import read_checkpoint
 from trio_edge.runtime.bundle.errors import CheckpointError
 try:
@@ -62,17 +66,23 @@ def hub(repository: Path) -> Iterator[HubServer]:
         yield server
 
 
-def read(
-    hub: HubServer, cache: Path, *, revision: str = "", model: str = REPOSITORY, **more: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", READ, model, revision],
-        env=hub.environment(cache, **more),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Runs Python code; huggingface_hub, which reads its environment once, is not imported yet."""
+    with preloaded("trio_edge.export.checkpoints.checkpoint") as run:
+        yield run
+
+
+@pytest.fixture
+def read(run: Run) -> Run:
+    """Reads a checkpoint in a process of its own."""
+
+    def read(
+        hub: HubServer, cache: Path, *, revision: str = "", model: str = REPOSITORY, **more: str
+    ) -> subprocess.CompletedProcess[str]:
+        return run(READ, model, revision, env=hub.environment(cache, **more))
+
+    return read
 
 
 def refusal(result: subprocess.CompletedProcess[str]) -> str:
@@ -140,7 +150,7 @@ def test_unknown_name_says_what_was_expected(model: str, message: str) -> None:
 
 
 def test_hub_repository_is_read_without_its_pickles_code_and_other_formats(
-    hub: HubServer, tmp_path: Path
+    read: Run, hub: HubServer, tmp_path: Path
 ) -> None:
     result = read(hub, tmp_path)
     assert result.returncode == 0, result.stderr
@@ -153,7 +163,7 @@ def test_hub_repository_is_read_without_its_pickles_code_and_other_formats(
     )
 
 
-def test_second_read_of_a_hub_repository_downloads_nothing(hub: HubServer, tmp_path: Path) -> None:
+def test_second_read_of_a_hub_repository_downloads_nothing(read: Run, hub: HubServer, tmp_path: Path) -> None:
     assert read(hub, tmp_path).returncode == 0
     hub.fetched.clear()
     offline = read(hub, tmp_path, HF_HUB_OFFLINE="1")
@@ -161,7 +171,9 @@ def test_second_read_of_a_hub_repository_downloads_nothing(hub: HubServer, tmp_p
     assert hub.fetched == []
 
 
-def test_interrupted_download_is_completed_or_named_when_offline(hub: HubServer, tmp_path: Path) -> None:
+def test_interrupted_download_is_completed_or_named_when_offline(
+    read: Run, hub: HubServer, tmp_path: Path
+) -> None:
     assert read(hub, tmp_path).returncode == 0
     (shard,) = tmp_path.glob(f"hub/*/snapshots/*/{SHARDS[1]}")
     shard.resolve().unlink()
@@ -172,7 +184,7 @@ def test_interrupted_download_is_completed_or_named_when_offline(hub: HubServer,
 
 @pytest.mark.parametrize("revision", ["", "main", COMMIT], ids=["default", "branch", "commit"])
 def test_cached_revision_is_read_offline(
-    revision: str, hub: HubServer, repository: Path, tmp_path: Path
+    revision: str, read: Run, hub: HubServer, repository: Path, tmp_path: Path
 ) -> None:
     snapshot = hub_cache(tmp_path, repository)
     result = read(hub, tmp_path, revision=revision, HF_HUB_OFFLINE="1")
@@ -181,7 +193,7 @@ def test_cached_revision_is_read_offline(
 
 
 def test_cache_without_a_shard_or_the_revision_gives_one_line_offline(
-    hub: HubServer, repository: Path, tmp_path: Path
+    read: Run, hub: HubServer, repository: Path, tmp_path: Path
 ) -> None:
     hub_cache(tmp_path, repository, without=SHARDS[:1])
     missing = refusal(read(hub, tmp_path, HF_HUB_OFFLINE="1"))
@@ -191,7 +203,7 @@ def test_cache_without_a_shard_or_the_revision_gives_one_line_offline(
     assert "complete cached copy at revision 'v2', got no connection" in other
 
 
-def test_hub_repository_of_pickles_is_refused_with_a_way_out(tmp_path: Path) -> None:
+def test_hub_repository_of_pickles_is_refused_with_a_way_out(read: Run, tmp_path: Path) -> None:
     (tmp_path / "repository").mkdir()
     (tmp_path / "repository" / "config.json").write_text('{"model_type": "llava"}')
     (tmp_path / "repository" / "pytorch_model.bin").write_bytes(b"pickle")
@@ -202,13 +214,15 @@ def test_hub_repository_of_pickles_is_refused_with_a_way_out(tmp_path: Path) -> 
     assert hub.fetched == ["config.json"]
 
 
-def test_token_opens_a_private_repository(hub: HubServer, tmp_path: Path) -> None:
+def test_token_opens_a_private_repository(read: Run, hub: HubServer, tmp_path: Path) -> None:
     hub.required_token = "hf_secret"
     assert "set HF_TOKEN" in refusal(read(hub, tmp_path))
     assert read(hub, tmp_path, HF_TOKEN="hf_secret").returncode == 0
 
 
-def test_gated_repository_and_unknown_revision_say_what_to_do(hub: HubServer, tmp_path: Path) -> None:
+def test_gated_repository_and_unknown_revision_say_what_to_do(
+    read: Run, hub: HubServer, tmp_path: Path
+) -> None:
     assert "expected a branch, tag or commit for --revision, got 'v9'" in refusal(
         read(hub, tmp_path, revision="v9")
     )
@@ -238,18 +252,12 @@ def test_ctrl_c_in_a_download_gives_one_line_at_once(hub: HubServer, tmp_path: P
     assert not (tmp_path / "bundle").exists()
 
 
-def test_refused_configuration_downloads_no_weights(hub: HubServer, tmp_path: Path) -> None:
+def test_refused_configuration_downloads_no_weights(run: Run, hub: HubServer, tmp_path: Path) -> None:
     refuse = f"""
 from trio_edge.export.checkpoints.checkpoint import read_checkpoint
 read_checkpoint({REPOSITORY!r}, check_config=lambda folder, config: exit(config["model_type"]))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", refuse],
-        env=hub.environment(tmp_path / "cache"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run(refuse, env=hub.environment(tmp_path / "cache"))
     assert result.stderr.splitlines()[-1] == "llava"
     assert "config.json" in hub.fetched
     assert not set(hub.fetched) & set(SHARDS)

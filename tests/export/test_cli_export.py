@@ -256,7 +256,7 @@ def test_list_names_the_aliases(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_option_list_changes_only_on_purpose() -> None:
     options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
     assert options == {
-        "--out", "--revision", "--keep", "--schedule", "--method", "--probe-rows", "--num-probe-rows",
+        "--out", "--revision", "--keep", "--schedule", "--level", "--method", "--probe-rows", "--num-probe-rows",
         "--token-method", "--token-keep", "--clip", "--nms-threshold", "--nms-rounds", "--positions", "--encoder-keep",
         "--image-size", "--only-image-sizes", "--max-visual", "--max-images",
         "--max-frames", "--budget", "--follow-ups", "--max-text", "--text-buckets", "--max-new-tokens",

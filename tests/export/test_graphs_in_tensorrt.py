@@ -1,4 +1,4 @@
-"""A real TensorRT builds every graph of every family and of the packaged model; InternVL is in ``tests/spec``."""
+"""A real TensorRT builds every graph of LLaVA and of the packaged model; other families are in ``tests/spec``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from tests.bundles import export
 from tests.checkpoints import save_checkpoint
 from tests.engine_bundles import build_here
 from tests.goldens import GOLDEN_NAMES, golden_bundle, load_golden, needs_goldens
-from tests.qwen_checkpoints import CAMERA, REDUCED, save_qwen_checkpoint
 from tests.schedules import schedule_for
 from tests.spec.reduced_reference import PRESERVED_ANSWER_ROWS
 from trio_edge.runtime.bundle.reader import open_bundle
@@ -35,9 +34,6 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     ),
     "the packaged model": lambda _: export(
         "tiny", dtype="float32", schedule=schedule_for(1 / 9, num_layers=16, num_visual=192)
-    ),
-    "qwen2_5_vl": lambda folder: export(
-        save_qwen_checkpoint(folder), schedule=REDUCED, image_sizes=(CAMERA,)
     ),
 }
 """Bundles whose engines are built, the same that other tests run."""

@@ -94,7 +94,7 @@ def test_both_stages_keep_the_tokens_that_the_input_decides(bundle: Path) -> Non
     with Pipeline.from_bundle(bundle, backend="onnxruntime", threads=1) as pipeline:
         answer = pipeline.generate(random_picture(70, 45, seed=1), "w1 w2 w3 w4", max_new_tokens=1)
         assert answer.text is not None
-        memory, num_visual = pipeline._decoder._memory, answer.statistics.visual_tokens
+        memory, num_visual = pipeline._level.decoder._memory, answer.statistics.visual_tokens
         first = _rows(pipeline, "prefix.hidden_states_out")
         rows = memory.host("prompt.visual_rows", (num_visual,))
         scores = first[rows] @ first[0]
@@ -108,7 +108,7 @@ def test_both_stages_keep_the_tokens_that_the_input_decides(bundle: Path) -> Non
 
 def _rows(pipeline: Pipeline, place: str) -> NDArray[np.float32]:
     """Return what the last prefill left at ``place``."""
-    tensor = pipeline._decoder._memory.tensor(place)
+    tensor = pipeline._level.decoder._memory.tensor(place)
     found = np.empty(tensor.shape, np.float32)
     pipeline._graphs.device.download(found, tensor)
     pipeline._graphs.device.synchronize()

@@ -14,6 +14,7 @@ import torch
 
 from tests.bundles import export
 from tests.checkpoints import save_checkpoint
+from tests.engine_bundles import build_here
 from tests.shared_traces import shared_traces
 from trio_edge.export.bundle import export_bundle
 from trio_edge.export.options import ExportOptions
@@ -25,7 +26,6 @@ from trio_edge.runtime.bundle.errors import ManifestError
 from trio_edge.runtime.bundle.manifest import shape_at
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.runtime.cli import build as cli_build
 from trio_edge.runtime.engines.cpu import ACCURACY_KEY, ACCURACY_LEVELS, onnxruntime_version
 
 if TYPE_CHECKING:
@@ -208,9 +208,9 @@ def test_tensorrt_builds_the_graphs_of_a_wide_int4_layer(num_kv_heads: int, tmp_
     }
     checkpoint = save_checkpoint(tmp_path / "wide", num_layers=2, dtype=torch.float16, text_settings=wide)
     schedule = Schedule(stages=(Stage(layer=1, keep=8),))
-    bundle = export(checkpoint, tmp_path / "bundle", schedule=schedule, quantize=parse_plan("int4"))
-    arguments = [str(bundle), "--backend", "tensorrt-rtx", "--compute-capability", "86", "--quiet"]
-    assert cli_build.main([*arguments, "--graphs", "probe_1,suffix"]) == 0
+    bundle = open_bundle(export(checkpoint, schedule=schedule, quantize=parse_plan("int4")))
+    graphs = {"probe_1", "suffix"}
+    assert build_here(bundle, tmp_path, graphs=graphs).keys() == graphs
 
 
 def test_an_engine_says_which_graph_it_is(quantized_bundle: Path, reduced_bundle: Path) -> None:

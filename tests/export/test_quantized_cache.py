@@ -130,9 +130,7 @@ def test_exporting_without_a_calibration_is_refused(
 
 def test_tensorrt_builds_layer_ranges_with_int8_caches(bundle: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="has wheels for x86-64 Linux only; runs in CI")
-    from tests.engine_bundles import copy_bundle
-    from trio_edge.runtime.cli.build import main
+    from tests.engine_bundles import build_here
 
-    copy = copy_bundle(bundle.folder, tmp_path / "bundle")
-    arguments = ["--backend", "tensorrt-rtx", "--compute-capability", "86", "--quiet"]
-    assert main([str(copy), *arguments, "--graphs", "prefix,suffix"]) == 0
+    graphs = {"prefix", "suffix"}
+    assert build_here(bundle, tmp_path, graphs=graphs).keys() == graphs

@@ -117,7 +117,7 @@ def test_tokens_are_timed_from_a_question_without_an_image_to_the_end_of_the_cac
         assert len(bundle.decode) == 1 + measuring.POINTS
         assert first.context == first.cached_rows <= bundle.text_tokens
         assert question.context == bundle.visual_tokens + bundle.text_tokens
-        end = manifest.visual_rows[0] + manifest.text_buckets[-1] + manifest.max_new_tokens
+        end = manifest.max_visual + manifest.text_buckets[-1] + manifest.max_new_tokens
         assert last.context == end - 4  # the tokens of a round are the cache's last
         more = last.context - question.context
         assert last.cached_rows == pytest.approx(bundle.processed_tokens + bundle.text_tokens + more)

@@ -135,7 +135,10 @@ def test_a_bundle_is_predicted_with_its_own_graphs_in_their_order(reduced_bundle
     prediction = predict(plan_for(manifest=manifest), ORIN)
     prefill = [timed.run.name for timed in prediction.runs if timed.run.phase == "prefill"]
     assert prefill == [graph.name for graph in manifest.graphs]
-    assert prediction.setting.visual_rows == manifest.visual_rows
+    assert prediction.setting.visual_rows == (
+        manifest.max_visual,
+        *(stage.keep for stage in manifest.schedule.stages),
+    )
 
 
 @pytest.mark.parametrize("num_text", [4, 32, 33])

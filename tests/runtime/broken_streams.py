@@ -8,6 +8,7 @@ Both are JSON files: a list of {"main", "arguments", "streams"}, and a list of {
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -47,6 +48,8 @@ def _become(streams: dict[str, str], folder: str) -> None:
 def main(cases_file: str, results_file: str) -> int:
     cases = json.loads(Path(cases_file).read_bytes())
     mains = {case["main"]: importlib.import_module(case["main"]).main for case in cases}
+    gc.collect()
+    gc.freeze()  # a child that collects would copy all pages
     results = []
     for case in cases:
         folder = tempfile.mkdtemp()

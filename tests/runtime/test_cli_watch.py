@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -26,7 +27,7 @@ from trio_edge.runtime.decisions.question_file import read_questions
 from trio_edge.runtime.videos import live
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 ENTRIES = [
     {"name": "star", "kind": "yes-no", "text": "is there a star ?"},
@@ -46,6 +47,24 @@ COMMAND = "import sys; from trio_edge.runtime.cli.watch import main; sys.exit(ma
 @pytest.fixture(scope="module")
 def bundle() -> Path:
     return export("tiny", dtype="float32", schedule=STAGES)
+
+
+@pytest.fixture(scope="module")
+def pipeline(bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.from_bundle(bundle, threads=1) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(autouse=True)
+def _opened_once(bundle: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands in this process share a pipeline; those in processes of their own open the bundle."""
+    from_bundle = Pipeline.from_bundle
+
+    def opened(folder: Path, **loading: Any) -> Any:
+        is_shared = str(folder) == str(bundle) and loading.get("backend") in (None, "auto")
+        return contextlib.nullcontext(pipeline) if is_shared else from_bundle(folder, **loading)
+
+    monkeypatch.setattr(Pipeline, "from_bundle", opened)
 
 
 @pytest.fixture
@@ -92,20 +111,26 @@ def lines_of(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def answers(bundle: Path) -> list[list[str]]:
+def answers(pipeline: Pipeline) -> list[list[str]]:
     """For each of the two scenes, the answers to the questions."""
     asked = [
         Question.yes_no(str(ENTRIES[0]["text"])),
         Question.choice(str(ENTRIES[1]["text"]), list(ENTRIES[1]["options"])),
     ]
-    with Pipeline.from_bundle(bundle) as pipeline:
-        return [[one.choice for one in pipeline.decide(scene, asked)] for scene in scenes()]
+    return [[one.choice for one in pipeline.decide(scene, asked)] for scene in scenes()]
 
 
-@pytest.mark.parametrize("hold", [1, 2])
-@pytest.mark.parametrize("threshold", [None, 0])
-@pytest.mark.parametrize("only_changes", [False, True])
-@pytest.mark.parametrize("kind", SOURCES)
+SETTINGS = [*itertools.product([False, True], [None, 0], [1, 2])]
+
+
+@pytest.mark.parametrize(
+    ("kind", "only_changes", "threshold", "hold"),
+    [
+        *(("folder", *settings) for settings in SETTINGS),
+        # A container gives frames; tests of the watcher have what becomes of them.
+        *((kind, *settings) for kind in ("mp4", "mkv") for settings in (SETTINGS[0], SETTINGS[-1])),
+    ],
+)
 def test_lines_are_those_of_the_frames_that_changed(
     kind: str,
     only_changes: bool,
@@ -259,8 +284,17 @@ def ended(process: subprocess.Popen[str], number: int) -> tuple[int, str]:
     return process.returncode, errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda one: one.name)
-@pytest.mark.parametrize("kind", ["folder", "live folder", "live file", "camera", "silent camera"])
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        *itertools.product(["folder", "silent camera"], [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]),
+        # One handler serves all signals, so that each other source needs one.
+        ("live folder", signal.SIGINT),
+        ("live file", signal.SIGTERM),
+        ("camera", signal.SIGHUP),
+    ],
+    ids=lambda one: getattr(one, "name", one),
+)
 def test_a_signal_ends_it_cleanly(
     kind: str, number: signal.Signals, bundle: Path, questions: Path, tmp_path: Path
 ) -> None:

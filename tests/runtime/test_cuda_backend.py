@@ -163,7 +163,7 @@ def test_an_engine_that_cannot_be_captured_is_run_without_and_told(
 ) -> None:
     captured = answer(pipeline, tokens=5).token_ids
     graphs = pipeline._graphs
-    pipeline._decoder = Decoder(Programs(pipeline.manifest, graphs))
+    pipeline._level.decoder = Decoder(Programs(pipeline.manifest, graphs))
     cuda.uncapturable = "segment_1"
     cuda.calls.clear()
     assert answer(pipeline, tokens=5).token_ids == captured
@@ -180,7 +180,7 @@ def test_new_kv_rows_go_behind_the_valid_ones(pipeline: Pipeline, cuda: CudaOnHo
     answer(pipeline, tokens=3)
     dims = pipeline.manifest.dimensions
     row, height = dims.head_size * 4, 2 * 4
-    lengths = [cache.length - 2 for cache in pipeline._decoder.caches]  # after the prefill
+    lengths = [cache.length - 2 for cache in pipeline._level.decoder.caches]  # after the prefill
     visual, *copies = [call[1:] for call in named(cuda.calls, "cudaMemcpy2DAsync")]
     assert visual[-1] == 1  # the picture's tokens, which lie together
     prefill, first, second = copies[:3], copies[3:6], copies[6:]
@@ -205,7 +205,7 @@ def test_every_range_is_told_its_own_length_and_position(pipeline: Pipeline, cud
                 for name in ("position_ids", "past_length")
             ]
             told.append(read)
-    assert told == [[cache.length - 1] * 2 for cache in pipeline._decoder.caches]
+    assert told == [[cache.length - 1] * 2 for cache in pipeline._level.decoder.caches]
 
 
 def test_another_bucket_switches_the_prefill_contexts_and_never_those_of_decode(

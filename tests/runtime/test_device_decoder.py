@@ -56,17 +56,17 @@ def plain_answer(pipeline: Pipeline, plain: PlainDecoder, picture: Any, prompt: 
     manifest, embedding = pipeline.manifest, pipeline._embedding
     images = [] if picture is None else [picture]
     ids = pipeline._encode(build_messages(prompt, images=images))
-    prepared_images = [pipeline._vision.prepare(image, prompt) for image in images]
+    prepared_images = [pipeline._level.vision.prepare(image, prompt) for image in images]
     bucket = bucket_of(ids.num_tokens, manifest.text_buckets)
     after = embedding[ids.after]
-    seen = pipeline._vision.encode_images(prepared_images, after=after, text_bucket=bucket)
+    seen = pipeline._level.vision.encode_images(prepared_images, after=after, text_bucket=bucket)
     visual: Any = seen.tokens
     for prepared in prepared_images:
         pipeline._graphs.device.synchronize()
         outputs = plain.run("vision", prepared.inputs)
         visual = outputs["visual_tokens"]
         if manifest.token_keep is not None:
-            more, _ = pipeline._vision._inputs_of_reduce(prepared, after, bucket)
+            more, _ = pipeline._level.vision._inputs_of_reduce(prepared, after, bucket)
             known = {name: outputs[name] for name in manifest.graph("reduce").input_names if name in outputs}
             visual = plain.run("reduce", more | known)["reduced_tokens"]
         visual = visual[: seen.tokens.shape[0]]

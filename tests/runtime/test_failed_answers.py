@@ -39,7 +39,7 @@ def _raise(error: BaseException) -> Callable[[Pipeline, pytest.MonkeyPatch], Non
 
     def arrange(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("prefill", "decode"):
-            monkeypatch.setattr(pipeline._decoder, name, fail, raising=False)
+            monkeypatch.setattr(pipeline._level.decoder, name, fail, raising=False)
 
     return arrange
 

@@ -23,7 +23,9 @@ from trio_edge.runtime.decisions.questions import Decision, Question
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.serving.answers.decisions import DecisionWriter
 from trio_edge.serving.answers.job import Decided
+from trio_edge.serving.answers.worker import kept_report
 from trio_edge.serving.requests.decisions import parse_decisions
+from trio_edge.serving.requests.protocol import TextPart
 from trio_edge.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -110,10 +112,27 @@ def test_usage_counts_each_prompt_and_what_came_from_the_cache(
 def test_our_own_options_reach_the_pipeline(decider: RunningServer, tiny: Pipeline) -> None:
     options: dict[str, Any] = {"sharing": "each", "both_orders": True}
     decision = decide(decider, STAR, COLOR, extra_body={"trio": options})
+    assert "kept" not in decision.answers[0].diagnostics
     assert_equal(decision.answers, tiny.decide(PICTURE, OWN[:2], **options))
     assert decision.answers[0].probability != decide(decider, STAR, COLOR).answers[0].probability
     body = json.dumps({**GOOD, "trio": options}).encode()
-    assert msgspec.structs.asdict(parse_decisions(body, max_parts=9)[1].asking.options) == options
+    given = msgspec.structs.asdict(parse_decisions(body, max_parts=9)[1].asking.options)
+    assert given == {**options, "kept": False, "level": None}
+
+
+def test_the_boxes_of_each_questions_kept_tokens_come_if_they_are_asked_for(
+    decider: RunningServer, tiny: Pipeline
+) -> None:
+    options: dict[str, Any] = {"sharing": "each", "kept": True}
+    answers = decide(decider, STAR, COLOR, extra_body={"trio": options}).answers
+    for answer, decision in zip(answers, tiny.decide(PICTURE, OWN[:2], sharing="each"), strict=True):
+        own, found = kept_report(decision, tiny.manifest.schedule.stages), answer.diagnostics["kept"]
+        assert found["images"] == own["images"]
+        assert found["graph_ms"].keys() == own["graph_ms"].keys()
+        (image,) = found["images"]
+        assert (image["width"], image["height"]) == PICTURE.size
+        assert [stage["kept"] for stage in image["stages"]] == [192, *answer.diagnostics["kept_tokens"]]
+    assert answers[0].diagnostics["kept"]["images"] != answers[1].diagnostics["kept"]["images"]
 
 
 def test_a_question_in_both_orders_counts_the_cache_once(checkpoint: Path) -> None:
@@ -196,6 +215,42 @@ def test_images_of_a_question_come_after_the_shared_ones(checkpoint: Path) -> No
     assert [answer.diagnostics["visual_tokens"] for answer in decision.answers] == [
         one.statistics.visual_tokens for one in own
     ]
+
+
+def test_text_between_images_names_them() -> None:
+    """The model sees all images first, those of a question after those of the input."""
+
+    def texts_of(*parts: str) -> list[dict[str, Any]]:
+        urls = {"one", "two", "three", "four"}
+        return [
+            {"type": "input_image", "image_url": part}
+            if part in urls
+            else {"type": "input_text", "text": part}
+            for part in parts
+        ]
+
+    def read(turns: list[list[str]], instructions: list[str]) -> tuple[list[list[str]], str]:
+        body = {
+            "model": "m",
+            "input": [{"role": "user", "content": texts_of(*parts)} for parts in turns],
+            "questions": [{**STAR, "instructions": texts_of(*instructions)}],
+        }
+        _, (chat, asking, _) = parse_decisions(json.dumps(body).encode(), max_parts=20)
+        found = [
+            [part.text if isinstance(part, TextPart) else part.image_url.url for part in turn.parts]
+            for turn in chat.messages
+        ]
+        return found[:-1], asking.questions[0].text
+
+    assert read([["before:", "one", "after:", "two"]], ["?"]) == (
+        [["one", "two", "before:\n[image 1]\nafter:\n[image 2]"]],
+        "?",
+    )
+    for parts in (["a", "one", "two", "b"], ["one", "b"], ["a", "b", "one"], ["a"]):  # nothing is between
+        assert read([parts], ["?"]) == ([parts], "?")
+    # An earlier turn stays as it is; its images count.
+    turns = [["one", "a", "two"], ["three", "b"]]
+    assert read(turns, ["like", "four", "or", "one", "?"]) == (turns, "like\n[image 4]\nor\n[image 5]\n?")
 
 
 def test_values_keep_their_types() -> None:
@@ -311,7 +366,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "empty_input": ({"input": []}, "input: ", "input"),
     "number": ({"input": 5}, "input: Expected", "input"),
     "unknown_field": ({"stream": False}, "stream: not a field", "stream"),
-    "own_options": ({"trio": {"kept": True}}, r"trio\.kept: not a field", "trio.kept"),
+    "own_options": ({"trio": {"seen": True}}, r"trio\.seen: not a field", "trio.seen"),
     "sharing": ({"trio": {"sharing": "all"}}, r"trio\.sharing: ", "trio.sharing"),
     "function_call": (
         {"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}]},

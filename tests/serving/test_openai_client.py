@@ -171,7 +171,8 @@ def test_detail_chooses_no_bundle_that_cannot_take_the_request(server: RunningSe
 
     def chosen(*urls: str, **fields: Any) -> str:
         body = {"model": "full", "messages": question("w1", *urls, detail="low"), **fields}
-        return _chosen_worker(workers, parse_chat(json.dumps(body).encode(), max_parts=9)).name  # type: ignore[arg-type]
+        chat = parse_chat(json.dumps(body).encode(), max_parts=9)
+        return _chosen_worker(workers, chat)[0].name  # type: ignore[arg-type]
 
     own = {name: worker.manifest for name, worker in server.workers.items()}
     manifests = {
@@ -179,7 +180,8 @@ def test_detail_chooses_no_bundle_that_cannot_take_the_request(server: RunningSe
         "reduced": msgspec.structs.replace(own["reduced"], max_new_tokens=5),
     }
     workers = {
-        name: SimpleNamespace(name=name, is_ready=True, manifest=found) for name, found in manifests.items()
+        name: SimpleNamespace(name=name, is_ready=True, has_loaded=True, manifest=found)
+        for name, found in manifests.items()
     }
     assert chosen("a") == "reduced"
     assert chosen("a", "b") == "full"

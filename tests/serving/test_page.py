@@ -16,7 +16,9 @@ from PIL import Image
 
 from tests.bundles import export
 from tests.pictures import random_picture
+from tests.schedules import schedule_for
 from tests.serving.server import RunningServer, running, slowed, until
+from tests.serving.test_levels import DOUBTFUL, SURE
 from trio_edge.profiling.page.page import SCHEME
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
@@ -42,6 +44,7 @@ FLAGS = (
 )  # fmt: skip
 PHONE = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
 PICTURE = random_picture(48, 48)
+SHAPES = PAGE.parents[2] / "examples" / "pictures" / "shapes-96x96.png"
 LEAST_TARGET = 24  # CSS pixels: WCAG 2.2, 2.5.8
 LEAST_CONTRAST = 4.5  # WCAG 2.2, 1.4.3
 
@@ -121,6 +124,14 @@ class Page:
         """Return the number of drawn boxes, and of those from the overview."""
         inside = self.all(".panel")[panel]
         return tuple(len(inside.find_elements("css selector", kind)) for kind in (".kept", ".overview"))  # type: ignore[return-value]
+
+    def boxes(self) -> list[list[float]]:
+        """Return the drawn boxes in pixels of the image, without those from the overview."""
+        drawn = [
+            [float(box.get_dom_attribute(name)) for name in ("x", "y", "width", "height")]
+            for box in self.all(".kept")
+        ]
+        return [[x, y, x + width, y + height] for x, y, width, height in drawn]
 
     def choose_stage(self, number: int) -> None:
         self.driver.execute_script("arguments[0].click()", self.all(".stages input")[number])
@@ -319,6 +330,9 @@ def test_probabilities_of_the_reduced_and_the_full_model_stand_next_to_each_othe
                 named = decision.by_name().items()
                 numbers = (decision.statistics.visual_tokens, *decision.statistics.kept_tokens)
                 expected.append("\n".join(f"{name}\n{100 * share:.1f} %" for name, share in named))
+            if bundle == deciding_bundles["reduced"]:
+                last = kept_report(decision, pipeline.manifest.schedule.stages)["images"][0]["stages"][-1]
+                drawn = (len(last["boxes"]), len(last["overview_boxes"]))
             kept.append(" → ".join(map(str, numbers)))
     assert page.texts(".shares") == expected
     bars = [bar.rect["width"] for bar in page.all(".share")]
@@ -326,7 +340,43 @@ def test_probabilities_of_the_reduced_and_the_full_model_stand_next_to_each_othe
     assert [inner / outer for inner, outer in zip(filled, bars)] == pytest.approx(shares, abs=0.03)
     assert all("these answers have" in text for text in page.texts(".decision .soft"))
     assert [text.splitlines()[1] for text in page.texts(".numbers")] == kept
+    assert not page.all(".decision .button")  # all questions share a selection
+    labels = page.texts(".panel:first-child .stages label")
+    assert [label.split(": ")[1] for label in labels] == kept[0].split(" → ")
+    assert page.drawn() == drawn
+    assert page.texts(".panel:last-child .stages label") == ["all: 192"]
     assert [line for line in page.driver.get_log("browser") if line["level"] in ("WARNING", "SEVERE")] == []
+
+
+@needs_browser
+def test_each_question_with_a_selection_of_its_own_draws_it(browser: Chrome) -> None:
+    from trio_edge.runtime.decisions.questions import Question
+
+    shapes = PAGE.parents[2] / "examples" / "pictures" / "shapes-96x96.png"
+    texts = ["what color is the digit 3 ?", "what color is the star ?"]
+    bundle = export("tiny", schedule=schedule_for(1 / 9, num_layers=16, num_visual=192), dtype="float32")
+    with page_of(browser, {"reduced": partial(Pipeline.from_bundle, bundle)}) as (page, _):
+        page.until_ready()
+        page.driver.execute_script("document.querySelector('[name=mode][value=decide]').click()")
+        page.add(shapes)
+        page["add-question"].click()
+        for row, text in enumerate(texts):
+            fill(page, row, "choice", text, "red, green, blue")
+        page["send"].click()
+        page.until_done()
+        with Pipeline.from_bundle(bundle) as pipeline:
+            choices = [Question.choice(text, ["red", "green", "blue"]) for text in texts]
+            stages = pipeline.manifest.schedule.stages
+            decisions = pipeline.decide(shapes, choices)
+            first, second = (
+                kept_report(one, stages)["images"][0]["stages"][-1]["boxes"] for one in decisions
+            )
+        assert first != second
+        assert page.boxes() == first
+        page.all(".decision .button")[1].click()
+        assert page.boxes() == second
+        page.all(".decision .button")[0].click()
+        assert page.boxes() == first
 
 
 @needs_browser
@@ -358,7 +408,11 @@ def test_on_a_phone_the_form_of_questions_fits(deciding: Page) -> None:
         page.until_done()
         assert page.driver.execute_script("return document.documentElement.scrollWidth") == PHONE["width"]
         touched = [
-            one.rect for one in page.all("button, .button, select, input:not(.unseen)") if one.is_displayed()
+            one.rect
+            for one in page.all(
+                "button, .button, select, input:not(.unseen, .button > *)"
+            )  # the label is touched
+            if one.is_displayed()
         ]
         assert all(min(rect["width"], rect["height"]) >= LEAST_TARGET for rect in touched)
         assert len(page.texts(".decision")) == 4
@@ -612,6 +666,45 @@ def test_a_further_question_knows_the_conversation(page: Page, pipeline: Pipelin
     assert page.texts(".turn h2") == ["w3", "w3", "w1 w2"]
     page["restart"].click()
     assert not page.all(".turn, #images li")
+
+
+@needs_browser
+def test_one_bundle_shows_its_levels_next_to_each_other(
+    browser: Chrome, levelled: RunningServer, levelled_bundle: Path
+) -> None:
+    from selenium.webdriver.support.ui import Select
+
+    page = Page(browser, levelled.url).until_ready()
+    names = [f"tiny@{level}" for level in ("auto", "base", "quick", "usual", "full")]
+    assert [option.text.split()[0] for option in page.all("#model option")] == names
+    assert page.all("#model option")[0].text == "tiny@auto (from quick up, if in doubt)"
+    assert page.all("#model option")[4].text == "tiny@full (192 tokens a layer)"
+    assert [page[name].get_attribute("value") for name in ("model", "other")] == ["tiny@usual", "tiny@full"]
+    page.add(SHAPES)
+    with Pipeline.from_bundle(levelled_bundle) as own:
+        for text, first, levels in (
+            (DOUBTFUL, "tiny@usual", ["usual", "full"]),
+            (DOUBTFUL, "tiny@auto", ["quick → full", "full"]),
+            (SURE, "tiny@auto", ["quick", "full"]),
+        ):
+            Select(page["model"]).select_by_value(first)
+            page["restart"].click()
+            page.add(SHAPES)
+            page.ask(text, other="tiny@full")
+            assert [found.split()[0] for found in page.texts(".panel h3")] == [first, "tiny@full"]
+            assert page.texts(".answer") == [
+                own.generate(SHAPES, text, level=name.split("@")[1]).text for name in (first, "tiny@full")
+            ]
+            shown = [re.search(r"^level\n(.+)$", found, re.MULTILINE) for found in page.texts(".numbers")]
+            assert [found and found[1] for found in shown] == levels
+    stages = page.texts(".panel:first-child .stages label")
+    assert stages == ["all: 192", "layer 1: 6", "layer 5: 2", "layer 8: 1"]
+    page.driver.execute_script("document.querySelector('[name=mode][value=decide]').click()")
+    fill(page, 0, "predicate", DOUBTFUL)
+    page["send"].click()
+    page.until_done()
+    assert len(page.texts(".shares")) == 2
+    assert all(re.search(r"^level\n.*full$", found, re.MULTILINE) for found in page.texts(".numbers")[:2])
 
 
 @needs_browser

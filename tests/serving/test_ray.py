@@ -24,6 +24,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.pictures import random_picture
 from tests.serving.server import image_url, question, until
+from tests.serving.test_decisions import PICTURE
+from tests.serving.test_levels import DOUBTFUL
 from trio_edge.runtime.bundle.errors import ShapeError
 from trio_edge.runtime.decisions.questions import Question
 from trio_edge.runtime.pipeline import Pipeline
@@ -99,18 +101,23 @@ def long_bundle(checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def fleet(long_bundle: Path) -> Iterator[Fleet]:
-    """Two replicas; at the end SIGTERM must leave no process."""
-    options = ["--replicas", "2", "--threads", "1", "--max-queue", str(NUM_QUEUED), "--port", "0"]
-    process = subprocess.Popen(
-        [str(COMMAND), f"small={long_bundle}", *options], stderr=subprocess.PIPE, text=True
-    )
+    """Two replicas."""
+    with running_fleet(long_bundle, 2, "--max-queue", str(NUM_QUEUED)) as fleet:
+        yield fleet
+
+
+@contextlib.contextmanager
+def running_fleet(bundle: Path, num_replicas: int, *options: str) -> Iterator[Fleet]:
+    """Serve a bundle as "small"; at the end SIGTERM must leave no process."""
+    options = ("--replicas", str(num_replicas), "--threads", "1", "--port", "0", *options)
+    process = subprocess.Popen([str(COMMAND), f"small={bundle}", *options], stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
         line = process.stderr.readline()
         found = re.match(r"trio-serve: (http://\S+)/v1 answers with small \(onnxruntime\)$", line)
         assert found, line + process.stderr.read()
         fleet = Fleet(process, found[1])
-        until(lambda: fleet.metric("trio_replicas") == 2, seconds=30)
+        until(lambda: fleet.metric("trio_replicas") == num_replicas, seconds=30)
         yield fleet
         fleet.client.close()
         pids = descendants(process.pid)
@@ -327,6 +334,44 @@ def test_wrong_options_are_one_line(
     assert error.count("\n") == 1
 
 
+def test_replicas_answer_at_the_level_of_a_request(levelled_bundle: Path) -> None:
+    url, shown = image_url(PICTURE), [{"type": "input_image", "image_url": image_url(PICTURE)}]
+    with (
+        Pipeline.from_bundle(levelled_bundle, threads=1) as own,
+        running_fleet(levelled_bundle, 1, "--busy-queue", "1") as fleet,
+        ThreadPoolExecutor(3) as clients,
+    ):
+        listed: Any = list(fleet.client.models.list())
+        assert listed[1].id == "small@auto"
+        assert listed[1].trio["levels"] == ["quick", "full"]
+
+        def ask(level: str, **fields: Any) -> Any:
+            messages: Any = question(DOUBTFUL, url)
+            return fleet.client.chat.completions.create(model=f"small@{level}", messages=messages, **fields)
+
+        for level in ("auto", "base", "full"):
+            expected, answer = own.generate(PICTURE, DOUBTFUL, level=level), ask(level)
+            assert answer.choices[0].message.content == expected.text
+            assert answer.usage.level == expected.statistics.level
+            decision: Any = fleet.client.decisions.create(
+                model="small",
+                input=[{"role": "user", "content": shown}],  # type: ignore[list-item,misc]
+                questions=[{"type": "predicate", "instructions": DOUBTFUL}],
+                extra_body={"trio": {"level": level}},
+            )
+            (expected_decision,) = own.decide(PICTURE, Question.yes_no(DOUBTFUL), level=level)
+            assert decision.answers[0].probability == expected_decision.probabilities[0]
+        assert fleet.metric("trio_lowered_requests_total") == 0
+        # The third request comes while the second waits for the first.
+        answers = [clients.submit(ask, "full", n=16)]
+        until(lambda: fleet.metric("trio_running_requests") == 1)
+        answers.append(clients.submit(ask, "auto"))
+        until(lambda: fleet.metric("trio_waiting_requests") == 1)
+        answers.append(clients.submit(ask, "auto"))
+        assert [answer.result().usage.level for answer in answers] == ["full", "full", "quick"]
+        assert fleet.metric("trio_lowered_requests_total") == 1
+
+
 @pytest.mark.filterwarnings("ignore")  # of Ray about pydantic
 def test_a_serve_configuration_has_the_options_of_the_command(reduced_bundle: Path) -> None:
     import click
@@ -334,8 +379,11 @@ def test_a_serve_configuration_has_the_options_of_the_command(reduced_bundle: Pa
     from trio_edge.serving import ray_app
 
     named = {"bundles": f"small={reduced_bundle},all={reduced_bundle}"}
-    given = ray_app._parsed({**named, "clamp_max_tokens": True, "max_queue": 3, "api_key": "a"})
+    given = ray_app._parsed(
+        {**named, "clamp_max_tokens": True, "max_queue": 3, "busy_queue": 2, "api_key": "a"}
+    )
     assert (given["clamp_max_tokens"], given["max_queue"], given["api_keys"]) == (True, 3, ("a",))
+    assert given["busy_queue"] == 2
     assert given["bundles"] == tuple(named["bundles"].split(","))
     for options, message in (
         ({"host": "::"}, "host: expected none here"),

@@ -141,7 +141,7 @@ def test_reduced_bundle_equals_plain_torch(model: Any, reduced: Pipeline, size: 
 
 
 def test_the_camera_has_no_padding(reduced: Pipeline) -> None:
-    prepared = reduced._vision.prepare(random_picture(*CAMERA), PROMPTS[0])
+    prepared = reduced._level.vision.prepare(random_picture(*CAMERA), PROMPTS[0])
     sizes = reduced.images.sizes(*CAMERA)
     assert len(prepared.inputs["token_index"]) == prepared.layout.num_visual == sizes["N"]
     assert len(prepared.inputs["pixel_values"]) == sizes["B"]

@@ -49,7 +49,7 @@ def first_logits(pipeline: Pipeline, *arguments: Any, **settings: Any) -> np.nda
 def test_decode_equals_a_longer_prefill(keep_all: Pipeline) -> None:
     """The logits after n decoded tokens are those of a prefill whose prompt ends with these tokens."""
     generator = np.random.default_rng(0)
-    decoder, hidden = keep_all._decoder, keep_all.manifest.dimensions.hidden_size
+    decoder, hidden = keep_all._level.decoder, keep_all.manifest.dimensions.hidden_size
     size, steps = keep_all.manifest.max_visual + 32, 6
     rows = generator.standard_normal((40 + steps, hidden)).astype(np.float32)
 
@@ -94,18 +94,18 @@ def test_every_bucket_gives_the_same_answer(kind: str, request: pytest.FixtureRe
     small, large = pipeline.manifest.text_buckets[0], pipeline.manifest.text_buckets[-1]
     ids = pipeline._encode(build_messages(PROMPT, images=[picture]))
     assert ids.num_tokens <= small < large
-    prepared = pipeline._vision.prepare(picture, PROMPT)
-    seen = pipeline._vision.encode_images([prepared], after=None, text_bucket=small)
+    prepared = pipeline._level.vision.prepare(picture, PROMPT)
+    seen = pipeline._level.vision.encode_images([prepared], after=None, text_bucket=small)
     hidden = pipeline.manifest.dimensions.hidden_size
     results = []
     for bucket in (small, large):
         prompt = write_prompt(
             ids, seen, manifest=pipeline.manifest, embedding=pipeline._embedding, text_bucket=bucket
         )
-        logits = [pipeline._decoder.prefill(prompt).logits]
+        logits = [pipeline._level.decoder.prefill(prompt).logits]
         for _ in range(3):
-            pipeline._decoder.decode(np.full(hidden, 0.1, np.float32))
-            logits.append(pipeline._decoder.logits())
+            pipeline._level.decoder.decode(np.full(hidden, 0.1, np.float32))
+            logits.append(pipeline._level.decoder.logits())
         results.append(np.stack(logits))
     np.testing.assert_allclose(results[0], results[1], **LOGITS_FLOAT32)
 
@@ -159,7 +159,7 @@ def test_image_sizes_leave_no_visual_padding(checkpoint: Path, reduced: Pipeline
         ]
         assert manifest.max_visual == reduced.manifest.max_visual
         for size in manifest.image_sizes:
-            prepared = pipeline._vision.prepare(random_picture(size.width, size.height), PROMPT)
+            prepared = pipeline._level.vision.prepare(random_picture(size.width, size.height), PROMPT)
             assert len(prepared.inputs["token_index"]) == prepared.layout.num_visual == size.num_visual
 
 
@@ -181,7 +181,7 @@ def test_history_reaches_the_model(checkpoint: Path, keep_all: Pipeline) -> None
         {"role": "user", "content": [{"type": "text", "text": "w4 w5"}]},
     ]
     text = original.processor.apply_chat_template(messages, add_generation_prompt=True)
-    pixels = keep_all._vision.prepare(picture, PROMPT).inputs["pixel_values"]
+    pixels = keep_all._level.vision.prepare(picture, PROMPT).inputs["pixel_values"]
     tokens, _ = original.generate(picture, text, num_tokens=10, pixel_values=pixels)
     answer = keep_all.generate(picture, "w4 w5", history=[("w1 w2", "w3")], max_new_tokens=10)
     _ = answer.text
@@ -243,8 +243,8 @@ def test_a_closed_pipeline_gives_its_memory_back_without_a_garbage_collection(re
                 answer = pipeline.generate(random_picture(60, 45), PROMPT, max_new_tokens=4)
                 assert answer.text is not None
                 assert answer.statistics.new_tokens > 1
-            decoder = weakref.ref(pipeline._decoder)
-            memory = weakref.ref(pipeline._decoder._memory)
+            decoder = weakref.ref(pipeline._level.decoder)
+            memory = weakref.ref(pipeline._level.decoder._memory)
         del pipeline, answer
         assert (decoder(), memory()) == (None, None)
     finally:

@@ -152,7 +152,7 @@ def test_a_selection_before_the_decoder_cuts_positions_and_deepstack_alike(
     with Pipeline.from_bundle(bundle) as pipeline:
         answer = pipeline.generate(picture, prompt, max_new_tokens=1)
         _ = answer.text
-        kept = pipeline._vision._kept["reduce"].tolist()
+        kept = pipeline._level.vision._kept["reduce"].tolist()
         assert len(set(kept)) == answer.statistics.average_keep * answer.statistics.visual_tokens == 7
         whole = prompt_of(model, hugging_face_inputs(pipeline, picture, prompt))
     rows, visual = rows_after(kept, whole.visual, whole.embeds.shape[1])
@@ -183,7 +183,7 @@ def test_decode_after_a_reduction_goes_on_at_the_original_positions(
     model: Any, reduced: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids: list[list[int]] = []
-    decoder = reduced._decoder
+    decoder = reduced._level.decoder
     decode, last_range = decoder.decode, len(decoder.caches) - 1
 
     def decode_and_record(row: Any) -> Any:
@@ -203,7 +203,7 @@ def test_decode_after_a_reduction_goes_on_at_the_original_positions(
 
 
 def test_the_camera_has_no_padding(reduced: Pipeline) -> None:
-    prepared = reduced._vision.prepare(random_picture(*CAMERA), PROMPTS[0])
+    prepared = reduced._level.vision.prepare(random_picture(*CAMERA), PROMPTS[0])
     inputs = prepared.inputs
     assert len(inputs["token_index"]) == prepared.layout.num_visual
     assert inputs["num_patches"][0] == len(inputs["pixel_values"])
@@ -215,10 +215,10 @@ def test_encoder_reduction_keeps_positions_and_boxes_of_what_it_keeps(tmp_path: 
     folder = save_qwen_checkpoint(tmp_path / "ck")
     bundle = export(folder, schedule=schedule, image_sizes=(CAMERA,), encoder_keep=0.4)
     with Pipeline.from_bundle(bundle) as pipeline:
-        prepared = pipeline._vision.prepare(random_picture(*CAMERA, seed=2), PROMPTS[0])
-        seen = pipeline._vision.encode_images([prepared], after=None, text_bucket=64)
+        prepared = pipeline._level.vision.prepare(random_picture(*CAMERA, seed=2), PROMPTS[0])
+        seen = pipeline._level.vision.encode_images([prepared], after=None, text_bucket=64)
         pipeline._graphs.device.synchronize()
-        boxes = pipeline._vision.entering(0).boxes
+        boxes = pipeline._level.vision.entering(0).boxes
         ((positions, span),) = seen.positions
         assert seen.tokens.shape[0] == seen.rows == boxes.shape[0] == positions.shape[1] == 8
         assert span == 5
@@ -229,8 +229,10 @@ def test_encoder_reduction_keeps_positions_and_boxes_of_what_it_keeps(tmp_path: 
         assert answer.statistics.visual_tokens == 8
         assert answer.statistics.kept_tokens == (4,)
         assert (
-            pipeline._vision.encode_images(
-                [pipeline._vision.prepare(random_picture(56, 56), PROMPTS[0])], after=None, text_bucket=64
+            pipeline._level.vision.encode_images(
+                [pipeline._level.vision.prepare(random_picture(56, 56), PROMPTS[0])],
+                after=None,
+                text_bucket=64,
             ).tokens.shape[0]
             == 4
         )

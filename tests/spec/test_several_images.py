@@ -87,7 +87,7 @@ def test_a_selection_before_the_decoder_is_each_images_own(subject: Subject) -> 
         inputs = subject.inputs(name)
         answer = pipeline.chat(CONVERSATIONS[name], max_new_tokens=3)
         assert answer.text is not None
-        each = pipeline._vision._layouts
+        each = pipeline._level.vision._layouts
     kept: list[int] = []
     first = 0
     for layout, of_image in each:

@@ -252,7 +252,7 @@ def test_a_selection_before_the_decoder_leaves_each_token_in_its_tile(
             )
             newline = torch.zeros(count, dtype=torch.bool)
             kept = selector(TokenInputs(whole.tokens, scalar(count), newline, **text)).kept_K.tolist()
-            assert pipeline._vision._kept["reduce"].tolist() == kept
+            assert pipeline._level.vision._kept["reduce"].tolist() == kept
             rows, visual = rows_after(kept, whole.visual, whole.embeds.shape[1])
             logits, _ = reduced_logits(model, whole.embeds[:, rows], Schedule(), visual=visual)
             np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
@@ -266,7 +266,7 @@ def test_a_selection_before_the_decoder_combines_with_stages_inside(model: Any, 
         answer = pipeline.generate(picture, PROMPTS[0], max_new_tokens=1)
         _ = answer.text
         whole = prompt_of(model, hugging_face_inputs(pipeline, picture, PROMPTS[0]))
-        first = pipeline._vision._kept["reduce"].tolist()
+        first = pipeline._level.vision._kept["reduce"].tolist()
     rows, visual = rows_after(first, whole.visual, whole.embeds.shape[1])
     logits, kept = reduced_logits(model, whole.embeds[:, rows], REDUCED, visual=visual)
     assert [indices.tolist() for indices in answer.kept] == kept

@@ -76,7 +76,7 @@ CONVERSATIONS: dict[str, list[Message]] = {
 
 def hugging_face_inputs(pipeline: Pipeline, messages: list[Message]) -> dict[str, torch.Tensor]:
     """Return the model's inputs with the runtime's ids, frames and patches, which have tests of their own."""
-    shown = pipeline._open(messages)
+    shown = pipeline.level_named().show(pipeline._decode(messages), "")
     ids = pipeline._encode(messages, [part.inset for part in shown])
     runs = [image.layout.num_visual for part in shown for image in part.prepared]
     input_ids = torch.from_numpy(ids.all_ids(runs).astype(np.int64))[None]

@@ -33,7 +33,7 @@ def sampling_of(family: str) -> Qwen25Videos | Qwen3Videos:
 
 def graph_outputs(pipeline: Pipeline, videos: VideoProcessing, video: Video) -> list[NDArray[np.float32]]:
     """Return tokens and planes of all units, [units * N, D] each."""
-    vision, units = pipeline._vision, []
+    vision, units = pipeline._level.vision, []
     for unit, layout in enumerate(videos.layouts(video)):
         spec = pipeline.manifest.graph("vision")
         profile = next(
@@ -98,7 +98,7 @@ def test_evs_keeps_what_changed_between_two_pairs_of_frames(
         (layout, _), rows = videos.layouts(video), pipeline.manifest.graph("reduce").profiles[0].sizes["N"]
         padded = np.full((rows, before.shape[1]), np.nan, pipeline.manifest.dtype)
         padded[: len(before)] = before
-        pipeline._vision.reduce_tokens(
+        pipeline._level.vision.reduce_tokens(
             {
                 "num_visual": np.array([layout.num_visual], np.int32),
                 "is_newline": np.zeros(rows, np.int32),
@@ -107,8 +107,8 @@ def test_evs_keeps_what_changed_between_two_pairs_of_frames(
             },
             sizes={"N": rows},
         )
-        pipeline._vision._device.synchronize()
-        kept = pipeline._vision._kept["reduce"]
+        pipeline._level.vision._device.synchronize()
+        kept = pipeline._level.vision._kept["reduce"]
     inputs = TokenInputs(
         torch.from_numpy(after),
         torch.tensor([layout.num_visual], dtype=torch.int32),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -10,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.shared_folder import with_more_traces
 
 ROOT = Path(__file__).parents[2]
 PAGE = "".join(
@@ -48,7 +49,7 @@ def test_the_page_followed_word_for_word_gives_two_selectors_that_export(copy: P
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/trio/test_methods.py", "-k", "norm or first",
          *(name for name in FILES if name.startswith("tests/"))],
-        cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True, check=False,
+        cwd=copy, env={**with_more_traces(), "PYTHONPATH": str(copy)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 passed" in done.stdout  # for each: its own test, the export and the check for its test

@@ -25,6 +25,7 @@ PARAMETERS: dict[str, Any] = {
     "hold": 1,
     "margin": 0.0,
     "threshold": THRESHOLD,
+    "level": "",
 }
 
 
@@ -36,6 +37,7 @@ class WatchNode(Node):  # type: ignore[misc]
         values = {name: self.declare_parameter(name, default).value for name, default in PARAMETERS.items()}
         questions = read_questions(values.pop("questions"))
         self._pipeline = Pipeline.from_bundle(values.pop("bundle"), backend=values.pop("backend"))
+        values["level"] = values["level"] or None  # ROS has no parameter without a value
         self._decisions = self.create_publisher(String, "~/decisions", 10)
         self._overlay = self.create_publisher(Image, "~/overlay", 1)
         outputs = Outputs(

@@ -19,6 +19,7 @@ from tests.shared_folder import kept_between_runs
 from tests.trio.decoder_layers import HIDDEN, rotary_tables
 from tests.trio.module_digest import module_digest
 from trio_edge.export.check.tensorrt import require_supported
+from trio_edge.export.graphs.assembly import onnx_graph
 from trio_edge.trio.selectors.interface import PromptInputs, Selection, StageInputs
 
 NAMES = (
@@ -153,10 +154,12 @@ def _trace_stage(selector: Any, path: Path, case: Case, *, several_sizes: bool) 
     rows = {0: torch.export.Dim.DYNAMIC}
     axes = (*[rows] * 4, rows if several_sizes else None, None, None, rows, rows, None)
     outputs = ["kept", "scores", "unsettled", "weights"]
-    program = torch.onnx.export(
-        StageGraph(selector).eval(), flat(case.inputs(_dtype(selector))), dynamo=True, opset_version=18,
-        input_names=NAMES, output_names=outputs, dynamic_shapes=axes, verbose=False,
-    )  # fmt: skip
+    with onnx_graph._captured_once():  # as the exporter traces
+        program = torch.onnx.export(
+            StageGraph(selector).eval(), flat(case.inputs(_dtype(selector))), dynamo=True, opset_version=18,
+            input_names=NAMES, output_names=outputs, dynamic_shapes=axes, verbose=False,
+            custom_translation_table=onnx_graph._TRANSLATIONS,
+        )  # fmt: skip
     assert program is not None
     program.save(path)
 

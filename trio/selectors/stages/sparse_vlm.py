@@ -22,6 +22,8 @@ r = V - k give r - f(r) = V - K. The smallest solution is r = int((100 (V - K) +
 reproduces the published tables. V is the image's own count: fewer tokens than N make fewer clusters.
 
 Differences from the original:
+- Fixed K for each stage, as in the paper. The authors' video branch lets the rank of the attention choose the ratio of each
+  layer; a K that is known only after a stage would make the host wait there, so levels choose the budget instead.
 - At most K // 2 rows are merged, which no published budget reaches; K = 1 is plain top-k.
 - No random noise in the densities. Of equal scores, densities or distances the lower index comes first.
 - Densities are compared as logarithms, so they do not vanish; distances below float32's rounding error are 0.
