@@ -86,6 +86,8 @@ class Page:
     def __init__(self, driver: Chrome, url: str) -> None:
         self.driver = driver
         driver.get(url)
+        # Between two servers the driver may come back before the new page stands.
+        until(lambda: bool(self.all("#send")))
 
     def until_ready(self) -> Page:
         until(lambda: self["send"].is_enabled())
