@@ -16,6 +16,8 @@ from trio_edge.export.quantize.numerics import rounded_activations
 from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from trio_edge.calibration.model.sequence import KeysAndValues, Sequence
@@ -65,8 +67,10 @@ def greedy_answer(
             kept.append(sequence.original_N)
             rounds.append(order.rounds)
         inputs.append(sequence)
-        rows, present = run_layer(model, sequence.hidden_SD, sequence.positions_AS, layer)
-        past.append(_as_cached(present, layer, caches))
+        rows, present = run_layer(
+            model, sequence.hidden_SD, sequence.positions_AS, layer, as_cached=_rounding(layer, caches)
+        )
+        past.append(present)
         sequence = sequence.after(layer, rows)
     logits = [logits_of(model, sequence.hidden_SD[-1:])]
     tokens = [int(logits[0].argmax()) if given is None else given[0]]
@@ -77,21 +81,24 @@ def greedy_answer(
         for layer, entering in enumerate(inputs):
             position = len(entering.hidden_SD) if is_compact else preserved
             inputs[layer] = entering.with_answer_row(row, position=position)
-            row, new = run_layer(model, row, inputs[layer].positions_AS[:, -1:], layer, past=past[layer])
-            past[layer] = appended(past[layer], _as_cached(new, layer, caches))
+            positions, rounding = inputs[layer].positions_AS[:, -1:], _rounding(layer, caches)
+            row, new = run_layer(model, row, positions, layer, past=past[layer], as_cached=rounding)
+            past[layer] = appended(past[layer], new)
         logits.append(logits_of(model, row))
         tokens.append(int(logits[-1].argmax()) if given is None else given[len(tokens)])
     return Greedy(tokens=tokens, logits_TV=torch.cat(logits), inputs=inputs, kept=kept, rounds=rounds)
 
 
-def _as_cached(rows: KeysAndValues, layer: int, caches: tuple[CacheRange, ...]) -> KeysAndValues:
-    """Return keys and values as later rows read them; a row reads its own in floating point."""
+def _rounding(
+    layer: int, caches: tuple[CacheRange, ...]
+) -> Callable[[Tensor, Tensor], KeysAndValues] | None:
+    """Return what rounds keys and values as INT8 KV caches do; None without ``caches``."""
     if not caches:
-        return rows
-    key, value = rows
-    return (
-        rounded_activations(key, largest=caches[layer].key),
-        rounded_activations(value, largest=caches[layer].value),
+        return None
+    largest = caches[layer]
+    return lambda key, value: (
+        rounded_activations(key, largest=largest.key),
+        rounded_activations(value, largest=largest.value),
     )
 
 

@@ -20,6 +20,8 @@ from trio_edge.trio.nms import similar_tokens
 from trio_edge.trio.selectors.interface import comes_before
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from trio_edge.calibration.model.torch_model import TorchModel
@@ -101,10 +103,11 @@ def run_layer(
     layer: int,
     *,
     past: KeysAndValues | None = None,
+    as_cached: Callable[[Tensor, Tensor], KeysAndValues] | None = None,
 ) -> tuple[Tensor, KeysAndValues]:
     """Return the hidden states of new rows after one layer, and their keys and values.
 
-    Keys and values are [1, G, S, E]; ``past`` has those of earlier rows.
+    Keys and values are [1, G, S, E]; ``past`` has those of earlier rows. ``as_cached`` rounds them as KV caches do.
     """
     past = past or _no_past(model, hidden_SD)
     cos, sin = model.rotary(positions_AS)
@@ -114,9 +117,8 @@ def run_layer(
     present: list[Tensor] = []
     module: Any = model.parts.layers[layer]
     tables = cos.to(hidden_SD.dtype), sin.to(hidden_SD.dtype)
-    hidden = module(
-        hidden_SD[None], attention_mask=mask, position_embeddings=tables, past=past, present=present
-    )
+    caching = {"past": past, "present": present, "as_cached": as_cached}
+    hidden = module(hidden_SD[None], attention_mask=mask, position_embeddings=tables, **caching)
     return hidden[0], (present[0], present[1])
 
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 ATTENTION_NAME = "trio_edge"
 """Attention of the decoder, over past and new rows in two parts."""
@@ -61,6 +61,7 @@ def two_part_attention(
     scaling: float,
     past: tuple[Tensor, Tensor],
     present: list[Tensor],
+    as_cached: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     **_unused: Any,
 ) -> tuple[Tensor, None]:
     """Return attention of the new rows over past and new rows, and append the new keys and values to ``present``.
@@ -74,10 +75,12 @@ def two_part_attention(
         scaling: Multiplied with the query before the product, which keeps float16 scores in range.
         past: Key and value buffers, [1, G, C, E] each.
         present: Receives ``key`` and ``value``.
+        as_cached: Rounds both as KV caches do; by default these round nothing.
 
     Returns:
         [1, S, H, E] in the query's dtype, and None for the weights.
     """
+    key, value = (key, value) if as_cached is None else as_cached(key, value)
     present += [key, value]
     _, H, S, E = query.shape
     G = key.shape[1]

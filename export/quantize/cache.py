@@ -1,11 +1,12 @@
 """Rewrites traced layer ranges for INT8 KV caches: past rows are read and new rows returned with constant scales.
 
-    past_key_values.{i}.key  INT8 ── DequantizeLinear ── attention
-    new keys, rotated ──┬─────────────────────────────── attention
-                        └── QuantizeLinear ── present.{i}.key  INT8
+    past_key_values.{i}.key  INT8 ───────────────────── DequantizeLinear ── attention
+    new keys, rotated ── QuantizeLinear ──┬──────────── DequantizeLinear ── attention
+                                          └── present.{i}.key  INT8
 
-Rows are rounded only on their way into the cache; a pass attends to its own rows unrounded. All keys of a layer share one
-scale, and so do its values, because TensorRT quantizes activations with one constant scale per tensor.
+A pass attends to its own rows as later ones will read them, so an answer does not depend on how its rows are divided into
+passes: decode equals prefill. All keys of a layer share one scale, and so do its values, because TensorRT quantizes
+activations with one constant scale per tensor.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def _with_cache(traced: TracedGraph, ranges: Sequence[CacheRange]) -> TracedGrap
         added = {f"{PAST_PREFIX}{part}.scale": scale, f"{PAST_PREFIX}{part}.zero": np.array(0, np.int8)}
         constants |= added
         inputs = add_constants(graph, added)
-        _read_rounded(graph, past, inputs)
+        _read_rounded(graph, list(past.uses()), past, inputs, dtype=past.dtype)
+        past.type = ir.TensorType(ir.DataType.INT8)
         _return_rounded(graph, f"{PRESENT_PREFIX}{part}", inputs)
     graph.sort()  # new nodes come after the nodes that read them
     spec = traced.spec
@@ -75,23 +77,31 @@ def _with_cache(traced: TracedGraph, ranges: Sequence[CacheRange]) -> TracedGrap
     return replace(traced, spec=spec, constants={**traced.constants, **constants})
 
 
-def _read_rounded(graph: ir.Graph, past: ir.Value, scale: list[ir.Value]) -> None:
-    """Make ``past`` INT8, and give its dequantized values to its readers."""
-    readers, name = list(past.uses()), f"{past.name}.dequantized"
-    values = add_node(graph, "DequantizeLinear", [past, *scale], name, past.dtype, past.shape)
+def _read_rounded(
+    graph: ir.Graph,
+    readers: Iterable[ir.Usage],
+    rounded: ir.Value,
+    scale: list[ir.Value],
+    *,
+    dtype: ir.DataType,
+) -> None:
+    """Give ``readers`` the dequantized values of ``rounded``."""
+    name = f"{rounded.name}.dequantized"
+    values = add_node(graph, "DequantizeLinear", [rounded, *scale], name, dtype, rounded.shape)
     for node, index in readers:
         node.replace_input_with(index, values)
-    past.type = ir.TensorType(ir.DataType.INT8)
 
 
 def _return_rounded(graph: ir.Graph, name: str, scale: list[ir.Value]) -> None:
-    """Make the output ``name`` INT8; readers inside the graph still get it unrounded."""
+    """Make the output ``name`` INT8, and let the graph read it, too."""
     index = next(index for index, value in enumerate(graph.outputs) if value.name == name)
     rows = graph.outputs[index]
     rows.name = f"{name}.unquantized"
-    graph.outputs[index] = add_node(
-        graph, "QuantizeLinear", [rows, *scale], name, ir.DataType.INT8, rows.shape
-    )
+    readers = list(rows.uses())
+    rounded = add_node(graph, "QuantizeLinear", [rows, *scale], name, ir.DataType.INT8, rows.shape)
+    graph.outputs[index] = rounded
+    assert rows.dtype is not None
+    _read_rounded(graph, readers, rounded, scale, dtype=rows.dtype)
 
 
 def _in_cache_type(tensor: TensorSpec) -> TensorSpec:

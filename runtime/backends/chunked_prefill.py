@@ -29,13 +29,9 @@ CHUNK_ROWS = 256
 
 
 def has_long_prefill(spec: GraphSpec, profile: Profile, *, num_heads: int) -> bool:
-    """Return whether a pass of ``spec`` at ``profile`` is a prefill that is worth chunks.
-
-    With INT8 caches it is not: a chunk would read rounded rows where a whole pass reads exact ones.
-    """
+    """Return whether a pass of ``spec`` at ``profile`` is a prefill that is worth chunks."""
     rows = profile.sizes.get("S", 0)
-    cached = [tensor.dtype for tensor in spec.inputs if tensor.name.startswith(graph_io.PAST_PREFIX)]
-    if not cached or "int8" in cached or profile.sizes.get("C", 0):
+    if not spec.num_layers or profile.sizes.get("C", 0):
         return False
     return rows > CHUNK_ROWS and 4 * num_heads * rows * rows > LARGEST_SCORES
 

@@ -62,7 +62,7 @@ def run(bundle: Bundle, graph: str, inputs: Arrays) -> Arrays:
 
 @pytest.mark.parametrize("past_length", [0, 9], ids=["prefill", "decode"])
 @pytest.mark.parametrize("graph", DECODER)
-def test_a_pass_reads_rounded_past_rows_and_its_own_as_they_are(
+def test_new_rows_are_rounded_and_past_ones_read_so(
     graph: str, past_length: int, bundle: Bundle, plain: Bundle
 ) -> None:
     inputs = inputs_of(bundle, graph, past_length=past_length)
@@ -71,11 +71,28 @@ def test_a_pass_reads_rounded_past_rows_and_its_own_as_they_are(
         name: rows * scale_of(name) for name, rows in inputs.items() if name.startswith("past_key_values.")
     }
     expected = run(plain, graph, inputs | past)
-    for name, values in expected.items():
-        if name.startswith("present."):
-            values = np.clip(np.round(values / scale_of(name)), -128, 127).astype(np.int8)
-            assert len(np.unique(values)) > 8
+    first = int(bundle.manifest.graph(graph).first_layer or 0)
+    for name in (f"present.{first}.key", f"present.{first}.value"):  # later layers read rounded rows
+        values = np.clip(np.round(expected[name] / scale_of(name)), -128, 127).astype(np.int8)
+        assert len(np.unique(values)) > 8
         np.testing.assert_array_equal(got[name], values, err_msg=name)
+
+
+@pytest.mark.parametrize("graph", DECODER)
+def test_rows_at_once_are_rows_one_after_the_other(graph: str, bundle: Bundle) -> None:
+    whole = inputs_of(bundle, graph, past_length=9)
+    (hidden,) = (name for name in whole if name in ("inputs_embeds", "hidden_states"))
+    (out,) = (name for name in run(bundle, graph, whole) if name == "hidden_states_out")
+    rows = np.random.default_rng(1).standard_normal((1, 3, whole[hidden].shape[-1])).astype(np.float32)
+    places = np.arange(9, 12, dtype=np.int32)[None]
+    together = run(bundle, graph, whole | {hidden: rows, "position_ids": places})[out]
+    for row in range(3):
+        one = {hidden: rows[:, row : row + 1], "position_ids": places[:, row : row + 1]}
+        got = run(bundle, graph, whole | one | {"past_length": np.array([9 + row], np.int32)})
+        np.testing.assert_allclose(got[out][:, 0], together[:, row], rtol=1e-5, atol=1e-5)
+        for name, values in got.items():
+            if name.startswith("present."):
+                whole[name.replace("present", "past_key_values")][:, :, 9 + row] = values[:, :, 0]
 
 
 def test_the_caches_are_half_as_large_as_in_float16(bundle: Bundle) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 import pytest
 
@@ -31,7 +31,8 @@ BEFORE = Schedule(stages=(Stage(layer=2, keep=6),), method="fastv")
 
 
 @pytest.fixture(
-    scope="module", params=["keep-all", "reduced", "quantized", "reads the layer before", "deepstack"]
+    scope="module",
+    params=["keep-all", "reduced", "int8 cache", "quantized", "reads the layer before", "deepstack"],
 )
 def bundle(
     request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
@@ -43,7 +44,7 @@ def bundle(
         return export(checkpoint, schedule=STAGES, quantize=parse_plan("all=int4"))
     if request.param == "reads the layer before":
         return export(checkpoint, schedule=BEFORE)
-    bundle: Path = request.getfixturevalue(f"{request.param.replace('-', '_')}_bundle")
+    bundle: Path = request.getfixturevalue(f"{re.sub('[ -]', '_', request.param)}_bundle")
     return bundle
 
 
@@ -90,16 +91,3 @@ def test_only_a_prefill_with_large_scores_has_chunks(keep_all_bundle: Path) -> N
     assert not has_chunks(3136, cached=64)
     head = open_bundle(keep_all_bundle).manifest.graph("head")
     assert not chunked_prefill.has_long_prefill(head, Profile(name="any", sizes={"S": 9999}), num_heads=32)
-
-
-def test_int8_caches_keep_exact_rows_within_a_prefill(keep_all_bundle: Path) -> None:
-    """A chunk would read rounded ones."""
-    spec = open_bundle(keep_all_bundle).manifest.ranges[0]
-    rounded = tuple(
-        msgspec.structs.replace(tensor, dtype="int8") if tensor.name.startswith("past_key") else tensor
-        for tensor in spec.inputs
-    )
-    profile = Profile(name="any", sizes={"S": 3136, "C": 0})
-    changed = msgspec.structs.replace(spec, inputs=rounded)
-    assert chunked_prefill.has_long_prefill(spec, profile, num_heads=32)
-    assert not chunked_prefill.has_long_prefill(changed, profile, num_heads=32)
