@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from trio_edge.export.quantize.plan import QuantizePlan
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.runtime.bundle.graph_io import MAX_TEXT
+from trio_edge.runtime.bundle.graph_io import MAX_TEXT, STEP_ROWS
 from trio_edge.runtime.bundle.limits import MOST_TOKENS
 from trio_edge.runtime.bundle.manifest import AUTO
 from trio_edge.trio.budgets import ScheduleRequest
@@ -59,6 +59,8 @@ class ExportOptions:
     """Frames of a video, in families that take videos; two frames take the room of one image."""
     follow_ups: bool = False
     """Let the first layer range run a question after the kept rows of an earlier question about the same images."""
+    decode_rows: int = STEP_ROWS[-1]
+    """Most rows of a decode step: a new token, and drafts of the tokens after it."""
     max_text: int = MAX_TEXT
     """Largest prompt in text tokens."""
     text_buckets: tuple[int, ...] = ()
@@ -109,6 +111,9 @@ class ExportOptions:
 
     def _wrong_choice(self) -> str | None:
         """Return the message about the first option that is wrong, or does not fit the others; None if all are right."""
+        if self.decode_rows not in STEP_ROWS:
+            known = ", ".join(map(str, STEP_ROWS))
+            return f"--decode-rows: expected one of {known}, got {self.decode_rows}; choose one of these"
         if self.opset not in (18, 19):
             return f"--opset: expected 18 or 19, got {self.opset}; choose one of these"
         if any(not 8 <= bucket <= self.max_text for bucket in self.text_buckets):

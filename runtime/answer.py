@@ -42,6 +42,12 @@ class Statistics:
     cached_tokens: int = 0
     """Prompt tokens, visual ones included, whose rows in the KV caches come from an earlier question about the same images."""
     new_tokens: int = 0
+    steps: int = 0
+    """Decode steps; without drafts and certain tokens, each gives one token."""
+    draft_tokens: int = 0
+    """Tokens that were drafted by ``lookup``."""
+    accepted_tokens: int = 0
+    """Drafted tokens that were right."""
     ttft_ms: float = 0.0
     """Work up to the first token: reading the images, vision, prefill, sampling."""
     prefill_ms: float = 0.0
@@ -49,7 +55,7 @@ class Statistics:
     decode_ms: float = 0.0
     """All tokens after the first, in total."""
     token_ms: list[float] = field(default_factory=list)
-    """Each token after the first."""
+    """Each token after the first; those of one step share its time, and certain ones take none."""
     graph_ms: dict[str, float] = field(default_factory=dict)
     """Device time of each graph up to the first token."""
     kv_bytes: int = 0

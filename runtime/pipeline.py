@@ -30,6 +30,7 @@ from trio_edge.runtime.decisions.questions import Decision, Question, check_ques
 from trio_edge.runtime.decisions.wording import Wording
 from trio_edge.runtime.devices.memory import Memory
 from trio_edge.runtime.images.reading import load_common_formats, open_image
+from trio_edge.runtime.model.drafts import Drafts, Payoff, check_lookup
 from trio_edge.runtime.model.levels import (
     Level,
     chain_of,
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.images.reading import ImageSource
     from trio_edge.runtime.model.decoder import Decoder, PrefillResult
+    from trio_edge.runtime.model.drafts import LookupTokens
     from trio_edge.runtime.model.host_selection import SelectorOverride
     from trio_edge.runtime.model.sampling import TokenConstraint
     from trio_edge.runtime.model.vision import PreparedImage, VisualInput
@@ -96,12 +98,21 @@ class _Attempt(NamedTuple):
     ids: PromptIds
 
 
+class _AnswerPlan(NamedTuple):
+    """How an answer's tokens are found."""
+
+    chooser: TokenChooser
+    drafts: Drafts
+    limit: int
+    """Most tokens."""
+
+
 class _Request(NamedTuple):
     """Everything that an answer needs besides its prompt."""
 
     attempts: list[_Attempt]
-    choosers: dict[str, tuple[TokenChooser, int]]
-    """Chooser and largest number of the answer's tokens, by level."""
+    answers: dict[str, _AnswerPlan]
+    """By level."""
     override: SelectorOverride | None
     prepare_ms: float
 
@@ -176,6 +187,7 @@ class Pipeline:
         self.images = self._level.images
         self._running: object = None
         """The answer, or the plan of questions, whose rows are in the KV caches."""
+        self._payoff = Payoff([sizes["T"] for sizes in manifest.program("decode").sizes])
         self._is_open = True
         self._process = os.getpid()
         self._lock = threading.Lock()
@@ -266,6 +278,7 @@ class Pipeline:
         logit_bias: Mapping[int, float] | None = None,
         num_logprobs: int | None = None,
         constraint: TokenConstraint | None = None,
+        lookup: LookupTokens = 0,
         level: str | None = None,
         override: SelectorOverride | None = None,
     ) -> Generation:
@@ -288,7 +301,10 @@ class Pipeline:
             frequency_penalty: Subtracted from the logit of a token each time that the answer has it.
             logit_bias: Numbers in [-100, 100] to add to logits, by token id.
             num_logprobs: Number of most likely tokens in ``Generation.logprobs``; None leaves that empty.
-            constraint: Decides which tokens may come next, for instance by a grammar; a new one for each answer.
+            constraint: Decides which tokens may come next, for instance by a grammar; a new one for each answer. Where only
+                one may come, it is not decoded.
+            lookup: Most draft tokens of a decode step, looked up in the prompt and the answer (see docs/several-tokens.md);
+                "auto" drafts as many as pay. The answer does not change.
             level: One of ``manifest.level_names``; "auto" starts at the lowest and goes up while the first token's margin is
                 small (see docs/levels.md); None is the bundle's default.
             override: Selects visual tokens on the host instead of the select graphs, for comparisons.
@@ -316,24 +332,27 @@ class Pipeline:
         bias: dict[str, Any] = {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
         bias["logit_bias"] = logit_bias
         needs_rules = has_rules(settings) or constraint is not None or any(bias.values())
-        attempts, choosers = self._attempts(messages, self._decode(messages), level), {}
+        check_lookup(lookup, max_rows=self._level.decoder.max_rows)
+        attempts, answers = self._attempts(messages, self._decode(messages), level), {}
         for attempt in attempts:
             run_lengths = [length for image in attempt.prepared for length in image.layout.run_lengths]
             most, rules = limit, None
             if max_new_tokens is None:
                 num_prompt = attempt.ids.num_tokens + sum(run_lengths)
                 most = answer_limit(settings, room=limit, num_prompt=num_prompt)
+            prompt_ids = attempt.ids.all_ids(run_lengths).tolist() if needs_rules or lookup else ()
             if needs_rules:
-                rules = self._rules(settings, attempt.ids.all_ids(run_lengths), most, constraint, bias)
+                rules = self._rules(settings, prompt_ids, most, constraint, bias)
             chooser = TokenChooser(sampler, rules, num_logprobs=num_logprobs)
-            choosers[attempt.level.manifest.level] = chooser, most
+            drafts = Drafts(lookup, self._payoff, prompt_ids)
+            answers[attempt.level.manifest.level] = _AnswerPlan(chooser, drafts, most)
         prepare_ms = 1e3 * (time.perf_counter() - start)
-        return Generation(partial(self._steps, _Request(attempts, choosers, override, prepare_ms)))
+        return Generation(partial(self._steps, _Request(attempts, answers, override, prepare_ms)))
 
     def _rules(
         self,
         settings: GenerationSettings,
-        prompt_ids: NDArray[np.int32],
+        prompt_ids: Sequence[int],
         limit: int,
         constraint: TokenConstraint | None,
         bias: dict[str, Any],
@@ -342,7 +361,7 @@ class Pipeline:
         num_tokens = self.manifest.token_embedding.shape[0]
         return AnswerRules(
             settings,
-            prompt_ids=prompt_ids.tolist(),
+            prompt_ids=prompt_ids,
             stop_ids=self.manifest.text.stop_token_ids,
             limit=limit,
             constraint=constraint,
@@ -513,7 +532,7 @@ class Pipeline:
             chooser, times = TokenChooser(Sampler()), []
             for token in range(count):  # any tokens, because the time does not depend on them
                 start = time.perf_counter()
-                top = self._last.decoder.decode(np.asarray(self._embedding[token]))
+                (top,) = self._last.decoder.decode(self._embedding[[token]])
                 chooser.choose(top, self._last.decoder.logits)
                 times.append(1e3 * (time.perf_counter() - start))
             return times
@@ -591,37 +610,63 @@ class Pipeline:
         """Yield the pieces of an answer."""
         generation.statistics.ttft_ms = request.prepare_ms
         with self._lock:
-            attempt, chooser, limit, token = self._first_token(request, generation)
-        decoder, generation.logprobs = attempt.level.decoder, chooser.logprobs
-        statistics, stream = generation.statistics, DetokenizeStream(self.tokenizer)
+            level, token = self._first_token(request, generation)
+        answer, statistics = request.answers[level.manifest.level], generation.statistics
+        tokens, stream, stop_ids = [token], DetokenizeStream(self.tokenizer), self.manifest.text.stop_token_ids
         while True:
-            generation.token_ids.append(token)
-            statistics.new_tokens += 1
-            if token in self.manifest.text.stop_token_ids:
-                break
-            if piece := stream.push(token):
-                yield piece
-            if statistics.new_tokens >= limit or generation.is_cancelled:
+            while tokens[-1] not in stop_ids and statistics.new_tokens + len(tokens) < answer.limit:
+                if (certain := answer.chooser.certain()) is None:
+                    break
+                tokens.append(certain)
+            statistics.token_ms += [0.0] * (statistics.new_tokens + len(tokens) - 1 - len(statistics.token_ms))
+            for token in tokens:
+                generation.token_ids.append(token)
+                generation.logprobs += answer.chooser.logprobs[statistics.new_tokens :][:1]
+                statistics.new_tokens += 1
+                if token not in stop_ids and (piece := stream.push(token)):
+                    yield piece
+                if generation.is_cancelled:
+                    break
+            if token in stop_ids or statistics.new_tokens >= answer.limit or generation.is_cancelled:
                 break
             start = time.perf_counter()
             with self._lock:
                 self._check_open()  # the caller may have closed the pipeline in the meantime
                 self._check_running(generation)
-                top = decoder.decode(np.asarray(self._embedding[token]))
-                statistics.kv_bytes = decoder.kv_bytes
-                token = chooser.choose(top, decoder.logits)
-            statistics.token_ms.append(1e3 * (time.perf_counter() - start))
-            statistics.decode_ms += statistics.token_ms[-1]
+                tokens = self._next_tokens(level.decoder, tokens, answer, statistics)
+            milliseconds = 1e3 * (time.perf_counter() - start)
+            statistics.token_ms += [milliseconds / len(tokens)] * len(tokens)
+            statistics.decode_ms += milliseconds
         if rest := stream.finish():
             yield rest
 
-    def _first_token(
-        self, request: _Request, generation: Generation
-    ) -> tuple[_Attempt, TokenChooser, int, int]:
-        """See the images, write the prompt and prefill, level by level until one is sure enough; return its first token.
+    def _next_tokens(
+        self, decoder: Decoder, tokens: Sequence[int], answer: _AnswerPlan, statistics: Statistics
+    ) -> list[int]:
+        """Run the answer's newest tokens and a draft of those after them; return the tokens that come next, one or more."""
+        while len(tokens) > decoder.max_rows:
+            decoder.decode(self._embedding[tokens[: decoder.max_rows]])
+            statistics.steps, tokens = statistics.steps + 1, tokens[decoder.max_rows :]
+        count = len(tokens)
+        room = min(decoder.max_rows - count, decoder.room - count, answer.limit - statistics.new_tokens - 1)
+        draft, start = answer.drafts.after(tokens)[:room], time.perf_counter()
+        tops = decoder.decode(self._embedding[[*tokens, *draft]])
+        self._payoff.ran(len(tops), 1e3 * (time.perf_counter() - start))
+        chosen: list[int] = []
+        for row, top in enumerate(tops[count - 1 :], count - 1):
+            chosen.append(answer.chooser.choose(top, partial(decoder.logits, row)))
+            if chosen != [*draft[: len(chosen)]] or chosen[-1] in self.manifest.text.stop_token_ids:
+                break
+        decoder.skip(len(chosen) - 1 - len(draft))
+        answer.drafts.came(chosen[0])
+        statistics.kv_bytes = decoder.kv_bytes
+        statistics.steps += 1
+        statistics.draft_tokens += len(draft)
+        statistics.accepted_tokens += len(chosen) - 1
+        return chosen
 
-        Before the token come the attempt, the chooser and the largest number of tokens.
-        """
+    def _first_token(self, request: _Request, generation: Generation) -> tuple[Level, int]:
+        """See the images, write the prompt and prefill, level by level until one is sure enough; return that and its token."""
         self._check_open()
         self._running, statistics = generation, generation.statistics
         start, visual = time.perf_counter(), None
@@ -644,7 +689,7 @@ class Pipeline:
                 break
             statistics.levels_below += (level.manifest.level,)
         assert visual is not None, "there is an attempt"
-        chooser, limit = request.choosers[level.manifest.level]
+        chooser = request.answers[level.manifest.level].chooser
         token = chooser.choose(result.top, level.decoder.logits)
         generation.layouts, generation.first_logits, generation.kept = (
             level.vision.layouts,
@@ -653,7 +698,7 @@ class Pipeline:
         )
         statistics.text_tokens, statistics.image_was_kept = attempt.ids.num_tokens, visual.was_kept
         statistics.ttft_ms += 1e3 * (time.perf_counter() - start)
-        return attempt, chooser, limit, token
+        return level, token
 
     def _decisions(
         self,
@@ -721,16 +766,16 @@ class Pipeline:
     ) -> tuple[NDArray[np.float64], float]:
         """Return the options' probabilities, whose sum is 1, and their share of the whole, from the first token's logits."""
 
-        def step(token: int) -> NDArray[np.float32]:
-            decoder.decode(np.asarray(self._embedding[token]))
-            return decoder.logits()
+        def step(tokens: Sequence[int]) -> list[NDArray[np.float32]]:
+            return [decoder.logits(row) for row, _ in enumerate(decoder.decode(self._embedding[[*tokens]]))]
 
         logs = log_probabilities(
             asked.labels,
             logits,
             stop_ids=self.manifest.text.stop_token_ids,
             step=step,
-            back=lambda: decoder.skip(-1),
+            back=lambda count: decoder.skip(-count),
+            most_rows=decoder.max_rows,
         )
         mass = float(np.exp(np.logaddexp.reduce(logs)))
         return normalized(logs, temperature=self.wording.temperature(asked.question)), mass

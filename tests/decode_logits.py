@@ -19,10 +19,10 @@ def record_logits(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[N
     decoder = pipeline._level.decoder
     decode = decoder.decode
 
-    def decode_and_record(embedding: NDArray[Any]) -> TopTokens:
-        top = decode(embedding)
-        seen.append(decoder.logits())
-        return top
+    def decode_and_record(embeds: NDArray[Any]) -> list[TopTokens]:
+        tops = decode(embeds)
+        seen.extend(decoder.logits(row) for row, _ in enumerate(tops))
+        return tops
 
     monkeypatch.setattr(decoder, "decode", decode_and_record)
     return seen

@@ -48,7 +48,7 @@ def _add(graphs: list[Outline], more: Sequence[Outline], *, level: str) -> dict[
         for profile in graph.spec.profiles:
             same = next((one for one in profiles if one.sizes == profile.sizes), None)
             if same is None:
-                name = f"{profile.name}_{level}" if profile.name in taken else profile.name
+                name = f"{profile.name}@{level}" if profile.name in taken else profile.name
                 same = msgspec.structs.replace(profile, name=name)
                 profiles.append(same)
             names[key[0], profile.name] = same.name

@@ -89,8 +89,6 @@ HEAD_INPUTS = (
 )
 HEAD_OUTPUTS = (
     Row(io.LOGITS, "results.", ("L", "vocab"), "float32"),
-    Row(io.TOP_LOGITS, "results.", ("L", "candidates"), "float32", "shared"),
-    Row(io.TOP_LOGITS, "results.", ("candidates",), "float32", "alone"),
-    Row(io.TOP_IDS, "results.", ("L", "candidates"), "int32", "shared"),
-    Row(io.TOP_IDS, "results.", ("candidates",), "int32", "alone"),
+    Row(io.TOP_LOGITS, "results.", ("L", "candidates"), "float32"),
+    Row(io.TOP_IDS, "results.", ("L", "candidates")),
 )

@@ -113,6 +113,9 @@ class Wiring:
         small = [rows for rows in io.SMALL_FOLLOW_UPS if rows < buckets[0]]
         self._follow_rows = [*small, *buckets] if plan.options.follow_ups else []
         """Rows of a question that follows KV rows, as it is shorter than a prompt."""
+        most = min(plan.options.decode_rows, layout.max_new_tokens)
+        self._steps = {f"decode_{rows}" if rows > 1 else "decode": rows for rows in io.STEP_ROWS if rows <= most}
+        """Rows of a decode step, by profile."""
         self._sizes = {
             "width": self._dimensions.hidden_size,
             "vocab": self._dimensions.vocab_size,
@@ -150,7 +153,7 @@ class Wiring:
             "prefill": prompts,
             "question": [{"T": rows} for rows in self._follow_rows],
             "branch": [{"T": rows} for rows in self._follow_rows],
-            "decode": [{}],
+            "decode": [{"T": rows} for rows in self._steps.values()],
             "exact": prompts,
         }
         return tuple(
@@ -325,8 +328,8 @@ class Wiring:
             self.graphs += [half for half in halves if half.piece is not None]
         self._run("prefill", heads[0], stage=len(selectors))
         top = {name: f"top.{name}" for name in (io.TOP_LOGITS, io.TOP_IDS)}
-        step = {io.LAST_ROW: "zeros.last_row", io.LOGITS: "logits.logits", **top}
-        self._run("decode", heads[0], step, profiles=["decode"], stage=len(selectors))
+        step = {io.LAST_ROW: "step.rows", io.LOGITS: "logits.logits", **top}
+        self._run("decode", heads[0], step, profiles=[*self._steps], stage=len(selectors))
         if follows := [profile.name for profile in self._follows(0)]:
             after = {io.HIDDEN: f"after_{len(self._splits)}.{io.HIDDEN_OUT}", io.LAST_ROW: "branch.last_row"}
             self._run("branch", heads[0], after, profiles=follows, label="branch", stage=len(selectors))
@@ -411,14 +414,14 @@ class Wiring:
             outputs.append(_tensor(io.PREVIOUS, f"{name}.", rows, dtype))
         capacity = self._max_visual(index) + layout.text_buckets[-1] + layout.max_new_tokens
         questions = self._follows(capacity)
-        decode = Profile(name="decode", sizes={"S": 1, "C": capacity})
+        steps = [Profile(name=name, sizes={"S": rows, "C": capacity}) for name, rows in self._steps.items()]
         prefills, at_sizes = self._prefills(index, lambda _all, rows, text: {"S": rows + text, "C": 0})
         graph = _outline(
             name,
             self._role(index),
             inputs,
             outputs,
-            [*prefills, *questions, decode],
+            [*prefills, *questions, *steps],
             DecoderRange([self._model.layers[layer] for layer in layers], self._rotary()),
             at_sizes=at_sizes,
             piece=piece,
@@ -440,13 +443,13 @@ class Wiring:
             self._run_question(index, graph, questions, new, no_planes)
         before = {io.HIDDEN: f"{self._name(index - 1)}.{io.HIDDEN_OUT}"}
         step = {
-            **(before if index else {io.EMBEDS: "step.embedding"}),
+            **(before if index else {io.EMBEDS: "step.embeds"}),
             io.POSITIONS: f"step.position_ids.{index}",
             io.PAST_LENGTH: f"step.past_length.{index}",
             **{part: f"new_row.{name}[{i}]" for i, part in enumerate(new)},
             **no_planes,
         }
-        self._run("decode", graph, step, profiles=["decode"], stage=self._selections_before(index))
+        self._run("decode", graph, step, profiles=[*self._steps], stage=self._selections_before(index))
 
     def _run_question(
         self,
@@ -593,23 +596,22 @@ class Wiring:
         )
 
     def _head(self, *, is_shared: bool) -> Outline:
-        """Describe the head; one that probes share has L rows: 1, 0 while its gradient runs, or all probe rows."""
+        """Describe the head, which probes may share."""
         count, num_rows = io.num_candidates(self._dimensions), self._layout.schedule.num_probe_rows
-        last, rows = len(self._splits), "L" if is_shared else 1
-        own = {"L": 1} if is_shared else {}
-        more = [Profile(name="decode", sizes={"S": 1, **own})]
-        more += [Profile(name=one.name, sizes={"S": one.sizes["S"], **own}) for one in self._follows(0)]
+        last = len(self._splits)
+        more = [Profile(name=name, sizes={"S": rows, "L": rows}) for name, rows in self._steps.items()]
+        more += [Profile(name=one.name, sizes={"S": one.sizes["S"], "L": 1}) for one in self._follows(0)]
         is_quantized = is_shared and self._is_quantized("head")
         if is_quantized and num_rows > 1:  # one row is as in decode
             more.append(Profile(name=io.CANDIDATES, sizes={"S": num_rows, "L": num_rows}))
-        prefills, at_sizes = self._prefills(last, lambda _all, rows, text: {"S": rows + text, **own})
+        prefills, at_sizes = self._prefills(last, lambda _all, rows, text: {"S": rows + text, "L": 1})
         return _outline(
             "head",
             "head",
-            self._tensors(tables.HEAD_INPUTS, name=self._name(last), L=rows),
-            self._tensors(tables.HEAD_OUTPUTS, ["shared" if is_shared else "alone"], L=rows),
+            self._tensors(tables.HEAD_INPUTS, name=self._name(last)),
+            self._tensors(tables.HEAD_OUTPUTS),
             [*prefills, *more],
-            Head(self._model.final_norm, self._model.lm_head, num_candidates=count, is_shared=is_shared),
+            Head(self._model.final_norm, self._model.lm_head, num_candidates=count),
             at_sizes=at_sizes,
             piece="logits" if is_shared and not is_quantized else None,
         )

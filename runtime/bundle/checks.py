@@ -264,20 +264,20 @@ SENT_BY_HOST: dict[ProgramName, tuple[_HostRow, ...]] = {
         ("branch.past_length.{range}", "int32", "1"),
     ),
     "decode": (
-        ("step.embedding", "model", "1 1 width"),
-        ("step.position_ids.{range}", "int32", "axes 1"),
+        ("step.embeds", "model", "1 T width"),
+        ("step.rows", "int32", "T"),
+        ("step.position_ids.{range}", "int32", "axes T"),
         ("step.past_length.{range}", "int32", "1"),
     ),
 }
 """Places that the host writes before a program runs, or between its launches, except the images.
 
-``S`` is N + T; ``keep`` are the tokens that a stage keeps of those ``entering`` it; ``best`` is ``top``, or ``1 top`` if probes
-share the head.
+``S`` is N + T; ``keep`` are the tokens that a stage keeps of those ``entering`` it.
 """
 _RESULTS = (
     ("results.logits", "float32", "1 vocab"),
-    ("results.top_logits", "float32", "best"),
-    ("results.top_ids", "int32", "best"),
+    ("results.top_logits", "float32", "1 top"),
+    ("results.top_ids", "int32", "1 top"),
 )
 READ_BY_HOST: dict[ProgramName, tuple[_HostRow, ...]] = {
     "vision": (
@@ -299,9 +299,9 @@ READ_BY_HOST: dict[ProgramName, tuple[_HostRow, ...]] = {
         (f"select_{{share}}.{graph_io.KEPT_VISUAL_IMAGES}", "int32", "keep"),
     ),
     "decode": (
-        ("logits.logits", "float32", "1 vocab"),
-        ("top.top_logits", "float32", "best"),
-        ("top.top_ids", "int32", "best"),
+        ("logits.logits", "float32", "T vocab"),
+        ("top.top_logits", "float32", "T top"),
+        ("top.top_ids", "int32", "T top"),
     ),
 }
 """Places that the host reads after a program has run, or writes in place of a select graph."""
@@ -317,8 +317,6 @@ def _on_host(rows: Sequence[_HostRow], manifest: Manifest, sizes: Mapping[str, i
     known = {"width": dims.hidden_size, "vocab": dims.vocab_size, "axes": manifest.position_axes}
     known |= {"probes": schedule.num_probe_rows, "top": graph_io.num_candidates(dims), "1": 1, **sizes}
     known |= {"S": sum(sizes.values()), "K": manifest.token_keep or 0}
-    head = next(spec for spec in manifest.graphs if spec.role == "head")
-    best = "1 top" if graph_io.is_shared(head) else "top"
     found = {}
     for place, kind, shape in rows:
         for index in range(next((count for name, count in counts.items() if name in place), 1)):
@@ -326,7 +324,7 @@ def _on_host(rows: Sequence[_HostRow], manifest: Manifest, sizes: Mapping[str, i
                 known |= {"keep": keeps[index], "entering": entering[index]}
             name = place.format(plane=index, range=index, stage=index, number=index + 1, share=index + 1)
             dtype = manifest.dtype if kind == "model" else kind
-            found[name] = dtype, tuple(known.get(axis, 0) for axis in shape.replace("best", best).split())
+            found[name] = dtype, tuple(known.get(axis, 0) for axis in shape.split())
     return found
 
 
@@ -364,12 +362,11 @@ def _sizes_of(manifest: Manifest, program: Program) -> tuple[dict[str, int], ...
     if program.name in ("vision", "reduce"):
         (spec,) = (spec for spec in manifest.graphs if spec.name == program.name)
         return tuple(profile.sizes for profile in spec.profiles)
-    if program.name in _FOLLOW_UPS:
-        largest = manifest.text_buckets[-1]
-        smaller = {rows for size in program.sizes if 0 < (rows := size.get("T", 0)) < largest}
-        return tuple({"T": rows} for rows in (*sorted(smaller), largest))
-    if program.name == "decode":
-        return ({},)
+    if program.name in (*_FOLLOW_UPS, "decode"):
+        is_step = program.name == "decode"
+        needed, most = (1, graph_io.STEP_ROWS[-1]) if is_step else (manifest.text_buckets[-1],) * 2
+        others = {rows for size in program.sizes if 0 < (rows := size.get("T", 0)) <= most}
+        return tuple({"T": rows} for rows in sorted({needed, *others}))
     return tuple({"N": rows, "T": text} for rows in manifest.visual_sizes for text in manifest.text_buckets)
 
 
@@ -484,8 +481,6 @@ class _Run:
 
     def _new_rows(self, stage: int) -> int:
         """Return the rows that a layer range writes after ``stage`` selections."""
-        if self.program.name == "decode":
-            return 1
         sizes, stages = self.program.sizes[self.index], self.manifest.schedule.stages
         if self.program.name != "prefill" or stage > len(stages):
             return sizes["T"]

@@ -130,11 +130,6 @@ def num_candidates(dimensions: Dimensions) -> int:
     return min(MAX_CANDIDATES, dimensions.vocab_size)
 
 
-def is_shared(head: GraphSpec) -> bool:
-    """Return whether probes share the head, which then has L rows."""
-    return any("L" in tensor.shape for tensor in head.inputs)
-
-
 def is_probe(spec: GraphSpec) -> bool:
     """Return whether a graph, or a piece of one, belongs to a probe alone."""
     return {tensor.name for tensor in spec.outputs} <= {*PROBE_RESULTS, OUTPUT_GRADIENT, SALIENCY_SCORES}
@@ -166,6 +161,8 @@ def goes_around_mlp(spec: GraphSpec) -> bool:
     return not {PROBE_HIDDEN, GRADIENT_HIDDEN} <= set(spec.input_names)
 
 
+STEP_ROWS = (1, 2, 4, 8)
+"""Possible rows of a decode step: a new token, and drafts of the tokens after it."""
 SMALL_FOLLOW_UPS = (8, 16, 32)
 """Rows of questions that follow kept rows, besides the text buckets."""
 MAX_TEXT = 256

@@ -45,7 +45,7 @@ from trio_edge.runtime.bundle.schedule import Schedule
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 MANIFEST_NAME = "trio.json"
 DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8, "int8": 1, "float8_e4m3fn": 1}
 """Bytes per element."""
@@ -77,7 +77,7 @@ HostFunction = Literal["enter_head", "likeliest_rows", "exact_nms"]
 tokens, or select in place of a select graph. See ``runtime/model``."""
 ProgramName = Literal["vision", "reduce", "prefill", "question", "branch", "decode", "exact"]
 """Images to visual tokens; their selection before the decoder; the prompt; with --follow-ups a question after kept rows of the
-first layer range, and other text after kept rows of all ranges; one new token; and the selection of each stage on the host, after
+first layer range, and other text after kept rows of all ranges; new tokens; and the selection of each stage on the host, after
 which a prefill goes on."""
 
 AUTO = "auto"
@@ -111,7 +111,8 @@ class Profile(_Spec, frozen=True):
     """One set of fixed sizes that a graph runs at."""
 
     name: Name
-    """"prefill_2928+64" (visual rows and text bucket), "prefill_64" where there is only one visual size, or "decode"."""
+    """"prefill_2928+64" (visual rows and text bucket), "prefill_64" where there is only one visual size, "decode" or, with as many
+    rows, "decode_4"."""
     sizes: dict[Symbol, Extent]
     """Value of each symbol in the graph's shapes; symbols of other pieces are left out and count as 0."""
 

@@ -72,7 +72,7 @@ class TokenTable:
         self._rows = bundle.map_tensor(rows)
         self._scales = None if scales is None else bundle.map_tensor(scales)
 
-    def __getitem__(self, token_ids: NDArray[Any] | int) -> NDArray[Any]:
+    def __getitem__(self, token_ids: NDArray[Any] | list[int] | int) -> NDArray[Any]:
         """Return the rows of ``token_ids``, [..., D], in the graphs' dtype.
 
         Raises:

@@ -7,6 +7,7 @@ all of them also count the end of the answer.
 
 from __future__ import annotations
 
+from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,13 +77,14 @@ def log_probabilities(
     logits: NDArray[np.float32],
     *,
     stop_ids: Sequence[int],
-    step: Callable[[int], NDArray[np.float32]],
-    back: Callable[[], None],
+    step: Callable[[Sequence[int]], Sequence[NDArray[np.float32]]],
+    back: Callable[[int], None],
+    most_rows: int,
 ) -> NDArray[np.float64]:
     """Return the logarithm of each option's probability [len(options)].
 
-    ``logits`` [V] are those of the answer's first token. ``step`` appends a token and returns the next one's logits, ``back``
-    takes it away again.
+    ``logits`` [V] are those of the answer's first token. ``step`` appends up to ``most_rows`` tokens and returns the logits
+    after each, ``back`` takes as many away again.
 
     Raises:
         BackendError: If a graph fails.
@@ -95,8 +97,11 @@ def log_probabilities(
     )
     scores: list[list[float]] = [[] for _ in options]
 
-    def walk(rest: Sequence[tuple[Tokens, int]], logits: NDArray[np.float32], so_far: float) -> None:
-        logs = log_softmax(checked_logits(logits))
+    def walk(
+        rest: Sequence[tuple[Tokens, int]], rows: Sequence[NDArray[np.float32]], so_far: float
+    ) -> None:
+        """Score ``rest`` from the logits of its first token, and of those after it that are the same in all of it."""
+        logs = log_softmax(checked_logits(rows[0]))
         by_token: dict[int, list[tuple[Tokens, int]]] = {}
         for tokens, index in rest:
             if tokens:
@@ -109,11 +114,16 @@ def log_probabilities(
             for index in ended:
                 scores[index].append(score)
             deeper = [(tokens, index) for tokens, index in below if tokens or has_end]
-            if deeper:
-                walk(deeper, step(token), score)
-                back()
+            if deeper and len(rows) > 1:
+                walk(deeper, rows[1:], score)
+            elif deeper:
+                # The last token of a way needs no row, unless the end is scored.
+                needed = [tokens if has_end else tokens[:-1] for tokens, _ in deeper]
+                chain = (token, *commonprefix(needed))[:most_rows]
+                walk(deeper, step(chain), score)
+                back(len(chain))
 
-    walk([*ways.items()], logits, 0.0)
+    walk([*ways.items()], [logits], 0.0)
     return np.array([np.logaddexp.reduce(found) for found in scores])
 
 

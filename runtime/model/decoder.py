@@ -2,7 +2,8 @@
 
 The host does not wait for the device before the first token: lengths and positions follow from the known K's and are sent
 ahead, hidden states and KV rows stay on the device, and all results come back in one copy. A decode step sends one block,
-runs its program as one captured sequence, and waits once, for the most likely tokens.
+runs its program as one captured sequence, and waits once, for the most likely tokens. A step may have several rows: a token
+and drafts of those after it, which ``skip`` takes back.
 
 The decoder knows embeddings and rows, but no images, prompts or sampling. docs/runtime.md describes it.
 """
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from trio_edge.runtime.devices.interface import Device
     from trio_edge.runtime.devices.memory import KVCache
     from trio_edge.runtime.model.decoder_prompt import DecoderPrompt, PromptRows, Span
     from trio_edge.runtime.model.host_selection import SelectorOverride
@@ -89,16 +91,9 @@ class Decoder:
         """The device's time in each graph of the last prefill."""
         self.prefix_was_kept = False
         """Whether the first range ran only the question's rows in the last prefill."""
-        self._step = programs.at("decode", {})
-        # Views of the step's inputs and results on the host, made once to save time in each step.
-        host, ranges = self._memory.host, range(len(self.caches))
-        self._embedding: NDArray[Any] = host("step.embedding").reshape(-1)
-        self._positions = [host(f"step.position_ids.{index}")[:, 0] for index in ranges]
-        self._past_lengths = [host(f"step.past_length.{index}") for index in ranges]
-        self._step_top = host(f"top.{TOP_IDS}").reshape(-1), host(f"top.{TOP_LOGITS}").reshape(-1)
-        # A method would hold this object in a cycle, and its memory until the garbage is collected.
-        self._run_step: Callable[[], None] = partial(_enqueue, self._step)
-        self._num_steps = 0
+        self._steps: dict[int, _Step] = {}
+        self.max_rows = programs.sizes["decode"][-1]["T"]
+        """Most rows of a decode step."""
         self._done = self._device.event()
         self._logits: NDArray[np.float32] | None = None
         self._next_position = 0
@@ -194,38 +189,47 @@ class Decoder:
         self._logits = memory.host("results.logits")[0].copy()
         return self._logits
 
-    def decode(self, embedding: NDArray[Any]) -> TopTokens:
-        """Run one new token through all layers and return the most likely next tokens.
+    @property
+    def room(self) -> int:
+        """Rows that still fit the KV caches."""
+        return min(cache.capacity - cache.length for cache in self.caches)
 
-        ``embedding`` is the token's, D numbers in any shape.
+    def decode(self, embeds: NDArray[Any]) -> list[TopTokens]:
+        """Run new tokens through all layers, each after the ones before; return the most likely next tokens of each.
+
+        ``embeds`` are those of 1 to ``max_rows`` tokens [R, D].
 
         Raises:
-            ShapeError: If the KV caches are full.
+            ShapeError: If the KV caches have no room for them.
             BackendError: If a graph fails.
         """
-        if any(cache.length == cache.capacity for cache in self.caches):
+        count = len(embeds)
+        if count > self.room:
             raise ShapeError(
                 f"decode: expected at most {self._manifest.max_new_tokens} new tokens, the KV caches are full;"
                 " export with a larger --max-new-tokens"
             )
-        device, is_compact = self._device, self._schedule.positions == "compact"
+        rows = self._programs.rows_for("decode", count)
+        if rows not in self._steps:
+            self._steps[rows] = _Step(self._programs, rows)
+        device, is_compact, step = self._device, self._schedule.positions == "compact", self._steps[rows]
         self._start = None  # the step writes over the prompt's first rows
-        self._embedding[:] = embedding.reshape(-1)
-        for cache, positions, past_length in zip(self.caches, self._positions, self._past_lengths):
-            positions[:] = cache.length if is_compact else self._next_position
+        step.embeds[:count] = embeds
+        step.embeds[count:] = 0  # masked rows must be finite
+        for cache, positions, past_length in zip(self.caches, step.positions, step.past_lengths):
+            positions[:] = (cache.length if is_compact else self._next_position) + step.rows
             past_length[0] = cache.length
         self._memory.send(device, "step")
-        self._enqueue_step()
+        step.enqueue(device, self._programs.notes)
         self._memory.fetch(device, "top")
         self._done.record()
         # The device copies the new rows while the host samples. Their place changes with every token, so the copy cannot be
         # captured.
-        self._append(self._step, num_rows=1)
-        self._next_position += 1
+        self._append(step.launches, num_rows=count)
+        self._next_position += count
         self._logits = None
         self._done.wait()
-        ids, logits = self._step_top
-        return TopTokens(ids.copy(), logits.copy())
+        return [TopTokens(ids.copy(), logits.copy()) for ids, logits in zip(*step.top)][:count]
 
     def skip(self, count: int) -> None:
         """Go on as if ``count`` more tokens had been decoded, or fewer if it is negative, to time later tokens.
@@ -233,23 +237,24 @@ class Decoder:
         Raises:
             ShapeError: If the KV caches have no room for as many.
         """
-        most = min(cache.capacity - cache.length for cache in self.caches)
-        if count > most:
+        if count > self.room:
             raise ShapeError(
-                f"decode: expected to skip at most {most} rows, the rest of the KV caches, got {count};"
+                f"decode: expected to skip at most {self.room} rows, the rest of the KV caches, got {count};"
                 " export with a larger --max-new-tokens"
             )
         for cache in self.caches:
             cache.length += count
         self._next_position += count
 
-    def logits(self) -> NDArray[np.float32]:
-        """Return all logits [V] of the last prefill or decode step; those of a decode step are downloaded now."""
-        if self._logits is None:
-            self._memory.fetch(self._device, "logits")
-            self._device.synchronize()
-            self._logits = self._memory.host("logits.logits")[0].copy()
-        return self._logits
+    def logits(self, row: int = 0) -> NDArray[np.float32]:
+        """Return all logits [V] of the last prefill, or of a row of the last decode step, which are downloaded now."""
+        if self._logits is not None:
+            return self._logits
+        place = "logits.logits"
+        found: NDArray[np.float32] = self._memory.host(place)[row]
+        self._device.download(found, self._memory.tensor(place).rows(row, 1))
+        self._device.synchronize()
+        return found.copy()
 
     # Prefill
 
@@ -398,18 +403,36 @@ class Decoder:
                 result.scores.append(scores.copy())
         return result
 
-    # Decode
 
-    def _enqueue_step(self) -> None:
-        """Enqueue the decode program: launch by launch the first time, later as one captured sequence."""
+@final
+class _Step:
+    """The decode program at one number of rows, and views of its inputs and results on the host."""
+
+    def __init__(self, programs: Programs, num_rows: int) -> None:
+        self.launches = programs.at("decode", {"T": num_rows})
+        manifest, host = programs.manifest, programs.memory.host
+        ranges = range(len(programs.caches))
+        self.rows: NDArray[np.int32] = host("step.rows", (num_rows,))
+        self.rows[:] = np.arange(num_rows)
+        self.embeds: NDArray[Any] = host("step.embeds", (num_rows, manifest.dimensions.hidden_size))
+        shape = manifest.position_axes, num_rows
+        self.positions = [host(f"step.position_ids.{index}", shape) for index in ranges]
+        self.past_lengths = [host(f"step.past_length.{index}") for index in ranges]
+        self.top = tuple(host(f"top.{name}")[:num_rows] for name in (TOP_IDS, TOP_LOGITS))
+        # A method would hold this object in a cycle, and its memory until the garbage is collected.
+        self._run: Callable[[], None] = partial(_enqueue, self.launches)
+        self._num_runs = 0
+
+    def enqueue(self, device: Device, notes: list[str]) -> None:
+        """Enqueue the program: launch by launch the first time, later as one captured sequence."""
         # The first run warms up the engines, because lazy work such as compiling kernels cannot be captured.
-        self._num_steps += 1
-        if self._num_steps == 2 and all(launch.launch.capturable for launch in self._step):
+        self._num_runs += 1
+        if self._num_runs == 2 and all(launch.launch.capturable for launch in self.launches):
             try:
-                self._run_step = self._device.capture(self._run_step)
+                self._run = device.capture(self._run)
             except BackendError as error:  # TensorRT does not say beforehand whether it can be captured
-                self._programs.notes.append(f"decode runs without a CUDA graph, which costs time: {error}")
-        self._run_step()
+                notes.append(f"decode runs without a CUDA graph, which costs time: {error}")
+        self._run()
 
 
 def _enqueue(launches: Iterable[BoundLaunch]) -> None:

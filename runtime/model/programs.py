@@ -60,18 +60,19 @@ class Programs:
         }
         """KV caches by name, in the order of the layer ranges, at this level's capacity."""
         self._engines, self._head_rows = graphs.engines, head_rows
-        self._sizes: dict[str, tuple[dict[str, int], ...]] = {
+        self.sizes: dict[str, tuple[dict[str, int], ...]] = {
             program.name: program.sizes for program in manifest.programs
         }
+        """Sizes of each program, ascending."""
         self._bound: dict[tuple[str, int], tuple[BoundLaunch, ...]] = {}
 
     def rows_for(self, name: str, count: int) -> int:
         """Return the smallest T of a program with room for ``count`` rows of text."""
-        return min(sizes["T"] for sizes in self._sizes[name] if sizes["T"] >= count)
+        return min(sizes["T"] for sizes in self.sizes[name] if sizes["T"] >= count)
 
     def at(self, name: str, sizes: Mapping[str, int]) -> tuple[BoundLaunch, ...]:
         """Return the launches of a program at ``sizes``; symbols that the program does not have are left out."""
-        known = self._sizes[name]
+        known = self.sizes[name]
         key = name, known.index({symbol: sizes[symbol] for symbol in known[0]})
         if key not in self._bound:
             self._bound[key] = tuple(self._bind(spec, key[1]) for spec in self.launches[key[0]])

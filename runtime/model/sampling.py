@@ -220,6 +220,14 @@ class AnswerRules:
             )
         return changed_V
 
+    def only_one(self) -> int | None:
+        """Return the next token if the constraint allows one only, and no other rule forbids it."""
+        if self._constraint is None:
+            return None
+        ids = np.flatnonzero(self._constraint.allowed())
+        is_one = len(ids) == 1 and np.isfinite(self._changed(np.zeros(1, np.float32), ids)[0])
+        return int(ids[0]) if is_one else None
+
     def choose_from_top(self, top: TopTokens, sample: Sampler) -> int | None:
         """Return the next token, or None if all logits are needed, because others may exceed the lowered ones of ``top``."""
         may_raise = self._settings.repetition_penalty < 1.0 or (
@@ -294,6 +302,13 @@ class TokenChooser:
         token = self._choose(top, all_logits)
         if self._num_logprobs is not None:
             self.logprobs.append(_logprobs(all_logits(), token, self._num_logprobs))
+        return token
+
+    def certain(self) -> int | None:
+        """Return the next token if only one may come, which needs no logits; None if it does, also for log probabilities."""
+        token = None if self._rules is None or self._num_logprobs is not None else self._rules.only_one()
+        if token is not None and self._rules is not None:
+            self._rules.add(token)
         return token
 
     def _choose(self, top: TopTokens, all_logits: Callable[[], NDArray[np.float32]]) -> int:

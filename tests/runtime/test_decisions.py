@@ -172,27 +172,33 @@ def test_a_label_that_cannot_be_told_from_others_is_refused(
 class Chain:
     """A model whose logits depend on the tokens so far."""
 
-    def __init__(self, num_tokens: int = 6) -> None:
+    def __init__(self, num_tokens: int = 6, most_rows: int = 8) -> None:
         self.so_far: list[int] = []
-        self.num_tokens, self.num_steps = num_tokens, 0
+        self.num_tokens, self.most_rows = num_tokens, most_rows
+        self.steps: list[tuple[int, ...]] = []
 
     def logits(self) -> NDArray[np.float32]:
         seed = 1 + sum((place + 1) * (token + 1) for place, token in enumerate(self.so_far))
         return np.random.default_rng(seed).normal(size=self.num_tokens).astype(np.float32)
 
-    def step(self, token: int) -> NDArray[np.float32]:
-        self.so_far.append(token)
-        self.num_steps += 1
-        return self.logits()
+    def step(self, tokens: Sequence[int]) -> list[NDArray[np.float32]]:
+        rows = []
+        for token in tokens:
+            self.so_far.append(token)
+            rows.append(self.logits())
+        self.steps.append(tuple(tokens))
+        return rows
 
-    def back(self) -> None:
-        self.so_far.pop()
+    def back(self, count: int) -> None:
+        del self.so_far[-count:]
 
     def logs(
         self, options: Sequence[set[tuple[int, ...]]], stops: Sequence[int] = (5,)
     ) -> NDArray[np.float64]:
-        found = log_probabilities(options, self.logits(), stop_ids=stops, step=self.step, back=self.back)
+        how: Any = {"step": self.step, "back": self.back, "most_rows": self.most_rows}
+        found = log_probabilities(options, self.logits(), stop_ids=stops, **how)
         assert self.so_far == []
+        assert max(map(len, self.steps), default=1) <= self.most_rows
         return found
 
     def expected(self, tokens: Sequence[int], ends: Sequence[int] = ()) -> float:
@@ -200,25 +206,32 @@ class Chain:
         for token in tokens:
             logits = chain.logits().astype(float)
             total += logits[token] - math.log(np.exp(logits).sum())
-            chain.step(token)
+            chain.step([token])
         if ends:
             logits = chain.logits().astype(float)
             total += math.log(np.exp(logits[list(ends)]).sum() / np.exp(logits).sum())
         return total
 
 
-def test_every_answer_has_the_product_of_its_tokens_and_shares_their_beginnings() -> None:
-    options = [{(0,), (1, 2)}, {(1, 3, 4), (1, 3, 0)}, {(2, 2)}]
-    chain = Chain()
+@pytest.mark.parametrize(
+    ("most_rows", "steps"),
+    [(8, [(1,), (3,), (2, 2, 4)]), (2, [(1,), (3,), (2, 2), (4,)]), (1, [(1,), (3,), (2,), (2,), (4,)])],
+)
+def test_every_answer_has_the_product_of_its_tokens_and_shares_their_beginnings(
+    most_rows: int, steps: list[tuple[int, ...]]
+) -> None:
+    options = [{(0,), (1, 2)}, {(1, 3, 4), (1, 3, 0)}, {(2, 2, 4, 1)}]
+    chain = Chain(most_rows=most_rows)
     expected = [np.logaddexp.reduce([chain.expected(way) for way in ways]) for ways in options]
     np.testing.assert_allclose(chain.logs(options), expected, rtol=1e-12)
-    assert chain.num_steps == 3  # 1, 1 3, and 2
+    assert chain.steps == steps
 
 
-def test_an_answer_that_begins_another_counts_with_its_end() -> None:
-    options = [{(0,)}, {(0, 1)}, {(3,)}]
+@pytest.mark.parametrize("most_rows", [1, 2, 8])
+def test_an_answer_that_begins_another_counts_with_its_end(most_rows: int) -> None:
+    options = [{(0,)}, {(0, 1, 2, 4)}, {(3,)}]
     for stops in ((5,), (4, 5)):
-        chain = Chain()
+        chain = Chain(most_rows=most_rows)
         expected = [chain.expected(way, stops) for ways in options for way in ways]
         np.testing.assert_allclose(chain.logs(options, stops), expected, rtol=1e-12)
     chain = Chain()  # no token ends an answer
@@ -235,7 +248,7 @@ def test_all_answers_of_a_length_have_the_whole_probability() -> None:
 def test_logits_that_overflowed_are_an_error() -> None:
     broken = np.array([1.0, np.nan, 2.0], np.float32)
     with pytest.raises(BackendError, match="expected finite numbers"):
-        log_probabilities([{(0,)}, {(1,)}], broken, stop_ids=(), step=lambda _: broken, back=lambda: None)
+        log_probabilities([{(0,)}, {(1,)}], broken, stop_ids=(), step=lambda _: [broken], back=lambda _: None, most_rows=1)
 
 
 def test_a_temperature_evens_shares_out() -> None:

@@ -43,7 +43,7 @@ class Run:
         table = golden.weights["model.embed_tokens.weight"].numpy()
         logits = [self.prefill.logits]
         for token in golden.arrays["tokens"]:
-            decoder.decode(table[token])
+            decoder.decode(table[[token]])
             logits.append(decoder.logits())
         self.logits: NDArray[np.float32] = np.stack(logits)
         self.kv_lengths = [cache.length for cache in decoder.caches]

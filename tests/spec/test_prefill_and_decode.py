@@ -46,11 +46,12 @@ def first_logits(pipeline: Pipeline, *arguments: Any, **settings: Any) -> np.nda
     return answer.first_logits
 
 
-def test_decode_equals_a_longer_prefill(keep_all: Pipeline) -> None:
+@pytest.mark.parametrize("sizes", [(1,) * 8, (2, 2, 4), (3, 5), (8,), (7, 1)], ids=str)
+def test_decode_equals_a_longer_prefill(sizes: tuple[int, ...], keep_all: Pipeline) -> None:
     """The logits after n decoded tokens are those of a prefill whose prompt ends with these tokens."""
     generator = np.random.default_rng(0)
     decoder, hidden = keep_all._level.decoder, keep_all.manifest.dimensions.hidden_size
-    size, steps = keep_all.manifest.max_visual + 32, 6
+    size, steps = keep_all.manifest.max_visual + 32, 8
     rows = generator.standard_normal((40 + steps, hidden)).astype(np.float32)
 
     def prefill(count: int) -> PrefillResult:
@@ -66,10 +67,16 @@ def test_decode_equals_a_longer_prefill(keep_all: Pipeline) -> None:
         )
 
     prefill(40)
-    for step in range(steps):
-        decoder.decode(rows[40 + step])
-    logits = decoder.logits()
-    np.testing.assert_allclose(logits, prefill(40 + steps).logits, **LOGITS_FLOAT32)
+    logits: list[Any] = []
+    for count in sizes:
+        first = 40 + len(logits)
+        tops = decoder.decode(rows[first : first + count])
+        logits += [decoder.logits(row) for row in range(len(tops))]
+        assert [int(top.ids[np.argmax(top.logits)]) for top in tops] == [
+            int(np.argmax(row)) for row in logits[-count:]
+        ]
+    for step, row in enumerate(logits, 41):
+        np.testing.assert_allclose(row, prefill(step).logits, **LOGITS_FLOAT32)
 
 
 @pytest.mark.parametrize("rows", [[-1, 3], [3, 3], [4, 3], [3, 8], [3]], ids=str)
@@ -104,7 +111,7 @@ def test_every_bucket_gives_the_same_answer(kind: str, request: pytest.FixtureRe
         )
         logits = [pipeline._level.decoder.prefill(prompt).logits]
         for _ in range(3):
-            pipeline._level.decoder.decode(np.full(hidden, 0.1, np.float32))
+            pipeline._level.decoder.decode(np.full((1, hidden), 0.1, np.float32))
             logits.append(pipeline._level.decoder.logits())
         results.append(np.stack(logits))
     np.testing.assert_allclose(results[0], results[1], **LOGITS_FLOAT32)

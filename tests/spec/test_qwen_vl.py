@@ -188,7 +188,7 @@ def test_decode_after_a_reduction_goes_on_at_the_original_positions(
 
     def decode_and_record(row: Any) -> Any:
         top = decode(row)
-        ids.append(decoder._memory.host(f"step.position_ids.{last_range}", (3,)).tolist())
+        ids.append(decoder._memory.host(f"step.position_ids.{last_range}", (3, 1)).tolist())
         return top
 
     monkeypatch.setattr(decoder, "decode", decode_and_record)
@@ -199,7 +199,7 @@ def test_decode_after_a_reduction_goes_on_at_the_original_positions(
         inputs["input_ids"], inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"]
     )
     following = int(positions.max()) + 1
-    assert ids == [[following] * 3, [following + 1] * 3]
+    assert ids == [[[following]] * 3, [[following + 1]] * 3]
 
 
 def test_the_camera_has_no_padding(reduced: Pipeline) -> None:
