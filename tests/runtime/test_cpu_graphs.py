@@ -255,6 +255,20 @@ def test_large_graphs_need_no_copies_of_their_weights(
     assert (written > 0) == (dtype == "float16")
 
 
+@pytest.mark.parametrize(("release", "spins"), [((1, 25), "0"), ((1, 26), "1")], ids=str)
+def test_threads_spin_only_where_a_release_limits_it(
+    release: tuple[int, int], spins: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, real = [], ort.SessionOptions
+    monkeypatch.setattr(ort, "SessionOptions", lambda: made.append(real()) or made[-1])
+    monkeypatch.setattr(cpu, "onnxruntime_version", lambda: release)
+    with Pipeline.from_bundle(bundle, backend="onnxruntime", threads=1):
+        assert made
+    for options in made:
+        assert options.get_session_config_entry("session.intra_op.allow_spinning") == spins
+        assert int(options.get_session_config_entry("session.intra_op.spin_duration_us")) > 0
+
+
 def test_an_unknown_accuracy_is_refused(reduced_bundle: Path) -> None:
     with pytest.raises(BackendError, match="cpu_accuracy: expected one of auto, float32, int8"):
         Pipeline.from_bundle(reduced_bundle, cpu_accuracy="int2")  # type: ignore[arg-type]
