@@ -612,7 +612,8 @@ class Pipeline:
         with self._lock:
             level, token = self._first_token(request, generation)
         answer, statistics = request.answers[level.manifest.level], generation.statistics
-        tokens, stream, stop_ids = [token], DetokenizeStream(self.tokenizer), self.manifest.text.stop_token_ids
+        stream, stop_ids = DetokenizeStream(self.tokenizer), self.manifest.text.stop_token_ids
+        tokens, num_run = [token], 0
         while True:
             while tokens[-1] not in stop_ids and statistics.new_tokens + len(tokens) < answer.limit:
                 if (certain := answer.chooser.certain()) is None:
@@ -633,7 +634,9 @@ class Pipeline:
             with self._lock:
                 self._check_open()  # the caller may have closed the pipeline in the meantime
                 self._check_running(generation)
-                tokens = self._next_tokens(level.decoder, tokens, answer, statistics)
+                draft = answer.drafts.after(tokens)
+                tokens = self._next_tokens(level.decoder, tokens[num_run:], draft, answer, statistics)
+            num_run = len(tokens) - 1  # the rows of right drafts have run
             milliseconds = 1e3 * (time.perf_counter() - start)
             statistics.token_ms += [milliseconds / len(tokens)] * len(tokens)
             statistics.decode_ms += milliseconds
@@ -641,7 +644,12 @@ class Pipeline:
             yield rest
 
     def _next_tokens(
-        self, decoder: Decoder, tokens: Sequence[int], answer: _AnswerPlan, statistics: Statistics
+        self,
+        decoder: Decoder,
+        tokens: Sequence[int],
+        draft: Sequence[int],
+        answer: _AnswerPlan,
+        statistics: Statistics,
     ) -> list[int]:
         """Run the answer's newest tokens and a draft of those after them; return the tokens that come next, one or more."""
         while len(tokens) > decoder.max_rows:
@@ -649,7 +657,7 @@ class Pipeline:
             statistics.steps, tokens = statistics.steps + 1, tokens[decoder.max_rows :]
         count = len(tokens)
         room = min(decoder.max_rows - count, decoder.room - count, answer.limit - statistics.new_tokens - 1)
-        draft, start = answer.drafts.after(tokens)[:room], time.perf_counter()
+        draft, start = draft[:room], time.perf_counter()
         tops = decoder.decode(self._embedding[[*tokens, *draft]])
         self._payoff.ran(len(tops), 1e3 * (time.perf_counter() - start))
         chosen: list[int] = []

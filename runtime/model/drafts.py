@@ -83,7 +83,9 @@ class PromptLookup:
         for ngram in NGRAMS:
             place = self._after.get(tuple(self._ids[-ngram:]))
             if place is not None:
-                return ngram, self._ids[place : place + STEP_ROWS[-1]]
+                found = self._ids[place : place + STEP_ROWS[-1]]
+                # A text that repeats itself goes on so.
+                return ngram, (found * STEP_ROWS[-1])[: STEP_ROWS[-1]]
         return 0, []
 
 

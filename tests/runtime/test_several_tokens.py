@@ -11,7 +11,7 @@ import pytest
 from tests.bundles import INT8_CACHES, export
 from tests.checkpoints import save_checkpoint
 from tests.pictures import random_picture
-from tests.tolerances import LOGITS_FLOAT32
+from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle.errors import ShapeError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
@@ -105,7 +105,8 @@ def test_rows_at_once_are_rows_one_by_one_in_every_format(rows: int, bundle_of_a
                 logits += [decoder.logits(row) for row in range(size)]
                 first += size
             found.append(np.stack(logits))
-        np.testing.assert_allclose(*found, **LOGITS_FLOAT32)
+        is_half = pipeline.manifest.dtype == "float16"
+        np.testing.assert_allclose(*found, **(LOGITS_FLOAT16 if is_half else LOGITS_FLOAT32))
 
 
 @pytest.fixture(
@@ -138,14 +139,14 @@ def test_rows_that_are_taken_back_leave_no_trace(pipelines: dict[int, Pipeline])
 
 
 def test_sampled_tokens_have_the_distribution_of_one_token_a_step(tmp_path: Path) -> None:
-    """Chi-square over the second and third tokens of many seeds, of which drafts give some."""
+    """Chi-square over the last four tokens of many seeds, of which drafts give some."""
     folder = save_checkpoint(tmp_path / "checkpoint", num_layers=3, num_kv_heads=2, seed=3)
     bundle = export(folder, schedule=STAGES, max_new_tokens=8)
     how: dict[str, Any] = {
         "temperature": 1.0,
         "top_k": 3,
-        "max_new_tokens": 6,
-        "logit_bias": {9: 4.0, 10: 4.0},
+        "max_new_tokens": 8,
+        "logit_bias": {9: 100.0, 10: 100.0},
     }
     counts: dict[LookupTokens, Counter[tuple[int, ...]]] = {0: Counter(), 3: Counter()}
     accepted = 0
@@ -155,7 +156,7 @@ def test_sampled_tokens_have_the_distribution_of_one_token_a_step(tmp_path: Path
                 answer = done(
                     pipeline.generate(None, PROMPT, lookup=lookup, seed=seed + 1000 * lookup, **how)
                 )  # type: ignore[operator]
-                counter[tuple(answer.token_ids[3:5])] += 1
+                counter[tuple(answer.token_ids[4:8])] += 1
                 accepted += answer.statistics.accepted_tokens
     assert accepted > 100
     seen = [pair for pair in counts[0] | counts[3] if counts[0][pair] + counts[3][pair] >= 10]
@@ -255,7 +256,7 @@ def test_the_longest_and_latest_match_is_found() -> None:
         lookup.add(tokens)
         assert lookup.find() == found
     lookup = PromptLookup([1, 2, 3, 4, 5, 0, 1, 2, 3, 4])
-    assert lookup.find() == (4, [5, 0, 1, 2, 3, 4])
+    assert lookup.find() == (4, [5, 0, 1, 2, 3, 4, 5, 0])
 
 
 def test_auto_drafts_as_many_tokens_as_pay() -> None:
