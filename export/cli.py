@@ -226,7 +226,9 @@ _OPTIONS = (
         "Lets the runtime keep an image's rows before the first reduction for further questions; pays most with --keep all.",
     ),
     _option(
-        "--decode-rows", int, "Most rows of a decode step, 1, 2, 4 or 8: a token, and drafts of those after it."
+        "--decode-rows",
+        int,
+        "Most rows of a decode step, 1, 2, 4 or 8: a token, and drafts of those after it.",
     ),
     _option("--max-text", int, "Largest prompt, in text tokens."),
     _option(

@@ -137,7 +137,13 @@ class Pipeline:
     """An opened bundle with all its graphs loaded. Answers one question at a time, from any thread of its process."""
 
     def __init__(
-        self, bundle: Bundle, backend: Backend, *, keep_images: int = 0, max_pixels: int = MAX_IMAGE_PIXELS
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        keep_images: int = 0,
+        max_pixels: int = MAX_IMAGE_PIXELS,
+        lookup: LookupTokens = 0,
     ) -> None:
         """Load the bundle's graphs with ``backend``; see ``from_bundle``."""
         limits = (
@@ -152,6 +158,8 @@ class Pipeline:
         self._max_pixels, self._bundle, self.manifest = max_pixels, bundle, bundle.manifest
         manifest: Manifest = self.manifest
         self.backend_name = backend.name
+        step_rows = [sizes["T"] for sizes in manifest.program("decode").sizes]
+        self._lookup, self._payoff = check_lookup(lookup, step_rows), Payoff(step_rows)
         self._margins = read_margins(bundle.folder, manifest)
         self.tokenizer = Tokenizer.from_file(bundle.path(manifest.text.tokenizer))
         self._template = bundle.read_text(manifest.text.chat_template)
@@ -187,7 +195,6 @@ class Pipeline:
         self.images = self._level.images
         self._running: object = None
         """The answer, or the plan of questions, whose rows are in the KV caches."""
-        self._payoff = Payoff([sizes["T"] for sizes in manifest.program("decode").sizes])
         self._is_open = True
         self._process = os.getpid()
         self._lock = threading.Lock()
@@ -203,6 +210,7 @@ class Pipeline:
         cpu_accuracy: CpuAccuracy = "auto",
         keep_images: int = 0,
         max_pixels: int = MAX_IMAGE_PIXELS,
+        lookup: LookupTokens = 0,
     ) -> Pipeline:
         """Open the bundle at ``path`` and load its graphs.
 
@@ -215,16 +223,18 @@ class Pipeline:
                 about one of them skips the vision graph and, in a bundle exported with --follow-ups, the first layer
                 range's rows before the question. Answers do not change.
             max_pixels: Pixels above which an image or a frame is refused before it is decoded.
+            lookup: Most draft tokens of a decode step, which prompt lookup finds; "auto" drafts as many as pay. Answers do not
+                change.
 
         Raises:
             BundleError: If the bundle is broken.
             ManifestError: If its manifest is broken or of another schema.
             BackendError: If the backend is missing or cannot load a graph, or the device has too little memory.
-            ShapeError: If ``keep_images`` or ``max_pixels`` is out of range.
+            ShapeError: If ``keep_images``, ``max_pixels`` or ``lookup`` is out of range.
         """
         bundle = open_bundle(path)
         chosen = make_backend(backend, bundle=bundle, threads=threads, cpu_accuracy=cpu_accuracy)
-        return cls(bundle, chosen, keep_images=keep_images, max_pixels=max_pixels)
+        return cls(bundle, chosen, keep_images=keep_images, max_pixels=max_pixels, lookup=lookup)
 
     def generate(
         self,
@@ -278,7 +288,7 @@ class Pipeline:
         logit_bias: Mapping[int, float] | None = None,
         num_logprobs: int | None = None,
         constraint: TokenConstraint | None = None,
-        lookup: LookupTokens = 0,
+        lookup: LookupTokens | None = None,
         level: str | None = None,
         override: SelectorOverride | None = None,
     ) -> Generation:
@@ -303,8 +313,7 @@ class Pipeline:
             num_logprobs: Number of most likely tokens in ``Generation.logprobs``; None leaves that empty.
             constraint: Decides which tokens may come next, for instance by a grammar; a new one for each answer. Where only
                 one may come, it is not decoded.
-            lookup: Most draft tokens of a decode step, looked up in the prompt and the answer (see docs/several-tokens.md);
-                "auto" drafts as many as pay. The answer does not change.
+            lookup: As for ``from_bundle``; None means what was said there.
             level: One of ``manifest.level_names``; "auto" starts at the lowest and goes up while the first token's margin is
                 small (see docs/levels.md); None is the bundle's default.
             override: Selects visual tokens on the host instead of the select graphs, for comparisons.
@@ -332,7 +341,7 @@ class Pipeline:
         bias: dict[str, Any] = {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
         bias["logit_bias"] = logit_bias
         needs_rules = has_rules(settings) or constraint is not None or any(bias.values())
-        check_lookup(lookup, max_rows=self._level.decoder.max_rows)
+        drafted = self._lookup if lookup is None else check_lookup(lookup, self._payoff.rows)
         attempts, answers = self._attempts(messages, self._decode(messages), level), {}
         for attempt in attempts:
             run_lengths = [length for image in attempt.prepared for length in image.layout.run_lengths]
@@ -340,11 +349,11 @@ class Pipeline:
             if max_new_tokens is None:
                 num_prompt = attempt.ids.num_tokens + sum(run_lengths)
                 most = answer_limit(settings, room=limit, num_prompt=num_prompt)
-            prompt_ids = attempt.ids.all_ids(run_lengths).tolist() if needs_rules or lookup else ()
+            prompt_ids = attempt.ids.all_ids(run_lengths).tolist() if needs_rules or drafted else ()
             if needs_rules:
                 rules = self._rules(settings, prompt_ids, most, constraint, bias)
             chooser = TokenChooser(sampler, rules, num_logprobs=num_logprobs)
-            drafts = Drafts(lookup, self._payoff, prompt_ids)
+            drafts = Drafts(drafted, self._payoff, prompt_ids)
             answers[attempt.level.manifest.level] = _AnswerPlan(chooser, drafts, most)
         prepare_ms = 1e3 * (time.perf_counter() - start)
         return Generation(partial(self._steps, _Request(attempts, answers, override, prepare_ms)))
@@ -619,7 +628,9 @@ class Pipeline:
                 if (certain := answer.chooser.certain()) is None:
                     break
                 tokens.append(certain)
-            statistics.token_ms += [0.0] * (statistics.new_tokens + len(tokens) - 1 - len(statistics.token_ms))
+            statistics.token_ms += [0.0] * (
+                statistics.new_tokens + len(tokens) - 1 - len(statistics.token_ms)
+            )
             for token in tokens:
                 generation.token_ids.append(token)
                 generation.logprobs += answer.chooser.logprobs[statistics.new_tokens :][:1]
@@ -646,7 +657,7 @@ class Pipeline:
     def _next_tokens(
         self,
         decoder: Decoder,
-        tokens: Sequence[int],
+        tokens: list[int],
         draft: Sequence[int],
         answer: _AnswerPlan,
         statistics: Statistics,

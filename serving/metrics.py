@@ -25,6 +25,7 @@ class Metrics:
             "trio_lowered_requests", "Requests at the lowest level because others wait"
         )
         self._new = self._counter("trio_completion_tokens", "Tokens of answers")
+        self._steps = self._counter("trio_decode_steps", "Decode steps, each of which gives a token or more")
         self._decisions = self._counter(
             "trio_decisions", "Requests whose questions were answered without decoding"
         )
@@ -83,6 +84,7 @@ class Metrics:
             self._deciding.labels(model).observe((usage["ttft_ms"] + usage["decode_ms"]) / 1e3)
             return
         self._new.labels(model).inc(usage["completion_tokens"])
+        self._steps.labels(model).inc(usage["decode_steps"])
         self._ttft.labels(model).observe(usage["ttft_ms"] / 1e3)
         self._decode.labels(model).observe(usage["decode_ms"] / 1e3)
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from trio_edge.runtime.cli.console import backend_options
+from trio_edge.runtime.cli.console import backend_options, lookup_option
 from trio_edge.serving.fleet.cluster import FleetSettings
 from trio_edge.serving.settings import ServerSettings
 
@@ -126,7 +126,7 @@ def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options to a command."""
     for option in reversed(_OPTIONS):
         command = option(command)
-    return backend_options()(command)
+    return backend_options()(lookup_option()(command))
 
 
 def settings_from_options(options: dict[str, Any]) -> tuple[ServerSettings, dict[str, Any]]:
@@ -135,7 +135,9 @@ def settings_from_options(options: dict[str, Any]) -> tuple[ServerSettings, dict
     Raises:
         UsageError: If a setting is wrong.
     """
-    loading = {name: options[name] for name in ("backend", "threads", "cpu_accuracy", "keep_images")}
+    loading = {
+        name: options[name] for name in ("backend", "threads", "cpu_accuracy", "keep_images", "lookup")
+    }
     limits = ServerSettings(
         **{name: value for name, value in options.items() if name in ServerSettings.__annotations__}
     )

@@ -89,9 +89,7 @@ def greedy_answer(
     return Greedy(tokens=tokens, logits_TV=torch.cat(logits), inputs=inputs, kept=kept, rounds=rounds)
 
 
-def _rounding(
-    layer: int, caches: tuple[CacheRange, ...]
-) -> Callable[[Tensor, Tensor], KeysAndValues] | None:
+def _rounding(layer: int, caches: tuple[CacheRange, ...]) -> Callable[[Tensor, Tensor], KeysAndValues] | None:
     """Return what rounds keys and values as INT8 KV caches do; None without ``caches``."""
     if not caches:
         return None

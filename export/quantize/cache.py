@@ -79,7 +79,7 @@ def _with_cache(traced: TracedGraph, ranges: Sequence[CacheRange]) -> TracedGrap
 
 def _read_rounded(
     graph: ir.Graph,
-    readers: Iterable[ir.Usage],
+    readers: Iterable[tuple[ir.Node, int]],
     rounded: ir.Value,
     scale: list[ir.Value],
     *,

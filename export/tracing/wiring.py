@@ -114,7 +114,9 @@ class Wiring:
         self._follow_rows = [*small, *buckets] if plan.options.follow_ups else []
         """Rows of a question that follows KV rows, as it is shorter than a prompt."""
         most = min(plan.options.decode_rows, layout.max_new_tokens)
-        self._steps = {f"decode_{rows}" if rows > 1 else "decode": rows for rows in io.STEP_ROWS if rows <= most}
+        self._steps = {
+            f"decode_{rows}" if rows > 1 else "decode": rows for rows in io.STEP_ROWS if rows <= most
+        }
         """Rows of a decode step, by profile."""
         self._sizes = {
             "width": self._dimensions.hidden_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import sys
 import warnings
 from contextlib import redirect_stderr, suppress
@@ -144,6 +145,18 @@ def level_option() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         "Level of a bundle with several, or auto for the lowest that is sure enough. [default: the bundle's]"
     )
     return click.option("--level", metavar="NAME", help=text)
+
+
+def lookup_option() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that adds ``--lookup`` to a command: a number, or "auto"."""
+
+    def read(_context: click.Context, _option: click.Parameter, given: str) -> int | str:
+        if given != "auto" and re.fullmatch(r"\d{1,3}", given, re.ASCII) is None:
+            raise click.BadParameter(f"expected a number or auto, got {given[:40]!r}")
+        return given if given == "auto" else int(given)
+
+    text = "Most draft tokens of a decode step, looked up in the prompt and the answer; auto drafts as many as pay."
+    return click.option("--lookup", metavar="N|auto", default="0", callback=read, help=text)
 
 
 def backend_options(

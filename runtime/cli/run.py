@@ -12,7 +12,7 @@ import click
 from trio_edge.runtime.bundle.errors import BundleError, ImageError, printable
 from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS
-from trio_edge.runtime.cli.console import backend_options, level_option, run
+from trio_edge.runtime.cli.console import backend_options, level_option, lookup_option, run
 from trio_edge.runtime.cli.decide import NAMES as DECISION_NAMES
 from trio_edge.runtime.cli.decide import OPTIONS as DECISION_OPTIONS
 from trio_edge.runtime.cli.decide import decide, described_level, question_of
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.answer import Generation
     from trio_edge.runtime.decisions.questions import Decision
     from trio_edge.runtime.engines.cpu import CpuAccuracy
+    from trio_edge.runtime.model.drafts import LookupTokens
     from trio_edge.runtime.pipeline import Pipeline
 
 
@@ -67,6 +68,7 @@ _OPTIONS: tuple[Callable[..., Any], ...] = (
     click.option("--seed", type=int, help="Random seed that makes sampling repeatable."),
     *DECISION_OPTIONS,
     level_option(),
+    lookup_option(),
     click.option(
         "--show-kept",
         type=_PATH,
@@ -102,6 +104,7 @@ def command(
     max_pixels: int,
     show_kept: Path | None,
     compare_full: str | None,
+    lookup: LookupTokens,
     **settings: Any,
 ) -> int:
     """Answer a question about images or a video with BUNDLE.
@@ -115,11 +118,11 @@ def command(
         _check_drawing_target(show_kept, is_seen=bool(images) or settings["video"] is not None)
     full_level = None if compare_full is None else _keep_all_level(Path(compare_full or bundle))
     loading: dict[str, Any] = {"backend": backend, "threads": threads}
-    loading |= {"cpu_accuracy": cpu_accuracy, "max_pixels": max_pixels}
+    loading |= {"cpu_accuracy": cpu_accuracy, "max_pixels": max_pixels, "lookup": lookup}
     decision = {name: settings.pop(name) for name in DECISION_NAMES}
     if any(value not in (None, False) for value in decision.values()):
         how = {name: decision.pop(name) for name in ("both_orders", "as_json")}
-        settings |= {"compare_full": compare_full}
+        settings |= {"compare_full": compare_full, "lookup": lookup or None}
         question = question_of(prompt, **decision)
         if show_kept is not None and settings["video"] is not None:
             raise click.UsageError(
@@ -137,7 +140,7 @@ def command(
         print()
         statistics = answer.statistics
         graphs = ", ".join(f"{name} {ms:.1f}" for name, ms in statistics.graph_ms.items())
-        speed = f"{statistics.tokens_per_second:.1f} tokens/s"
+        speed = f"{statistics.tokens_per_second:.1f} tokens/s, decode steps: {statistics.steps}"
         times = f"first token {statistics.ttft_ms:.1f} ms ({graphs}), {speed}"
         kept = f"KV {statistics.kv_bytes / 1e6:.2f} MB, kept per stage {list(statistics.kept_tokens)}"
         redone = statistics.repaired_stages

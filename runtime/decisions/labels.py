@@ -7,7 +7,7 @@ all of them also count the end of the answer.
 
 from __future__ import annotations
 
-from os.path import commonprefix
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -97,9 +97,7 @@ def log_probabilities(
     )
     scores: list[list[float]] = [[] for _ in options]
 
-    def walk(
-        rest: Sequence[tuple[Tokens, int]], rows: Sequence[NDArray[np.float32]], so_far: float
-    ) -> None:
+    def walk(rest: Sequence[tuple[Tokens, int]], rows: Sequence[NDArray[np.float32]], so_far: float) -> None:
         """Score ``rest`` from the logits of its first token, and of those after it that are the same in all of it."""
         logs = log_softmax(checked_logits(rows[0]))
         by_token: dict[int, list[tuple[Tokens, int]]] = {}
@@ -119,7 +117,8 @@ def log_probabilities(
             elif deeper:
                 # The last token of a way needs no row, unless the end is scored.
                 needed = [tokens if has_end else tokens[:-1] for tokens, _ in deeper]
-                chain = (token, *commonprefix(needed))[:most_rows]
+                same = takewhile(lambda column: len({*column}) == 1, zip(*needed))
+                chain = [token, *(column[0] for column in same)][:most_rows]
                 walk(deeper, step(chain), score)
                 back(len(chain))
 

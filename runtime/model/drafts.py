@@ -30,7 +30,7 @@ class Payoff:
 
     def __init__(self, rows: Sequence[int]) -> None:
         """``rows`` are the possible rows of a step, ascending."""
-        self._rows = rows
+        self.rows = rows
         self._right: dict[int, float] = {}
         self._ms: dict[int, float] = {}
         self._runs: defaultdict[int, int] = defaultdict(int)
@@ -42,7 +42,7 @@ class Payoff:
 
     def ran(self, num_rows: int, milliseconds: float) -> None:
         """Note the time of a step."""
-        rows = next(rows for rows in self._rows if rows >= num_rows)
+        rows = next(rows for rows in self.rows if rows >= num_rows)
         self._runs[rows] += 1
         if self._runs[rows] > 2:  # the first two warm up and are captured
             before = self._ms.get(rows, milliseconds)
@@ -57,7 +57,7 @@ class Payoff:
             return sum(right**token for token in range(rows)) / self._ms.get(rows, self._ms.get(known, 1.0))
 
         # The smallest of equal ones: max takes the first.
-        return max(self._rows, key=speed) - 1
+        return max(self.rows, key=speed) - 1
 
 
 @final
@@ -113,10 +113,15 @@ class Drafts:
             self._payoff.saw(ngram, is_right=found[0] == token)
 
 
-def check_lookup(lookup: LookupTokens, *, max_rows: int) -> None:
-    """Raise ShapeError unless a bundle with steps of ``max_rows`` rows has room for drafts of ``lookup`` tokens."""
-    if lookup != "auto" and not (is_whole(lookup) and 0 <= lookup < max_rows):
+def check_lookup(lookup: LookupTokens, rows: Sequence[int]) -> LookupTokens:
+    """Return ``lookup`` if a step, which may have ``rows``, has room for as many draft tokens.
+
+    Raises:
+        ShapeError: If it has not.
+    """
+    if lookup != "auto" and not (is_whole(lookup) and 0 <= lookup < rows[-1]):
         raise ShapeError(
-            f"lookup: expected auto or 0..{max_rows - 1} (the bundle's rows of a decode step less one), got {lookup!r:.80};"
+            f"lookup: expected auto or 0..{rows[-1] - 1} (the bundle's rows of a decode step less one), got {lookup!r:.80};"
             " choose one, or export with a larger --decode-rows"
         )
+    return lookup

@@ -320,6 +320,7 @@ def usage_of(answers: Sequence[Statistics], *, queue_s: float) -> dict[str, Any]
     return {
         "prompt_tokens": prompt,
         "completion_tokens": new,
+        "decode_steps": sum(answer.steps for answer in answers),
         "total_tokens": prompt + new,
         "visual_tokens": first.visual_tokens,
         "kept_tokens": list(first.kept_tokens),

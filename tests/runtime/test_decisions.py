@@ -248,7 +248,9 @@ def test_all_answers_of_a_length_have_the_whole_probability() -> None:
 def test_logits_that_overflowed_are_an_error() -> None:
     broken = np.array([1.0, np.nan, 2.0], np.float32)
     with pytest.raises(BackendError, match="expected finite numbers"):
-        log_probabilities([{(0,)}, {(1,)}], broken, stop_ids=(), step=lambda _: [broken], back=lambda _: None, most_rows=1)
+        log_probabilities(
+            [{(0,)}, {(1,)}], broken, stop_ids=(), step=lambda _: [broken], back=lambda _: None, most_rows=1
+        )
 
 
 def test_a_temperature_evens_shares_out() -> None:
