@@ -24,6 +24,7 @@ from tests.cuda_on_host import (
 from tests.engine_bundles import HOST, copy_bundle, replace_bytes
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import save_qwen3_vl_checkpoint
+from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.runtime.backends import registry as module
 from trio_edge.runtime.backends import tensorrt as backend_tensorrt
 from trio_edge.runtime.backends.registry import make_backend
@@ -131,7 +132,7 @@ def test_only_results_leave_the_device(pipeline: Pipeline, cuda: CudaOnHost) -> 
     dims, top = pipeline.manifest.dimensions, 2 * 256
     assert len(sizes) == 4
     assert dims.vocab_size * 4 < sizes[0] < dims.vocab_size * 4 + top + 7 * 256
-    assert sizes[1:] == [top] * 3
+    assert sizes[1:] == [pipeline._level.decoder.max_rows * top] * 3
 
 
 def test_a_decoded_token_is_one_upload_one_sequence_one_download_and_one_wait(
@@ -156,6 +157,24 @@ def test_decode_is_captured_once_over_all_ranges_and_the_head(pipeline: Pipeline
     answer(pipeline, tokens=5)
     assert len(named(cuda.calls, "cudaStreamBeginCapture")) == 1
     assert [call[1] for call in named(cuda.calls, "cudaGraphLaunch")] == [len(STEP)] * 7
+
+
+def test_every_number_of_rows_is_captured_once_and_gives_the_same(
+    pipeline: Pipeline, cuda: CudaOnHost
+) -> None:
+    decoder, embeds = pipeline._level.decoder, pipeline._embedding[np.arange(5, 13)]
+    found: dict[int, list[Any]] = {}
+    for rows in (1, 2, 3, 8, 4, 1, 3, 8, 2):
+        answer(pipeline)
+        logits: list[Any] = []
+        for first in range(0, 8, rows):
+            tops = decoder.decode(embeds[first : first + rows])
+            logits += [decoder.logits(row) for row in range(len(tops))]
+        found.setdefault(rows, []).append(np.stack(logits))
+    assert len(named(cuda.calls, "cudaStreamBeginCapture")) == 4  # three rows run as four
+    for several in found.values():
+        for logits_TV in several:
+            np.testing.assert_allclose(logits_TV, found[1][0], **LOGITS_FLOAT32)
 
 
 def test_an_engine_that_cannot_be_captured_is_run_without_and_told(

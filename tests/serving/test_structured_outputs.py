@@ -74,6 +74,38 @@ def test_an_answer_fits_its_schema(spelling: RunningServer, seed: int) -> None:
     assert isinstance(value["is_red"], bool)
 
 
+STEPS: list[tuple[dict[str, Any], int]] = [
+    (SHAPE, 2),
+    ({"type": "object", "properties": {"colour": {"const": "dark blue"}}, "required": ["colour"]}, 20),
+    (
+        {
+            "type": "object",
+            "properties": {"person": {"type": "boolean"}, "state": {"enum": ["open", "closed"]}},
+            "required": ["person", "state"],
+        },
+        2,
+    ),
+]
+
+
+@pytest.mark.parametrize(("wanted", "times_fewer"), STEPS, ids=("shape", "const", "gate"))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_that_a_schema_leaves_no_choice_for_take_no_step_each(
+    spelling: RunningServer, wanted: dict[str, Any], times_fewer: int, temperature: float
+) -> None:
+    """Log probabilities need all steps, and change no answer."""
+    wanted = {**wanted, "additionalProperties": False}
+    form: dict[str, Any] = {"response_format": schema(wanted), "temperature": temperature, "seed": 4}
+    answer = ask(spelling, **form)
+    assert json.loads(answer.choices[0].message.content).keys() == wanted["properties"].keys()
+    usage = answer.usage.model_dump()
+    assert times_fewer * usage["decode_steps"] <= usage["completion_tokens"]
+    whole = ask(spelling, **form, logprobs=True)
+    assert whole.usage.model_dump()["decode_steps"] == whole.usage.completion_tokens - 1
+    if temperature == 0:
+        assert whole.choices[0].message.content == answer.choices[0].message.content
+
+
 def test_without_a_schema_the_same_model_writes_no_json(spelling: RunningServer) -> None:
     with pytest.raises(json.JSONDecodeError):
         json.loads(ask(spelling).choices[0].message.content)
