@@ -39,6 +39,7 @@ from trio_edge.runtime.model.levels import (
     one_level,
     read_margins,
 )
+from trio_edge.runtime.model.next_tokens import NextTokens
 from trio_edge.runtime.model.programs import Programs
 from trio_edge.runtime.model.sampling import (
     AnswerRules,
@@ -98,20 +99,11 @@ class _Attempt(NamedTuple):
     ids: PromptIds
 
 
-class _AnswerPlan(NamedTuple):
-    """How an answer's tokens are found."""
-
-    chooser: TokenChooser
-    drafts: Drafts
-    limit: int
-    """Most tokens."""
-
-
 class _Request(NamedTuple):
     """Everything that an answer needs besides its prompt."""
 
     attempts: list[_Attempt]
-    answers: dict[str, _AnswerPlan]
+    answers: dict[str, NextTokens]
     """By level."""
     override: SelectorOverride | None
     prepare_ms: float
@@ -354,7 +346,13 @@ class Pipeline:
                 rules = self._rules(settings, prompt_ids, most, constraint, bias)
             chooser = TokenChooser(sampler, rules, num_logprobs=num_logprobs)
             drafts = Drafts(drafted, self._payoff, prompt_ids)
-            answers[attempt.level.manifest.level] = _AnswerPlan(chooser, drafts, most)
+            answers[attempt.level.manifest.level] = NextTokens(
+                chooser,
+                drafts,
+                embedding=self._embedding,
+                stop_ids=self.manifest.text.stop_token_ids,
+                limit=most,
+            )
         prepare_ms = 1e3 * (time.perf_counter() - start)
         return Generation(partial(self._steps, _Request(attempts, answers, override, prepare_ms)))
 
@@ -622,15 +620,9 @@ class Pipeline:
             level, token = self._first_token(request, generation)
         answer, statistics = request.answers[level.manifest.level], generation.statistics
         stream, stop_ids = DetokenizeStream(self.tokenizer), self.manifest.text.stop_token_ids
-        tokens, num_run = [token], 0
+        tokens = [token]
         while True:
-            while tokens[-1] not in stop_ids and statistics.new_tokens + len(tokens) < answer.limit:
-                if (certain := answer.chooser.certain()) is None:
-                    break
-                tokens.append(certain)
-            statistics.token_ms += [0.0] * (
-                statistics.new_tokens + len(tokens) - 1 - len(statistics.token_ms)
-            )
+            answer.add_certain(tokens, statistics)
             for token in tokens:
                 generation.token_ids.append(token)
                 generation.logprobs += answer.chooser.logprobs[statistics.new_tokens :][:1]
@@ -641,48 +633,12 @@ class Pipeline:
                     break
             if token in stop_ids or statistics.new_tokens >= answer.limit or generation.is_cancelled:
                 break
-            start = time.perf_counter()
             with self._lock:
                 self._check_open()  # the caller may have closed the pipeline in the meantime
                 self._check_running(generation)
-                draft = answer.drafts.after(tokens)
-                tokens = self._next_tokens(level.decoder, tokens[num_run:], draft, answer, statistics)
-            num_run = len(tokens) - 1  # the rows of right drafts have run
-            milliseconds = 1e3 * (time.perf_counter() - start)
-            statistics.token_ms += [milliseconds / len(tokens)] * len(tokens)
-            statistics.decode_ms += milliseconds
+                tokens = answer.after(tokens, level.decoder, statistics)
         if rest := stream.finish():
             yield rest
-
-    def _next_tokens(
-        self,
-        decoder: Decoder,
-        tokens: list[int],
-        draft: Sequence[int],
-        answer: _AnswerPlan,
-        statistics: Statistics,
-    ) -> list[int]:
-        """Run the answer's newest tokens and a draft of those after them; return the tokens that come next, one or more."""
-        while len(tokens) > decoder.max_rows:
-            decoder.decode(self._embedding[tokens[: decoder.max_rows]])
-            statistics.steps, tokens = statistics.steps + 1, tokens[decoder.max_rows :]
-        count = len(tokens)
-        room = min(decoder.max_rows - count, decoder.room - count, answer.limit - statistics.new_tokens - 1)
-        draft, start = draft[:room], time.perf_counter()
-        tops = decoder.decode(self._embedding[[*tokens, *draft]])
-        self._payoff.ran(len(tops), 1e3 * (time.perf_counter() - start))
-        chosen: list[int] = []
-        for row, top in enumerate(tops[count - 1 :], count - 1):
-            chosen.append(answer.chooser.choose(top, partial(decoder.logits, row)))
-            if chosen != [*draft[: len(chosen)]] or chosen[-1] in self.manifest.text.stop_token_ids:
-                break
-        decoder.skip(len(chosen) - 1 - len(draft))
-        answer.drafts.came(chosen[0])
-        statistics.kv_bytes = decoder.kv_bytes
-        statistics.steps += 1
-        statistics.draft_tokens += len(draft)
-        statistics.accepted_tokens += len(chosen) - 1
-        return chosen
 
     def _first_token(self, request: _Request, generation: Generation) -> tuple[Level, int]:
         """See the images, write the prompt and prefill, level by level until one is sure enough; return that and its token."""

@@ -94,7 +94,7 @@ class Drafts:
     """The drafts of one answer."""
 
     def __init__(self, lookup: LookupTokens, payoff: Payoff, prompt_ids: Sequence[int]) -> None:
-        self._lookup, self._payoff = lookup, payoff
+        self._lookup, self.payoff = lookup, payoff
         self._text = PromptLookup(prompt_ids) if lookup else None
         self._found: tuple[int, list[int]] = 0, []
 
@@ -104,13 +104,13 @@ class Drafts:
             return ()
         self._text.add(tokens)
         ngram, found = self._found = self._text.find()
-        return found[: self._payoff.most_drafts(ngram) if self._lookup == "auto" else self._lookup]
+        return found[: self.payoff.most_drafts(ngram) if self._lookup == "auto" else self._lookup]
 
     def came(self, token: int) -> None:
         """Note the token that came next."""
         ngram, found = self._found
         if found:
-            self._payoff.saw(ngram, is_right=found[0] == token)
+            self.payoff.saw(ngram, is_right=found[0] == token)
 
 
 def check_lookup(lookup: LookupTokens, rows: Sequence[int]) -> LookupTokens:
