@@ -150,12 +150,6 @@ def gradient_graph(manifest: Manifest) -> GraphSpec | None:
     )
 
 
-def has_follow_ups(manifest: Manifest) -> bool:
-    """Return whether the first layer range has profiles for a question that follows kept rows (--follow-ups)."""
-    profiles = manifest.ranges[0].profiles
-    return any(profile.sizes.get("S", 0) > 1 and profile.sizes.get("C", 0) for profile in profiles)
-
-
 def goes_around_mlp(spec: GraphSpec) -> bool:
     """Return whether the gradient of the probe in ``spec`` goes around the layer's MLP: its halves are in two graphs."""
     return not {PROBE_HIDDEN, GRADIENT_HIDDEN} <= set(spec.input_names)

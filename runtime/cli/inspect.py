@@ -13,7 +13,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from trio_edge.runtime.bundle.errors import printable
-from trio_edge.runtime.bundle.graph_io import has_follow_ups
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.tables import profile_list
@@ -58,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(command, argv)
 
 
+def _decode_rows(manifest: Manifest) -> int:
+    return manifest.program("decode").sizes[-1]["T"]
+
+
 def summary(manifest: Manifest) -> dict[str, Any]:
     """Return the facts that ``--json`` prints: sizes in bytes, ``average_keep`` as a fraction."""
     cost = manifest.cost
@@ -66,7 +69,8 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     return {
         **_values(manifest, "model", "family", "dtype", "opset", "max_visual", "max_images"),
         "takes_videos": manifest.video_processing is not None,
-        "follow_ups": has_follow_ups(manifest),
+        "follow_ups": any(program.name == "question" for program in manifest.programs),
+        "decode_rows": _decode_rows(manifest),
         "visual_sizes": list(manifest.visual_sizes),
         "image_sizes": [
             {**_values(size, "width", "height", "num_visual"), "padding": size.rows - size.num_visual}
@@ -180,7 +184,8 @@ def _print(console: Console, manifest: Manifest) -> None:
     lines = {
         "model": f"{manifest.model} ({manifest.family}), {manifest.dtype}, opset {manifest.opset}",
         "visual tokens": _visual_sizes(manifest),
-        "text": f"padded to {list(manifest.text_buckets)} tokens; {manifest.max_new_tokens} new tokens",
+        "text": f"padded to {list(manifest.text_buckets)} tokens; {manifest.max_new_tokens} new tokens,"
+        f" up to {_decode_rows(manifest)} a step",
         "selection": (
             f"{manifest.selection} ({schedule['probe_rows']} probe rows, {schedule['positions']} positions)"
         ),
