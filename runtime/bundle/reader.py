@@ -78,10 +78,10 @@ class TokenTable:
         Raises:
             BundleError: If there is no such row, because the tokenizer belongs to another model.
         """
-        largest = int(np.max(token_ids, initial=0))
-        if largest >= len(self._rows) or np.min(token_ids, initial=0) < 0:
+        ids = np.asarray(token_ids)
+        if ids.size and not 0 <= ids.min() <= ids.max() < len(self._rows):
             raise BundleError(
-                f"tokenizer: expected token ids below {len(self._rows)} (rows of the table), got {largest};"
+                f"tokenizer: expected token ids below {len(self._rows)} (rows of the table), got {ids.max()};"
                 " export the bundle again"
             )
         rows: NDArray[Any] = self._rows[token_ids]

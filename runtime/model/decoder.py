@@ -92,6 +92,7 @@ class Decoder:
         self.prefix_was_kept = False
         """Whether the first range ran only the question's rows in the last prefill."""
         self._steps: dict[int, _Step] = {}
+        """By number of tokens, of which several may share a step."""
         self.max_rows = programs.sizes["decode"][-1]["T"]
         """Most rows of a decode step."""
         self._done = self._device.event()
@@ -204,20 +205,21 @@ class Decoder:
             BackendError: If a graph fails.
         """
         count = len(embeds)
-        if count > self.room:
+        if any(cache.length + count > cache.capacity for cache in self.caches):
             raise ShapeError(
                 f"decode: expected at most {self._manifest.max_new_tokens} new tokens, the KV caches are full;"
                 " export with a larger --max-new-tokens"
             )
-        rows = self._programs.rows_for("decode", count)
-        if rows not in self._steps:
-            self._steps[rows] = _Step(self._programs, rows)
-        device, is_compact, step = self._device, self._schedule.positions == "compact", self._steps[rows]
+        step = self._steps.get(count)
+        if step is None:
+            step = self._steps[count] = self._new_step(count)
+        device, is_compact = self._device, self._schedule.positions == "compact"
         self._start = None  # the step writes over the prompt's first rows
         step.embeds[:count] = embeds
-        step.embeds[count:] = 0  # masked rows must be finite
+        if count < len(step.rows):
+            step.embeds[count:] = 0  # masked rows must be finite
         for cache, positions, past_length in zip(self.caches, step.positions, step.past_lengths):
-            positions[:] = (cache.length if is_compact else self._next_position) + step.rows
+            np.add(step.rows, cache.length if is_compact else self._next_position, out=positions)
             past_length[0] = cache.length
         self._memory.send(device, "step")
         step.enqueue(device, self._programs.notes)
@@ -229,7 +231,8 @@ class Decoder:
         self._next_position += count
         self._logits = None
         self._done.wait()
-        return [TopTokens(ids.copy(), logits.copy()) for ids, logits in zip(*step.top)][:count]
+        ids, logits = step.top
+        return [TopTokens(ids[row].copy(), logits[row].copy()) for row in range(count)]
 
     def skip(self, count: int) -> None:
         """Go on as if ``count`` more tokens had been decoded, or fewer if it is negative, to time later tokens.
@@ -255,6 +258,11 @@ class Decoder:
         self._device.download(found, self._memory.tensor(place).rows(row, 1))
         self._device.synchronize()
         return found.copy()
+
+    def _new_step(self, count: int) -> _Step:
+        rows = self._programs.rows_for("decode", count)
+        same = (step for step in self._steps.values() if len(step.rows) == rows)
+        return next(same, None) or _Step(self._programs, rows)
 
     # Prefill
 

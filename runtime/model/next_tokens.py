@@ -54,8 +54,9 @@ class NextTokens:
         while len(new) > decoder.max_rows:
             decoder.decode(self._embedding[new[: decoder.max_rows]])
             statistics.steps, new = statistics.steps + 1, new[decoder.max_rows :]
-        room = min(decoder.max_rows, decoder.room) - len(new)
-        draft = draft[: min(room, self.limit - statistics.new_tokens - 1)]
+        if draft:
+            room = min(decoder.max_rows, decoder.room) - len(new)
+            draft = draft[: min(room, self.limit - statistics.new_tokens - 1)]
         step_start = time.perf_counter()
         tops = decoder.decode(self._embedding[[*new, *draft]])
         self._drafts.payoff.ran(len(tops), 1e3 * (time.perf_counter() - step_start))
@@ -65,7 +66,8 @@ class NextTokens:
             if found != [*draft[: len(found)]] or found[-1] in self._stop_ids:
                 break
         self._num_run = len(found) - 1
-        decoder.skip(self._num_run - len(draft))
+        if wrong := len(draft) - self._num_run:
+            decoder.skip(-wrong)
         self._drafts.came(found[0])
         statistics.kv_bytes = decoder.kv_bytes
         statistics.steps += 1
