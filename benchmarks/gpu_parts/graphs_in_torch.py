@@ -119,7 +119,7 @@ class GraphsInTorch:
 
     def _answer(self, hidden: Tensor, row: Tensor) -> None:
         logits, _, best = self._head(hidden, row)
-        self.buffers.answer(logits, best[:1])
+        self.buffers.answer(logits, best[0, :1])
 
 
 class _Layer(nn.Module):

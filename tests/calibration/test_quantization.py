@@ -356,7 +356,7 @@ def test_the_bundle_computes_with_what_was_found_and_answers(bundle: Bundle) -> 
     assert kinds["prefix"].count("QuantizeLinear") == (2 + 4) * num_layers["prefix"]
     assert kinds["suffix"].count("QuantizeLinear") == 2 * num_layers["suffix"]
     assert kinds["select_1"].count("QuantizeLinear") == 0
-    assert kinds["suffix"].count("DequantizeLinear") == (7 + 2) * num_layers["suffix"]
+    assert kinds["suffix"].count("DequantizeLinear") == (7 + 2 + 2) * num_layers["suffix"]
     assert bundle.manifest.kv_dtype == "int8"
     with Pipeline.from_bundle(bundle.folder, threads=1) as pipeline:
         from PIL import Image

@@ -41,7 +41,8 @@ def scale_of(tensor: str) -> np.float32:
 def inputs_of(bundle: Bundle, graph: str, *, past_length: int) -> Arrays:
     """Return random inputs: of a prefill for no past rows, else of a decode step."""
     spec, random = bundle.manifest.graph(graph).split()[0], np.random.default_rng(0)
-    sizes = spec.profiles[-1 if past_length else 0].sizes
+    wanted = "decode" if past_length else spec.profiles[0].name
+    (sizes,) = (profile.sizes for profile in spec.profiles if profile.name == wanted)
     assert (sizes["S"] == 1) == (sizes["C"] > 0) == (past_length > 0)
     values: Arrays = {}
     for tensor in spec.inputs:

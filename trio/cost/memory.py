@@ -2,8 +2,8 @@
 
 weights      with those that stages repeat
 KV caches    at full capacity
-buffers      input and result of each layer range, 2 S D b, visual tokens, pixels, and new KV rows, for which all ranges share
-             one place; not what is smaller: DeepStack's planes, positions, results of selections, padding of KV heads
+buffers      input and result of each layer range, 2 S D b, visual tokens, pixels, new KV rows, for which all ranges share
+             one place, and the rows and logits of a decode step; not what is smaller: DeepStack's planes, positions, results of selections, padding of KV heads
 workspace    the largest activations of a layer range, ``Dimensions.workspace_bytes``: the runtime's, with fused attention
 
 ``trio-export --target`` asks what surely fits, before TensorRT has chosen its kernels, so its workspace is ``unfused_bytes``:
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trio_edge.runtime.bundle.graph_io import STEP_ROWS
 from trio_edge.trio.cost.flops import kv_row_bytes
 from trio_edge.trio.cost.work import VISION_HEAD_SIZE, layer_matrices, layer_weights, tiles_and_patches
 from trio_edge.trio.methods import stage_method, token_method
@@ -131,16 +132,17 @@ def bundle_bytes(sizes: BundleSizes, weights: WeightBytes, *, vision_params: int
         repeated += keys + values + output
     probed = weights.layers[-1] if row.has_probe else weights.select
     rows_of = [(layers, rows + sizes.text_rows) for layers, rows in sizes.ranges]
-    hidden_rows = sizes.num_visual + 2 * sum(rows for _, rows in rows_of)
-    # One row of each layer is that of a decode step.
-    cached_rows = decoder.num_layers + max(layers * rows for layers, rows in rows_of)
+    step_rows = min(STEP_ROWS[-1], sizes.new_rows)
+    hidden_rows = sizes.num_visual + 2 * sum(rows for _, rows in rows_of) + step_rows * (1 + len(rows_of))
+    cached_rows = step_rows * decoder.num_layers + max(layers * rows for layers, rows in rows_of)
+    logits = 4 * (1 + step_rows) * decoder.vocab_size
     return BundleBytes(
         layers=layer_weights(decoder) * sum(weights.layers),
         head_and_vision=decoder.vocab_size * decoder.hidden_size * weights.head
         + vision_params * weights.vision,
         repeated=len(sizes.schedule.stages) * repeated * probed,
         kv_caches=row_bytes * sum(layers * (rows + sizes.new_rows) for layers, rows in rows_of),
-        buffers=sizes.pixel_bytes + hidden_rows * decoder.hidden_size * size + cached_rows * row_bytes,
+        buffers=sizes.pixel_bytes + hidden_rows * decoder.hidden_size * size + cached_rows * row_bytes + logits,
         workspace=max(decoder.workspace_bytes(rows, element_bytes=size) for _, rows in rows_of),
     )
 
