@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
+import threading
 from contextlib import ExitStack, closing, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -104,7 +106,12 @@ def command(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return run(command, argv)
+    code = run(command, argv)
+    if argv is None and any(thread.daemon for thread in threading.enumerate()):
+        # It waits in FFmpeg for a frame. Python would end under its feet, and crash now and then.
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _note(text: str) -> None:
