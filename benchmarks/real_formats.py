@@ -49,10 +49,6 @@ if TYPE_CHECKING:
     from trio_edge.runtime.engines.cpu import CpuAccuracy
 
 _MAKE_PROMPT = "trio_edge.calibration.quantize.collecting.make_prompt"
-_BLOCK_SIZES = (
-    "trio_edge.export.quantize.numerics.BLOCK_SIZE",
-    "trio_edge.export.quantize.assign.BLOCK_SIZE",
-)
 REQUEST = "Write Python's reference about this: "
 ANSWER_TOKENS = 24
 SCHEDULE = Schedule(stages=(Stage(layer=4, keep=23), Stage(layer=11, keep=11), Stage(layer=16, keep=6)))
@@ -67,8 +63,6 @@ class Variant:
     """Value of ``--quantize``."""
     dtype: FloatType = "float16"
     is_calibrated: bool = False
-    block: int = 128
-    """Largest number of inputs that share an INT4 scale; the product has 128."""
     cpu_accuracy: CpuAccuracy = "float32"
     shape: str = "llava"
 
@@ -81,7 +75,7 @@ VARIANTS = (
     Variant("w8a8 decoder and head, SmoothQuant", "int8,head=int8", is_calibrated=True),
     Variant("fp8 decoder and head, calibrated", "fp8,head=fp8", is_calibrated=True),
     Variant("int4 decoder", "int4"),
-    Variant("int4 decoder, blocks of 64", "int4", block=64),
+    Variant("int4 decoder, layers 16 to 29 int8", "int4,suffix=int8"),
     Variant("int4 decoder, AWQ", "int4", is_calibrated=True),
     Variant("smolvlm, float32", dtype="float32", shape="smolvlm"),
 )
@@ -89,7 +83,7 @@ VARIANTS = (
 
 def bundle_of(variant: Variant, out: Path) -> Path:
     """Return the bundle of a variant; export it if needed."""
-    kind = f"{variant.shape}-{variant.dtype}-{variant.plan}-{variant.block}-{variant.is_calibrated}"
+    kind = f"{variant.shape}-{variant.dtype}-{variant.plan}-{variant.is_calibrated}"
     path = out / "bundles" / kind.replace(",", "-").replace("=", "-")
     if path.exists():
         return path
@@ -103,12 +97,11 @@ def bundle_of(variant: Variant, out: Path) -> Path:
         max_new_tokens=400,
         quantize=parse_plan(variant.plan),
     )
-    with mock.patch(_BLOCK_SIZES[0], variant.block), mock.patch(_BLOCK_SIZES[1], variant.block):
-        scales = CalibratedScales()
-        if variant.is_calibrated:
-            model = load_model(options.model)
-            scales = calibrated_scales(model, options.quantize, SCHEDULE, dtype=variant.dtype)
-        export_bundle(options, scales=scales)
+    scales = CalibratedScales()
+    if variant.is_calibrated:
+        model = load_model(options.model)
+        scales = calibrated_scales(model, options.quantize, SCHEDULE, dtype=variant.dtype)
+    export_bundle(options, scales=scales)
     return path
 
 

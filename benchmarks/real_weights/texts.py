@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ QUESTIONS = (
     ("How many days are in a week?", "seven"),
     ("What is 2 plus 2?", "4"),
     ("What is the opposite of hot?", "cold"),
-    ("What is the freezing point of water in degrees Celsius?", " 0"),
+    ("What is the freezing point of water in degrees Celsius?", "0"),
     ("What gas do plants absorb from the air?", "carbon dioxide"),
     ("What is the chemical symbol for gold?", "Au"),
     ("Who wrote Romeo and Juliet?", "Shakespeare"),
@@ -41,9 +42,10 @@ QUESTIONS = (
 
 
 def is_right(answer: str, word: str) -> bool:
-    """Return whether an answer has the word, or the digit of a number word."""
-    digits = {"eight": "8", "seven": "7", "4": "four", " 0": "zero"}
-    return any(one.lower() in answer.lower() for one in (word, digits.get(word, word)))
+    """Return whether an answer has the whole word, or the digit of a number word."""
+    digits = {"eight": "8", "seven": "7", "4": "four", "0": "zero"}
+    wanted = "|".join(map(re.escape, {word, digits.get(word, word)}))
+    return re.search(rf"\b(?:{wanted})\b", answer, re.IGNORECASE) is not None
 
 
 def pieces(model: TorchModel, names: tuple[str, ...], *, count: int, length: int) -> list[list[int]]:

@@ -1,0 +1,218 @@
+"""Decode steps of several rows: what they cost, and the steps that certain tokens and prompt lookup save, by kind of answer.
+
+    python benchmarks/several_tokens.py --real out/real            # a released language model answers, by kind and --lookup
+    python benchmarks/several_tokens.py --rows BUNDLE … --threads 1
+    python benchmarks/several_tokens.py --predict orin-nx-16,jetson-agx-orin-64
+
+``--real`` exports SmolLM2-135M-Instruct (``make real`` gets it) in float32, all tokens kept, and asks it to repeat a text, to fill
+a JSON schema, and for prose, greedily. Ways alternate; times are medians over the rounds, and the first round warms up.
+
+``--rows`` times decode steps of 1, 2, 4 and 8 rows after an empty prompt, in turn. ``--predict`` counts their work, extra FLOPs
+included, and times it as ``trio-profile --predict`` does; also a step of several answers side by side, each with its own cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from parts.arguments import errors_in_one_line, parser_for, positive
+from parts.tables import markdown
+from real_weights.checkpoints import checkpoint
+
+from trio_edge.export.bundle import export_bundle
+from trio_edge.export.options import ExportOptions
+from trio_edge.profiling.predict.answer import PRECISIONS
+from trio_edge.profiling.predict.plan import plan_for
+from trio_edge.profiling.predict.speed import fitted_for, graph_time, rates_of
+from trio_edge.runtime.bundle.graph_io import STEP_ROWS
+from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.serving.answers.structured import Constraints
+from trio_edge.serving.requests.protocol import ChatRequest
+from trio_edge.trio.cost.devices import find_device
+from trio_edge.trio.cost.work import head_work, range_work
+
+if TYPE_CHECKING:
+    from trio_edge.runtime.answer import Generation
+    from trio_edge.runtime.model.drafts import LookupTokens
+
+LOOKUPS: tuple[LookupTokens, ...] = (0, 3, 7, "auto")
+WORDS = 60
+NEW_TOKENS = 96
+GATE = {
+    "person": {"type": "boolean"},
+    "gate": {"enum": ["open", "closed", "unclear"]},
+    "vehicles": {"type": "integer", "minimum": 0, "maximum": 9},
+    "color_of_the_largest": {"enum": ["red", "green", "blue", "white", "black"]},
+}
+TEXTS = [" ".join(topics[name].split()[:WORDS]) for name in ("booleans", "exceptions", "slicings")]
+KINDS: dict[str, list[str]] = {
+    "repeats a text": [f"Repeat this text word for word:\n{text}" for text in TEXTS],
+    "fills a schema": [f"Describe {what} as JSON." for what in ("a busy street", "a quiet farm", "a port")],
+    "prose": [
+        f"Write a short story about {what}." for what in ("a lighthouse", "two foxes", "the first snow")
+    ],
+}
+
+
+def main() -> None:
+    """Print one table."""
+    parser = parser_for(__doc__)
+    parser.add_argument("bundles", nargs="*", type=Path)
+    parser.add_argument("--real", type=Path, metavar="FOLDER")
+    parser.add_argument("--rows", action="store_true")
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--predict", metavar="DEVICE,…")
+    parser.add_argument("--model", default="qwen3-vl-4b")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="int4")
+    options = parser.parse_args()
+    with errors_in_one_line(parser):
+        if options.real is not None:
+            print(by_kind(options.real, threads=options.threads, rounds=options.rounds))
+        elif options.predict is not None:
+            print(predicted(options.predict.split(","), model=options.model, dtype=options.dtype))
+        else:
+            print(by_rows(options.bundles, threads=options.threads, rounds=options.rounds))
+
+
+def by_kind(folder: Path, *, threads: int, rounds: int) -> str:
+    """Return a table: a line for each kind of answer and way."""
+    bundle = folder / "bundles" / "several-tokens"
+    if not bundle.exists():
+        export_bundle(
+            ExportOptions(
+                model=str(checkpoint("llava", folder)),
+                out=bundle,
+                schedule=Schedule(),
+                dtype="float32",
+                max_text=256,
+                max_new_tokens=NEW_TOKENS,
+            )
+        )
+    lines = []
+    with Pipeline.from_bundle(bundle, threads=threads) as pipeline:
+        constraints = Constraints(pipeline)
+        for kind, prompts in KINDS.items():
+            chosen = {"num_logprobs": 0} if kind == "fills a schema" else {}
+            ways: dict[str, dict[str, Any]] = {"one token a step": {"lookup": 0, **chosen}}
+            ways |= {f"lookup {lookup}": {"lookup": lookup} for lookup in LOOKUPS if lookup or chosen}
+            times: dict[str, list[float]] = defaultdict(list)
+            for turn in range(rounds + 1):
+                answers = {}
+                for way, how in ways.items():
+                    start = time.process_time()
+                    answers[way] = [asked(pipeline, constraints, prompt, kind, how) for prompt in prompts]
+                    decode_s = sum(answer.statistics.decode_ms for answer in answers[way]) / 1e3
+                    if turn:
+                        times[way].append(decode_s)
+                        times[f"processor {way}"].append(time.process_time() - start)
+            (plain, *_) = answers.values()
+            slowest = statistics.median(times["one token a step"])
+            for way, found in answers.items():
+                of = [answer.statistics for answer in found]
+                same = sum(one.token_ids == other.token_ids for one, other in zip(plain, found))
+                drafted, taken = sum(one.draft_tokens for one in of), statistics.median(times[way])
+                lines.append(
+                    (
+                        kind,
+                        way,
+                        str(sum(one.new_tokens for one in of)),
+                        str(sum(one.steps for one in of)),
+                        f"{100 * sum(one.accepted_tokens for one in of) / drafted:.0f}" if drafted else "",
+                        f"{sum(one.new_tokens - 1 for one in of) / taken:.1f}",
+                        f"{slowest / taken:.2f}×",
+                        f"{statistics.median(times[f'processor {way}']):.2f}",
+                        f"{same} of {len(found)}",
+                    )
+                )
+    heads = ("answer", "way", "tokens", "steps", "right drafts %", "tokens/s", "speed", "processor s", "same")
+    return markdown(heads, lines)
+
+
+def asked(
+    pipeline: Pipeline, constraints: Constraints, prompt: str, kind: str, how: dict[str, Any]
+) -> Generation:
+    """Return the whole answer."""
+    form = {"type": "object", "properties": GATE, "required": [*GATE], "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "gate", "strict": True, "schema": form}}
+    chat = {"model": "", "messages": [{"role": "user", "content": prompt}], "response_format": wanted}
+    constraint = constraints.make(msgspec.convert(chat, ChatRequest)) if kind == "fills a schema" else None
+    answer = pipeline.generate(None, prompt, constraint=constraint, temperature=0.0, **how)
+    assert answer.text
+    return answer
+
+
+def by_rows(bundles: list[Path], *, threads: int, rounds: int) -> str:
+    """Return a table: the time of a step by its rows."""
+    lines = []
+    for bundle in bundles:
+        with Pipeline.from_bundle(bundle, threads=threads) as pipeline:
+            assert pipeline.generate(None, "a", max_new_tokens=1).text is not None
+            decoder, times = pipeline.level_named().decoder, defaultdict(list)
+            for turn in range(rounds + 2):
+                for rows in (rows for rows in STEP_ROWS if rows <= decoder.max_rows):
+                    embeds = pipeline._embedding[[5 + row for row in range(rows)]]
+                    start, spent = time.perf_counter(), time.process_time()
+                    decoder.decode(embeds)
+                    taken = time.perf_counter() - start, time.process_time() - spent
+                    decoder.skip(-rows)
+                    if turn > 1:  # the first two warm up and are captured
+                        times[rows].append([1e3 * one for one in taken])
+        for clock, name in enumerate(("wall clock", "processor")):
+            medians = {rows: statistics.median(one[clock] for one in found) for rows, found in times.items()}
+            cells = (f"{taken:.1f} ({taken / medians[1]:.2f}×)" for taken in medians.values())
+            lines.append((bundle.name, name, *cells))
+    return markdown(("bundle", "clock", *(f"{rows} rows, ms" for rows in STEP_ROWS)), lines)
+
+
+def predicted(devices: list[str], *, model: str, dtype: Any) -> str:
+    """Return a table: predicted times of a step by its rows, and by the answers that run side by side."""
+    lines = []
+    for name in devices:
+        device = find_device(name)
+        for keep in ("11.1%", None):
+            plan = plan_for(model=model, keep=keep, precision=dtype, num_text=40)
+            decoder = plan.model.decoder
+            how = {
+                "formats": plan.formats,
+                "rates": rates_of(device),
+                "efficiency": fitted_for(device).efficiency,
+            }
+
+            def seconds(
+                rows: int, answers: int, plan: Any = plan, decoder: Any = decoder, how: Any = how
+            ) -> float:
+                total = graph_time(head_work(decoder, rows=rows * answers), **how).seconds
+                for layers, visual in plan.ranges:
+                    past = visual + plan.room
+                    work = range_work(decoder, num_layers=layers, rows=rows * answers)
+                    own = range_work(decoder, num_layers=layers, rows=rows, past=past).attention
+                    each = tuple(dataclasses.replace(one, count=one.count * answers) for one in own)
+                    total += graph_time(dataclasses.replace(work, attention=each), **how).seconds
+                return total
+
+            one = seconds(1, 1)
+            by_row = (f"{seconds(rows, 1) / one:.3f}" for rows in STEP_ROWS[1:])
+            by_answer = (f"{seconds(1, answers) / one:.3f}" for answers in (2, 4))
+            lines.append((name, keep or "all", f"{1e3 * one:.1f}", *by_row, *by_answer))
+    heads = (
+        "device",
+        "keep",
+        "one row, ms",
+        *(f"{rows} rows" for rows in STEP_ROWS[1:]),
+        "2 answers",
+        "4 answers",
+    )
+    return markdown(heads, lines)
+
+
+if __name__ == "__main__":
+    main()
