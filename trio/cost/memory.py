@@ -3,7 +3,8 @@
 weights      with those that stages repeat
 KV caches    at full capacity
 buffers      input and result of each layer range, 2 S D b, visual tokens, pixels, new KV rows, for which all ranges share
-             one place, and the rows and logits of a decode step; not what is smaller: DeepStack's planes, positions, results of selections, padding of KV heads
+             one place, and the rows and logits of a decode step; not what is smaller: DeepStack's planes, positions, results
+             of selections, padding of KV heads
 workspace    the largest activations of a layer range, ``Dimensions.workspace_bytes``: the runtime's, with fused attention
 
 ``trio-export --target`` asks what surely fits, before TensorRT has chosen its kernels, so its workspace is ``unfused_bytes``:
@@ -142,7 +143,10 @@ def bundle_bytes(sizes: BundleSizes, weights: WeightBytes, *, vision_params: int
         + vision_params * weights.vision,
         repeated=len(sizes.schedule.stages) * repeated * probed,
         kv_caches=row_bytes * sum(layers * (rows + sizes.new_rows) for layers, rows in rows_of),
-        buffers=sizes.pixel_bytes + hidden_rows * decoder.hidden_size * size + cached_rows * row_bytes + logits,
+        buffers=sizes.pixel_bytes
+        + hidden_rows * decoder.hidden_size * size
+        + cached_rows * row_bytes
+        + logits,
         workspace=max(decoder.workspace_bytes(rows, element_bytes=size) for _, rows in rows_of),
     )
 
