@@ -55,7 +55,7 @@ class Statistics:
     decode_ms: float = 0.0
     """All tokens after the first, in total."""
     token_ms: list[float] = field(default_factory=list)
-    """Each token after the first; those of one step share its time, and certain ones take none."""
+    """Each token after the first; those of one step share its time."""
     graph_ms: dict[str, float] = field(default_factory=dict)
     """Device time of each graph up to the first token."""
     kv_bytes: int = 0

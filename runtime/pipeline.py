@@ -625,7 +625,9 @@ class Pipeline:
             answer.add_certain(tokens, statistics)
             for token in tokens:
                 generation.token_ids.append(token)
-                generation.logprobs += answer.chooser.logprobs[statistics.new_tokens :][:1]
+                generation.logprobs += answer.chooser.logprobs[
+                    statistics.new_tokens : statistics.new_tokens + 1
+                ]
                 statistics.new_tokens += 1
                 if token not in stop_ids and (piece := stream.push(token)):
                     yield piece

@@ -38,10 +38,12 @@ class NextTokens:
     def add_certain(self, tokens: list[int], statistics: Statistics) -> None:
         """Append to the newest ``tokens``, which are not counted yet, those that must come after them."""
         while tokens[-1] not in self._stop_ids and statistics.new_tokens + len(tokens) < self.limit:
+            start = time.perf_counter()
             if (token := self.chooser.certain()) is None:
                 return
             tokens.append(token)
-            statistics.token_ms.append(0.0)
+            statistics.token_ms.append(1e3 * (time.perf_counter() - start))
+            statistics.decode_ms += statistics.token_ms[-1]
 
     def after(self, tokens: list[int], decoder: Decoder, statistics: Statistics) -> list[int]:
         """Run the newest ``tokens`` and a draft of those after them; return the tokens that come next, one or more.
