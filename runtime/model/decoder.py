@@ -235,7 +235,7 @@ class Decoder:
         return [TopTokens(ids[row].copy(), logits[row].copy()) for row in range(count)]
 
     def skip(self, count: int) -> None:
-        """Go on as if ``count`` more tokens had been decoded, or fewer if it is negative, to time later tokens.
+        """Go on as if ``count`` more tokens had been decoded, to time later ones, or fewer, as after wrong drafts.
 
         Raises:
             ShapeError: If the KV caches have no room for as many.
