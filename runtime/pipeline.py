@@ -345,7 +345,7 @@ class Pipeline:
             if needs_rules:
                 rules = self._rules(settings, prompt_ids, most, constraint, bias)
             chooser = TokenChooser(sampler, rules, num_logprobs=num_logprobs)
-            drafts = Drafts(drafted, self._payoff, prompt_ids)
+            drafts = Drafts(drafted, self._payoff, prompt_ids) if drafted else None
             answers[attempt.level.manifest.level] = NextTokens(
                 chooser,
                 drafts,

@@ -94,23 +94,21 @@ class Drafts:
     """The drafts of one answer."""
 
     def __init__(self, lookup: LookupTokens, payoff: Payoff, prompt_ids: Sequence[int]) -> None:
-        self._lookup, self.payoff = lookup, payoff
-        self._text = PromptLookup(prompt_ids) if lookup else None
+        self._lookup, self._payoff, self._text = lookup, payoff, PromptLookup(prompt_ids)
         self._found: tuple[int, list[int]] = 0, []
 
     def after(self, tokens: Sequence[int]) -> Sequence[int]:
         """Append the answer's newest tokens and return a draft of those after them."""
-        if self._text is None:
-            return ()
         self._text.add(tokens)
         ngram, found = self._found = self._text.find()
-        return found[: self.payoff.most_drafts(ngram) if self._lookup == "auto" else self._lookup]
+        return found[: self._payoff.most_drafts(ngram) if self._lookup == "auto" else self._lookup]
 
-    def came(self, token: int) -> None:
-        """Note the token that came next."""
+    def came(self, token: int, *, num_rows: int, milliseconds: float) -> None:
+        """Note the token that came next, and the rows and time of its step."""
         ngram, found = self._found
         if found:
-            self.payoff.saw(ngram, is_right=found[0] == token)
+            self._payoff.saw(ngram, is_right=found[0] == token)
+        self._payoff.ran(num_rows, milliseconds)
 
 
 def check_lookup(lookup: LookupTokens, rows: Sequence[int]) -> LookupTokens:

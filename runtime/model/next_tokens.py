@@ -23,7 +23,7 @@ class NextTokens:
     def __init__(
         self,
         chooser: TokenChooser,
-        drafts: Drafts,
+        drafts: Drafts | None,
         *,
         embedding: TokenTable,
         stop_ids: Collection[int],
@@ -52,7 +52,8 @@ class NextTokens:
             ShapeError: If the answer's rules allow no token.
             BackendError: If a graph fails.
         """
-        start, draft, new = time.perf_counter(), self._drafts.after(tokens), tokens[self._num_run :]
+        start, new = time.perf_counter(), tokens[self._num_run :]
+        draft = () if self._drafts is None else self._drafts.after(tokens)
         while len(new) > decoder.max_rows:
             decoder.decode(self._embedding[new[: decoder.max_rows]])
             statistics.steps, new = statistics.steps + 1, new[decoder.max_rows :]
@@ -61,7 +62,7 @@ class NextTokens:
             draft = draft[: min(room, self.limit - statistics.new_tokens - 1)]
         step_start = time.perf_counter()
         tops = decoder.decode(self._embedding[[*new, *draft]])
-        self._drafts.payoff.ran(len(tops), 1e3 * (time.perf_counter() - step_start))
+        step_ms = 1e3 * (time.perf_counter() - step_start)
         found: list[int] = []
         for row, top in enumerate(tops[len(new) - 1 :], len(new) - 1):
             found.append(self.chooser.choose(top, partial(decoder.logits, row)))
@@ -70,7 +71,8 @@ class NextTokens:
         self._num_run = len(found) - 1
         if wrong := len(draft) - self._num_run:
             decoder.skip(-wrong)
-        self._drafts.came(found[0])
+        if self._drafts is not None:
+            self._drafts.came(found[0], num_rows=len(tops), milliseconds=step_ms)
         statistics.kv_bytes = decoder.kv_bytes
         statistics.steps += 1
         statistics.draft_tokens += len(draft)
