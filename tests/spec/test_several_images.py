@@ -43,6 +43,24 @@ def test_keep_all_gives_the_tokens_of_hugging_face(
     np.testing.assert_allclose(np.stack([answer.first_logits, *seen]), logits, **LOGITS_FLOAT32)
 
 
+@pytest.mark.parametrize("rows", [2, 3, 8])
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_tokens_that_are_decoded_together_give_the_logits_of_one_by_one(
+    subject: Subject, name: str, rows: int
+) -> None:
+    for pipeline in (subject.keep_all, subject.reduced):
+        decoder, tokens = pipeline._level.decoder, [*range(5, 5 + rows)]
+        found = []
+        for size in (1, rows):
+            assert pipeline.chat(CONVERSATIONS[name], max_new_tokens=1).text is not None
+            logits = []
+            for first in range(0, rows, size):
+                tops = decoder.decode(pipeline._embedding[tokens[first : first + size]])
+                logits += [decoder.logits(row) for row in range(len(tops))]
+            found.append(np.stack(logits))
+        np.testing.assert_allclose(*found, **LOGITS_FLOAT32)
+
+
 @pytest.mark.parametrize("name", PRODUCT)
 def test_every_number_of_images_of_every_shape_gives_the_logits_of_hugging_face(
     subject: Subject, name: str
