@@ -17,9 +17,11 @@ import dataclasses
 import statistics
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import msgspec
 from parts.arguments import errors_in_one_line, parser_for, positive
@@ -33,6 +35,7 @@ from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.profiling.predict.speed import fitted_for, graph_time, rates_of
 from trio_edge.runtime.bundle.graph_io import STEP_ROWS
 from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.runtime.model.sampling import TokenChooser
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.serving.answers.structured import Constraints
 from trio_edge.serving.requests.protocol import ChatRequest
@@ -40,6 +43,8 @@ from trio_edge.trio.cost.devices import find_device
 from trio_edge.trio.cost.work import head_work, range_work
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from trio_edge.runtime.answer import Generation
     from trio_edge.runtime.model.drafts import LookupTokens
 
@@ -101,15 +106,17 @@ def by_kind(folder: Path, *, threads: int, rounds: int) -> str:
     with Pipeline.from_bundle(bundle, threads=threads) as pipeline:
         constraints = Constraints(pipeline)
         for kind, prompts in KINDS.items():
-            chosen = {"num_logprobs": 0} if kind == "fills a schema" else {}
-            ways: dict[str, dict[str, Any]] = {"one token a step": {"lookup": 0, **chosen}}
-            ways |= {f"lookup {lookup}": {"lookup": lookup} for lookup in LOOKUPS if lookup or chosen}
+            ways: dict[str, LookupTokens] = {"one token a step": 0}
+            ways |= {f"lookup {lookup}": lookup for lookup in LOOKUPS if lookup or kind == "fills a schema"}
             times: dict[str, list[float]] = defaultdict(list)
             for turn in range(rounds + 1):
                 answers = {}
-                for way, how in ways.items():
+                for way, lookup in ways.items():
                     start = time.process_time()
-                    answers[way] = [asked(pipeline, constraints, prompt, kind, how) for prompt in prompts]
+                    with one_token_a_step() if way == "one token a step" else nullcontext():
+                        answers[way] = [
+                            asked(pipeline, constraints, prompt, kind, lookup) for prompt in prompts
+                        ]
                     decode_s = sum(answer.statistics.decode_ms for answer in answers[way]) / 1e3
                     if turn:
                         times[way].append(decode_s)
@@ -137,15 +144,20 @@ def by_kind(folder: Path, *, threads: int, rounds: int) -> str:
     return markdown(heads, lines)
 
 
+def one_token_a_step() -> AbstractContextManager[Any]:
+    """Let tokens that must come be decoded, too."""
+    return mock.patch.object(TokenChooser, "certain", lambda _chooser: None)
+
+
 def asked(
-    pipeline: Pipeline, constraints: Constraints, prompt: str, kind: str, how: dict[str, Any]
+    pipeline: Pipeline, constraints: Constraints, prompt: str, kind: str, lookup: LookupTokens
 ) -> Generation:
     """Return the whole answer."""
     form = {"type": "object", "properties": GATE, "required": [*GATE], "additionalProperties": False}
     wanted = {"type": "json_schema", "json_schema": {"name": "gate", "strict": True, "schema": form}}
     chat = {"model": "", "messages": [{"role": "user", "content": prompt}], "response_format": wanted}
     constraint = constraints.make(msgspec.convert(chat, ChatRequest)) if kind == "fills a schema" else None
-    answer = pipeline.generate(None, prompt, constraint=constraint, temperature=0.0, **how)
+    answer = pipeline.generate(None, prompt, constraint=constraint, temperature=0.0, lookup=lookup)
     assert answer.text
     return answer
 

@@ -643,7 +643,7 @@ class Pipeline:
             yield rest
 
     def _first_token(self, request: _Request, generation: Generation) -> tuple[Level, int]:
-        """See the images, write the prompt and prefill, level by level until one is sure enough; return that and its token."""
+        """See the images, write the prompt and prefill, level by level; return the first level that is sure, and its token."""
         self._check_open()
         self._running, statistics = generation, generation.statistics
         start, visual = time.perf_counter(), None

@@ -39,7 +39,7 @@ CHECKED, FEW, TRAINED = (500_000_000, 160), (40_000_000, 1666), (1_000_000, 5000
 OPEN, CLOSE = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 WEIGHTS = (0.32, 0.28, 0.2, 0.2)
 IMAGES, QUESTIONS = 3, 8
-"""Of a step."""
+"""Images of a step, and most questions about each."""
 PROJECTOR_SECONDS = 40
 KEPT = (12, 16, 24, 32, 48)
 
@@ -78,7 +78,7 @@ class Batch(NamedTuple):
     is_key: Tensor
     """[T], whether the token depends on the image."""
     questions: list[tuple[int, int]]
-    """Of each token: sequence and number of its question."""
+    """Sequence and number of the question that each token answers."""
 
 
 class Teacher:

@@ -21,12 +21,12 @@ LookupTokens: TypeAlias = int | Literal["auto"]
 NGRAMS = (4, 3, 2)
 """Numbers of last tokens to look up, the longest first."""
 _WEIGHT = 0.1
-"""Of the newest observation in a running mean."""
+"""Share of the newest value in a running mean."""
 
 
 @final
 class Payoff:
-    """What drafts gain and cost, over all answers: how often a draft's first token is right, and the time of a step."""
+    """Learns over all answers how often a draft's first token is right, and how long steps take."""
 
     def __init__(self, rows: Sequence[int]) -> None:
         """``rows`` are the possible rows of a step, ascending."""

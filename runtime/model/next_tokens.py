@@ -33,7 +33,7 @@ class NextTokens:
         self.chooser, self.limit = chooser, limit
         self._drafts, self._embedding, self._stop_ids = drafts, embedding, stop_ids
         self._num_run = 0
-        """How many of the newest tokens were right drafts, whose rows have run."""
+        """Newest tokens that need no row: they were drafts, and right."""
 
     def add_certain(self, tokens: list[int], statistics: Statistics) -> None:
         """Append to the newest ``tokens``, which are not counted yet, those that must come after them."""
