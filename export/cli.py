@@ -230,6 +230,11 @@ _OPTIONS = (
         int,
         "Most rows of a decode step, 1, 2, 4 or 8: a token, and drafts of those after it.",
     ),
+    _option(
+        "--batch",
+        int,
+        "Answers that decode together, 1, 2, 4 or 8, for a server; each takes memory for its own KV cache.",
+    ),
     _option("--max-text", int, "Largest prompt, in text tokens."),
     _option(
         "--text-buckets",

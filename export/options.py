@@ -61,6 +61,8 @@ class ExportOptions:
     """Let the first layer range run a question after the kept rows of an earlier question about the same images."""
     decode_rows: int = STEP_ROWS[-1]
     """Most rows of a decode step: a new token, and drafts of the tokens after it."""
+    batch: int = 1
+    """Answers that decode together, each with its own KV cache."""
     max_text: int = MAX_TEXT
     """Largest prompt in text tokens."""
     text_buckets: tuple[int, ...] = ()
@@ -111,9 +113,10 @@ class ExportOptions:
 
     def _wrong_choice(self) -> str | None:
         """Return the message about the first option that is wrong, or does not fit the others; None if all are right."""
-        if self.decode_rows not in STEP_ROWS:
-            known = ", ".join(map(str, STEP_ROWS))
-            return f"--decode-rows: expected one of {known}, got {self.decode_rows}; choose one of these"
+        for name, count in (("decode-rows", self.decode_rows), ("batch", self.batch)):
+            if count not in STEP_ROWS:
+                known = ", ".join(map(str, STEP_ROWS))
+                return f"--{name}: expected one of {known}, got {count}; choose one of these"
         if self.opset not in (18, 19):
             return f"--opset: expected 18 or 19, got {self.opset}; choose one of these"
         if any(not 8 <= bucket <= self.max_text for bucket in self.text_buckets):

@@ -30,6 +30,7 @@ from trio_edge.runtime.decisions.questions import Decision, Question, check_ques
 from trio_edge.runtime.decisions.wording import Wording
 from trio_edge.runtime.devices.memory import Memory
 from trio_edge.runtime.images.reading import load_common_formats, open_image
+from trio_edge.runtime.model.batch import Answers
 from trio_edge.runtime.model.drafts import Drafts, Payoff, check_lookup
 from trio_edge.runtime.model.levels import (
     Level,
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.decisions.wording import Asked, Plan, Sharing
     from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.images.reading import ImageSource
+    from trio_edge.runtime.model.batch import Running
     from trio_edge.runtime.model.decoder import Decoder, PrefillResult
     from trio_edge.runtime.model.drafts import LookupTokens
     from trio_edge.runtime.model.host_selection import SelectorOverride
@@ -185,8 +187,7 @@ class Pipeline:
         self._level = self._last = self._levels[manifest.level]
         """The default level, and the one whose rows are in the KV caches."""
         self.images = self._level.images
-        self._running: object = None
-        """The answer, or the plan of questions, whose rows are in the KV caches."""
+        self._answers = Answers()
         self._is_open = True
         self._process = os.getpid()
         self._lock = threading.Lock()
@@ -534,7 +535,7 @@ class Pipeline:
             raise ShapeError(f"tokens: expected whole numbers, got {count!r:.80} and {skip!r:.80}; give some")
         with self._lock:
             self._check_open()
-            self._running = None
+            self._answers.make_way()
             self._last.decoder.skip(skip)
             chooser, times = TokenChooser(Sampler()), []
             for token in range(count):  # any tokens, because the time does not depend on them
@@ -617,35 +618,34 @@ class Pipeline:
         """Yield the pieces of an answer."""
         generation.statistics.ttft_ms = request.prepare_ms
         with self._lock:
-            level, token = self._first_token(request, generation)
-        answer, statistics = request.answers[level.manifest.level], generation.statistics
+            running, tokens = self._first_tokens(request, generation)
+        chooser, limit, statistics = running.answer.chooser, running.answer.limit, generation.statistics
         stream, stop_ids = DetokenizeStream(self.tokenizer), self.manifest.text.stop_token_ids
-        tokens = [token]
-        while True:
-            answer.add_certain(tokens, statistics)
-            for token in tokens:
-                generation.token_ids.append(token)
-                generation.logprobs += answer.chooser.logprobs[
-                    statistics.new_tokens : statistics.new_tokens + 1
-                ]
-                statistics.new_tokens += 1
-                if token not in stop_ids and (piece := stream.push(token)):
-                    yield piece
-                if generation.is_cancelled:
+        try:
+            while True:
+                for token in tokens:
+                    generation.token_ids.append(token)
+                    generation.logprobs += chooser.logprobs[statistics.new_tokens : statistics.new_tokens + 1]
+                    statistics.new_tokens += 1
+                    if token not in stop_ids and (piece := stream.push(token)):
+                        yield piece
+                    if generation.is_cancelled:
+                        break
+                if token in stop_ids or statistics.new_tokens >= limit or generation.is_cancelled:
                     break
-            if token in stop_ids or statistics.new_tokens >= answer.limit or generation.is_cancelled:
-                break
-            with self._lock:
-                self._check_open()  # the caller may have closed the pipeline in the meantime
-                self._check_running(generation)
-                tokens = answer.after(tokens, level.decoder, statistics)
+                with self._lock:
+                    self._check_open()  # the caller may have closed the pipeline in the meantime
+                    tokens = self._answers.next(running)
+        finally:  # also if the reader drops the answer; without the lock, which its thread may hold then
+            running.is_over = True
         if rest := stream.finish():
             yield rest
 
-    def _first_token(self, request: _Request, generation: Generation) -> tuple[Level, int]:
-        """See the images, write the prompt and prefill, level by level; return the first level that is sure, and its token."""
+    def _first_tokens(self, request: _Request, generation: Generation) -> tuple[Running, list[int]]:
+        """See the images, write the prompt and prefill, level by level, up to one that is sure; return its first tokens."""
         self._check_open()
-        self._running, statistics = generation, generation.statistics
+        self._answers.make_way()
+        statistics = generation.statistics
         start, visual = time.perf_counter(), None
         before: Level | None = None
         for attempt in request.attempts:
@@ -666,8 +666,9 @@ class Pipeline:
                 break
             statistics.levels_below += (level.manifest.level,)
         assert visual is not None, "there is an attempt"
-        chooser = request.answers[level.manifest.level].chooser
-        token = chooser.choose(result.top, level.decoder.logits)
+        answer = request.answers[level.manifest.level]
+        running = self._answers.start(level, answer, generation)
+        token = answer.chooser.choose(result.top, level.decoder.logits)
         generation.layouts, generation.first_logits, generation.kept = (
             level.vision.layouts,
             result.logits,
@@ -675,7 +676,7 @@ class Pipeline:
         )
         statistics.text_tokens, statistics.image_was_kept = attempt.ids.num_tokens, visual.was_kept
         statistics.ttft_ms += 1e3 * (time.perf_counter() - start)
-        return level, token
+        return running, answer.first(token, statistics)
 
     def _decisions(
         self,
@@ -690,11 +691,14 @@ class Pipeline:
             statistics, start = Statistics(ttft_ms=prepare_ms * (number == 0)), time.perf_counter()
             with self._lock:
                 self._check_open()
-                if number > 0:
-                    self._check_running(plan)
-                elif self._running is not seen.plan:
+                if number > 0 and self._answers.owner is not plan:
+                    raise ShapeError(
+                        "questions: expected no answer between them, one was started; ask the questions again"
+                    )
+                if number == 0 and self._answers.owner is not seen.plan:
                     seen.visual = seen.after = None
-                self._running = seen.plan = plan
+                self._answers.make_way(plan)
+                seen.plan = plan
                 self._last = seen.level
                 if plan.joint is not None and seen.visual is not None:
                     statistics.cached_tokens = plan.joint.text_before[-1] + seen.visual.num_visual
@@ -756,13 +760,6 @@ class Pipeline:
         )
         mass = float(np.exp(np.logaddexp.reduce(logs)))
         return normalized(logs, temperature=self.wording.temperature(asked.question)), mass
-
-    def _check_running(self, answer: object) -> None:
-        # The caller may have asked another question in the meantime.
-        if self._running is not answer:
-            raise ShapeError(
-                "answer: expected one answer at a time, another was started; finish streaming first"
-            )
 
 
 def _messages(

@@ -4,17 +4,19 @@ A range has the layers [first, last), for prefill and decode alike.
 
 | I/O tensor                     | shape        | dtype | filled or read by                                          |
 |--------------------------------|--------------|-------|------------------------------------------------------------|
-| in  hidden_states              | [1, S, D]    | model | ``inputs_embeds`` for the prefix; output of select or range |
-| in  position_ids               | [1, S]       | int32 | runtime, or the select graph's ``kept_position_ids``        |
-| in  past_length                | [1]          | int32 | runtime: valid rows of the past buffers (0 in prefill)      |
-| in  past_key_values.{i}.key    | [1, G, C, E] | model | runtime's KV buffers; i is the model's layer number         |
-| in  past_key_values.{i}.value  | [1, G, C, E] | model |                                                            |
-| in  deepstack_embeds.{i}       | [1, S, D]    | model | runtime, or a select graph; with DeepStack only             |
-| out hidden_states_out          | [1, S, D]    | model | next graph                                                  |
-| out present.{i}.key            | [1, G, S, E] | model | runtime: new rows only, written into the buffers            |
-| out present.{i}.value          | [1, G, S, E] | model |                                                            |
+| in  hidden_states              | [B, S, D]    | model | ``inputs_embeds`` for the prefix; output of select or range |
+| in  position_ids               | [A, S]       | int32 | runtime, or the select graph's ``kept_position_ids``        |
+| in  past_length                | [B]          | int32 | runtime: valid rows of the past buffers (0 in prefill)      |
+| in  past_key_values.{i}.key    | [B, G, C, E] | model | runtime's KV buffers; i is the model's layer number         |
+| in  past_key_values.{i}.value  | [B, G, C, E] | model |                                                            |
+| in  deepstack_embeds.{i}       | [B, S, D]    | model | runtime, or a select graph; with DeepStack only             |
+| out hidden_states_out          | [B, S, D]    | model | next graph                                                  |
+| out present.{i}.key            | [B, G, S, E] | model | runtime: new rows only, written into the buffers            |
+| out present.{i}.value          | [B, G, S, E] | model |                                                            |
 
 Prefill runs with C = 0 and padding on the right; decode with S = 1. ``export/quantize/cache.py`` makes keys and values int8.
+B is 1. With --batch it is an axis: the answers that decode together, each with its own KV buffers; ``position_ids`` are
+[A, B, S] then. Only the attention tells the answers apart: all products with weights see the rows of all answers at once.
 
 With DeepStack (Qwen3-VL) features of inner vision layers are added to the outputs of the first decoder layers, one plane of
 rows per layer, 0 at text and in decode. ``assembly/copies.py`` adds them between the layers.
@@ -68,32 +70,42 @@ def two_part_attention(
 
     Args:
         module: The attention layer; unused, part of transformers' interface.
-        query: [1, H, S, E], rotated.
-        key: [1, G, S, E], rotated.
-        value: [1, G, S, E].
-        attention_mask: [S, C + S] float32, added to the scores.
+        query: [1, H, B S, E], rotated; the rows of each answer follow those of the one before.
+        key: [1, G, B S, E], rotated.
+        value: [1, G, B S, E].
+        attention_mask: [S, C + S] float32, added to the scores; with an axis of answers [B, 1, 1, S, C + S].
         scaling: Multiplied with the query before the product, which keeps float16 scores in range.
-        past: Key and value buffers, [1, G, C, E] each.
-        present: Receives ``key`` and ``value``.
+        past: Key and value buffers, [B, G, C, E] each.
+        present: Receives ``key`` and ``value``, [B, G, S, E].
         as_cached: Rounds both as KV caches do; by default these round nothing.
 
     Returns:
-        [1, S, H, E] in the query's dtype, and None for the weights.
+        [1, B S, H, E] in the query's dtype, and None for the weights.
     """
     key, value = (key, value) if as_cached is None else as_cached(key, value)
+    has_answers = attention_mask.ndim > 2
+    B, G, C, E = past[0].shape
+    S = attention_mask.shape[-2]
+    if has_answers:
+        query, key, value = (_apart(rows, B, S) for rows in (query, key, value))
     present += [key, value]
-    _, H, S, E = query.shape
-    G = key.shape[1]
+    H = query.shape[1]
     # the query heads of a group are rows of one product, so keys are not repeated
-    grouped = (query * scaling).reshape(1, G, (H // G) * S, E)
-    C = past[0].shape[2]
+    grouped = (query * scaling).reshape(B, G, (H // G) * S, E)
     # all sizes are given: with S = 0, while a probe runs in the same graph, none can be inferred
-    past_scores = torch.matmul(grouped, past[0].transpose(-1, -2)).reshape(1, G, H // G, S, C)
-    new_scores = torch.matmul(grouped, key.transpose(-1, -2)).reshape(1, G, H // G, S, S)
+    past_scores = torch.matmul(grouped, past[0].transpose(-1, -2)).reshape(B, G, H // G, S, C)
+    new_scores = torch.matmul(grouped, key.transpose(-1, -2)).reshape(B, G, H // G, S, S)
     scores = torch.cat([past_scores, new_scores], dim=-1).float() + attention_mask
-    weights = torch.softmax(scores, dim=-1).to(value.dtype).reshape(1, G, (H // G) * S, C + S)
+    weights = torch.softmax(scores, dim=-1).to(value.dtype).reshape(B, G, (H // G) * S, C + S)
     output = torch.matmul(weights[..., :C], past[1]) + torch.matmul(weights[..., C:], value)
-    return output.reshape(1, H, S, E).transpose(1, 2), None
+    by_row = output.reshape(B, H, S, E).transpose(1, 2)
+    return by_row.reshape(1, B * S, H, E) if has_answers else by_row, None
+
+
+def _apart(rows: Tensor, num_answers: int, num_rows: int) -> Tensor:
+    """Return [1, X, B S, E] as [B, X, S, E]."""
+    _, X, _, E = rows.shape
+    return rows.reshape(X, num_answers, num_rows, E).transpose(0, 1)
 
 
 def tile_attention(
@@ -118,11 +130,17 @@ def tile_attention(
 
 
 def causal_mask(num_rows: int, num_past: int, past_length: Tensor) -> Tensor:
-    """Return the additive causal mask [S, C + S], float32, of new rows over a partly filled past buffer and themselves."""
+    """Return the additive causal mask [S, C + S], float32, of new rows over a partly filled past buffer and themselves.
+
+    ``past_length`` is [1], or [B, 1, 1, 1, 1] for a mask of each answer, [B, 1, 1, S, C + S].
+    """
     row_S = torch.arange(num_rows)
     past_C = torch.arange(num_past)
-    sees_past = (past_C[None, :] < past_length.to(torch.int64)).expand(num_rows, num_past)
+    answers = past_length.shape[:-2]
+    sees_past = (past_C[None, :] < past_length.to(torch.int64)).expand(*answers, num_rows, num_past)
     sees_new = row_S[None, :] <= row_S[:, None]
+    if answers:
+        sees_new = sees_new.expand(*answers, num_rows, num_rows)
     seen = torch.cat([sees_past, sees_new], dim=-1)
     # not torch.where of two numbers: its result has the default dtype, in which MASKED may be infinite
     return (1.0 - seen.to(torch.float32)) * MASKED
@@ -172,9 +190,14 @@ class DecoderRange(nn.Module):
 
         ``past`` are key and value buffers of each layer.
         """
+        B, S, D = hidden_states.shape
+        if has_answers := position_ids.ndim > 2:
+            hidden_states = hidden_states.reshape(1, B * S, D)
+            position_ids = position_ids.reshape(-1, B * S)
+            past_length = past_length[:, None, None, None, None]
         cos, sin = self.rotary(position_ids)
         tables = cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
-        mask = causal_mask(hidden_states.shape[1], past[0].shape[2], past_length)
+        mask = causal_mask(S, past[0].shape[2], past_length)
         present: list[Tensor] = []
         for layer, layer_past in zip(self.layers, zip(past[::2], past[1::2])):
             hidden_states = layer(
@@ -184,4 +207,4 @@ class DecoderRange(nn.Module):
                 past=layer_past,
                 present=present,
             )
-        return hidden_states, *present
+        return hidden_states.reshape(B, S, D) if has_answers else hidden_states, *present

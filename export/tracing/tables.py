@@ -24,10 +24,11 @@ class Row(NamedTuple):
 
 
 RANGE_INPUTS = (
-    Row(io.EMBEDS, f"@{io.HIDDEN}", (1, "S", "width"), "model", "first"),
-    Row(io.HIDDEN, f"@{io.HIDDEN}", (1, "S", "width"), "model", "later"),
-    Row(io.POSITIONS, f"@{io.POSITIONS}", ("axes", "S")),
-    Row(io.PAST_LENGTH, "zeros.past_length", (1,)),
+    Row(io.EMBEDS, f"@{io.HIDDEN}", ("batch", "S", "width"), "model", "first"),
+    Row(io.HIDDEN, f"@{io.HIDDEN}", ("batch", "S", "width"), "model", "later"),
+    Row(io.POSITIONS, f"@{io.POSITIONS}", ("axes", "S"), "int32", "one answer"),
+    Row(io.POSITIONS, f"@{io.POSITIONS}", ("axes", "batch", "S"), "int32", "several answers"),
+    Row(io.PAST_LENGTH, "zeros.past_length", ("batch",)),
 )
 """Before keys, values and DeepStack planes."""
 SELECT_INPUTS = (

@@ -114,10 +114,10 @@ class Wiring:
         self._follow_rows = [*small, *buckets] if plan.options.follow_ups else []
         """Rows of a question that follows KV rows, as it is shorter than a prompt."""
         most = min(plan.options.decode_rows, layout.max_new_tokens)
-        self._steps = {
-            f"decode_{rows}" if rows > 1 else "decode": rows for rows in io.STEP_ROWS if rows <= most
-        }
+        self._steps = {_step_name(rows): rows for rows in io.STEP_ROWS if rows <= most}
         """Rows of a decode step, by profile."""
+        self._batch = plan.options.batch
+        """Answers that decode together."""
         self._sizes = {
             "width": self._dimensions.hidden_size,
             "vocab": self._dimensions.vocab_size,
@@ -156,6 +156,7 @@ class Wiring:
             "question": [{"T": rows} for rows in self._follow_rows],
             "branch": [{"T": rows} for rows in self._follow_rows],
             "decode": [{"T": rows} for rows in self._steps.values()],
+            "batch": [{"B": self._batch}],
             "exact": prompts,
         }
         return tuple(
@@ -187,7 +188,7 @@ class Wiring:
             inputs={tensor.name: places[tensor.name] for tensor in spec.inputs},
             outputs={tensor.name: places[tensor.name] for tensor in spec.outputs},
             stage=stage,
-            cache=f"cache.{spec.name}" if spec.num_layers else None,
+            cache=f"{'slots' if program == 'batch' else 'cache'}.{spec.name}" if spec.num_layers else None,
         )
         self._launches[program].append(launch)
 
@@ -332,6 +333,9 @@ class Wiring:
         top = {name: f"top.{name}" for name in (io.TOP_LOGITS, io.TOP_IDS)}
         step = {io.LAST_ROW: "step.rows", io.LOGITS: "logits.logits", **top}
         self._run("decode", heads[0], step, profiles=[*self._steps], stage=len(selectors))
+        if self._batch > 1:
+            step |= {io.LAST_ROW: "batch.rows"}
+            self._run("batch", heads[0], step, profiles=[_step_name(self._batch)], stage=len(selectors))
         if follows := [profile.name for profile in self._follows(0)]:
             after = {io.HIDDEN: f"after_{len(self._splits)}.{io.HIDDEN_OUT}", io.LAST_ROW: "branch.last_row"}
             self._run("branch", heads[0], after, profiles=follows, label="branch", stage=len(selectors))
@@ -403,13 +407,15 @@ class Wiring:
     def _range(self, index: int, layers: range, *, piece: PieceName | None) -> Outline:
         """Describe decoder layers; DeepStack planes, one for each of the model's first layers, are the last inputs."""
         layout, dims, dtype, name = self._layout, self._dimensions, self._dtype, self._name(index)
-        rows = (1, "S", dims.hidden_size)
-        past, new = ((1, dims.num_kv_heads, axis, dims.head_size) for axis in ("C", "S"))
+        batch, answers = (1, "one answer") if self._batch == 1 else ("B", "several answers")
+        rows = (batch, "S", dims.hidden_size)
+        past, new = ((batch, dims.num_kv_heads, axis, dims.head_size) for axis in ("C", "S"))
         parts = [*enumerate(f"{layer}.{part}" for layer in layers for part in ("key", "value"))]
         kept = [_tensor(f"{io.PAST_PREFIX}{part}", f"cache.{name}[{i}]", past, dtype) for i, part in parts]
         made = [_tensor(f"{io.PRESENT_PREFIX}{part}", f"new_rows[{i}]", new, dtype) for i, part in parts]
         planes = [f"{io.DEEPSTACK}{layer}" for layer in layers if layer < self._model.vision.num_deepstack]
-        inputs = self._tensors(tables.RANGE_INPUTS, ["later" if index else "first"]) + kept
+        has = ["later" if index else "first", answers]
+        inputs = self._tensors(tables.RANGE_INPUTS, has, batch=batch) + kept
         inputs += [_tensor(plane, self._at[plane], rows, dtype) for plane in planes]
         outputs = [_tensor(io.HIDDEN_OUT, f"{name}.", rows, dtype), *made]
         if index < len(self._splits) and self._method.reads_previous:
@@ -418,12 +424,16 @@ class Wiring:
         questions = self._follows(capacity)
         steps = [Profile(name=name, sizes={"S": rows, "C": capacity}) for name, rows in self._steps.items()]
         prefills, at_sizes = self._prefills(index, lambda _all, rows, text: {"S": rows + text, "C": 0})
+        profiles = [*prefills, *questions, *steps]
+        if self._batch > 1:
+            profiles = [Profile(name=one.name, sizes={"B": 1, **one.sizes}) for one in profiles]
+            profiles.append(Profile(name="batch", sizes={"B": self._batch, "S": 1, "C": capacity}))
         graph = _outline(
             name,
             self._role(index),
             inputs,
             outputs,
-            [*prefills, *questions, *steps],
+            profiles,
             DecoderRange([self._model.layers[layer] for layer in layers], self._rotary()),
             at_sizes=at_sizes,
             piece=piece,
@@ -444,14 +454,22 @@ class Wiring:
         if questions:
             self._run_question(index, graph, questions, new, no_planes)
         before = {io.HIDDEN: f"{self._name(index - 1)}.{io.HIDDEN_OUT}"}
-        step = {
-            **(before if index else {io.EMBEDS: "step.embeds"}),
-            io.POSITIONS: f"step.position_ids.{index}",
-            io.PAST_LENGTH: f"step.past_length.{index}",
-            **{part: f"new_row.{name}[{i}]" for i, part in enumerate(new)},
-            **no_planes,
-        }
-        self._run("decode", graph, step, profiles=[*self._steps], stage=self._selections_before(index))
+
+        def step(sent: str, rows: str) -> dict[str, str]:
+            return {
+                **(before if index else {io.EMBEDS: f"{sent}.embeds"}),
+                io.POSITIONS: f"{sent}.position_ids.{index}",
+                io.PAST_LENGTH: f"{sent}.past_length.{index}",
+                **{part: f"{rows}.{name}[{i}]" for i, part in enumerate(new)},
+                **no_planes,
+            }
+
+        stage = self._selections_before(index)
+        self._run("decode", graph, step("step", "new_row"), profiles=[*self._steps], stage=stage)
+        if self._batch > 1:
+            past = [tensor.name for tensor in graph.spec.inputs if tensor.name.startswith(io.PAST_PREFIX)]
+            slots = {part: f"slots.{name}[{i}]" for i, part in enumerate(past)}
+            self._run("batch", graph, step("batch", "batch_row") | slots, profiles=["batch"], stage=stage)
 
     def _run_question(
         self,
@@ -601,7 +619,8 @@ class Wiring:
         """Describe the head, which probes may share."""
         count, num_rows = io.num_candidates(self._dimensions), self._layout.schedule.num_probe_rows
         last = len(self._splits)
-        more = [Profile(name=name, sizes={"S": rows, "L": rows}) for name, rows in self._steps.items()]
+        steps = self._steps | ({_step_name(self._batch): self._batch} if self._batch > 1 else {})
+        more = [Profile(name=name, sizes={"S": rows, "L": rows}) for name, rows in steps.items()]
         more += [Profile(name=one.name, sizes={"S": one.sizes["S"], "L": 1}) for one in self._follows(0)]
         is_quantized = is_shared and self._is_quantized("head")
         if is_quantized and num_rows > 1:  # one row is as in decode
@@ -632,6 +651,10 @@ class Wiring:
             at_sizes=["gradient"] * len(self._prompts),
             piece=None if is_alone else "gradient",
         )
+
+
+def _step_name(num_rows: int) -> str:
+    return f"decode_{num_rows}" if num_rows > 1 else "decode"
 
 
 def _with_zeros(launch: Launch, graphs: Sequence[GraphSpec], names: Mapping[tuple[str, str], str]) -> Launch:

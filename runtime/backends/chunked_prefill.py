@@ -74,7 +74,7 @@ class ChunkedLaunch:
             for name, tensor in tensors.items()
             if name.startswith(graph_io.PRESENT_PREFIX)
         }
-        num_rows = self._position_ids.shape[1]
+        num_rows = self._position_ids.shape[-1]
         self._new = {
             name: np.empty((*whole.shape[:2], min(CHUNK_ROWS, num_rows), whole.shape[3]), whole.dtype)
             for name, whole in self._present.items()
@@ -86,7 +86,7 @@ class ChunkedLaunch:
     def enqueue(self) -> None:
         """Run all chunks."""
         for chunk in self._chunks:
-            chunk.position_ids[...] = self._position_ids[:, chunk.rows]
+            chunk.position_ids[...] = self._position_ids[..., chunk.rows]
             self._run(chunk.binding)
             for name, whole in self._present.items():
                 place = whole[:, :, chunk.rows]
@@ -94,7 +94,7 @@ class ChunkedLaunch:
 
     def _bound(self, start: int, stop: int) -> _Chunk:
         count = stop - start
-        position_ids = np.empty((self._position_ids.shape[0], count), np.int32)
+        position_ids = np.empty((*self._position_ids.shape[:-1], count), np.int32)
         past_length = np.array([start], np.int32)
         special = {
             graph_io.POSITIONS: (position_ids.ctypes.data, position_ids.shape),

@@ -20,6 +20,7 @@ from trio_edge.runtime.bundle.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     SENT,
+    SLOTS,
     ZEROS,
     HostFunction,
     Manifest,
@@ -39,6 +40,7 @@ _HostRow: TypeAlias = "tuple[str, str, str]"
 """Place, dtype and axes. What stands in braces counts the places: planes, layer ranges, or stages from 0 or from 1."""
 _NUMBER = re.compile(r"[0-9]{1,4}")
 _FOLLOW_UPS = ("question", "branch")
+_OPTIONAL = (*_FOLLOW_UPS, "batch")
 _TENSORS_ON_HOST = {
     "enter_head": ({graph_io.PROBE_OUTPUT}, {graph_io.HIDDEN, graph_io.LAST_ROW}),
     "likeliest_rows": (
@@ -269,6 +271,12 @@ SENT_BY_HOST: dict[ProgramName, tuple[_HostRow, ...]] = {
         ("step.position_ids.{range}", "int32", "axes T"),
         ("step.past_length.{range}", "int32", "1"),
     ),
+    "batch": (
+        ("batch.embeds", "model", "B 1 width"),
+        ("batch.rows", "int32", "B"),
+        ("batch.position_ids.{range}", "int32", "axes B"),
+        ("batch.past_length.{range}", "int32", "B"),
+    ),
 }
 """Places that the host writes before a program runs, or between its launches, except the images.
 
@@ -303,6 +311,11 @@ READ_BY_HOST: dict[ProgramName, tuple[_HostRow, ...]] = {
         ("top.top_logits", "float32", "T top"),
         ("top.top_ids", "int32", "T top"),
     ),
+    "batch": (
+        ("logits.logits", "float32", "B vocab"),
+        ("top.top_logits", "float32", "B top"),
+        ("top.top_ids", "int32", "B top"),
+    ),
 }
 """Places that the host reads after a program has run, or writes in place of a select graph."""
 
@@ -336,7 +349,7 @@ def _check_programs(manifest: Manifest) -> None:
     wanted = ["vision", *([] if manifest.token_method is None else ["reduce"]), "prefill", "decode"]
     if manifest.schedule.stages:
         wanted.append("exact")
-    optional = [name for name in names if name in _FOLLOW_UPS]
+    optional = [name for name in names if name in _OPTIONAL]
     needed = [name for name in names if name not in optional]
     _require(needed == wanted and len(set(optional)) == len(optional), "programs", str(wanted), names)
     used = {launch.runs for program in manifest.programs for launch in program.launches}
@@ -367,6 +380,9 @@ def _sizes_of(manifest: Manifest, program: Program) -> tuple[dict[str, int], ...
         needed, most = (1, graph_io.STEP_ROWS[-1]) if is_step else (manifest.text_buckets[-1],) * 2
         others = {rows for size in program.sizes if 0 < (rows := size.get("T", 0)) <= most}
         return tuple({"T": rows} for rows in sorted({needed, *others}))
+    if program.name == "batch":
+        found = {count for size in program.sizes if 1 < (count := size.get("B", 0)) <= graph_io.STEP_ROWS[-1]}
+        return ({"B": min(found, default=graph_io.STEP_ROWS[1])},)
     return tuple({"N": rows, "T": text} for rows in manifest.visual_sizes for text in manifest.text_buckets)
 
 
@@ -440,19 +456,25 @@ class _Run:
         is_image = place.startswith("image.") and self.program.name in ("vision", "reduce")
         if place.startswith(ZEROS) or is_image:
             return
-        if place.startswith(CACHE):  # none or all rows of a KV cache
+        if place.startswith(self._cache):  # none or all rows of a KV cache
             wanted = [self._kv_rows(rows) for rows in (0, *self.kv[1][stage : stage + 1])]
             if array not in wanted:
                 self.refuse(f"{name} {_text(wanted[-1])} from a KV cache", _text(array))
             return
         known = self.written.get(place) or self.sent.get(place)
-        if known != array and (known is not None or array not in self.earlier.get(place, ())):
+        sources = self.earlier.get(place, ()) if known is None else (known,)
+        if not any(_is_same(array, source) for source in sources):
             self.refuse(f"{name} {_text(array)} from {place}", _text(known))
 
     def _kv_rows(self, rows: int) -> Array:
         """Return dtype and shape of the keys, or values, of ``rows`` rows of a layer."""
-        dims = self.manifest.dimensions
-        return self.kv[0], (1, dims.num_kv_heads, rows, dims.head_size)
+        dims, count = self.manifest.dimensions, self.program.sizes[self.index].get("B", 1)
+        return self.kv[0], (count, dims.num_kv_heads, rows, dims.head_size)
+
+    @property
+    def _cache(self) -> str:
+        """Places of the KV caches."""
+        return SLOTS if self.program.name == "batch" else CACHE
 
     def _check_stacks(self, spec: GraphSpec, launch: Launch, shapes: Mapping[str, Array]) -> None:
         """Raise unless each stack holds equal tensors, in the graph's order and without gaps, and new rows fit their cache."""
@@ -472,7 +494,7 @@ class _Run:
             if stacks:
                 self.refuse("a KV cache for new rows", "none")
             return
-        read = stacks.pop(launch.cache, [])
+        read = stacks.pop(launch.cache, []) if launch.cache.startswith(self._cache) else []
         if not read or [len(names) for names in stacks.values()] != [len(read)]:
             self.refuse(f"as many new keys and values as inputs from {launch.cache}", str([*stacks]))
         wanted, (new,) = self._kv_rows(self._new_rows(launch.stage)), stacks.values()
@@ -483,7 +505,7 @@ class _Run:
         """Return the rows that a layer range writes after ``stage`` selections."""
         sizes, stages = self.program.sizes[self.index], self.manifest.schedule.stages
         if self.program.name != "prefill" or stage > len(stages):
-            return sizes["T"]
+            return sizes.get("T", 1)
         return sizes["T"] + (stages[stage - 1].keep if stage else sizes["N"])
 
     def _check_function(self, launch: Launch) -> None:
@@ -508,6 +530,12 @@ class _Run:
             self.refuse("a place that an earlier launch writes", unwritten[0])
         if unsent := sorted(set(launch.outputs.values()) - self.sent.keys()):
             self.refuse("a place that the host sends", unsent[0])
+
+
+def _is_same(one: Array, other: Array) -> bool:
+    """Return whether both have the same elements: axes of one may be missing, or elsewhere."""
+    (kind, shape), (other_kind, other_shape) = one, other
+    return kind == other_kind and [n for n in shape if n != 1] == [n for n in other_shape if n != 1]
 
 
 def _text(array: Array | None) -> str:

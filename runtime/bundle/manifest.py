@@ -75,10 +75,10 @@ Place: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_.]{1,200}(\[[0
 HostFunction = Literal["enter_head", "likeliest_rows", "exact_nms"]
 """What the host does between two graphs: send probe rows to the head, look up the rows of the lm_head for the likeliest
 tokens, or select in place of a select graph. See ``runtime/model``."""
-ProgramName = Literal["vision", "reduce", "prefill", "question", "branch", "decode", "exact"]
+ProgramName = Literal["vision", "reduce", "prefill", "question", "branch", "decode", "batch", "exact"]
 """Images to visual tokens; their selection before the decoder; the prompt; with --follow-ups a question after kept rows of the
-first layer range, and other text after kept rows of all ranges; new tokens; and the selection of each stage on the host, after
-which a prefill goes on."""
+first layer range, and other text after kept rows of all ranges; new tokens; with --batch a new token of each of several answers;
+and the selection of each stage on the host, after which a prefill goes on."""
 
 AUTO = "auto"
 """In place of a level's name: the lowest level that is sure enough."""
@@ -86,11 +86,19 @@ DEFAULT = "default"
 """Name of the only level of other bundles."""
 ZEROS = "zeros."
 CACHE = "cache."
-JOINT = ("prompt", "question", "branch", "step", "results", "top", "logits", "entering", "found", "likeliest")
+SLOTS = "slots."
+"""KV caches of the answers that decode together, in place of ``CACHE``."""
+JOINT = (
+    *("prompt", "question", "branch", "step", "batch"),
+    *("results", "top", "logits", "entering", "found", "likeliest"),
+)
 """Namespaces whose places one copy moves between host and device."""
 SINGLE = ("image", "kept")
 """Namespaces whose places are copied one by one."""
-SENT = ("prompt", "rows", "question", "branch", "step", "entering", "likeliest", "image", "zeros", "cache")
+SENT = (
+    *("prompt", "rows", "question", "branch", "step", "batch"),
+    *("entering", "likeliest", "image", "zeros", "cache", "slots"),
+)
 """Namespaces that no launch writes; rows of KV caches are appended between launches."""
 
 
@@ -571,10 +579,15 @@ class Manifest(_Spec, frozen=True):
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of all KV caches as allocated, at full capacity."""
-        dims = self.dimensions
-        row = 2 * dims.num_kv_heads * dims.head_size * DTYPE_BYTES[self.kv_dtype]
+        """Bytes of all KV caches as allocated, at full capacity: one, and those of the answers that decode together."""
+        dims, count = self.dimensions, 1 if self.batch == 1 else 1 + self.batch
+        row = 2 * count * dims.num_kv_heads * dims.head_size * DTYPE_BYTES[self.kv_dtype]
         return sum(graph.num_layers * rows * row for graph, rows in zip(self.ranges, self.kv_capacities))
+
+    @property
+    def batch(self) -> int:
+        """Answers that may decode together."""
+        return next((program.sizes[0]["B"] for program in self.programs if program.name == "batch"), 1)
 
     @property
     def device_weight_ratio(self) -> float:

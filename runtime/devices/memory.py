@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 @final
 class Stack:
-    """Equal tensors [1, G, rows, E] in a row: keys and values of the layers of one range.
+    """Equal tensors [B, G, rows, E] in a row: keys and values of the layers of one range, of B answers.
 
-    Where G rows of E elements are no multiple of ``ALIGNMENT``, each tensor is padded with further groups. So all tensors
+    Where B G rows of E elements are no multiple of ``ALIGNMENT``, each tensor is padded with further groups. So all tensors
     start at aligned addresses, and all groups of all tensors are equally far apart: one strided copy reaches them.
     """
 
@@ -43,10 +43,11 @@ class Stack:
         self._row_bytes = shape[-1] * np.dtype(dtype).itemsize
         self._pitch_bytes = shape[-2] * self._row_bytes
         multiple = ALIGNMENT // math.gcd(ALIGNMENT, self._row_bytes)
-        self._groups = -(-shape[-3] // multiple) * multiple
+        groups = math.prod(shape[:-2])
+        self._groups = -(-groups // multiple) * multiple
         self.num_bytes = count * self._groups * self._pitch_bytes
         """Bytes of the whole stack."""
-        self.bytes_per_row = count * shape[-3] * self._row_bytes
+        self.bytes_per_row = count * groups * self._row_bytes
         """Bytes of one row, summed over all tensors."""
 
     def moved(self, address: int) -> Stack:
@@ -63,6 +64,25 @@ class Stack:
         """Return the tensor at ``index``."""
         address = self.address + index * self._groups * self._pitch_bytes
         return DeviceTensor(address, self.shape, self._dtype)
+
+    def copy_slot(
+        self, device: Device, target: Stack, *, slot: tuple[int, int], first_row: int, num_rows: int
+    ) -> None:
+        """Enqueue a copy of the first rows of an answer to another stack's, from ``first_row`` on.
+
+        ``slot`` has the places of the answer in both.
+        """
+        for group in range(self.shape[-3]):
+            rows = (stack._group(place, group) for stack, place in zip((self, target), slot))
+            own, other = rows
+            other = other._replace(address=other.address + first_row * target._row_bytes)
+            row_bytes = num_rows * self._row_bytes
+            device.copy_rows(other, own, row_bytes=row_bytes, num_rows=self._count)
+
+    def _group(self, slot: int, group: int) -> PitchedRows:
+        """Return the start of a group of an answer in each tensor."""
+        first = slot * self.shape[-3] + group
+        return PitchedRows(self.address + first * self._pitch_bytes, self._groups * self._pitch_bytes)
 
     def copy_to(self, device: Device, target: Stack, *, first_row: int, num_rows: int) -> None:
         """Enqueue a copy of the first ``num_rows`` rows of all tensors to ``target``'s, from ``first_row`` on."""

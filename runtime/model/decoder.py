@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trio_edge.runtime.devices.interface import Device
-    from trio_edge.runtime.devices.memory import KVCache
+    from trio_edge.runtime.devices.memory import KVCache, Memory
     from trio_edge.runtime.model.decoder_prompt import DecoderPrompt, PromptRows, Span
     from trio_edge.runtime.model.host_selection import SelectorOverride
     from trio_edge.runtime.model.programs import BoundLaunch, Programs
@@ -100,6 +100,17 @@ class Decoder:
         self._next_position = 0
         self._start: object = None
         """The first layer range of the last prefill, with its memory; None once its outputs are gone."""
+
+    @property
+    def next_position(self) -> int:
+        """Position of the next token, unless positions are compact."""
+        return self._next_position
+
+    def resume(self, lengths: Sequence[int], *, next_position: int) -> None:
+        """Go on after the first rows of the KV caches, which were written there: ``lengths`` are those of each."""
+        for cache, length in zip(self.caches, lengths):
+            cache.length = length
+        self._next_position, self._start = next_position, None
 
     @property
     def kv_bytes(self) -> int:
@@ -222,7 +233,7 @@ class Decoder:
             np.add(step.rows, cache.length if is_compact else self._next_position, out=positions)
             past_length[0] = cache.length
         self._memory.send(device, "step")
-        step.enqueue(device, self._programs.notes)
+        step.run.enqueue(device, self._programs.notes)
         self._memory.fetch(device, "top")
         self._done.record()
         # The device copies the new rows while the host samples. Their place changes with every token, so the copy cannot be
@@ -253,11 +264,7 @@ class Decoder:
         """Return all logits [V] of the last prefill, or of a row of the last decode step, which are downloaded now."""
         if self._logits is not None:
             return self._logits
-        place = "logits.logits"
-        found: NDArray[np.float32] = self._memory.host(place)[row]
-        self._device.download(found, self._memory.tensor(place).rows(row, 1))
-        self._device.synchronize()
-        return found.copy()
+        return download_logits(self._device, self._memory, row=row)
 
     def _new_step(self, count: int) -> _Step:
         rows = self._programs.rows_for("decode", count)
@@ -427,20 +434,38 @@ class _Step:
         self.positions = [host(f"step.position_ids.{index}", shape) for index in ranges]
         self.past_lengths = [host(f"step.past_length.{index}") for index in ranges]
         self.top = tuple(host(f"top.{name}")[:num_rows] for name in (TOP_IDS, TOP_LOGITS))
+        self.run = CapturedRun(self.launches)
+
+
+@final
+class CapturedRun:
+    """Launches that run in the same way many times."""
+
+    def __init__(self, launches: Sequence[BoundLaunch]) -> None:
+        self._launches = launches
         # A method would hold this object in a cycle, and its memory until the garbage is collected.
-        self._run: Callable[[], None] = partial(_enqueue, self.launches)
+        self._run: Callable[[], None] = partial(_enqueue, launches)
         self._num_runs = 0
 
     def enqueue(self, device: Device, notes: list[str]) -> None:
-        """Enqueue the program: launch by launch the first time, later as one captured sequence."""
+        """Enqueue them: launch by launch the first time, later as one captured sequence."""
         # The first run warms up the engines, because lazy work such as compiling kernels cannot be captured.
         self._num_runs += 1
-        if self._num_runs == 2 and all(launch.launch.capturable for launch in self.launches):
+        if self._num_runs == 2 and all(launch.launch.capturable for launch in self._launches):
             try:
                 self._run = device.capture(self._run)
             except BackendError as error:  # TensorRT does not say beforehand whether it can be captured
                 notes.append(f"decode runs without a CUDA graph, which costs time: {error}")
         self._run()
+
+
+def download_logits(device: Device, memory: Memory, *, row: int) -> NDArray[np.float32]:
+    """Return all logits [V] of a row of the last decode step."""
+    place = "logits.logits"
+    found: NDArray[np.float32] = memory.host(place)[row]
+    device.download(found, memory.tensor(place).rows(row, 1))
+    device.synchronize()
+    return found.copy()
 
 
 def _enqueue(launches: Iterable[BoundLaunch]) -> None:

@@ -15,6 +15,7 @@ from trio_edge.runtime.bundle.errors import BundleError, ShapeError
 from trio_edge.runtime.bundle.manifest import AUTO
 from trio_edge.runtime.bundle.reader import read_regular
 from trio_edge.runtime.images.interface import image_processing
+from trio_edge.runtime.model.batch import Batch
 from trio_edge.runtime.model.decoder import Decoder
 from trio_edge.runtime.model.decoder_prompt import write_prompt
 from trio_edge.runtime.model.sampling import log_softmax
@@ -95,6 +96,7 @@ class Level:
             (other.vision for other in others if self._sees_like(other)), None
         ) or Vision(programs, images=images, clip_texts=clip_texts, keep_images=keep_images)
         self.decoder = Decoder(programs, keep_images=keep_images)
+        self.batch = Batch(programs) if "batch" in programs.launches else None
 
     def _sees_like(self, other: Level) -> bool:
         one, two = self.manifest, other.manifest

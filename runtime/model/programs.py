@@ -86,7 +86,7 @@ class Programs:
             return BoundLaunch(spec, LikeliestRows(self.device, self.memory, spec, rows=self._head_rows), {})
         profile, tensors, stacks = self.memory.at(spec, index)
         launch = self._engines[spec.runs].prepare(profile, tensors)
-        cache = None if spec.cache is None else self.caches[spec.cache]
+        cache = None if spec.cache is None else self.caches.get(spec.cache)
         new_rows = next((stack for name, stack in stacks.items() if name != spec.cache), None)
         return BoundLaunch(spec, launch, tensors, cache, new_rows)
 
