@@ -63,6 +63,7 @@ class Batch:
         self._new_rows: list[Stack] = [new for new, _ in ranges if new is not None]
         self._slots: list[Stack] = [slots for _, slots in ranges]
         self._free = [*range(self.size)]
+        self._done = self._device.event()
         host, rows = self._memory.host, (self.size,)
         host("batch.rows", rows)[:] = np.arange(self.size)
         self._embeds: NDArray[Any] = host("batch.embeds")
@@ -124,13 +125,15 @@ class Batch:
         self._memory.send(device, "batch")
         self._run.enqueue(device, self._programs.notes)
         self._memory.fetch(device, "top")
+        self._done.record()
+        # As in a step of one answer, the device copies the new rows while the host samples.
         for seat in embeds:
             for index, (new, slots) in enumerate(zip(self._new_rows, self._slots)):
                 slot, first = (seat.slot, seat.slot), seat.lengths[index]
                 new.copy_slot(device, slots, slot=slot, first_row=first, num_rows=1)
                 seat.lengths[index] += 1
             seat.next_position += 1
-        device.synchronize()
+        self._done.wait()
         ids, logits = self._top
         return {seat: TopTokens(ids[seat.slot].copy(), logits[seat.slot].copy()) for seat in embeds}
 

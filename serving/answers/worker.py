@@ -1,6 +1,8 @@
-"""One thread for each bundle: loads the pipeline, answers one request at a time and closes the pipeline.
+"""One thread for each bundle: loads the pipeline, answers requests and closes the pipeline.
 
 Requests wait in a queue. Its length is bounded, and so is the expected wait, which follows from the time of earlier answers.
+With a bundle exported with --batch several chats are answered at once, a token of each in turn: they decode together. They
+must be at one level, and their prompts still run one by one.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ import numpy as np
 
 from trio_edge.runtime.answer import Statistics
 from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.manifest import AUTO
 from trio_edge.serving.answers.interface import ModelWorker, cut_short, queue_full, smoothed, stopping
 from trio_edge.serving.answers.job import AnswerJob, Decided, Failed, Finished, Kept, NewText, NextAnswer
 from trio_edge.serving.answers.structured import Constraints
 from trio_edge.serving.requests.errors import RequestError, request_error_from
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -57,8 +60,10 @@ class Worker(ModelWorker):
         """The pipeline, or the exception that loading raised."""
         self._load, self._settings, self._metrics = load, settings, metrics
         self._waiting: deque[AnswerJob] = deque()
-        self._running: AnswerJob | None = None
-        self._running_since = 0.0
+        self._running: dict[AnswerJob, float] = {}
+        """The time at which each one has left the queue, oldest first."""
+        self._batch = 1
+        """Most jobs that run at once."""
         self._service_s = 0.0
         self._num_failures = 0
         self._is_stopping = False
@@ -84,7 +89,7 @@ class Worker(ModelWorker):
             if self._is_stopping:
                 raise stopping()
             remaining_s, num_waiting = self._remaining_s(), len(self._waiting)
-            wait_s = remaining_s + self._service_s * num_waiting
+            wait_s = remaining_s + self._service_s * num_waiting / self._batch
             is_full = num_waiting >= self._settings.max_queue
             if is_full or wait_s > self._settings.max_wait_s:
                 retry_after_s = remaining_s if is_full else wait_s - self._settings.max_wait_s
@@ -107,13 +112,13 @@ class Worker(ModelWorker):
     def cut(self) -> None:
         """End all jobs with an error, as the shutdown time is over."""
         with self._changed:
-            waiting, running = list(self._waiting), self._running
+            waiting, running = list(self._waiting), list(self._running)
             self._waiting.clear()
             self._is_stopping = True
             self._changed.notify()
         for job in waiting:
             job.prompt.close()
-        for job in waiting if running is None else [*waiting, running]:
+        for job in [*waiting, *running]:
             job.emit(Failed(cut_short()))
             job.cancel()
 
@@ -124,14 +129,13 @@ class Worker(ModelWorker):
             self._thread.join(timeout_s)
 
     def _remaining_s(self) -> float:
-        """Return the seconds that the running answer still needs, by the mean of earlier answers."""
-        if self._running is None:
+        """Return the seconds until a running answer ends, by the mean of earlier answers; 0 if another one may start."""
+        if len(self._running) < self._batch:
             return 0.0
-        return max(0.0, self._service_s - (time.perf_counter() - self._running_since))
+        return max(0.0, self._service_s - (time.perf_counter() - min(self._running.values())))
 
     def _report_load(self) -> None:
-        running = int(self._running is not None)
-        self._metrics.set_load(self.name, waiting=len(self._waiting), running=running)
+        self._metrics.set_load(self.name, waiting=len(self._waiting), running=len(self._running))
 
     def _run(self) -> None:
         try:
@@ -141,27 +145,46 @@ class Worker(ModelWorker):
             return
         with pipeline:
             constraints = Constraints(pipeline)
+            self._batch = pipeline.manifest.batch
             self.loaded.set_result(pipeline)
-            while self._take_next():
-                self._serve(pipeline, constraints)
+            answers: list[Iterator[None]] = []
+            while self._wait():
+                answers += [self._serve(pipeline, constraints, job) for job in self._take()]
+                answers = [answer for answer in answers if next(answer, self) is None]
 
-    def _take_next(self) -> bool:
-        """Wait for a job and make it the running one; return False when the server stops."""
+    def _wait(self) -> bool:
+        """Wait for a job; return False when the server stops."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._is_stopping)
-            if not self._waiting:
-                return False
-            self._running, self._running_since = self._waiting.popleft(), time.perf_counter()
-            self._report_load()
-            return True
+            self._changed.wait_for(lambda: self._running or self._waiting or self._is_stopping)
+            return bool(self._running or self._waiting)
 
-    def _serve(self, pipeline: Pipeline, constraints: Constraints) -> None:
-        """Answer the running job. Only this function holds it, so that no images stay in memory after it."""
-        job = self._running
-        assert job is not None
+    def _take(self) -> list[AnswerJob]:
+        """Move the first jobs from the queue to the running ones, as long as they fit, and return them."""
+        taken = []
+        with self._changed:
+            while self._waiting:
+                job = self._waiting[0]
+                self.lower_if_busy(job, num_waiting=len(self._waiting) - 1)
+                if self._running and not self._fits(job):
+                    break
+                self._running[self._waiting.popleft()] = time.perf_counter()
+                taken.append(job)
+            self._report_load()
+        return taken
+
+    def _fits(self, job: AnswerJob) -> bool:
+        """Return whether a job can run together with the running ones: chats at one level."""
+        if len(self._running) >= self._batch:
+            return False
+        together = [job, *self._running]
+        levels = {one.chat.trio.level or self.manifest.level for one in together}
+        return len(levels) == 1 and AUTO not in levels and all(one.asking is None for one in together)
+
+    def _serve(self, pipeline: Pipeline, constraints: Constraints, job: AnswerJob) -> Iterator[None]:
+        """Answer a job, piece by piece. Only this function holds it, so that no images stay in memory after it."""
         try:
             if not job.is_cancelled:
-                self._answer(pipeline, constraints, job)
+                yield from self._answer(pipeline, constraints, job)
                 self._num_failures = 0
         except Exception as error:
             job.emit(Failed(self._client_error(error, job)))
@@ -169,7 +192,7 @@ class Worker(ModelWorker):
             job.generation = None  # it holds images
             job.prompt.close()
             with self._changed:
-                self._running = None
+                del self._running[job]
                 self._report_load()
             job.emit(None)
 
@@ -182,20 +205,19 @@ class Worker(ModelWorker):
             self._num_failures += is_ours
         return failure
 
-    def _answer(self, pipeline: Pipeline, constraints: Constraints, job: AnswerJob) -> None:
-        self.lower_if_busy(job, num_waiting=len(self._waiting))
+    def _answer(self, pipeline: Pipeline, constraints: Constraints, job: AnswerJob) -> Iterator[None]:
         if job.asking is None:
-            reason, usage = self._chat(pipeline, constraints, job)
+            reason, usage = yield from self._chat(pipeline, constraints, job)
         else:
             reason, usage = "stop", self._decide(pipeline, job, job.asking)
         self._metrics.count_answer(self.name, usage, is_cancelled=job.is_cancelled)
         with self._changed:
-            self._service_s = smoothed(self._service_s, time.perf_counter() - self._running_since)
+            self._service_s = smoothed(self._service_s, time.perf_counter() - self._running[job])
         job.emit(Finished(reason, usage))
 
     def _chat(
         self, pipeline: Pipeline, constraints: Constraints, job: AnswerJob
-    ) -> tuple[str, dict[str, Any]]:
+    ) -> Generator[None, None, tuple[str, dict[str, Any]]]:
         """Emit the answers of a chat but the end; return why the last one ended, and the usage."""
         reason, done = "", list[Statistics]()
         for number in range(job.chat.n or 1):
@@ -207,11 +229,12 @@ class Worker(ModelWorker):
             job.generation = answer
             if job.is_cancelled:  # before the job knew its generation
                 answer.cancel()
-            reason = self._stream(pipeline, answer, job, needs_report=job.chat.trio.kept and not number)
+            needs_report = job.chat.trio.kept and not number
+            reason = yield from self._stream(pipeline, answer, job, needs_report=needs_report)
             done.append(answer.statistics)
             if job.is_cancelled:
                 break
-        usage = usage_of(done, queue_s=self._running_since - job.submitted)
+        usage = usage_of(done, queue_s=self._running[job] - job.submitted)
         return reason, usage | level_fields(done[0], pipeline.manifest)
 
     def _decide(self, pipeline: Pipeline, job: AnswerJob, asking: Asking) -> dict[str, Any]:
@@ -232,11 +255,13 @@ class Worker(ModelWorker):
             job.emit(Decided(index, list(decision.probabilities), decision.score, diagnostics))
             if job.is_cancelled:
                 break
-        usage = decision_usage(done, queue_s=self._running_since - job.submitted)
+        usage = decision_usage(done, queue_s=self._running[job] - job.submitted)
         levels = {"levels": Counter(answer.level for answer in done)} if manifest.levels else {}
         return usage | level_fields(done[0], manifest) | levels
 
-    def _stream(self, pipeline: Pipeline, answer: Generation, job: AnswerJob, *, needs_report: bool) -> str:
+    def _stream(
+        self, pipeline: Pipeline, answer: Generation, job: AnswerJob, *, needs_report: bool
+    ) -> Generator[None, None, str]:
         """Emit an answer's events but its end; return why it ended."""
         stops, num_scored = StopTexts(job.chat.stops), 0
 
@@ -256,6 +281,7 @@ class Worker(ModelWorker):
             if stops.is_found:
                 answer.cancel()
                 break
+            yield
         emit(stops.finish())
         has_ended = stops.is_found or answer.token_ids[-1] in pipeline.manifest.text.stop_token_ids
         return "stop" if has_ended else "length"

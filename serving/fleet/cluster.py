@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
+from trio_edge.runtime.bundle.reader import open_bundle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -181,13 +182,14 @@ def replicas(
 
     initial_s, max_s = _BACKOFF_S
     least, most = fleet.min_replicas, fleet.max_replicas
+    batch = open_bundle(bundle).manifest.batch
     scaling: dict[str, Any] = {"num_replicas": least}
     if least < most:
-        limits = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": _TARGET_LOAD}
+        limits = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": _TARGET_LOAD * batch}
         scaling = {"autoscaling_config": limits}
     deployment = serve.deployment(
         name=deployment_name(name),
-        max_ongoing_requests=1,
+        max_ongoing_requests=batch,
         max_queued_requests=settings.max_queue,
         max_constructor_retry_count=_MAX_STARTS,
         graceful_shutdown_timeout_s=settings.shutdown_s,

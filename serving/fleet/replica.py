@@ -1,4 +1,4 @@
-"""A replica: a process with one pipeline, which answers one request at a time."""
+"""A replica: a process with one pipeline, which answers as many requests at once as its bundle's answers decode together."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, final
 
+from trio_edge.runtime.bundle.graph_io import STEP_ROWS
 from trio_edge.runtime.bundle.manifest import json_from_manifest
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.serving.answers.job import AnswerJob, Event, Failed, Finished
@@ -36,8 +37,8 @@ class Replica:
         Raises:
             TrioEdgeError: If the bundle cannot be loaded.
         """
-        # Ray Serve has the queue. One request may wait here while a cancelled one reaches its next token.
-        settings = replace(settings, max_queue=2, busy_queue=None, max_wait_s=float("inf"))
+        # Ray Serve has the queue. Requests wait here while cancelled ones reach their next token, or for another level.
+        settings = replace(settings, max_queue=2 * STEP_ROWS[-1], busy_queue=None, max_wait_s=float("inf"))
         load = partial(Pipeline.from_bundle, bundle, **loading)
         self._worker = Worker(name, load, settings=settings, metrics=Metrics())
         self._worker.start()

@@ -22,6 +22,7 @@ from tests.cuda_on_host import (
     write_engines,
 )
 from tests.engine_bundles import HOST, copy_bundle, replace_bytes
+from tests.interleaved import interleaved
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import save_qwen3_vl_checkpoint
 from tests.tolerances import LOGITS_FLOAT32
@@ -175,6 +176,27 @@ def test_every_number_of_rows_is_captured_once_and_gives_the_same(
     for several in found.values():
         for logits_TV in several:
             np.testing.assert_allclose(logits_TV, found[1][0], **LOGITS_FLOAT32)
+
+
+def test_answers_that_decode_together_are_captured_once(
+    checkpoint: Path, tmp_path: Path, cuda: CudaOnHost
+) -> None:
+    """The stream is lazy: rows that leave the decoder's caches too late would be the next prompt's."""
+    folder = export(checkpoint, tmp_path / "bundle", batch=4)
+    write_engines(folder, host=HOST)
+    found = []
+    for backend in ("onnxruntime", "tensorrt"):
+        with Pipeline.from_bundle(folder, backend=backend) as pipeline:
+            cuda.calls.clear()
+            for count in (3, 4):
+                answers = [
+                    pipeline.generate(random_picture(60, 40, seed=seed), prompt, max_new_tokens=3 + seed)
+                    for seed, prompt in zip(range(count), (PROMPT, LONG_PROMPT, "w4", "w5"))
+                ]
+                interleaved(answers)
+                found.append([answer.token_ids for answer in answers])
+    assert found[:2] == found[2:]
+    assert len(named(cuda.calls, "cudaStreamBeginCapture")) <= 2  # the batch, and a step of one answer
 
 
 def test_an_engine_that_cannot_be_captured_is_run_without_and_told(

@@ -330,8 +330,8 @@ def test_a_client_that_leaves_ends_the_decision_at_the_next_question(
         with server.connect() as connection:
             head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            until(lambda: worker._running is not None)
-        until(lambda: worker._running is None, seconds=5)  # 40 s for all
+            until(lambda: worker._running != {})
+        until(lambda: worker._running == {}, seconds=5)  # 40 s for all
         assert decide(server, STAR).answers
 
 

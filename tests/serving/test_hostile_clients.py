@@ -411,12 +411,12 @@ def test_a_client_that_vanishes_frees_its_place_at_the_next_token(reduced_bundle
             with server.connect() as running_one, server.connect() as waiting_one:
                 for connection in (running_one, waiting_one):
                     connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
-                    until(lambda: worker._running is not None)
+                    until(lambda: worker._running != {})
                 until(lambda: len(worker._waiting) == 1)
                 status, refused = server.ask()
                 assert (status, refused["error"]["code"]) == (429, "queue_full")
             # 40 tokens take 4 s, both 8 s
-            until(lambda: worker._running is None and not worker._waiting, seconds=3.0)
+            until(lambda: worker._running == {} and not worker._waiting, seconds=3.0)
         assert server.ask(max_tokens=1)[0] == 200
 
 

@@ -323,10 +323,10 @@ def test_a_queue_that_grows_lowers_auto(
         answers = []
         for number in range(3):
             answers.append(clients.submit(server.ask, **fields))
-            until(lambda number=number: worker._running is not None and len(worker._waiting) == number)
+            until(lambda number=number: worker._running != {} and len(worker._waiting) == number)
         gate.set()
         assert [answer.result()[1]["usage"]["level"] for answer in answers] == expected
-        until(lambda: worker._running is None)
+        until(lambda: worker._running == {})
         assert counts_of(server, "trio_lowered_requests_total", "model") == (
             {"tiny": lowered} if lowered else {}
         )
@@ -343,7 +343,7 @@ def test_a_level_that_is_named_is_never_lowered(levelled_bundle: Path) -> None:
         worker = server.workers["tiny"]
         asking = partial(server.ask, messages=question(DOUBTFUL, URL))
         answers = [clients.submit(asking, model="tiny@full")]
-        until(lambda: worker._running is not None)
+        until(lambda: worker._running != {})
         answers += [clients.submit(asking, model=model) for model in ("tiny@full", "tiny")]
         until(lambda: len(worker._waiting) == 2)
         gate.set()
@@ -356,7 +356,7 @@ def test_metrics_count_questions_by_level(levelled_bundle: Path) -> None:
         create = server.client().decisions.create
         create(model="tiny@auto", input=content, questions=[PREDICATE, CHOICE, CHOICE])
         assert server.ask(model="tiny@base", messages=question(SURE))[0] == 200
-        until(lambda: server.workers["tiny"]._running is None)
+        until(lambda: server.workers["tiny"]._running == {})
         found = counts_of(server, "trio_level_answers_total", "level")
         assert found == {"full": 1.0, "quick": 2.0, "base": 1.0}
 

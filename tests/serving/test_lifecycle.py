@@ -115,7 +115,7 @@ def test_an_answer_that_takes_longer_than_the_time_limit_is_cut_with_an_error(re
                 ended.append((name, error))
 
         asked = [clients.submit(ask, "streamed", stream=True)]
-        until(lambda: server.workers["reduced"]._running is not None)
+        until(lambda: server.workers["reduced"]._running != {})
         asked += [clients.submit(ask, "waiting"), clients.submit(ask, "waiting and streamed", stream=True)]
         until(lambda: len(server.workers["reduced"]._waiting) == 2)
     assert sorted(name for name, _ in ended) == ["streamed", "waiting", "waiting and streamed"]

@@ -68,9 +68,9 @@ def test_a_full_queue_says_when_to_come_back(reduced_bundle: Path) -> None:
             worker = server.workers["reduced"]
             # A third request that arrives before the first runs would be refused; the first runs while the others come.
             answers = [clients.submit(create, **{**fields, "max_tokens": 40})]
-            until(lambda: worker._running is not None)
+            until(lambda: worker._running != {})
             answers += [clients.submit(create, **fields) for _ in range(2)]
-            until(lambda: worker._running is not None and len(worker._waiting) == 2)
+            until(lambda: worker._running != {} and len(worker._waiting) == 2)
             with pytest.raises(openai.RateLimitError, match="2 requests wait") as raised:
                 create(**fields)
             assert 1 <= int(raised.value.response.headers["retry-after"]) <= 2
@@ -96,7 +96,7 @@ def test_a_wait_that_is_too_long_is_refused_though_the_queue_has_room(reduced_bu
         create()
         with ThreadPoolExecutor(1) as clients:
             answer = clients.submit(create)
-            until(lambda: server.workers["reduced"]._running is not None)
+            until(lambda: server.workers["reduced"]._running != {})
             with pytest.raises(openai.RateLimitError, match="0 requests wait, about"):
                 create()
             assert answer.result().usage is not None
@@ -108,7 +108,7 @@ def test_a_request_leaves_nothing_in_memory(reduced_bundle: Path) -> None:
         assert server.ask(messages=messages)[0] == 200
         create = server.client().chat.completions.create
         assert list(create(model="reduced", messages=messages, stream=True))
-        until(lambda: server.workers["reduced"]._running is None)
+        until(lambda: server.workers["reduced"]._running == {})
         gc.collect()
         assert [thing for thing in gc.get_objects() if isinstance(thing, (AnswerJob, Prompt))] == []
 

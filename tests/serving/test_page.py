@@ -541,7 +541,7 @@ def test_cancelling_ends_the_answer_here_and_in_the_server(
         else:
             page["question"].send_keys(Keys.ESCAPE)
         until(lambda: page.texts(".panel .problem") == ["Cancelled."])
-        until(lambda: server.workers["reduced"]._running is None, seconds=2)
+        until(lambda: server.workers["reduced"]._running == {}, seconds=2)
         assert page["send"].is_displayed()
         assert not page["cancel"].is_displayed()
         assert 2 <= len(page.texts(".answer")[0].split()) < 20

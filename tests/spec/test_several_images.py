@@ -12,14 +12,16 @@ from tests.bundles import export
 from tests.checkpoints import save_checkpoint
 from tests.decode_logits import record_logits
 from tests.engine_bundles import build_here
+from tests.interleaved import interleaved
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import save_qwen_checkpoint
-from tests.several_images import CONVERSATIONS, PRODUCT
+from tests.several_images import CONVERSATIONS, MAX_IMAGES, PRODUCT
 from tests.spec.conftest import STAGES
 from tests.spec.reduced_reference import entering_the_decoder, reduced_logits
 from tests.spec.test_selectors_through_bundles import rows_after
 from tests.spec.whole_answers import NUM_STEPS, generate
 from tests.tolerances import LOGITS_FLOAT32
+from trio_edge.export.options import LevelRequest
 from trio_edge.runtime.bundle.errors import ImageError, ScheduleError, ShapeError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule
@@ -59,6 +61,24 @@ def test_tokens_that_are_decoded_together_give_the_logits_of_one_by_one(
                 logits += [decoder.logits(row) for row in range(len(tops))]
             found.append(np.stack(logits))
         np.testing.assert_allclose(*found, **LOGITS_FLOAT32)
+
+
+def test_answers_that_decode_together_are_each_ones_own(subject: Subject) -> None:
+    """Prompts of all numbers of images in one batch, at each level; the first has more rows than the last."""
+    reduced = subject.reduced.manifest.schedule
+    levels = LevelRequest("reduced", reduced), LevelRequest("full", subject.keep_all.manifest.schedule)
+    options: dict[str, Any] = {"max_images": MAX_IMAGES, **dict(subject.family.options)}
+    settings: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "num_logprobs": 2}
+    with Pipeline.from_bundle(export(subject.folder, levels=levels, batch=4, **options)) as pipeline:
+        for level, own in (("reduced", subject.reduced), ("full", subject.keep_all)):
+            answers = [pipeline.chat(one, level=level, **settings) for one in CONVERSATIONS.values()]
+            texts = interleaved(answers)
+            for conversation, answer, text in zip(CONVERSATIONS.values(), answers, texts, strict=True):
+                alone = own.chat(conversation, **settings)
+                assert (text, answer.token_ids) == (alone.text, alone.token_ids)
+                for one, other in zip(answer.logprobs, alone.logprobs, strict=True):
+                    assert one.chosen == pytest.approx(other.chosen, abs=1e-4)
+                    assert one.top == pytest.approx(other.top, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", PRODUCT)
