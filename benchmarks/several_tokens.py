@@ -2,13 +2,15 @@
 
     python benchmarks/several_tokens.py --real out/real            # a released language model answers, by kind and --lookup
     python benchmarks/several_tokens.py --rows BUNDLE … --threads 1
+    python benchmarks/several_tokens.py --together BUNDLE … --threads 1    # exported with --batch
     python benchmarks/several_tokens.py --predict orin-nx-16,jetson-agx-orin-64
 
 ``--real`` exports SmolLM2-135M-Instruct (``make real`` gets it) in float32, all tokens kept, and asks it to repeat a text, to fill
 a JSON schema, and for prose, greedily. Ways alternate; times are medians over the rounds, and the first round warms up.
 
-``--rows`` times decode steps of 1, 2, 4 and 8 rows after an empty prompt, in turn. ``--predict`` counts their work, extra FLOPs
-included, and times it as ``trio-profile --predict`` does; also a step of several answers side by side, each with its own cache.
+``--rows`` times decode steps of 1, 2, 4 and 8 rows after an empty prompt, in turn. ``--together`` reads one, two, … answers about
+a picture in turn, as a server does, and gives the tokens a second of all of them after their first ones. ``--predict`` counts
+the work of steps, extra FLOPs included, and times it as ``trio-profile --predict`` does; also of a step of several answers.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 LOOKUPS: tuple[LookupTokens, ...] = (0, 3, 7, "auto")
 WORDS = 60
 NEW_TOKENS = 96
+PICTURE = Path(__file__).parents[1] / "examples" / "pictures" / "shapes-96x96.png"
 GATE = {
     "person": {"type": "boolean"},
     "gate": {"enum": ["open", "closed", "unclear"]},
@@ -73,6 +76,8 @@ def main() -> None:
     parser.add_argument("bundles", nargs="*", type=Path)
     parser.add_argument("--real", type=Path, metavar="FOLDER")
     parser.add_argument("--rows", action="store_true")
+    parser.add_argument("--together", action="store_true")
+    parser.add_argument("--new-tokens", type=positive, default=16)
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--predict", metavar="DEVICE,…")
@@ -84,6 +89,9 @@ def main() -> None:
             print(by_kind(options.real, threads=options.threads, rounds=options.rounds))
         elif options.predict is not None:
             print(predicted(options.predict.split(","), model=options.model, dtype=options.dtype))
+        elif options.together:
+            sizes = {"threads": options.threads, "rounds": options.rounds, "new_tokens": options.new_tokens}
+            print(by_answers(options.bundles, **sizes))
         else:
             print(by_rows(options.bundles, threads=options.threads, rounds=options.rounds))
 
@@ -183,6 +191,45 @@ def by_rows(bundles: list[Path], *, threads: int, rounds: int) -> str:
             cells = (f"{taken:.1f} ({taken / medians[1]:.2f}×)" for taken in medians.values())
             lines.append((bundle.name, name, *cells))
     return markdown(("bundle", "clock", *(f"{rows} rows, ms" for rows in STEP_ROWS)), lines)
+
+
+def by_answers(bundles: list[Path], *, threads: int, rounds: int, new_tokens: int) -> str:
+    """Return a table: tokens a second of all answers under way, by their number."""
+    lines = []
+    for bundle in bundles:
+        with Pipeline.from_bundle(bundle, threads=threads) as pipeline:
+            counts, speeds = range(1, pipeline.manifest.batch + 1), defaultdict(list)
+            for turn in range(rounds + 1):
+                for count in counts:
+                    answers = [
+                        pipeline.generate(
+                            PICTURE, "a", max_new_tokens=new_tokens, min_new_tokens=new_tokens, temperature=0
+                        )
+                        for _ in range(count)
+                    ]
+                    speed = tokens_a_second(answers)
+                    if turn:
+                        speeds[count].append(speed)
+        for clock, name in enumerate(("wall clock", "processor")):
+            medians = {
+                count: statistics.median(one[clock] for one in found) for count, found in speeds.items()
+            }
+            cells = (f"{speed:.1f} ({speed / medians[1]:.2f}×)" for speed in medians.values())
+            lines.append((bundle.name, name, *cells))
+    return markdown(("bundle", "clock", *(f"{count} together, tokens/s" for count in counts)), lines)
+
+
+def tokens_a_second(answers: list[Generation]) -> tuple[float, float]:
+    """Read the answers in turn; return their tokens a second after the first ones, by the wall clock and the processor."""
+    readers = [iter(answer) for answer in answers]
+    for reader in readers:
+        next(reader)
+    before = sum(len(answer.token_ids) for answer in answers)
+    start, spent = time.perf_counter(), time.process_time()
+    while readers:
+        readers = [reader for reader in readers if next(reader, None) is not None]
+    count = sum(len(answer.token_ids) for answer in answers) - before
+    return count / (time.perf_counter() - start), count / (time.process_time() - spent)
 
 
 def predicted(devices: list[str], *, model: str, dtype: Any) -> str:

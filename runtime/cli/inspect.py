@@ -71,6 +71,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "takes_videos": manifest.video_processing is not None,
         "follow_ups": any(program.name == "question" for program in manifest.programs),
         "decode_rows": _decode_rows(manifest),
+        "batch": manifest.batch,
         "visual_sizes": list(manifest.visual_sizes),
         "image_sizes": [
             {**_values(size, "width", "height", "num_visual"), "padding": size.rows - size.num_visual}
@@ -185,7 +186,8 @@ def _print(console: Console, manifest: Manifest) -> None:
         "model": f"{manifest.model} ({manifest.family}), {manifest.dtype}, opset {manifest.opset}",
         "visual tokens": _visual_sizes(manifest),
         "text": f"padded to {list(manifest.text_buckets)} tokens; {manifest.max_new_tokens} new tokens,"
-        f" up to {_decode_rows(manifest)} a step",
+        f" up to {_decode_rows(manifest)} a step"
+        + f"; {manifest.batch} answers decode together" * (manifest.batch > 1),
         "selection": (
             f"{manifest.selection} ({schedule['probe_rows']} probe rows, {schedule['positions']} positions)"
         ),
