@@ -30,7 +30,6 @@ from trio_edge.runtime.decisions.questions import Decision, Question, check_ques
 from trio_edge.runtime.decisions.wording import Wording
 from trio_edge.runtime.devices.memory import Memory
 from trio_edge.runtime.images.reading import load_common_formats, open_image
-from trio_edge.runtime.model.batch import Answers
 from trio_edge.runtime.model.drafts import Drafts, Payoff, check_lookup
 from trio_edge.runtime.model.levels import (
     Level,
@@ -42,6 +41,7 @@ from trio_edge.runtime.model.levels import (
 )
 from trio_edge.runtime.model.next_tokens import NextTokens
 from trio_edge.runtime.model.programs import Programs
+from trio_edge.runtime.model.running import RunningAnswers
 from trio_edge.runtime.model.sampling import (
     AnswerRules,
     Sampler,
@@ -77,10 +77,10 @@ if TYPE_CHECKING:
     from trio_edge.runtime.decisions.wording import Asked, Plan, Sharing
     from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.images.reading import ImageSource
-    from trio_edge.runtime.model.batch import Running
     from trio_edge.runtime.model.decoder import Decoder, PrefillResult
     from trio_edge.runtime.model.drafts import LookupTokens
     from trio_edge.runtime.model.host_selection import SelectorOverride
+    from trio_edge.runtime.model.running import Running
     from trio_edge.runtime.model.sampling import TokenConstraint
     from trio_edge.runtime.model.vision import PreparedImage, VisualInput
     from trio_edge.runtime.prompts.chat import Message
@@ -187,7 +187,7 @@ class Pipeline:
         self._level = self._last = self._levels[manifest.level]
         """The default level, and the one whose rows are in the KV caches."""
         self.images = self._level.images
-        self._answers = Answers()
+        self._answers = RunningAnswers()
         self._is_open = True
         self._process = os.getpid()
         self._lock = threading.Lock()

@@ -187,7 +187,8 @@ def _print(console: Console, manifest: Manifest) -> None:
         "visual tokens": _visual_sizes(manifest),
         "text": f"padded to {list(manifest.text_buckets)} tokens; {manifest.max_new_tokens} new tokens,"
         f" up to {_decode_rows(manifest)} a step"
-        + f"; {manifest.batch} answers decode together" * (manifest.batch > 1),
+        + f"; {manifest.batch} answers decode together"
+        * (manifest.batch > 1),
         "selection": (
             f"{manifest.selection} ({schedule['probe_rows']} probe rows, {schedule['positions']} positions)"
         ),

@@ -185,7 +185,11 @@ def replicas(
     batch = open_bundle(bundle).manifest.batch
     scaling: dict[str, Any] = {"num_replicas": least}
     if least < most:
-        limits = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": _TARGET_LOAD * batch}
+        limits = {
+            "min_replicas": least,
+            "max_replicas": most,
+            "target_ongoing_requests": _TARGET_LOAD * batch,
+        }
         scaling = {"autoscaling_config": limits}
     deployment = serve.deployment(
         name=deployment_name(name),

@@ -1,0 +1,141 @@
+"""The answers under way: which one has the decoder's KV caches, and which decode together.
+
+All answers share the graphs, and the decoder's KV caches, which a prompt fills. The answer that has them decodes alone, as
+if there were no batch: with drafts, and several rows a step. Once another prompt comes, its rows move to a slot of the batch.
+
+An answer whose next token is asked for takes along each other one whose last tokens were taken: these find their next tokens
+ready. So no caller needs to know of the others, and an answer is at most one step ahead of its reader.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, final
+
+from trio_edge.runtime.bundle.errors import ShapeError
+
+if TYPE_CHECKING:
+    from trio_edge.runtime.answer import Generation
+    from trio_edge.runtime.model.batch import Batch, Seat
+    from trio_edge.runtime.model.levels import Level
+    from trio_edge.runtime.model.next_tokens import NextTokens
+
+
+@dataclass(eq=False, slots=True)
+class Running:
+    """An answer under way."""
+
+    level: Level
+    answer: NextTokens
+    generation: Generation
+    seat: Seat | None = None
+    """None while its rows are in the decoder's KV caches."""
+    found: list[int] = field(default_factory=list)
+    """Its next tokens, which were found in a step for another answer."""
+    failure: ShapeError | None = None
+    """Why that step found none."""
+    is_over: bool = False
+    """Whether nobody will ask for more."""
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether its last tokens were taken, and more may come."""
+        has_ended = self.is_over or self.answer.is_over or self.generation.is_cancelled
+        return not (self.found or self.failure or has_ended)
+
+
+@final
+class RunningAnswers:
+    """The answers under way, oldest first. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._running: list[Running] = []
+        self.owner: object = None
+        """Whose rows are in the decoder's KV caches: a ``Running``, or the plan of questions."""
+
+    def make_way(self, owner: object = None) -> None:
+        """Give the decoder's KV caches to a new owner. The answer that has them takes a seat, or cannot go on."""
+        before, self.owner = self.owner, owner
+        self._keep([one for one in self._running if not one.is_over])
+        if isinstance(before, Running) and before in self._running:
+            batch = before.level.batch
+            if batch is not None and batch.has_room:
+                before.seat = batch.take(before.level.decoder)
+            else:
+                self._running.remove(before)
+
+    def start(self, level: Level, answer: NextTokens, generation: Generation) -> Running:
+        """Return a new answer, whose prompt has just run: it owns the KV caches.
+
+        RunningAnswers at other levels, and the oldest ones if there are too many, cannot go on.
+        """
+        others = [one for one in self._running if one.level is level]
+        size = 1 if level.batch is None else level.batch.size
+        self.owner = running = Running(level, answer, generation)
+        self._keep([*others, running][-size:])
+        return running
+
+    def next(self, running: Running) -> list[int]:
+        """Return the next tokens of an answer.
+
+        Raises:
+            ShapeError: If it cannot go on, because others were started, or its rules allow no token.
+            BackendError: If a graph fails.
+        """
+        self._keep([one for one in self._running if not one.is_over])
+        if running not in self._running:
+            raise ShapeError(
+                f"answer: expected {_at_a_time(running.level)}, another was started; finish streaming first"
+            )
+        if not running.found and running.failure is None:
+            self._advance(running)
+        if running.failure is not None:
+            raise running.failure
+        found, running.found = running.found, []
+        return found
+
+    def _advance(self, running: Running) -> None:
+        """Find the next tokens of an answer, alone or together with the others that can go on."""
+        level, batch = running.level, running.level.batch
+        others = [one for one in self._running if one is not running and one.can_go_on]
+        is_last = len(self._running) == 1 and (self.owner is None or isinstance(self.owner, Running))
+        if batch is not None and running.seat is not None and is_last:
+            batch.bring_back(running.seat, level.decoder)
+            running.seat, self.owner = None, running
+        if batch is None or (running.seat is None and not others):
+            running.found = running.answer.after(level.decoder, running.generation.statistics)
+            return
+        while not running.found and running.failure is None:
+            self._step(batch, [running, *(one for one in others if one.can_go_on)])
+
+    def _step(self, batch: Batch, together: list[Running]) -> None:
+        start = time.perf_counter()
+        seats: dict[Running, Seat] = {}
+        for one in together:
+            if one.seat is None:
+                one.seat, self.owner = batch.take(one.level.decoder), None
+            seats[one] = one.seat
+        tops = batch.decode({seat: one.answer.waiting for one, seat in seats.items()})
+        milliseconds = 1e3 * (time.perf_counter() - start)
+        for one, seat in seats.items():
+            statistics = one.generation.statistics
+            statistics.kv_bytes = batch.kv_bytes(seat)
+            logits = partial(batch.logits, seat)
+            try:
+                one.found = one.answer.ran(tops[seat], logits, statistics, milliseconds=milliseconds)
+            except ShapeError as error:  # it belongs to this answer alone
+                one.failure = error
+
+    def _keep(self, kept: list[Running]) -> None:
+        """Go on with ``kept`` only."""
+        for one in self._running:
+            if one not in kept and one.seat is not None and one.level.batch is not None:
+                one.level.batch.free(one.seat)
+        self._running = kept
+
+
+def _at_a_time(level: Level) -> str:
+    size = 1 if level.batch is None else level.batch.size
+    return "one answer at a time" if size == 1 else f"at most {size} answers at a time, at one level"
