@@ -235,6 +235,11 @@ _OPTIONS = (
         int,
         "Answers that decode together, 1, 2, 4 or 8, for a server; each takes memory for its own KV cache.",
     ),
+    _option(
+        "--outputs",
+        click.Choice(["tokens", "hidden"]),
+        "What the runtime can return; 'hidden' adds the last hidden states, for action heads (docs/hidden-states.md).",
+    ),
     _option("--max-text", int, "Largest prompt, in text tokens."),
     _option(
         "--text-buckets",

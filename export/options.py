@@ -61,6 +61,8 @@ class ExportOptions:
     """Let the first layer range run a question after the kept rows of an earlier question about the same images."""
     decode_rows: int = STEP_ROWS[-1]
     """Most rows of a decode step: a new token, and drafts of the tokens after it."""
+    outputs: Literal["tokens", "hidden"] = "tokens"
+    """"hidden" also gives a prefill's last hidden states to the host, for other heads than the language model's."""
     batch: int = 1
     """Answers that decode together, each with its own KV cache."""
     max_text: int = MAX_TEXT

@@ -77,7 +77,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.decisions.wording import Asked, Plan, Sharing
     from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.images.reading import ImageSource
-    from trio_edge.runtime.model.decoder import Decoder, PrefillResult
+    from trio_edge.runtime.model.decoder import Decoder, HiddenStates, PrefillResult
     from trio_edge.runtime.model.drafts import LookupTokens
     from trio_edge.runtime.model.host_selection import SelectorOverride
     from trio_edge.runtime.model.running import Running
@@ -376,6 +376,49 @@ class Pipeline:
             bias=TokenBias(num_tokens, **bias) if any(bias.values()) else None,
         )
 
+    def hidden_states(
+        self,
+        image: ImageSource | Sequence[ImageSource] | None,
+        prompt: str,
+        *,
+        level: str | None = None,
+        override: SelectorOverride | None = None,
+        **shown: Any,
+    ) -> HiddenStates:
+        """As ``hidden_states_of``, with the image, the prompt and what may be ``shown`` as for ``generate``."""
+        messages = _messages(image, prompt, **shown)
+        return self.hidden_states_of(messages, level=level, override=override)
+
+    def hidden_states_of(
+        self,
+        messages: Sequence[Message],
+        *,
+        level: str | None = None,
+        override: SelectorOverride | None = None,
+    ) -> HiddenStates:
+        """Return the last hidden states of a conversation in place of an answer, for another head than the language model's.
+
+        Args:
+            messages: As for ``chat``.
+            level: One of ``manifest.level_names``; None is the bundle's default.
+            override: As for ``chat``.
+
+        Raises:
+            ImageError: If an image cannot be read.
+            ShapeError: If prompt or images do not fit the bundle, or it was exported without --outputs hidden.
+            BackendError: If the pipeline is closed, or a graph fails.
+        """
+        self._check_open()
+        (attempt,) = self._attempts(messages, self._decode(messages), one_level(self.manifest, level))
+        with self._lock:
+            self._check_open()
+            self._answers.make_way()
+            self._last = attempt.level
+            visual = attempt.level.see(attempt.ids, attempt.prepared)
+            result = attempt.level.prefill(attempt.ids, visual, attempt.prepared, override=override)
+            everything = np.arange(visual.num_visual, dtype=np.int32)
+            return attempt.level.decoder.hidden_states(result.kept[-1] if result.kept else everything)
+
     def decide(
         self,
         image: ImageSource | Sequence[ImageSource] | None,
@@ -667,7 +710,6 @@ class Pipeline:
             statistics.levels_below += (level.manifest.level,)
         assert visual is not None, "there is an attempt"
         answer = request.answers[level.manifest.level]
-        running = self._answers.start(level, answer, generation)
         token = answer.chooser.choose(result.top, level.decoder.logits)
         generation.layouts, generation.first_logits, generation.kept = (
             level.vision.layouts,
@@ -676,7 +718,8 @@ class Pipeline:
         )
         statistics.text_tokens, statistics.image_was_kept = attempt.ids.num_tokens, visual.was_kept
         statistics.ttft_ms += 1e3 * (time.perf_counter() - start)
-        return running, answer.first(token, statistics)
+        tokens = answer.first(token, statistics)
+        return self._answers.start(level, answer, generation), tokens
 
     def _decisions(
         self,

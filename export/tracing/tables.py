@@ -92,4 +92,5 @@ HEAD_OUTPUTS = (
     Row(io.LOGITS, "results.", ("L", "vocab"), "float32"),
     Row(io.TOP_LOGITS, "results.", ("L", "candidates"), "float32"),
     Row(io.TOP_IDS, "results.", ("L", "candidates")),
+    Row(io.LAST_HIDDEN, "hidden.", (1, "S", "width"), "model", "hidden"),
 )

@@ -630,9 +630,14 @@ class Wiring:
             "head",
             "head",
             self._tensors(tables.HEAD_INPUTS, name=self._name(last)),
-            self._tensors(tables.HEAD_OUTPUTS),
+            self._tensors(tables.HEAD_OUTPUTS, [self._plan.options.outputs]),
             [*prefills, *more],
-            Head(self._model.final_norm, self._model.lm_head, num_candidates=count),
+            Head(
+                self._model.final_norm,
+                self._model.lm_head,
+                num_candidates=count,
+                has_hidden=self._plan.options.outputs == "hidden",
+            ),
             at_sizes=at_sizes,
             piece="logits" if is_shared and not is_quantized else None,
         )

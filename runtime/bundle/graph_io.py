@@ -116,6 +116,8 @@ SELECT_RESULTS = (KEPT_INDICES, SCORES, UNSETTLED)
 # Head.
 LAST_ROW = "last_row"
 LOGITS = "logits"
+LAST_HIDDEN = "last_hidden_states"
+"""Output with --outputs hidden: all rows after the final norm."""
 TOP_LOGITS = "top_logits"
 TOP_IDS = "top_ids"
 

@@ -93,7 +93,7 @@ JOINT = (
     *("results", "top", "logits", "entering", "found", "likeliest"),
 )
 """Namespaces whose places one copy moves between host and device."""
-SINGLE = ("image", "kept")
+SINGLE = ("image", "kept", "hidden")
 """Namespaces whose places are copied one by one."""
 SENT = (
     *("prompt", "rows", "question", "branch", "step", "batch"),

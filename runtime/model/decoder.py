@@ -13,12 +13,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
-from trio_edge.runtime.bundle.graph_io import KEPT_INDICES, SCORES, TOP_IDS, TOP_LOGITS, UNSETTLED
+from trio_edge.runtime.bundle.graph_io import (
+    KEPT_INDICES,
+    KEPT_POSITIONS,
+    KEPT_VISUAL_ROWS,
+    LAST_HIDDEN,
+    SCORES,
+    TOP_IDS,
+    TOP_LOGITS,
+    UNSETTLED,
+)
 from trio_edge.runtime.devices.interface import DeviceTensor
 from trio_edge.runtime.devices.memory import copy_tensor
 from trio_edge.runtime.model.host_selection import HostSelection
@@ -53,6 +62,19 @@ class PrefillResult:
     """Saliency of the tokens that entered each stage."""
     num_repaired: int = 0
     """Stages that were redone exactly on the host, because their parallel NMS had not settled."""
+
+
+class HiddenStates(NamedTuple):
+    """The rows that left the last decoder layer in a prefill, after the final norm."""
+
+    values: NDArray[Any]
+    """[R, D] in the bundle's type: text and kept visual tokens in the prompt's order, without padding."""
+    positions: NDArray[np.int32]
+    """[A, R], position ids of the rows; A is 1, or 3 with M-RoPE."""
+    visual_rows: NDArray[np.int32]
+    """[K], row of each kept visual token."""
+    kept: NDArray[np.int32]
+    """[K], their indices into the visual tokens of all images."""
 
 
 @final
@@ -98,6 +120,7 @@ class Decoder:
         self._done = self._device.event()
         self._logits: NDArray[np.float32] | None = None
         self._next_position = 0
+        self._last_rows: PromptRows | None = None
         self._start: object = None
         """The first layer range of the last prefill, with its memory; None once its outputs are gone."""
 
@@ -133,7 +156,7 @@ class Decoder:
             ShapeError: If the prompt does not fit its bucket.
             BackendError: If a graph fails.
         """
-        rows = prompt.rows(self._manifest)
+        rows = self._last_rows = prompt.rows(self._manifest)
         launches = self._programs.at("prefill", {"N": prompt.max_visual, "T": prompt.text_bucket})
         self.timeline.recorded.clear()
         self.prefix_was_kept = False
@@ -160,6 +183,35 @@ class Decoder:
         if override is None and any(count[0] for count in unsettled):
             kept_of = self._repair(launches, prompt, rows, unsettled)
         return self._result(rows.spans, kept_of, has_scores=override is None)
+
+    def hidden_states(self, kept: NDArray[np.int32]) -> HiddenStates:
+        """Return the last hidden states of the prefill that has just run; ``kept`` are the tokens of its last stage.
+
+        Raises:
+            ShapeError: If the bundle does not return them.
+        """
+        place, rows = f"hidden.{LAST_HIDDEN}", self._last_rows
+        if rows is None or not any(
+            place in launch.outputs.values() for launch in self._programs.launches["prefill"]
+        ):
+            raise ShapeError(
+                "hidden states: expected a bundle with them, got one for answers only; export with --outputs hidden"
+            )
+        length, num_visual = rows.spans[-1].length, rows.spans[-1].num_visual
+        values = self._memory.fetch_one(
+            self._device, place, (1, length, self._manifest.dimensions.hidden_size)
+        )
+        positions, visual_rows = rows.values["prompt.position_ids"], rows.values["prompt.visual_rows"]
+        if self._selections:
+            outputs, text = self._selections[-1].outputs, rows.padded - rows.spans[0].rows
+            shape = self._manifest.position_axes, rows.spans[-1].rows + text
+            positions, visual_rows = np.empty(shape, np.int32), np.empty(rows.spans[-1].rows, np.int32)
+            for array, name in ((positions, KEPT_POSITIONS), (visual_rows, KEPT_VISUAL_ROWS)):
+                self._device.download(array, self._memory.tensor(outputs[name], array.shape))
+        self._device.synchronize()
+        return HiddenStates(
+            values[0].copy(), positions[:, :length].copy(), visual_rows[:num_visual].copy(), kept
+        )
 
     def branch(self, text: NDArray[Any]) -> NDArray[np.float32]:
         """Put other text in the place of the prompt's after its last visual token; return the last row's logits [V].

@@ -45,6 +45,11 @@ class Running:
         has_ended = self.is_over or self.answer.is_over or self.generation.is_cancelled
         return not (self.found or self.failure or has_ended)
 
+    @property
+    def needs_rows(self) -> bool:
+        """Whether its rows may be read again, or its next tokens are not taken yet."""
+        return not self.is_over and (bool(self.found) or not self.answer.is_over)
+
 
 @final
 class RunningAnswers:
@@ -58,7 +63,7 @@ class RunningAnswers:
     def make_way(self, owner: object = None) -> None:
         """Give the decoder's KV caches to a new owner. The answer that has them takes a seat, or cannot go on."""
         before, self.owner = self.owner, owner
-        self._keep([one for one in self._running if not one.is_over])
+        self._keep([one for one in self._running if one.needs_rows])
         if isinstance(before, Running) and before in self._running:
             batch = before.level.batch
             if batch is not None and batch.has_room:
@@ -67,9 +72,9 @@ class RunningAnswers:
                 self._running.remove(before)
 
     def start(self, level: Level, answer: NextTokens, generation: Generation) -> Running:
-        """Return a new answer, whose prompt has just run: it owns the KV caches.
+        """Return a new answer, whose prompt has just run, and which has its first tokens: it owns the KV caches.
 
-        RunningAnswers at other levels, and the oldest ones if there are too many, cannot go on.
+        Answers at other levels, and the oldest ones if there are too many, cannot go on.
         """
         others = [one for one in self._running if one.level is level]
         size = 1 if level.batch is None else level.batch.size
@@ -84,7 +89,7 @@ class RunningAnswers:
             ShapeError: If it cannot go on, because others were started, or its rules allow no token.
             BackendError: If a graph fails.
         """
-        self._keep([one for one in self._running if not one.is_over])
+        self._keep([one for one in self._running if one.needs_rows])
         if running not in self._running:
             raise ShapeError(
                 f"answer: expected {_at_a_time(running.level)}, another was started; finish streaming first"

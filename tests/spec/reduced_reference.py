@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +44,27 @@ def autograd_saliency(
     return leaf.grad[0].norm(dim=-1)
 
 
-def reduced_logits(
+class ReducedRows(NamedTuple):
+    """The rows after the last layer and the final norm."""
+
+    values: torch.Tensor
+    """[S, D]"""
+    positions: torch.Tensor
+    """[A, S]"""
+    visual: list[int]
+    """Row of each kept visual token."""
+    kept: list[list[int]]
+    """Kept original indices of every stage."""
+
+
+def reduced_logits(model: Any, *how: Any, **others: Any) -> tuple[torch.Tensor, list[list[int]]]:
+    """Return the last row's logits and the kept original indices of every stage; the rest is as for ``reduced_rows``."""
+    rows = reduced_rows(model, *how, **others)
+    with torch.no_grad():
+        return model.lm_head(rows.values[-1:])[0], rows.kept
+
+
+def reduced_rows(
     model: Any,
     embeds: torch.Tensor,
     schedule: Schedule,
@@ -52,8 +72,8 @@ def reduced_logits(
     visual: Sequence[int],
     positions: torch.Tensor | None = None,
     planes: Sequence[torch.Tensor] = (),
-) -> tuple[torch.Tensor, list[list[int]]]:
-    """Return the last row's logits and the kept original indices of every stage.
+) -> ReducedRows:
+    """Return the rows that leave the decoder.
 
     Args:
         model: Hugging Face's, with its language model and head.
@@ -87,7 +107,8 @@ def reduced_logits(
             if layer < len(planes):
                 hidden[0, here] += planes[layer][original]
     with torch.no_grad():
-        return model.lm_head(model.get_decoder().norm(hidden))[0, -1], kept_all
+        values = model.get_decoder().norm(hidden)[0]
+    return ReducedRows(values, positions.reshape(-1, len(values)), here.tolist(), kept_all)
 
 
 def entering_the_decoder(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:

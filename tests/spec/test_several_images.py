@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from tests.bundles import export
 from tests.checkpoints import save_checkpoint
@@ -17,7 +18,7 @@ from tests.pictures import random_picture
 from tests.qwen_checkpoints import save_qwen_checkpoint
 from tests.several_images import CONVERSATIONS, MAX_IMAGES, PRODUCT
 from tests.spec.conftest import STAGES
-from tests.spec.reduced_reference import entering_the_decoder, reduced_logits
+from tests.spec.reduced_reference import entering_the_decoder, reduced_logits, reduced_rows
 from tests.spec.test_selectors_through_bundles import rows_after
 from tests.spec.whole_answers import NUM_STEPS, generate
 from tests.tolerances import LOGITS_FLOAT32
@@ -28,6 +29,7 @@ from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.spec.conftest import Subject
@@ -63,22 +65,60 @@ def test_tokens_that_are_decoded_together_give_the_logits_of_one_by_one(
         np.testing.assert_allclose(*found, **LOGITS_FLOAT32)
 
 
-def test_answers_that_decode_together_are_each_ones_own(subject: Subject) -> None:
-    """Prompts of all numbers of images in one batch, at each level; the first has more rows than the last."""
-    reduced = subject.reduced.manifest.schedule
-    levels = LevelRequest("reduced", reduced), LevelRequest("full", subject.keep_all.manifest.schedule)
+@pytest.fixture(scope="module")
+def several(subject: Subject) -> Iterator[Pipeline]:
+    """Both levels in one bundle, for several answers, with hidden states."""
+    schedules = {"reduced": subject.reduced, "full": subject.keep_all}
+    levels = tuple(LevelRequest(name, own.manifest.schedule) for name, own in schedules.items())
     options: dict[str, Any] = {"max_images": MAX_IMAGES, **dict(subject.family.options)}
+    bundle = export(subject.folder, levels=levels, batch=4, outputs="hidden", **options)
+    with Pipeline.from_bundle(bundle) as pipeline:
+        yield pipeline
+
+
+@pytest.mark.parametrize("level", ["reduced", "full"])
+def test_answers_that_decode_together_are_each_ones_own(
+    subject: Subject, several: Pipeline, level: str
+) -> None:
+    """Prompts of several numbers of images in one batch."""
     settings: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "num_logprobs": 2}
-    with Pipeline.from_bundle(export(subject.folder, levels=levels, batch=4, **options)) as pipeline:
-        for level, own in (("reduced", subject.reduced), ("full", subject.keep_all)):
-            answers = [pipeline.chat(one, level=level, **settings) for one in CONVERSATIONS.values()]
-            texts = interleaved(answers)
-            for conversation, answer, text in zip(CONVERSATIONS.values(), answers, texts, strict=True):
-                alone = own.chat(conversation, **settings)
-                assert (text, answer.token_ids) == (alone.text, alone.token_ids)
-                for one, other in zip(answer.logprobs, alone.logprobs, strict=True):
-                    assert one.chosen == pytest.approx(other.chosen, abs=1e-4)
-                    assert one.top == pytest.approx(other.top, abs=1e-4)
+    answers = [several.chat(one, level=level, **settings) for one in CONVERSATIONS.values()]
+    texts = interleaved(answers)
+    own = subject.reduced if level == "reduced" else subject.keep_all
+    for conversation, answer, text in zip(CONVERSATIONS.values(), answers, texts, strict=True):
+        alone = own.chat(conversation, **settings)
+        assert (text, answer.token_ids) == (alone.text, alone.token_ids)
+        for one, other in zip(answer.logprobs, alone.logprobs, strict=True):
+            assert one.chosen == pytest.approx(other.chosen, abs=1e-4)
+            assert one.top == pytest.approx(other.top, abs=1e-4)
+
+
+@pytest.mark.parametrize("level", ["reduced", "full"])
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_hidden_states_are_those_of_hugging_face_and_of_plain_torch(
+    subject: Subject, several: Pipeline, name: str, level: str
+) -> None:
+    inputs, schedule = subject.inputs(name), several.level_named(level).manifest.schedule
+    entering = entering_the_decoder(subject.model, inputs)
+    spots = inputs["input_ids"][0] == several.manifest.text.image_token_id
+    positions = entering["position_ids"]
+    rows = reduced_rows(
+        subject.model,
+        entering["inputs_embeds"],
+        schedule,
+        visual=spots.nonzero()[:, 0].tolist(),
+        positions=positions[-3:] if subject.family.positions == "preserved" else None,
+        planes=entering.get("deepstack_visual_embeds") or (),
+    )
+    found = several.hidden_states_of(CONVERSATIONS[name], level=level)
+    np.testing.assert_allclose(found.values, rows.values.numpy(), **LOGITS_FLOAT32)
+    np.testing.assert_array_equal(found.positions, rows.positions.numpy())
+    assert found.visual_rows.tolist() == rows.visual
+    assert found.kept.tolist() == (rows.kept[-1] if rows.kept else [*range(int(spots.sum()))])
+    if level == "full":
+        with torch.no_grad():
+            whole = subject.model.model(**inputs).last_hidden_state[0]
+        np.testing.assert_allclose(found.values, whole.numpy(), **LOGITS_FLOAT32)
 
 
 @pytest.mark.parametrize("name", PRODUCT)
