@@ -37,7 +37,7 @@ from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.profiling.predict.speed import fitted_for, graph_time, rates_of
 from trio_edge.runtime.bundle.graph_io import STEP_ROWS
 from trio_edge.runtime.bundle.schedule import Schedule
-from trio_edge.runtime.model.sampling import TokenChooser
+from trio_edge.runtime.model.answers.sampling import TokenChooser
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.serving.answers.structured import Constraints
 from trio_edge.serving.requests.protocol import ChatRequest
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from trio_edge.runtime.answer import Generation
-    from trio_edge.runtime.model.drafts import LookupTokens
+    from trio_edge.runtime.model.answers.drafts import LookupTokens
 
 LOOKUPS: tuple[LookupTokens, ...] = (0, 3, 7, "auto")
 WORDS = 60

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trio_edge.runtime.images.processing import ImageLayout
-    from trio_edge.runtime.model.sampling import TokenLogprobs
+    from trio_edge.runtime.model.answers.sampling import TokenLogprobs
 
 
 @dataclass(slots=True)

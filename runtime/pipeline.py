@@ -30,19 +30,10 @@ from trio_edge.runtime.decisions.questions import Decision, Question, check_ques
 from trio_edge.runtime.decisions.wording import Wording
 from trio_edge.runtime.devices.memory import Memory
 from trio_edge.runtime.images.reading import load_common_formats, open_image
-from trio_edge.runtime.model.drafts import Drafts, Payoff, check_lookup
-from trio_edge.runtime.model.levels import (
-    Level,
-    chain_of,
-    images_of,
-    margin_of,
-    one_level,
-    read_margins,
-)
-from trio_edge.runtime.model.next_tokens import NextTokens
-from trio_edge.runtime.model.programs import Programs
-from trio_edge.runtime.model.running import RunningAnswers
-from trio_edge.runtime.model.sampling import (
+from trio_edge.runtime.model.answers.drafts import Drafts, Payoff, check_lookup
+from trio_edge.runtime.model.answers.next_tokens import NextTokens
+from trio_edge.runtime.model.answers.running import RunningAnswers
+from trio_edge.runtime.model.answers.sampling import (
     AnswerRules,
     Sampler,
     TokenBias,
@@ -52,6 +43,15 @@ from trio_edge.runtime.model.sampling import (
     sampler_of,
     with_overrides,
 )
+from trio_edge.runtime.model.levels import (
+    Level,
+    chain_of,
+    images_of,
+    margin_of,
+    one_level,
+    read_margins,
+)
+from trio_edge.runtime.model.programs import Programs
 from trio_edge.runtime.prompts.chat import (
     build_messages,
     check_messages,
@@ -77,11 +77,11 @@ if TYPE_CHECKING:
     from trio_edge.runtime.decisions.wording import Asked, Plan, Sharing
     from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.images.reading import ImageSource
+    from trio_edge.runtime.model.answers.drafts import LookupTokens
+    from trio_edge.runtime.model.answers.running import Running
+    from trio_edge.runtime.model.answers.sampling import TokenConstraint
     from trio_edge.runtime.model.decoder import Decoder, HiddenStates, PrefillResult
-    from trio_edge.runtime.model.drafts import LookupTokens
     from trio_edge.runtime.model.host_selection import SelectorOverride
-    from trio_edge.runtime.model.running import Running
-    from trio_edge.runtime.model.sampling import TokenConstraint
     from trio_edge.runtime.model.vision import PreparedImage, VisualInput
     from trio_edge.runtime.prompts.chat import Message
     from trio_edge.runtime.prompts.tokenizer import Inset, PromptIds
@@ -416,8 +416,7 @@ class Pipeline:
             self._last = attempt.level
             visual = attempt.level.see(attempt.ids, attempt.prepared)
             result = attempt.level.prefill(attempt.ids, visual, attempt.prepared, override=override)
-            everything = np.arange(visual.num_visual, dtype=np.int32)
-            return attempt.level.decoder.hidden_states(result.kept[-1] if result.kept else everything)
+            return attempt.level.decoder.hidden_states(result)
 
     def decide(
         self,

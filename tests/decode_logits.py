@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import pytest
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.model.sampling import TopTokens
+    from trio_edge.runtime.model.answers.sampling import TopTokens
     from trio_edge.runtime.pipeline import Pipeline
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.answer import Generation
     from trio_edge.runtime.decisions.questions import Decision
     from trio_edge.runtime.engines.cpu import CpuAccuracy
-    from trio_edge.runtime.model.drafts import LookupTokens
+    from trio_edge.runtime.model.answers.drafts import LookupTokens
     from trio_edge.runtime.pipeline import Pipeline
 
 

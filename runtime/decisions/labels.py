@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import ShapeError
-from trio_edge.runtime.model.sampling import checked_logits, log_softmax
+from trio_edge.runtime.model.answers.sampling import checked_logits, log_softmax
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence

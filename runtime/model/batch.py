@@ -1,7 +1,7 @@
 """A step for several answers, where a bundle has the program for it (--batch).
 
 Each answer's rows are in a *slot*: KV caches of its own, which the program "batch" reads for all answers at once. A step reads
-the decoder's weights once for all of them. ``running.py`` decides who takes part.
+the decoder's weights once for all of them. ``answers/running.py`` decides who takes part.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 
 from trio_edge.runtime.bundle.errors import ShapeError
 from trio_edge.runtime.bundle.graph_io import TOP_IDS, TOP_LOGITS
+from trio_edge.runtime.model.answers.sampling import TopTokens
 from trio_edge.runtime.model.decoder import CapturedRun, download_logits
-from trio_edge.runtime.model.sampling import TopTokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -30,10 +30,10 @@ from trio_edge.runtime.bundle.graph_io import (
 )
 from trio_edge.runtime.devices.interface import DeviceTensor
 from trio_edge.runtime.devices.memory import copy_tensor
+from trio_edge.runtime.model.answers.sampling import TopTokens
 from trio_edge.runtime.model.host_selection import HostSelection
 from trio_edge.runtime.model.programs import Timeline
 from trio_edge.runtime.model.question_rows import QuestionRows
-from trio_edge.runtime.model.sampling import TopTokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -74,7 +74,7 @@ class HiddenStates(NamedTuple):
     visual_rows: NDArray[np.int32]
     """[K], row of each kept visual token."""
     kept: NDArray[np.int32]
-    """[K], their indices into the visual tokens of all images."""
+    """[K], their indices into the visual tokens that entered the decoder."""
 
 
 @final
@@ -184,8 +184,8 @@ class Decoder:
             kept_of = self._repair(launches, prompt, rows, unsettled)
         return self._result(rows.spans, kept_of, has_scores=override is None)
 
-    def hidden_states(self, kept: NDArray[np.int32]) -> HiddenStates:
-        """Return the last hidden states of the prefill that has just run; ``kept`` are the tokens of its last stage.
+    def hidden_states(self, result: PrefillResult) -> HiddenStates:
+        """Return the last hidden states of the prefill that has just run, with this result.
 
         Raises:
             ShapeError: If the bundle does not return them.
@@ -209,6 +209,7 @@ class Decoder:
             for array, name in ((positions, KEPT_POSITIONS), (visual_rows, KEPT_VISUAL_ROWS)):
                 self._device.download(array, self._memory.tensor(outputs[name], array.shape))
         self._device.synchronize()
+        kept = result.kept[-1] if result.kept else np.arange(num_visual, dtype=np.int32)
         return HiddenStates(
             values[0].copy(), positions[:, :length].copy(), visual_rows[:num_visual].copy(), kept
         )

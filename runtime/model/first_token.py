@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from trio_edge.runtime.model.sampling import log_softmax
+from trio_edge.runtime.model.answers.sampling import log_softmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

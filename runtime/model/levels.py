@@ -15,10 +15,10 @@ from trio_edge.runtime.bundle.errors import BundleError, ShapeError
 from trio_edge.runtime.bundle.manifest import AUTO
 from trio_edge.runtime.bundle.reader import read_regular
 from trio_edge.runtime.images.interface import image_processing
+from trio_edge.runtime.model.answers.sampling import log_softmax
 from trio_edge.runtime.model.batch import Batch
 from trio_edge.runtime.model.decoder import Decoder
 from trio_edge.runtime.model.decoder_prompt import write_prompt
-from trio_edge.runtime.model.sampling import log_softmax
 from trio_edge.runtime.model.vision import Vision
 from trio_edge.runtime.prompts.tokenizer import Inset
 from trio_edge.runtime.videos.qwen import video_processing

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.model.sampling import TokenConstraint
+    from trio_edge.runtime.model.answers.sampling import TokenConstraint
     from trio_edge.runtime.pipeline import Pipeline
     from trio_edge.serving.requests.protocol import ChatRequest
 

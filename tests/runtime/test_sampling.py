@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
-from trio_edge.runtime.model.sampling import Sampler, TopTokens
+from trio_edge.runtime.model.answers.sampling import Sampler, TopTokens
 
 LOGITS_V = np.log(np.array([0.05, 0.5, 0.3, 0.15], np.float32))
 

@@ -15,7 +15,7 @@ from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle.errors import ShapeError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.runtime.model.drafts import Payoff, PromptLookup
+from trio_edge.runtime.model.answers.drafts import Payoff, PromptLookup
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trio_edge.runtime.answer import Generation
-    from trio_edge.runtime.model.drafts import LookupTokens
+    from trio_edge.runtime.model.answers.drafts import LookupTokens
 
 PICTURE = random_picture(48, 48)
 PROMPT = "w1 w2 w3 w1 w2 w3 w1"

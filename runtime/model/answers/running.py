@@ -18,9 +18,9 @@ from trio_edge.runtime.bundle.errors import ShapeError
 
 if TYPE_CHECKING:
     from trio_edge.runtime.answer import Generation
+    from trio_edge.runtime.model.answers.next_tokens import NextTokens
     from trio_edge.runtime.model.batch import Batch, Seat
     from trio_edge.runtime.model.levels import Level
-    from trio_edge.runtime.model.next_tokens import NextTokens
 
 
 @dataclass(eq=False, slots=True)

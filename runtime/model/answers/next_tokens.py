@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.answer import Statistics
     from trio_edge.runtime.bundle.reader import TokenTable
+    from trio_edge.runtime.model.answers.drafts import Drafts
+    from trio_edge.runtime.model.answers.sampling import TokenChooser, TopTokens
     from trio_edge.runtime.model.decoder import Decoder
-    from trio_edge.runtime.model.drafts import Drafts
-    from trio_edge.runtime.model.sampling import TokenChooser, TopTokens
 
 
 @final

@@ -1,0 +1,1 @@
+"""The tokens of an answer: how they are chosen and drafted, and which answers decode together."""
