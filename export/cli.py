@@ -17,7 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 from trio_edge.export.options import ExportOptions, LevelRequest
 from trio_edge.export.options import Progress as Callbacks
 from trio_edge.export.quantize.plan import parse_plan
-from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError, printable
+from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError, ShapeError, printable
 from trio_edge.runtime.bundle.schedule import Budget, Positions, ProbeRows, Schedule
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
@@ -295,6 +295,23 @@ def _run(
         raise click.UsageError(
             "expected MODEL, got none; name one of --list, a Hub id or a checkpoint folder"
         )
+    options = _options(model, out, keep, stages, levels, **settings)
+    with interruptible() as check:
+        with ctrl_c_held():  # importing torch turns Ctrl-C into other errors
+            _import_exporter(quiet=quiet)
+        manifest = _export(options, Console(stderr=True, quiet=quiet), check)
+        print(printable(_summary(manifest, options.out), but="\n"))
+        return 0
+
+
+def _options(
+    model: str,
+    out: Path | None,
+    keep: str | None,
+    stages: str | None,
+    levels: tuple[tuple[_Level, ...], ...],
+    **settings: Any,
+) -> ExportOptions:
     if keep is not None and stages is not None:
         raise click.UsageError("--keep and --schedule: expected one of them, got both; leave one out")
     given = {name: value for name, value in settings.items() if value not in (None, "auto")}
@@ -309,7 +326,7 @@ def _run(
     schedule = _request(asked, keep)
     if stages is not None:
         schedule = dataclasses.replace(asked, stages=budgets.parse_stages(stages))
-    options = ExportOptions(
+    return ExportOptions(
         model=model,
         out=out if out is not None else Path(Path(model).name + "-bundle"),
         schedule=schedule,
@@ -318,12 +335,6 @@ def _run(
         ),
         **given,
     )
-    with interruptible() as check:
-        with ctrl_c_held():  # importing torch turns Ctrl-C into other errors
-            _import_exporter(quiet=quiet)
-        manifest = _export(options, Console(stderr=True, quiet=quiet), check)
-        print(printable(_summary(manifest, options.out), but="\n"))
-        return 0
 
 
 def _request(asked: budgets.ScheduleRequest, text: str | None) -> budgets.ScheduleRequest:
@@ -352,6 +363,20 @@ optimum_command = click.Command(
     help=(command.help or "").replace("Export MODEL", "Export --model").replace("a bundle", "the bundle OUT"),
     context_settings=command.context_settings,
 )
+
+
+def options_from(model: str, arguments: Sequence[str]) -> ExportOptions:
+    """Return the options of ``trio-export MODEL ARGUMENTS``.
+
+    Raises:
+        ShapeError: If an argument is wrong.
+        ScheduleError: If their values do not fit each other.
+    """
+    try:
+        found = command.make_context("trio-export", [*arguments, "--", model]).params
+        return _options(**{name: found[name] for name in found.keys() - {"list_models", "quiet"}})
+    except click.ClickException as error:
+        raise ShapeError(f"trio-export: {error.format_message()}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
