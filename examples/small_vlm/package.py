@@ -22,6 +22,7 @@ from transformers import (
     LlavaNextProcessor,
 )
 
+from trio_edge.runtime.decisions.wording import WORDS_TEMPLATE
 from trio_edge.runtime.prompts.chat import LLAVA_ONEVISION_TEMPLATE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +83,8 @@ def make_checkpoint(adapter: Path, folder: Path, real: Path) -> None:
         num_additional_image_tokens=1,
         chat_template=LLAVA_ONEVISION_TEMPLATE,
     ).save_pretrained(folder)
+    # It was trained on bare questions, without "Answer with yes or no."
+    (folder / "decision_template.jinja").write_text(WORDS_TEMPLATE)
 
 
 def main() -> None:

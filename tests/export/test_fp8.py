@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import ml_dtypes
 import numpy as np
@@ -45,6 +45,7 @@ from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.cli import build as cli_build
 from trio_edge.runtime.engines.build import BuildOptions, plan_build
+from trio_edge.runtime.engines.cpu import CpuAccuracy, prepare_graphs
 from trio_edge.runtime.engines.needs import build_needs
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.trio.cost.devices import find_device
@@ -71,6 +72,12 @@ RANGES = CalibratedScales(
     }
 )
 """All different but within a group; some inputs are larger."""
+
+
+NEEDS_SELECTIONS = pytest.mark.skipif(
+    tuple(map(int, ort.__version__.split(".")[:2])) < (1, 24),
+    reason="onnxruntime 1.23, the last one for Python 3.10, reads no FP8 selections; runs on Python 3.11 and later",
+)
 
 
 @pytest.fixture(scope="module")
@@ -203,15 +210,29 @@ def test_the_manifest_says_what_is_in_fp8_and_graphs_take_opset_19(bundle: Bundl
     )
 
 
-@pytest.mark.skipif(
-    tuple(map(int, ort.__version__.split(".")[:2])) < (1, 24),
-    reason="onnxruntime 1.23, the last one for Python 3.10, reads no FP8 selections; runs on Python 3.11 and later",
-)
+@NEEDS_SELECTIONS
 def test_a_bundle_in_fp8_answers(bundle: Bundle) -> None:
     with Pipeline.from_bundle(bundle.folder, threads=1) as pipeline:
         answer = pipeline.generate(Image.new("RGB", (30, 24), "red"), "w1 w2", max_new_tokens=4)
         assert len(answer.text) > 0
         assert answer.statistics.kept_tokens == (14,)
+
+
+@NEEDS_SELECTIONS
+def test_weights_that_are_dequantized_once_give_the_same_numbers(bundle: Bundle, tmp_path: Path) -> None:
+    answers, left = [], []
+    for accuracy in get_args(CpuAccuracy)[1:]:  # float32 dequantizes once, int8 in every run
+        folder = copy_bundle(bundle.folder, tmp_path / accuracy)
+        prepared = prepare_graphs(open_bundle(folder), accuracy=accuracy)
+        nodes = [node for file in prepared.glob("*.onnx") for node in ir.load(file).graph]
+        left.append(sum(node.op_type == "DequantizeLinear" for node in nodes))
+        with Pipeline.from_bundle(folder, threads=1, cpu_accuracy=accuracy) as pipeline:
+            image = Image.new("RGB", (30, 24), "red")
+            answers.append(
+                pipeline.generate(image, "w1 w2", max_new_tokens=4, num_logprobs=2, temperature=0).logprobs
+            )
+    assert left[0] < left[1]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize(
