@@ -5,7 +5,7 @@
 
     config = TrioConfig(options=["--keep", "11.1%"])
     exported = AutoHfExporter.from_config(config).export_for_generation(model, {}, config)
-    exported.save_pretrained("exported")  # the bundle is exported/model.trio
+    exported.save_pretrained("exported")  # a new folder; the bundle is exported/model
 
 A bundle has tokenizer and processor besides the weights, so the model must come from a folder or the hub. It is read again
 from there.
@@ -77,7 +77,7 @@ class TrioExporter(HfExporter):
         """
         options = options_from(_source_of(model), config.options)
         folder = Path(tempfile.mkdtemp(prefix="trio-export-"))
-        bundle = ExportedBundle(folder / "model.trio", temporary=folder)
+        bundle = ExportedBundle(folder / "model", temporary=folder)
         export_bundle(dataclasses.replace(options, out=bundle.path))
         dtype = str(model.dtype).removeprefix("torch.")
         return bundle, ExportMetadata(architecture=type(model).__name__, export_dtype=dtype)
@@ -90,13 +90,15 @@ class TrioExporter(HfExporter):
 
     @classmethod
     def save_program(cls, program: ExportedBundle, path: str | Path) -> None:
-        """Copy a bundle."""
-        shutil.copytree(program.path, path)
+        """Copy a bundle to the folder with the name of ``path``, which becomes a file, as transformers looks for one."""
+        folder = Path(path).with_suffix("")
+        shutil.copytree(program.path, folder)
+        Path(path).write_text(f"{folder.name}\n", encoding="utf-8")
 
     @classmethod
     def load_program(cls, path: str | Path) -> ExportedBundle:
         """Return a bundle after a look at its manifest; raise BundleError if it is broken."""
-        return ExportedBundle(open_bundle(path).folder)
+        return ExportedBundle(open_bundle(Path(path).with_suffix("")).folder)
 
 
 def _source_of(model: PreTrainedModel) -> str:
