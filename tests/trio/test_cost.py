@@ -74,12 +74,8 @@ def test_prompt_without_an_image_costs_its_text_only() -> None:
 
 
 @pytest.mark.parametrize("num_text", [40, 50, 60])
-def test_llava_next_ratios_stand_beside_the_papers(num_text: int) -> None:
-    """The paper gives 6.22x FLOPs and 6.05x KV at 11.1 %, and not how they are counted.
-
-    Ours count the preset's exact 320 of 2880 tokens, the stages, and for the first ratio the vision tower, which no
-    schedule makes cheaper: 6.2x to 6.0x at 40 to 60 text rows. KV then is 8.1x to 7.7x.
-    """
+def test_llava_next_ratios_are_those_of_the_documents(num_text: int) -> None:
+    """Ours count the preset's exact 320 of 2880 tokens, the stages, and for the first ratio the vision tower."""
     whole = prefill(Schedule(), num_text=num_text)
     cost = prefill(PRESET, num_text=num_text)
     tower = vision_flops()
@@ -88,12 +84,34 @@ def test_llava_next_ratios_stand_beside_the_papers(num_text: int) -> None:
     assert whole.kv_bytes / cost.kv_bytes == pytest.approx((2880 + num_text) / (320 + num_text))
 
 
-def test_both_ratios_of_the_paper_appear_at_187_text_rows_without_the_vision_tower() -> None:
-    """An observation, not the paper's statement: one text length gives both of its numbers for the decoder."""
-    whole = prefill(Schedule(), num_text=187)
-    cost = prefill(PRESET, num_text=187)
-    assert whole.kv_bytes / cost.kv_bytes == pytest.approx(6.05, abs=0.01)
-    assert whole.flops / cost.flops == pytest.approx(6.22, abs=0.03)
+@pytest.mark.parametrize(
+    ("num_visual", "stages", "whole", "reduced", "ratio"),
+    [
+        (576, "1:92,10:54,15:22", 318.0, 62.0, 5.13),
+        (2252, "1:436,10:255,15:173", 1156.0, 192.4, 6.01),
+    ],
+    ids=["llava-1.5", "llava-next"],
+)
+def test_the_papers_kv_sizes_are_those_of_sixty_text_rows(
+    num_visual: int, stages: str, whole: float, reduced: float, ratio: float
+) -> None:
+    """In MiB. The paper has 1156 and 191 for LLaVA-NeXT, 6.05 times; its own number of visual tokens is 2252."""
+    counted = [
+        count_prefill(DECODER, schedule, num_visual=num_visual, num_text=60).kv_bytes / 2**20
+        for schedule in (Schedule(), schedule_of(stages))
+    ]
+    assert counted == pytest.approx([whole, reduced], abs=0.05)
+    assert counted[0] / counted[1] == pytest.approx(ratio, abs=0.01)
+
+
+@pytest.mark.parametrize(("num_visual", "tera"), [(576, 2.986), (2880, 16.67)])
+def test_the_references_flops_are_multiply_adds_of_visual_rows_and_two_mlp_matrices(
+    num_visual: int, tera: float
+) -> None:
+    """Its numbers of the whole model; the reduced one's, 2.68 of 16.67, could not be rebuilt."""
+    width, inner = DECODER.hidden_size, DECODER.intermediate_size
+    weights = 4 * width**2 + 2 * width * inner
+    assert 32 * (num_visual * weights + 2 * num_visual**2 * width) == pytest.approx(tera * 1e12, rel=5e-4)
 
 
 def test_full_and_reduced_prefill_have_the_size_the_specification_gives() -> None:
