@@ -25,6 +25,7 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--install", type=Path, help="folder of virtual environments, as of peers.py")
     parser.add_argument("--int4", action="store_true")
     parser.add_argument("--new-tokens", type=positive, default=NEW_TOKENS)
+    parser.add_argument("--others", type=float, metavar="SHARE", help="as of peers.py")
     parser.add_argument("--json", type=Path, help="write all measurements of --peers to this file")
     options = parser.parse_args()
     with errors_in_one_line(parser):
@@ -197,19 +199,22 @@ def by_runtime(options: argparse.Namespace) -> str:
         peers.make_model(row)
     for _ in range(options.rounds):
         for row in rows:
-            argument = json.dumps(request | row.request | {"model": str(row.model)})
-            command = [str(row.python), str(peers.RUNS / row.script), argument]
-            done = subprocess.run(
-                command, env=peers.environment(row), capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise peers.MissingError(f"{row.name}: {peers.last_line(done.stderr)}")
-            answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-            found[row.name].append(answers)
+            once = partial(answers_of, row, request)
+            found[row.name].append(peers.undisturbed(once, others=options.others))
             print(f"{row.name}: measured", file=sys.stderr, flush=True)
     if options.json:
         options.json.write_text(json.dumps(found))
     return runtime_table(rows, found, new_tokens=options.new_tokens)
+
+
+def answers_of(row: peers.Row, request: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the answers to all prompts, from a new process."""
+    argument = json.dumps(request | row.request | {"model": str(row.model)})
+    command = [str(row.python), str(peers.RUNS / row.script), argument]
+    done = subprocess.run(command, env=peers.environment(row), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise peers.MissingError(f"{row.name}: {peers.last_line(done.stderr)}")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def runtimes(options: argparse.Namespace) -> list[peers.Row]:
