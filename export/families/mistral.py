@@ -44,11 +44,14 @@ class Mistral3(Family):
         vision, rope = config.vision_config, config.text_config.rope_parameters
         beta, length = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
         is_scaled = config.text_config.model_type == "ministral3"
+        head = (
+            vision.hidden_size // vision.num_attention_heads
+        )  # the layers' size; head_dim is that of the frequencies
         for name, is_supported, expected, got in (
             ("spatial_merge_size", config.spatial_merge_size in (1, 2), "1 or 2", config.spatial_merge_size),
             ("vision patch_size", isinstance(vision.patch_size, int), "one number", vision.patch_size),
             ("vision num_channels", vision.num_channels == 3, "3", vision.num_channels),
-            ("vision head_dim", vision.head_dim % 4 == 0, "a multiple of 4", vision.head_dim),
+            ("vision head_dim", head % 4 == 0 and head == vision.head_dim, f"{head}, a multiple of 4", vision.head_dim),
             ("vision rope_type", vision.rope_parameters["rope_type"] == "axial", "'axial'", vision.rope_parameters),
             ("llama_4_scaling_beta", not is_scaled or isinstance(beta, (int, float)), "a number", beta),
             ("original_max_position_embeddings", not is_scaled or bool(length), "a length", length),
