@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MOST_PROFILES = 4  # the smallest one has an eighth of the largest one's tokens
+_FEWEST_TOKENS = 16  # smaller ones gain nothing, and tensorrt-rtx 1.7 never ends on a select graph with six or fewer
 
 
 @final
@@ -83,8 +84,9 @@ class PixtralImages(GridImages, frozen=True, kw_only=True, tag_field="kind", tag
     def any_image_sizes(self) -> tuple[dict[str, int], ...]:
         """Return the sizes of a few square images, ascending; the last one is enough for every image."""
         most = -(-self.longest_edge // self.token_size)
-        counts = processing.few_counts([side**2 for side in range(1, most + 1)])
-        return tuple(self.whole_sizes(1, count) for count in counts[-_MOST_PROFILES:])
+        counts = processing.few_counts([side**2 for side in range(1, most + 1)])[-_MOST_PROFILES:]
+        wanted = [count for count in counts if count >= _FEWEST_TOKENS] or counts[-1:]
+        return tuple(self.whole_sizes(1, count) for count in wanted)
 
     def family_inputs(self, patches: Patches, room: dict[str, int]) -> dict[str, NDArray[Any]]:
         """Return ``token_index``; arguments are those of ``GridImages.family_inputs``."""

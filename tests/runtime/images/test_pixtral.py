@@ -94,6 +94,11 @@ def test_the_released_models_have_up_to_3025_tokens() -> None:
     assert all(sizes["P"] == 4 * sizes["N"] for sizes in RELEASED.any_image_sizes())
 
 
+def test_small_images_share_a_size() -> None:
+    assert [sizes["N"] for sizes in SMALL.any_image_sizes()] == [25, 49]
+    assert [sizes["N"] for sizes in ALL["one token"].any_image_sizes()] == [1]
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_every_picture_has_room_in_the_largest_size(name: str) -> None:
     images = ALL[name]
