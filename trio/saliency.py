@@ -498,7 +498,8 @@ def scaled_queries(
     position_R = position_S.index_select(0, rows_R).to(torch.float32)
     periods_R = torch.floor(position_R / rope["original_max_position_embeddings"])
     scale_R = 1.0 + rope["llama_4_scaling_beta"] * torch.log(1.0 + periods_R)
-    return query_RHE * scale_R[:, None, None].to(query_RHE.dtype)
+    scaled_RHE: Tensor = query_RHE * scale_R[:, None, None].to(query_RHE.dtype)
+    return scaled_RHE
 
 
 def sliding_window(attention: Any) -> int | None:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MOST_PROFILES = 4  # the smallest one has an eighth of the largest one's tokens
-_FEWEST_TOKENS = 16  # smaller ones gain nothing, and tensorrt-rtx 1.7 never ends on a select graph with six or fewer
+_FEWEST_TOKENS = (
+    16  # smaller ones gain nothing, and tensorrt-rtx 1.7 never ends on a select graph with six or fewer
+)
 
 
 @final
