@@ -14,10 +14,12 @@ import torch
 
 from tests.bundles import export
 from tests.engine_bundles import build_here
+from tests.matmul_flops import example_feeds, matmul_flops
 from tests.mistral3_checkpoints import (
     IMAGE_ID,
     LONGEST_EDGE,
     ORIGINAL_LENGTH,
+    PATCH_SIZE,
     ROPE,
     save_mistral3_checkpoint,
     their_inputs,
@@ -32,6 +34,7 @@ from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.trio.cost.bundle_work import graph_work
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -146,6 +149,18 @@ def test_every_graph_is_built_by_tensorrt(folder: Path, tmp_path: Path) -> None:
     bundle = open_bundle(reduced_bundle(folder))
     sizes = build_here(bundle, tmp_path)
     assert all(sizes[spec.name] > spec.weight_bytes for spec in bundle.manifest.graphs)
+
+
+def test_the_graphs_have_the_products_that_are_counted(folder: Path) -> None:
+    """Besides them there is the patches' embedding, which is a convolution in other towers."""
+    bundle = open_bundle(reduced_bundle(folder))
+    embedding = 2 * 3 * PATCH_SIZE**2 * bundle.manifest.vision.hidden_size  # type: ignore[union-attr]
+    for graph in bundle.manifest.graphs:
+        for part in graph.split():
+            profile = part.profiles[0]
+            found = matmul_flops(bundle.path(part.file), example_feeds(part, profile))
+            more = embedding * profile.sizes["P"] if graph.role == "vision" else 0
+            assert graph_work(bundle.manifest, graph, profile).flops + more == found, part.name
 
 
 def test_tied_bfloat16_checkpoint_is_exported_as_float16(tmp_path: Path) -> None:
