@@ -54,12 +54,12 @@ class PixtralVision(nn.Module):
         """
         super().__init__()
         core: Any = tower
-        self.embedding = PatchEmbedding(core)
+        self.embedding = PixtralEmbedding(core)
         self.tables = PatchTables(inv_freq)
         self.layers = nn.ModuleList(
             PixtralLayer(layer, max_patches=max_patches) for layer in core.transformer.layers
         )
-        self.merger = TokenMerger(projector)
+        self.merger = PixtralMerger(projector)
 
     def forward(
         self, pixel_values: Tensor, patch_positions: Tensor, num_patches: Tensor, token_index: Tensor
@@ -129,7 +129,7 @@ class PixtralVision(nn.Module):
         return tuple(found)
 
 
-class PatchEmbedding(nn.Module):
+class PixtralEmbedding(nn.Module):
     """Embeddings of the patches, normalized."""
 
     def __init__(self, tower: Any) -> None:
@@ -183,7 +183,7 @@ class PixtralLayer(nn.Module):
         return hidden_PD + with_headroom(mlp.down_proj, gated)
 
 
-class TokenMerger(nn.Module):
+class PixtralMerger(nn.Module):
     """Merges neighbouring patches into tokens, and gathers the tokens into their rows."""
 
     def __init__(self, projector: nn.Module) -> None:
