@@ -25,11 +25,12 @@ from tests.mistral3_checkpoints import (
     their_inputs,
 )
 from tests.pictures import random_picture
-from tests.spec.reduced_reference import entering_the_decoder, reduced_logits
+from tests.spec.reduced_reference import causal_layer, entering_the_decoder, reduced_logits
 from tests.spec.whole_answers import assert_same_answer, generate
 from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
 from trio_edge.export.checkpoints.checkpoint import ALIASES, read_checkpoint
 from trio_edge.export.families.mistral import Mistral3
+from trio_edge.export.graphs.attention import ATTENTION_NAME, DecoderRange, RotaryTables, register_attention
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
@@ -132,6 +133,30 @@ def test_the_scale_of_queries_decides_what_is_kept(tmp_path: Path) -> None:
         with Pipeline.from_bundle(reduced_bundle(folder)) as pipeline:
             kept.append(kept_as_in_plain_torch(pipeline, load(folder), CAMERA))
     assert kept[0] != kept[1]
+
+
+def test_positions_beyond_float16_have_their_scale(tmp_path: Path) -> None:
+    """Graphs are traced with float16 as torch's default type."""
+    model = load(save_mistral3_checkpoint(tmp_path / "ck", num_layers=1))
+    decoder = model.get_decoder()
+    tables = RotaryTables(
+        decoder.rotary_emb.inv_freq[None], attention_scaling=decoder.rotary_emb.attention_scaling
+    )
+    hidden, positions = torch.randn(1, 3, 64), torch.tensor([[40_000, 70_000, 200_000]])
+    decoder.config._attn_implementation = "eager"
+    expected = causal_layer(model, 0, hidden, positions)
+    register_attention()
+    decoder.config._attn_implementation = ATTENTION_NAME
+    empty = torch.empty(1, 2, 0, 24)
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.no_grad():
+            got = DecoderRange(decoder.layers, tables)(
+                hidden, positions.to(torch.int32), torch.tensor([0]), empty, empty
+            )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(got[0], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["fastv", "sparsevlm", "pyramiddrop", "dart"])
