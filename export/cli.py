@@ -207,8 +207,8 @@ _OPTIONS = (
     _option(
         "--max-visual",
         int,
-        "Most visual tokens of an image; larger images are scaled down (Qwen-VL) or cut into fewer tiles (InternVL,"
-        " LLaVA-OneVision, SmolVLM2). [default: 1280 for Qwen-VL, else the checkpoint's]",
+        "Most visual tokens of an image; larger images are scaled down (Qwen-VL, Ministral 3) or cut into fewer tiles"
+        " (InternVL, LLaVA-OneVision, SmolVLM2). [default: 1280 for Qwen-VL, else the checkpoint's]",
     ),
     _option(
         "--max-images",

@@ -51,8 +51,8 @@ class ExportOptions:
     only_image_sizes: bool = False
     """Make no shapes for other image sizes; the runtime then refuses images that need more visual tokens."""
     max_visual: int | None = None
-    """Most visual tokens of an image of any size, in families that scale images (Qwen-VL) or cut fewer tiles (InternVL,
-    LLaVA-OneVision and SmolVLM2)."""
+    """Most visual tokens of an image of any size, in families that scale images (Qwen-VL, Ministral 3) or cut fewer tiles
+    (InternVL, LLaVA-OneVision and SmolVLM2)."""
     max_images: int = 1
     """Images of a prompt if all have the largest exported size; smaller images may be more."""
     max_frames: int | None = None

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from trio_edge.runtime.prompts.chat import (
     INTERNVL_TEMPLATE,
     LLAVA_ONEVISION_TEMPLATE,
+    MISTRAL3_TEMPLATE,
     MISTRAL_TEMPLATE,
     QWEN2_5_VL_TEMPLATE,
     QWEN3_VL_TEMPLATE,
@@ -40,6 +41,7 @@ _TEMPLATES = {
     "llava_onevision": LLAVA_ONEVISION_TEMPLATE,
     "internvl": INTERNVL_TEMPLATE,
     "smolvlm": SMOLVLM_TEMPLATE,
+    "mistral3": MISTRAL3_TEMPLATE,
 }
 # From a parameter of transformers' model to the name in released files, which are older than these classes.
 _LLAVA_NAMES = (
@@ -56,6 +58,7 @@ _OLD_NAMES = {
     "qwen3_vl": (),
     "internvl": _LLAVA_NAMES[1:],
     "smolvlm": (),
+    "mistral3": _LLAVA_NAMES[1:],
 }
 _DTYPES = {
     "float16": ("F16", torch.float16),
@@ -109,8 +112,12 @@ def write_files(folder: Path, description: dict[str, Any]) -> Path:
 
 
 def _tokenizer(special: dict[int, str]) -> Tokenizer:
-    """Return a byte-level BPE tokenizer, or one like Llama's where there is an ``<s>``."""
-    begin, first = special.get(1) == "<s>", 3 * (1 in special)
+    """Return a byte-level BPE tokenizer, or one like Llama's where there is an ``<s>``.
+
+    Mistral's has both, and a thousand special tokens before the first letter.
+    """
+    is_tekken, adds_begin = special.get(10) == "[IMG]", special.get(1) == "<s>"
+    begin, first = adds_begin and not is_tekken, 1000 if is_tekken else 3 * (1 in special)
     letters = [f"<0x{byte:02X}>" for byte in range(256)] if begin else pre_tokenizers.ByteLevel.alphabet()
     words = {word: index + first for index, word in enumerate([*sorted(letters), *["▁"] * begin])}
     tokenizer = Tokenizer(
@@ -119,9 +126,10 @@ def _tokenizer(special: dict[int, str]) -> Tokenizer:
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special.values()])
     if begin:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if adds_begin:
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     return tokenizer
 
 

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from tests.checkpoints import save_checkpoint
 from tests.internvl_checkpoints import INTERNVL_TEMPLATE, TOKENS_PER_TILE, save_internvl_checkpoint
+from tests.mistral3_checkpoints import save_mistral3_checkpoint
 from tests.onevision_checkpoints import ASPECT_RATIO, save_onevision_checkpoint
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import save_qwen3_vl_checkpoint, save_qwen_checkpoint
 from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
 from trio_edge.runtime.prompts.chat import (
+    MISTRAL3_TEMPLATE,
     QWEN2_5_VL_TEMPLATE,
     QWEN3_VL_TEMPLATE,
     SMOLVLM_TEMPLATE,
@@ -65,6 +67,13 @@ FAMILIES = {
         "SmolVLMForConditionalGeneration",
         options=(("max_text", 192),),
         template=SMOLVLM_TEMPLATE,
+    ),
+    "mistral3": Family(
+        save_mistral3_checkpoint,
+        "Mistral3ForConditionalGeneration",
+        options=(("max_text", 128),),
+        num_stages=2,
+        template=MISTRAL3_TEMPLATE,
     ),
     "qwen2_5_vl": Family(
         save_qwen_checkpoint,

@@ -116,6 +116,9 @@ def _structure(value: Any, seen: dict[int, int]) -> Any:
         return [(name, _structure(part, seen)) for name, part in value.items() if name not in _IRRELEVANT]
     if isinstance(value, PreTrainedConfig):
         settings = {key: part for key, part in value.to_dict().items() if key not in _OF_CONSTRUCTION}
+        rope = getattr(value, "rope_parameters", None) or {}
+        if "llama_4_scaling_beta" in rope:  # Ministral 3's layers compute with it
+            settings["rope_parameters"] = rope
         return _structure(settings, seen)
     if isinstance(value, functools.partial):
         return _structure([value.func, value.args, value.keywords], seen)

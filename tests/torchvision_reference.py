@@ -87,6 +87,15 @@ def _smolvlm(longest_edge: int, tile_size: int, **settings: Any) -> dict[str, An
     }
 
 
+def _pixtral(longest_edge: int, token_size: int, **settings: Any) -> dict[str, Any]:
+    """Return a file with the sides of a token as the patch size, which PixtralProcessor passes whatever the file says."""
+    sizes = {
+        "size": {"longest_edge": longest_edge},
+        "patch_size": {"height": token_size, "width": token_size},
+    }
+    return {"image_processor_type": "PixtralImageProcessor", **sizes, **settings}
+
+
 # where there is no AVX, torch repeats the first pixel of a column that is one pixel wide
 _NO_COLUMN = tuple(size for size in SIZES if size != (1, 400))
 PROCESSORS = {
@@ -165,6 +174,12 @@ PROCESSORS = {
             "max_patches": 5,
             "resample": 2,
         }
+    ),
+    "Pixtral": Processor(config=_pixtral(1540, 28), sizes=((601, 673), (1700, 300))),
+    "Pixtral small": Processor(config=_pixtral(52, 8), sizes=_NO_COLUMN[:2] + _NO_COLUMN[4:]),
+    "Pixtral bilinear": Processor(
+        config=_pixtral(45, 6, resample=2, image_mean=[0.1, 0.2, 0.3], image_std=[0.3, 0.2, 0.1]),
+        sizes=((601, 673), (333, 77)),
     ),
     "SmolVLM2": Processor(config=_smolvlm(1536, 384), sizes=((601, 673),)),
     "SmolVLM2 small": Processor(config=_smolvlm(100, 20), sizes=_NO_COLUMN),

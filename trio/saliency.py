@@ -15,6 +15,7 @@ loss, and a visual token reaches them only through its key and its value:
     ‖g_i‖² = r_i² (‖u_i‖² − 2 c_i²/D + c_i² ‖n_i‖²/D²)        through the norm
 
 Qwen3 normalizes each head of keys and queries before RoPE (QK-norm); dk_i then passes back through that norm, too.
+Ministral 3 scales each rotated query by its position; q above is the scaled one.
 
 Three forms of ‖u_i‖² are exact, and ``cheapest_form`` counts their FLOPs; only the last projects V:
 
@@ -68,8 +69,8 @@ class ProbeState(NamedTuple):
     rows_RX: Tensor
     """Values of each probe row for the backward half, concatenated.
 
-    In order: the rotated queries [H E]; per head Σ_i a h_i, the attention-weighted mean of the normed inputs [H D]; then,
-    unless the layer is quantized, the residual stream after attention [D], and gate and up of the MLP [I, I].
+    In order: the rotated and scaled queries [H E]; per head Σ_i a h_i, the attention-weighted mean of the normed inputs [H D];
+    then, unless the layer is quantized, the residual stream after attention [D], and gate and up of the MLP [I, I].
     """
     attention_HRN: Tensor
     """a at the visual tokens."""
@@ -164,7 +165,7 @@ class ProxySaliency(nn.Module):
         """Choose the cheapest exact form for the layer's shapes.
 
         Args:
-            layer: A Llama, Mistral, Qwen2 or Qwen3 decoder layer (q, k and v may have biases; the MLP is SwiGLU).
+            layer: A Llama, Mistral, Ministral 3, Qwen2 or Qwen3 decoder layer (q, k and v may have biases; the MLP is SwiGLU).
             final_norm: The decoder's final RMS norm.
             lm_head: The decoder's head, a linear layer.
             max_visual: Largest N, with padding; the form is chosen for it.
@@ -210,6 +211,7 @@ class ProxySaliency(nn.Module):
         visual_rows_N: Int[Tensor, "N"],
         num_visual: Int[Tensor, "*one"],
         length: Int[Tensor, "*one"],
+        position_S: Int[Tensor, "S"] | None = None,
     ) -> Float[Tensor, "N"]:
         """Return the saliency of each visual token, and -1 at padding.
 
@@ -224,6 +226,7 @@ class ProxySaliency(nn.Module):
             visual_rows_N: Row of each visual token; any row at padding. N may be symbolic.
             num_visual: Number of visual tokens, at most N; 0-d or [1].
             length: Number of real rows, 0-d or [1]; later rows are not read.
+            position_S: Positions, for a layer whose queries have a scale.
 
         Returns:
             Unscaled scores >= 0, float32 (float64 in a float64 model); -1 at padding.
@@ -233,7 +236,7 @@ class ProxySaliency(nn.Module):
         visible_N = torch.arange(visual_rows_N.shape[0], device=hidden_SD.device) < num_visual.reshape(1)
         first_after = torch.where(visible_N, visual_rows_N.to(torch.int64), -1).amax(0) + 1
         probe_R = torch.maximum(probe_R, first_after)
-        state = self.attend(hidden_SD, cos_SE, sin_SE, visual_rows_N, probe_R, length)
+        state = self.attend(hidden_SD, cos_SE, sin_SE, visual_rows_N, probe_R, length, position_S)
         gradient_RD = self.head(state.output_RD)
         return self.scores(state, gradient_RD, hidden_SD, cos_SE, sin_SE, visual_rows_N, num_visual)
 
@@ -245,6 +248,7 @@ class ProxySaliency(nn.Module):
         visual_rows_N: Int[Tensor, "N"],
         probe_R: Int[Tensor, "R"],
         length: Int[Tensor, "*one"],
+        position_S: Int[Tensor, "S"] | None = None,
     ) -> ProbeState:
         """Return the layer's output on the rows ``probe_R``, and the state for the backward half.
 
@@ -273,6 +277,7 @@ class ProxySaliency(nn.Module):
             cos_SE.index_select(0, probe_R)[:, None],
             sin_SE.index_select(0, probe_R)[:, None],
         )
+        query_RHE = scaled_queries(query_RHE, attention, position_S, probe_R)
         query_GME = self._by_kv_head(query_RHE)
 
         scores_GMS = torch.matmul(query_GME, rotated_SGE.permute(1, 2, 0)) / math.sqrt(self.head_size)
@@ -476,9 +481,30 @@ def head_normed(rows: Tensor, norm: Any | None) -> Tensor:
     return rows if norm is None else _normalize(rows, norm)[0] * norm.weight.to(rows.dtype)
 
 
+def scaled_queries(
+    query_RHE: Float[Tensor, "R H E"],
+    attention: Any,
+    position_S: Int[Tensor, "S"] | None,
+    rows_R: Int[Tensor, "R"],
+) -> Float[Tensor, "R H E"]:
+    """Return the rotated queries of ``rows_R`` times the scale that Ministral 3 gives to their positions; else as they are.
+
+    Source: get_llama_4_attn_scale of transformers 5.23, 1 + β log(1 + ⌊position / original length⌋), in float32.
+    """
+    if not type(attention).__name__.startswith("Ministral3"):
+        return query_RHE
+    assert position_S is not None, "the layer scales queries"
+    rope = attention.config.rope_parameters
+    position_R = position_S.index_select(0, rows_R).to(torch.float32)
+    periods_R = torch.floor(position_R / rope["original_max_position_embeddings"])
+    scale_R = 1.0 + rope["llama_4_scaling_beta"] * torch.log(1.0 + periods_R)
+    scaled_RHE: Tensor = query_RHE * scale_R[:, None, None].to(query_RHE.dtype)
+    return scaled_RHE
+
+
 def sliding_window(attention: Any) -> int | None:
     """Return the attention's window or None; Qwen2 has one per layer, Mistral in its configuration, Llama none."""
-    if type(attention).__name__.startswith("Mistral"):
+    if type(attention).__name__.startswith(("Mistral", "Ministral3")):
         return attention.config.sliding_window  # type: ignore[no-any-return]
     return getattr(attention, "sliding_window", None)
 

@@ -23,6 +23,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from trio_edge.runtime.prompts.chat import (
     INTERNVL_TEMPLATE,
     LLAVA_ONEVISION_TEMPLATE,
+    MISTRAL3_TEMPLATE,
     MISTRAL_TEMPLATE,
     SMOLVLM_TEMPLATE,
     VICUNA_TEMPLATE,
@@ -202,6 +203,18 @@ def internvl3_5_2b() -> Any:
     )  # fmt: skip
 
 
+def ministral_3_3b() -> Any:
+    text = {
+        "model_type": "ministral3", "hidden_size": 3072, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    return hf.Mistral3Config(
+        text_config=text, vision_config={"model_type": "pixtral", "patch_size": 14, "image_size": 1540, "hidden_act": "silu"},
+        tie_word_embeddings=True,
+    )  # fmt: skip
+
+
 def smolvlm2(*, text: dict[str, Any], vision: dict[str, Any] | None = None, scale_factor: int = 4) -> Any:
     """Return the configuration of one SmolVLM2; the two smaller models have the same vision tower."""
     text_sizes = {
@@ -284,6 +297,10 @@ INTERN_PREPROCESSOR = {
     "image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 448, "width": 448},
     "min_patches": 1, "max_patches": 12, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
 }  # fmt: skip
+PIXTRAL_PREPROCESSOR = {
+    "image_processor_type": "PixtralImageProcessorFast", "processor_class": "PixtralProcessor", "size": {"longest_edge": 1540},
+    "patch_size": {"height": 14, "width": 14}, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
+}  # fmt: skip
 SMOLVLM_PREPROCESSOR = {
     "image_processor_type": "SmolVLMImageProcessor", "processor_class": "SmolVLMProcessor", "do_convert_rgb": True,
     "do_image_splitting": True, "do_resize": True, "size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512},
@@ -308,6 +325,9 @@ ONEVISION_TOKENS = {
 INTERN_TOKENS = {
     151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>", 151669: "<img>", 151670: "</img>",
     151671: "<IMG_CONTEXT>",
+}  # fmt: skip
+MISTRAL_TOKENS = {
+    0: "<unk>", 1: "<s>", 2: "</s>", 3: "[INST]", 4: "[/INST]", 10: "[IMG]", 11: "<pad>", 12: "[IMG_BREAK]", 13: "[IMG_END]",
 }  # fmt: skip
 SMOLVLM_TOKENS = {
     0: "<|endoftext|>", 1: "<|im_start|>", 2: "<|im_end|>", 49152: "<global-img>",
@@ -382,6 +402,16 @@ FAMILIES = {
         preprocessor=INTERN_PREPROCESSOR,
         chat_template=INTERNVL_TEMPLATE,
         special_tokens=INTERN_TOKENS,
+    ),
+    "ministral-3-3b": Family(
+        config=ministral_3_3b,
+        model="Mistral3ForConditionalGeneration",
+        renames=(),
+        preprocessor=PIXTRAL_PREPROCESSOR,
+        chat_template=MISTRAL3_TEMPLATE,
+        special_tokens=MISTRAL_TOKENS,
+        end_token=2,
+        begin_token=1,
     ),
     "smolvlm2-256m": _smolvlm_family(smolvlm2_256m),
     "smolvlm2-500m": _smolvlm_family(smolvlm2_500m),

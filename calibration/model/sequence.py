@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from trio_edge.export.graphs.attention import causal_mask
+from trio_edge.export.graphs.attention import causal_mask, scale_positions
 from trio_edge.export.plan import dimensions_of
 from trio_edge.trio.nms import similar_tokens
 from trio_edge.trio.selectors.interface import comes_before
@@ -118,7 +118,13 @@ def run_layer(
     module: Any = model.parts.layers[layer]
     tables = cos.to(hidden_SD.dtype), sin.to(hidden_SD.dtype)
     caching = {"past": past, "present": present, "as_cached": as_cached}
-    hidden = module(hidden_SD[None], attention_mask=mask, position_embeddings=tables, **caching)
+    hidden = module(
+        hidden_SD[None],
+        attention_mask=mask,
+        position_embeddings=tables,
+        position_ids=scale_positions(positions_AS),
+        **caching,
+    )
     return hidden[0], (present[0], present[1])
 
 
@@ -176,6 +182,7 @@ def saliency(model: TorchModel, layer: int, schedule: Schedule, sequence: Sequen
         sequence.visual_rows_N,
         torch.tensor([sequence.num_visual], device=model.device),
         torch.tensor([length], device=model.device),
+        sequence.positions_AS[0, :length],
     )
     return scores
 

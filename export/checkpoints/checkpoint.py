@@ -62,6 +62,11 @@ ALIASES = {
     "internvl3.5-2b": Alias("OpenGVLab/InternVL3_5-2B-HF", "InternVL3.5"),
     "internvl3.5-4b": Alias("OpenGVLab/InternVL3_5-4B-HF", "InternVL3.5"),
     "internvl3.5-8b": Alias("OpenGVLab/InternVL3_5-8B-HF", "InternVL3.5"),
+    # the repositories without "BF16" hold FP8 weights
+    "ministral-3-3b": Alias("mistralai/Ministral-3-3B-Instruct-2512-BF16", "Ministral 3"),
+    "ministral-3-8b": Alias("mistralai/Ministral-3-8B-Instruct-2512-BF16", "Ministral 3"),
+    "ministral-3-14b": Alias("mistralai/Ministral-3-14B-Instruct-2512-BF16", "Ministral 3"),
+    "mistral-small-3.1-24b": Alias("mistralai/Mistral-Small-3.1-24B-Instruct-2503", "Mistral Small 3.1"),
     "smolvlm2-256m": Alias("HuggingFaceTB/SmolVLM2-256M-Video-Instruct", "SmolVLM2"),
     "smolvlm2-500m": Alias("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "SmolVLM2"),
     "smolvlm2-2.2b": Alias("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "SmolVLM2"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from trio_edge.export.checkpoints.packed import PACKING, packed_format
 from trio_edge.export.families.internvl import InternVl
 from trio_edge.export.families.llava import Llava, LlavaNext, LlavaOnevision
+from trio_edge.export.families.mistral import Mistral3
 from trio_edge.export.families.qwen import Qwen3Vl, Qwen25Vl
 from trio_edge.export.families.smolvlm import SmolVlm
 from trio_edge.runtime.bundle.errors import CheckpointError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "family_of"]
 
-_ALL = (Llava(), LlavaNext(), LlavaOnevision(), Qwen25Vl(), Qwen3Vl(), InternVl(), SmolVlm())
+_ALL = (Llava(), LlavaNext(), LlavaOnevision(), Qwen25Vl(), Qwen3Vl(), InternVl(), SmolVlm(), Mistral3())
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
 

@@ -318,7 +318,7 @@ def read_video_processor(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _processor(folder: Path, part: str, *names: str) -> dict[str, Any]:
     # as transformers, reads the newer file first: saving again does not delete the older ones
-    values: Any = _read_optional(folder / _PROCESSOR_NAME).get(part)
+    values: Any = read_processor(folder).get(part)
     for name in names:
         if values is None and (folder / name).exists():
             values = read_json(folder / name)
@@ -329,14 +329,14 @@ def _processor(folder: Path, part: str, *names: str) -> dict[str, Any]:
     return values
 
 
-def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+def read_processor(folder: Path) -> dict[str, Any]:
+    """Return the content of ``processor_config.json``, nothing if there is none."""
+    return read_json(folder / _PROCESSOR_NAME) if (folder / _PROCESSOR_NAME).exists() else {}
 
 
 def require_processor(checkpoint: Checkpoint, **wanted: object) -> None:
     """Raise CheckpointError if ``processor_config.json`` disagrees with the model on one of the ``wanted`` values."""
-    path = checkpoint.folder / _PROCESSOR_NAME
-    written = _read_optional(path)
+    path, written = checkpoint.folder / _PROCESSOR_NAME, read_processor(checkpoint.folder)
     for name, value in wanted.items():
         if written.get(name, value) not in (value, None):
             raise CheckpointError(

@@ -146,6 +146,14 @@ def causal_mask(num_rows: int, num_past: int, past_length: Tensor) -> Tensor:
     return (1.0 - seen.to(torch.float32)) * MASKED
 
 
+def scale_positions(position_ids_AS: Tensor) -> Tensor:
+    """Return the positions [1, S] from which Ministral 3's layers compute the scale of their queries.
+
+    They are float32, for a quotient of integers has the default dtype, in which large positions may be infinite.
+    """
+    return position_ids_AS[:1].to(torch.float32)
+
+
 class RotaryTables(nn.Module):
     """cos and sin tables of a decoder from position ids, computed in float32.
 
@@ -204,6 +212,7 @@ class DecoderRange(nn.Module):
                 hidden_states,
                 attention_mask=mask,
                 position_embeddings=tables,
+                position_ids=scale_positions(position_ids),
                 past=layer_past,
                 present=present,
             )

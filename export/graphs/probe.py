@@ -40,7 +40,9 @@ class Probe(_Half):
     ) -> tuple[Tensor, ...]:
         """Return the layer's output on ``rows``, their state, the attention to visual tokens, and the keys if they are needed."""
         cos, sin = self.rotary(position_ids)
-        state = self.saliency.attend(hidden_states[0], cos[0], sin[0], visual_rows, rows, length)
+        state = self.saliency.attend(
+            hidden_states[0], cos[0], sin[0], visual_rows, rows, length, position_ids[0]
+        )
         return tuple(tensor for tensor in state if tensor is not None)
 
 

@@ -84,7 +84,9 @@ class Select(nn.Module):
         sequence = visual_rows, num_visual, length
         own = {name: given[name] for name in getattr(self.selector, "other_inputs", {})}
         more = given.get(io.SALIENCY), image_N
-        inputs = StageInputs(hidden_SD, cos[0], sin[0], *sequence, previous_SD, prompt, *more, own)
+        inputs = StageInputs(
+            hidden_SD, cos[0], sin[0], *sequence, previous_SD, prompt, *more, own, position_ids[0]
+        )
         selection: Selection = self.selector(inputs)
         S, is_ascending = hidden_SD.shape[0], selection.weights_KN is None
         compacted = compact_rows(selection.kept_K, *sequence, padded_length=S, is_ascending=is_ascending)

@@ -12,6 +12,7 @@ from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.runtime.bundle.manifest import Dimensions, Manifest, VisionDimensions
 from trio_edge.runtime.images.interface import ImageProcessing, image_processing
 from trio_edge.runtime.images.llava import ONEVISION_PINPOINTS, LlavaImages
+from trio_edge.runtime.images.pixtral import PixtralImages
 from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages
 from trio_edge.runtime.images.tiles import InternVlImages, SmolVlmImages
 
@@ -154,6 +155,17 @@ _FAMILIES: tuple[
             "internvl3.5-2b": _decoder(28, 2048, 16, 8, 6144, 151936),
             "internvl3.5-4b": _decoder(36, 2560, 32, 8, 9728, 151936),
             "internvl3.5-8b": _decoder(36, 4096, 32, 8, 12288, 151936),
+        },
+    ),
+    (
+        _tower(24, 1024, 4096, None, patches_per_token=4, mlp_matrices=3),
+        PixtralImages(patch_size=14, longest_edge=1540),
+        lambda hidden: 4 * 1024**2 + (1024 + hidden) * hidden,
+        {
+            "ministral-3-3b": _decoder(26, 3072, 32, 8, 9216, 131072),
+            "ministral-3-8b": _decoder(34, 4096, 32, 8, 14336, 131072),
+            "ministral-3-14b": _decoder(40, 5120, 32, 8, 16384, 131072),
+            "mistral-small-3.1-24b": _decoder(40, 5120, 32, 8, 32768, 131072),
         },
     ),
     (

@@ -35,7 +35,7 @@ _SLACK = 1 + 1e-9  # the bounds must hold for Hugging Face's results in float64
 _Images = TypeVar("_Images", bound="PatchImages")
 
 
-class _Patches(NamedTuple):
+class Patches(NamedTuple):
     """The patches of an image as the vision graph reads them."""
 
     grid: tuple[int, int]
@@ -46,8 +46,8 @@ class _Patches(NamedTuple):
     """[P, 2], row and column of each patch, padded."""
 
 
-class PatchImages(processing.ImageConstants, frozen=True, kw_only=True):
-    """Image processing with an image scaled to whole patches. Sizes are in pixels of the scaled image."""
+class GridImages(processing.ImageConstants, frozen=True, kw_only=True):
+    """Image processing with an image scaled to a grid of whole patches. Sizes are in pixels of the scaled image."""
 
     patch_size: processing.Size
     """Side of a patch."""
@@ -55,38 +55,6 @@ class PatchImages(processing.ImageConstants, frozen=True, kw_only=True):
     """Frames per patch; an image is repeated."""
     merge_size: processing.Size = 2
     """``merge_size``² patches are one visual token."""
-    min_pixels: processing.Size = 56 * 56
-    """Smaller images are enlarged."""
-    max_pixels: processing.Size = 28 * 28 * 1280
-    """Larger images are reduced."""
-
-    def __post_init__(self) -> None:
-        least, most = self.min_pixels, self.max_pixels
-        if least > most:
-            raise ManifestError(f"min_pixels: expected <= max_pixels {most}, got {least}")
-
-    @classmethod
-    def from_preprocessor_config(cls: type[_Images], config: Mapping[str, Any], **tower: int) -> _Images:
-        """Return the constants of a ``preprocessor_config.json``; missing keys have the defaults of Hugging Face's class.
-
-        ``tower`` are fields that only the vision encoder's configuration has.
-
-        Raises:
-            CheckpointError: If the processor is of another class, or a value is not supported.
-        """
-        _, values = processing.processor_values(config, "Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor")
-        with processing.only_checkpoint_errors():
-            fields = processing.pixel_fields(values, "patch_size", "temporal_patch_size", "merge_size")
-            return cls.from_dict({"patch_size": 14, **tower, **areas(values), **fields})
-
-    def at_low(self: _Images) -> _Images:
-        """Return the processing that reduces images to at most a quarter of the most pixels."""
-        return self.within(self.max_pixels // 4, 1) or self
-
-    def within(self: _Images, width: int, height: int) -> _Images | None:
-        """Return the processing that reduces images to at most as many pixels."""
-        most = min(self.max_pixels, width * height)
-        return msgspec.structs.replace(self, max_pixels=most, min_pixels=min(self.min_pixels, most))
 
     @property
     def token_size(self) -> int:
@@ -104,22 +72,11 @@ class PatchImages(processing.ImageConstants, frozen=True, kw_only=True):
         Raises:
             ImageError: If the image is empty or too thin.
         """
-        processing.check_not_empty(width, height)
-        check_aspect_ratio(width, height)
-        return scaled_grid(width, height, size=self.token_size, least=self.min_pixels, most=self.max_pixels)
+        raise NotImplementedError  # abstract, but no ABC: msgspec's Struct has a metaclass of its own
 
     def sizes(self, width: int, height: int) -> dict[str, int]:
         """Return P, the number of patches, N, and the family's own axes."""
         return self._reduced(self.whole_sizes(*self.token_grid(width, height)))
-
-    def any_image_sizes(self) -> tuple[dict[str, int], ...]:
-        """Return one size that is enough for every image.
-
-        N can exceed ``max_pixels`` in tokens: a small image is enlarged to at least ``min_pixels`` with both sides rounded
-        up, and a thin image that is reduced keeps at least one row. Other axes can be largest for another image.
-        """
-        bounds = [self.whole_sizes(rows, columns) for rows, columns in _largest_grids(self)]
-        return (self._reduced({axis: max(bound[axis] for bound in bounds) for axis in bounds[0]}),)
 
     def whole_sizes(self, rows: int, columns: int) -> dict[str, int]:
         """Return the sizes for a grid of visual tokens, without the encoder's reduction."""
@@ -136,13 +93,9 @@ class PatchImages(processing.ImageConstants, frozen=True, kw_only=True):
         """Return the raster index of each visual token in the order in which the vision graph reads them, [N]."""
         return np.arange(rows * columns)
 
-    def family_inputs(self, patches: _Patches, room: dict[str, int]) -> dict[str, NDArray[Any]]:
+    def family_inputs(self, patches: Patches, room: dict[str, int]) -> dict[str, NDArray[Any]]:
         """Return ``token_index`` and the inputs that only this family's vision graph has; ``room`` are the sizes to pad to."""
-        raise NotImplementedError  # abstract, but no ABC: msgspec's Struct has a metaclass of its own
-
-    def layout(self, width: int, height: int) -> processing.ImageLayout:
-        """Return the layout of an image; tokens are in raster order."""
-        return self.grid_layout(width, height, self.token_grid(width, height))
+        raise NotImplementedError  # as above
 
     def grid_layout(self, width: int, height: int, grid: tuple[int, int]) -> processing.ImageLayout:
         """Return the layout of an image, or a pair of frames, with ``grid`` rows and columns of visual tokens."""
@@ -182,8 +135,68 @@ class PatchImages(processing.ImageConstants, frozen=True, kw_only=True):
             io.PIXEL_VALUES: padded_rows(patches(frames, self, grid=grid, token_order=order), room["P"]),
             io.PATCH_POSITIONS: positions.T.copy(),
             io.NUM_PATCHES: np.array([whole["P"]], np.int32),
-            **self.family_inputs(_Patches(grid, order, positions), room),
+            **self.family_inputs(Patches(grid, order, positions), room),
         }
+
+
+class PatchImages(GridImages, frozen=True, kw_only=True):
+    """Image processing of the Qwen-VL models: an image keeps its area within bounds."""
+
+    min_pixels: processing.Size = 56 * 56
+    """Smaller images are enlarged."""
+    max_pixels: processing.Size = 28 * 28 * 1280
+    """Larger images are reduced."""
+
+    def __post_init__(self) -> None:
+        least, most = self.min_pixels, self.max_pixels
+        if least > most:
+            raise ManifestError(f"min_pixels: expected <= max_pixels {most}, got {least}")
+
+    @classmethod
+    def from_preprocessor_config(cls: type[_Images], config: Mapping[str, Any], **tower: int) -> _Images:
+        """Return the constants of a ``preprocessor_config.json``; missing keys have the defaults of Hugging Face's class.
+
+        ``tower`` are fields that only the vision encoder's configuration has.
+
+        Raises:
+            CheckpointError: If the processor is of another class, or a value is not supported.
+        """
+        _, values = processing.processor_values(config, "Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor")
+        with processing.only_checkpoint_errors():
+            fields = processing.pixel_fields(values, "patch_size", "temporal_patch_size", "merge_size")
+            return cls.from_dict({"patch_size": 14, **tower, **areas(values), **fields})
+
+    def at_low(self: _Images) -> _Images:
+        """Return the processing that reduces images to at most a quarter of the most pixels."""
+        return self.within(self.max_pixels // 4, 1) or self
+
+    def within(self: _Images, width: int, height: int) -> _Images | None:
+        """Return the processing that reduces images to at most as many pixels."""
+        most = min(self.max_pixels, width * height)
+        return msgspec.structs.replace(self, max_pixels=most, min_pixels=min(self.min_pixels, most))
+
+    def token_grid(self, width: int, height: int) -> tuple[int, int]:
+        """Return the rows and columns of visual tokens of an image of this size.
+
+        Raises:
+            ImageError: If the image is empty or too thin.
+        """
+        processing.check_not_empty(width, height)
+        check_aspect_ratio(width, height)
+        return scaled_grid(width, height, size=self.token_size, least=self.min_pixels, most=self.max_pixels)
+
+    def any_image_sizes(self) -> tuple[dict[str, int], ...]:
+        """Return one size that is enough for every image.
+
+        N can exceed ``max_pixels`` in tokens: a small image is enlarged to at least ``min_pixels`` with both sides rounded
+        up, and a thin image that is reduced keeps at least one row. Other axes can be largest for another image.
+        """
+        bounds = [self.whole_sizes(rows, columns) for rows, columns in _largest_grids(self)]
+        return (self._reduced({axis: max(bound[axis] for bound in bounds) for axis in bounds[0]}),)
+
+    def layout(self, width: int, height: int) -> processing.ImageLayout:
+        """Return the layout of an image; tokens are in raster order."""
+        return self.grid_layout(width, height, self.token_grid(width, height))
 
 
 @final
@@ -225,7 +238,7 @@ class QwenImages(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag="
         windows = (np.arange(rows) // side)[:, None] * math.ceil(columns / side) + np.arange(columns) // side
         return windows.ravel()
 
-    def family_inputs(self, patches: _Patches, room: dict[str, int]) -> dict[str, NDArray[Any]]:
+    def family_inputs(self, patches: Patches, room: dict[str, int]) -> dict[str, NDArray[Any]]:
         """Return the windows of the patches; arguments are those of ``PatchImages.family_inputs``.
 
         Returns:
@@ -258,7 +271,7 @@ class Qwen3Images(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag=
     table_size: processing.Size
     """Entries along each side of the table."""
 
-    def family_inputs(self, patches: _Patches, room: dict[str, int]) -> dict[str, NDArray[Any]]:
+    def family_inputs(self, patches: Patches, room: dict[str, int]) -> dict[str, NDArray[Any]]:
         """Return the entries of the table around each patch; arguments are those of ``PatchImages.family_inputs``.
 
         The image's corners lie on the table's corners.
@@ -336,7 +349,7 @@ def _largest_grids(images: PatchImages) -> list[tuple[int, int]]:
     return [(rows, columns) for rows, columns in grids if rows <= columns]
 
 
-def patch_positions(token_order: NDArray[np.int64], columns: int, images: PatchImages) -> NDArray[np.int32]:
+def patch_positions(token_order: NDArray[np.int64], columns: int, images: GridImages) -> NDArray[np.int32]:
     """Return the row and column of each patch, [P, 2], for visual tokens in the order ``token_order`` [N]."""
     token = np.stack([token_order // columns, token_order % columns], axis=-1) * images.merge_size
     inside = np.indices((images.merge_size, images.merge_size)).reshape(2, -1).T
@@ -346,7 +359,7 @@ def patch_positions(token_order: NDArray[np.int64], columns: int, images: PatchI
 
 def patches(
     frames: Sequence[Image.Image],
-    images: PatchImages,
+    images: GridImages,
     *,
     grid: tuple[int, int],
     token_order: NDArray[np.int64],

@@ -263,8 +263,8 @@ class SmolVlmImages(TileImages, frozen=True, kw_only=True, tag_field="kind", tag
         values = {"resample": 1, **values}
         with processing.only_checkpoint_errors():
             fields = {
-                "tile_size": _longest_edge(values, "max_image_size", 364),
-                "longest_edge": _longest_edge(values, "size", 4 * 364),
+                "tile_size": longest_edge_of(values, "max_image_size", 364),
+                "longest_edge": longest_edge_of(values, "size", 4 * 364),
                 "token_size": token_size,
                 **marks,
                 **processing.pixel_fields(values, "do_image_splitting"),
@@ -336,7 +336,7 @@ class SmolVlmImages(TileImages, frozen=True, kw_only=True, tag_field="kind", tag
         return (*tiles, f"\n\n{overview}", mark)
 
 
-def _longest_edge(values: Mapping[str, Any], name: str, default: int) -> int:
+def longest_edge_of(values: Mapping[str, Any], name: str, default: int) -> int:
     """Return the number in {"longest_edge": 2048}, the value of ``name`` in a preprocessor file.
 
     Raises:

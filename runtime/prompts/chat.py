@@ -120,6 +120,20 @@ MISTRAL_TEMPLATE = (
 )
 """``[INST] <image>\\n… [/INST]`` of LLaVA-NeXT (Mistral), for checkpoints without a template."""
 
+MISTRAL3_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['content'] is string %}{% set text = message['content'] %}{% else %}"
+    "{% set text %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '[IMG]' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endset %}{% endif %}"
+    "{% if message['role'] == 'system' %}{{ '[SYSTEM_PROMPT]' + text + '[/SYSTEM_PROMPT]' }}"
+    "{% elif message['role'] == 'user' %}{{ '[INST]' + text + '[/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ text + (eos_token or '</s>') }}"
+    "{% else %}" + _REFUSE_ROLE + "{% endif %}{% endfor %}"
+)
+"""``[INST][IMG]…[/INST]`` of Ministral 3 and Mistral Small 3.1, for checkpoints without a template."""
+
 
 def build_messages(
     prompt: str,

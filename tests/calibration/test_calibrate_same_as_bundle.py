@@ -11,6 +11,7 @@ import torch
 from tests.bundles import export
 from tests.calibration.question_files import questions_about, write_questions
 from tests.conftest import REDUCED_STAGES
+from tests.mistral3_checkpoints import save_mistral3_checkpoint
 from tests.qwen_checkpoints import CAMERA, save_qwen3_vl_checkpoint
 from tests.qwen_checkpoints import REDUCED as DEEPSTACK_STAGES
 from tests.schedules import schedule_of
@@ -112,10 +113,12 @@ def test_kept_tokens_and_answers_are_the_bundles_with_deepstack(
     np.testing.assert_allclose(ours.logits_TV[0], theirs.first_logits, atol=1e-3)
 
 
-def test_kept_tokens_and_answers_are_the_bundles_with_text_between_tiles(
-    questions: list[Sample], tmp_path: Path
+@pytest.mark.parametrize("save", [save_smolvlm_checkpoint, save_mistral3_checkpoint])
+def test_kept_tokens_and_answers_are_the_bundles_with_text_between_tokens(
+    save: Any, questions: list[Sample], tmp_path: Path
 ) -> None:
-    folder = save_smolvlm_checkpoint(tmp_path / "ck")
+    """Ministral 3's queries have scales besides."""
+    folder = save(tmp_path / "ck")
     model = load_model(str(folder))
     schedule = Schedule(stages=(Stage(layer=1, keep=13), Stage(layer=2, keep=5)))
     with Pipeline.from_bundle(export(folder, schedule=schedule), threads=1) as pipeline:

@@ -11,6 +11,7 @@ import pytest
 from tests.bundles import export
 from tests.calibration.question_files import questions_about, write_questions
 from tests.internvl_checkpoints import save_internvl_checkpoint
+from tests.mistral3_checkpoints import save_mistral3_checkpoint
 from tests.qwen_checkpoints import save_qwen3_vl_checkpoint
 from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
 from trio_edge.calibration.model.torch_model import load_model
@@ -30,6 +31,7 @@ CHECKPOINTS: dict[str, tuple[Callable[..., Path], int]] = {
     "qwen3-vl": (save_qwen3_vl_checkpoint, 4 * 4 + 2 * (1 + 3)),
     "internvl3.5": (partial(save_internvl_checkpoint, text_type="qwen3"), 3 * 6 + 2),
     "smolvlm": (save_smolvlm_checkpoint, 2 * 6 + 1),
+    "mistral3": (save_mistral3_checkpoint, 3 * 7 + 3),
 }
 """Products with weights in the vision graph: layers, and two for each merger (Qwen3-VL has one a plane too) or one projection."""
 SCHEDULE = Schedule(stages=(Stage(layer=1, keep=3),), positions="preserved", probe_rows="answer")

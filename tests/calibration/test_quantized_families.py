@@ -18,6 +18,7 @@ from tests.calibration.question_files import questions_about, write_questions
 from tests.calibration.smoothing import apply_smoothing
 from tests.checkpoints import save_checkpoint
 from tests.internvl_checkpoints import save_internvl_checkpoint
+from tests.mistral3_checkpoints import save_mistral3_checkpoint
 from tests.onevision_checkpoints import save_onevision_checkpoint
 from tests.qwen_checkpoints import save_qwen3_vl_checkpoint, save_qwen_checkpoint
 from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
@@ -49,6 +50,7 @@ CHECKPOINTS: dict[str, Callable[..., Path]] = {
     "internvl": save_internvl_checkpoint,
     "llava-onevision": save_onevision_checkpoint,
     "smolvlm": save_smolvlm_checkpoint,
+    "mistral3": save_mistral3_checkpoint,
 }
 ATTENTION, GATED_MLP = ["qkv", "o"], ["gate_up", "down"]
 MOVABLE = {
@@ -58,6 +60,7 @@ MOVABLE = {
     "internvl": ([*ATTENTION, "fc1", "projector_1"], ["qkv", *GATED_MLP]),
     "llava-onevision": ([*ATTENTION, "fc1"], ["qkv", *GATED_MLP]),
     "smolvlm": ([*ATTENTION, "fc1"], ["qkv", *GATED_MLP]),
+    "mistral3": (["projector_1", *ATTENTION, *GATED_MLP], ["qkv", *GATED_MLP]),
 }
 """Groups that factors can move out of, of the vision graph and of the decoder."""
 

@@ -13,6 +13,7 @@ import torch
 
 from tests.bundles import export
 from tests.checkpoints import save_checkpoint
+from tests.mistral3_checkpoints import whole_image
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import REDUCED, save_qwen_checkpoint
 from tests.released_checkpoints import (
@@ -74,6 +75,10 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "internvl3-1b": {"text_config": _DECODER, "vision_config": _TOWER},
     "internvl3.5-1b": {"text_config": {**_DECODER, "head_dim": 32}, "vision_config": _TOWER},
+    "ministral-3-3b": {
+        "text_config": {**_DECODER, "head_dim": 32},
+        "vision_config": {**_TOWER, "head_dim": 16},
+    },
     "smolvlm2-500m": {"text_config": {**_DECODER, "head_dim": 16}, "vision_config": _TOWER},
 }
 """Sizes of one model of each family, all else as released: also the vocabulary, image sizes and token ids."""
@@ -155,6 +160,9 @@ def hugging_face_inputs(pipeline: Pipeline, model_type: str) -> dict[str, torch.
     pixels, inputs = torch.from_numpy(prepared["pixel_values"]), {"input_ids": torch.from_numpy(input_ids)}
     if model_type in ("llava_next", "llava_onevision"):
         return {**inputs, "pixel_values": pixels[None], "image_sizes": torch.tensor([picture.size[::-1]])}
+    if model_type == "mistral3":
+        whole = whole_image(processing, picture)
+        return {**inputs, "pixel_values": whole, "image_sizes": torch.tensor([whole.shape[2:]])}
     if model_type == "smolvlm":
         return {**inputs, "pixel_values": pixels[None]}
     if not model_type.startswith("qwen"):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
 
 
 def autograd_saliency(
@@ -39,6 +40,12 @@ def decoder_layer(
         query, key = rms_norm(query, attention.q_norm), rms_norm(key, attention.k_norm)
     groups = query.shape[0] // key.shape[0]
     query, key = rotate(query, cos, sin), rotate(key, cos, sin).repeat_interleave(groups, 0)
+    rope = getattr(attention.config, "rope_parameters", None) or {}
+    if beta := rope.get("llama_4_scaling_beta"):  # positions are 0, 1, 2, …
+        scale = get_llama_4_attn_scale(
+            torch.arange(len(hidden))[None], beta, rope["original_max_position_embeddings"]
+        )
+        query = query * scale[0].to(query.dtype)
     scores = query @ key.transpose(1, 2) / size**0.5
     distance = torch.arange(len(hidden))[:, None] - torch.arange(len(hidden))[None, :]
     window = getattr(attention.config, "sliding_window", None) or len(hidden)

@@ -24,7 +24,8 @@ def causal_layer(model: Any, index: int, hidden: torch.Tensor, positions: torch.
     rows = hidden.shape[1]
     mask = torch.full((1, 1, rows, rows), float("-inf"), dtype=hidden.dtype).triu(1)
     tables = text.rotary_emb(hidden, positions)
-    return text.layers[index](hidden, attention_mask=mask, position_embeddings=tables)
+    options = {"position_embeddings": tables, "position_ids": positions}
+    return text.layers[index](hidden, attention_mask=mask, **options)
 
 
 def autograd_saliency(

@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.ministral3.modeling_ministral3 import Ministral3DecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
@@ -16,10 +17,18 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 _FAMILIES = {
     "llama": (hf.LlamaConfig, LlamaDecoderLayer),
     "mistral": (hf.MistralConfig, MistralDecoderLayer),
+    "ministral3": (hf.Ministral3Config, Ministral3DecoderLayer),
     "qwen2": (hf.Qwen2Config, Qwen2DecoderLayer),
     "qwen3": (hf.Qwen3Config, Qwen3DecoderLayer),
 }
 HIDDEN, HEADS, HEAD_SIZE, VOCAB = 64, 4, 16, 97
+SCALED = {
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 64.0, "original_max_position_embeddings": 9,
+        "llama_4_scaling_beta": 0.7,
+    }
+}  # fmt: skip
+"""Settings of a Ministral 3 decoder with scales that differ much within a few rows."""
 
 
 @dataclass

@@ -15,6 +15,7 @@ from tests.tolerances import SALIENCY_FLOAT64
 from tests.trio.decoder_layers import (
     HEADS,
     HIDDEN,
+    SCALED,
     VOCAB,
     Decoder,
     merged_rotary_tables,
@@ -44,7 +45,8 @@ def _scores(
     )
     scalars = (torch.tensor([value], dtype=torch.int32) for value in (num_visual, length))
     with torch.no_grad():
-        return module(hidden, *tables, torch.arange(start, start + max_visual), *scalars)
+        rows, positions = torch.arange(start, start + max_visual), torch.arange(len(hidden))
+        return module(hidden, *tables, rows, *scalars, positions)
 
 
 def _reference(
@@ -66,6 +68,8 @@ DECODERS = {
     "llama with biases everywhere": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "qwen2 with q, k and v biases": ("qwen2", {"num_kv_heads": 2}),
     "mistral with a sliding window": ("mistral", {"num_kv_heads": 2, "sliding_window": 24}),
+    "ministral3 with scaled queries": ("ministral3", {"num_kv_heads": 2, **SCALED}),
+    "ministral3 with a sliding window": ("ministral3", {"num_kv_heads": 2, "sliding_window": 24, **SCALED}),
     "qwen3 with norms of heads": ("qwen3", {"num_kv_heads": 2}),
     "qwen3 with multi-head attention": ("qwen3", {"num_kv_heads": HEADS}),
     "qwen3 with biases and a large epsilon": (
@@ -188,14 +192,18 @@ def test_sure_half_precision_model_still_ranks_its_tokens(form: SaliencyForm) ->
     assert len(scores.unique()) == NUM_VISUAL
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "ministral3", "qwen2"])
 def test_reference_layer_equals_hugging_faces(family: str) -> None:
-    decoder = random_decoder(family, num_kv_heads=2, dtype=torch.float32)
+    settings = SCALED if family == "ministral3" else {}
+    decoder = random_decoder(family, num_kv_heads=2, dtype=torch.float32, **settings)
     decoder.layer.self_attn.config._attn_implementation = "eager"
     hidden, tables = _hidden(torch.float32), rotary_tables(torch.arange(LENGTH), dtype=torch.float32)
     mask = torch.full((LENGTH, LENGTH), float("-inf")).triu(1)[None, None]
     expected = decoder.layer(
-        hidden[None], attention_mask=mask, position_embeddings=tuple(table[None] for table in tables)
+        hidden[None],
+        attention_mask=mask,
+        position_embeddings=tuple(table[None] for table in tables),
+        position_ids=torch.arange(LENGTH)[None],
     )
     torch.testing.assert_close(
         decoder_layer(decoder.layer, hidden, *tables), expected[0], rtol=1e-4, atol=1e-5

@@ -72,6 +72,8 @@ class StageInputs(NamedTuple):
     """[N] int32, image of each token, if each image has a share of the kept tokens."""
     others: Mapping[str, Tensor] = MappingProxyType({})
     """By name, for selectors with ``other_inputs``."""
+    position_S: Tensor | None = None
+    """[S] int32, for decoders whose queries have a scale that depends on the position."""
 
 
 class ClipInputs(NamedTuple):

@@ -1,4 +1,4 @@
-"""Attention over the patches of one image, shared by the encoders of Qwen2.5-VL and Qwen3-VL.
+"""Attention over the patches of one image, shared by the encoders of Qwen2.5-VL, Qwen3-VL and Pixtral.
 
 The scores of all heads would take most of the memory, so heads are computed in blocks. The residual stream is float32, and
 the MLPs' last product has scaled-down inputs: in trained encoders it exceeds float16's 65504, in the last layer and for
@@ -47,7 +47,7 @@ def inverse_frequencies(visual: nn.Module) -> NDArray[np.float32]:
 def rows_at(inv_freq: Tensor, positions: Tensor, is_real: Tensor) -> Rows:
     """Return the tables of patches at ``positions``, row and column, [2, R] or [2, B, R].
 
-    ``inv_freq`` is [E/4]; ``is_real`` [R] or [B, R] is False at padding.
+    ``inv_freq`` is [E/4], or [2, 1, E/4] for rows and columns of their own; ``is_real`` [R] or [B, R] is False at padding.
     """
     row, column = positions.to(torch.float32)[..., None] * inv_freq
     angles = torch.cat([row, column, row, column], dim=-1).unsqueeze(-2)
@@ -70,7 +70,7 @@ def with_headroom(linear: Any, states: Tensor) -> Tensor:
     A float32 model scales, too, so that inputs have the same range in both types.
     """
     product = nn.functional.linear(states * (1 / _HEADROOM), linear.weight).float() * _HEADROOM
-    return torch.add(product, linear.bias.float())
+    return product if linear.bias is None else torch.add(product, linear.bias.float())
 
 
 def attention(module: Any, qkv_BRX: Tensor, rows: Rows, *, head_blocks: int = 1) -> Tensor:

@@ -15,6 +15,7 @@ from tests.runtime.images.test_qwen import PROCESSINGS
 from trio_edge.runtime import Pipeline, Question, from_bgr
 from trio_edge.runtime.bundle.errors import ImageError
 from trio_edge.runtime.images.llava import LlavaImages
+from trio_edge.runtime.images.pixtral import PixtralImages
 from trio_edge.runtime.images.reading import open_image
 from trio_edge.runtime.images.tiles import InternVlImages, SmolVlmImages
 from trio_edge.runtime.videos.qwen import Qwen25Videos
@@ -64,6 +65,7 @@ FAMILIES: dict[str, Any] = {
     "one crop": LlavaImages(kind="single", tile_size=28, patch_size=14, resize_size=28),
     "grid of tiles": InternVlImages(tile_size=24, tokens_per_side=3, max_tiles=6),
     "grid with text": SmolVlmImages(tile_size=24, token_size=12, longest_edge=96),
+    "rows of patches": PixtralImages(patch_size=4, merge_size=2, longest_edge=44),
     **PROCESSINGS,
 }
 

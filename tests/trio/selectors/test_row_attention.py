@@ -13,7 +13,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoder
 
 from tests.reference.saliency import rms_norm
 from tests.reference.stage_selectors import attention_of_row
-from tests.trio.decoder_layers import merged_rotary_tables, random_decoder, rotary_tables
+from tests.trio.decoder_layers import SCALED, merged_rotary_tables, random_decoder, rotary_tables
 from tests.trio.selectors.stage_graph import CASES, build
 from trio_edge.trio.selectors.stages.row_attention import RowAttention
 
@@ -23,14 +23,14 @@ LAYERS = {
     "llama": ("llama", {}),
     "llama grouped-query": ("llama", {"num_kv_heads": 2}),
     "mistral with a window": ("mistral", {"num_kv_heads": 1, "sliding_window": 6}),
+    "ministral3 with scaled queries": ("ministral3", {"num_kv_heads": 2, **SCALED}),
     "qwen2 with biases": ("qwen2", {"num_kv_heads": 2}),
 }
 
 
 def _attend(layer: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return RowAttention(layer)(
-        hidden, cos, sin, torch.tensor(ROWS), torch.tensor([LENGTH], dtype=torch.int32)
-    )
+    length, positions = torch.tensor([LENGTH], dtype=torch.int32), torch.arange(PADDED)
+    return RowAttention(layer)(hidden, cos, sin, torch.tensor(ROWS), length, positions)
 
 
 @pytest.mark.parametrize(("family", "config"), LAYERS.values(), ids=LAYERS.keys())
@@ -45,6 +45,7 @@ def test_rows_equal_hugging_faces_eager_attention(family: str, config: dict[str,
         rms_norm(hidden[:LENGTH], layer.input_layernorm)[None],
         position_embeddings=(cos[None, :LENGTH], sin[None, :LENGTH]),
         attention_mask=mask[None, None],
+        position_ids=torch.arange(LENGTH)[None],
     )
     got = _attend(layer, hidden, cos, sin)
     # Hugging Face computes the softmax in float32.

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trio_edge.trio.saliency import head_normed, key_norm, sliding_window
+from trio_edge.trio.saliency import head_normed, key_norm, scaled_queries, sliding_window
 from trio_edge.trio.selectors import interface
 
 
@@ -42,6 +42,7 @@ class RowAttention(nn.Module):
         sin_SE: Float[Tensor, "S E"],
         rows_R: Int[Tensor, "R"],
         length: Int[Tensor, "*one"],
+        position_S: Int[Tensor, "S"] | None = None,
     ) -> Float[Tensor, "R H S"]:
         """Return the attention of each row, per head.
 
@@ -51,6 +52,7 @@ class RowAttention(nn.Module):
             sin_SE: Likewise.
             rows_R: Query rows, in [0, S). R may be symbolic.
             length: Number of real rows, 0-d or [1].
+            position_S: Positions, for a layer whose queries have a scale.
 
         Returns:
             Probabilities, float32 (float64 in a float64 model); 0 at rows that a query may not see.
@@ -64,6 +66,7 @@ class RowAttention(nn.Module):
         query_RHE = _projected(attention.q_proj, normed_SD.index_select(0, rows_R), size)
         query_RHE = head_normed(query_RHE, getattr(attention, "q_norm", None))
         query_RHE = _rotate(query_RHE, cos_SE.index_select(0, rows_R), sin_SE.index_select(0, rows_R))
+        query_RHE = scaled_queries(query_RHE, attention, position_S, rows_R)
         G, H = key_SGE.shape[1], query_RHE.shape[1]
         query_GME = query_RHE.transpose(0, 1).reshape(G, -1, size)  # M: heads of a group, then rows
         scores_GMS = torch.matmul(query_GME, key_SGE.permute(1, 2, 0)) / math.sqrt(size)
@@ -105,7 +108,9 @@ class MostAttended(interface.KeepingModule):
         hidden_SD = inputs.previous_SD if self.reads_previous else inputs.hidden_SD
         assert hidden_SD is not None, "reads_previous"
         last_1 = inputs.length.to(torch.int64).reshape(1) - 1
-        attention_RHS = self.attention(hidden_SD, inputs.cos_SE, inputs.sin_SE, last_1, inputs.length)
+        attention_RHS = self.attention(
+            hidden_SD, inputs.cos_SE, inputs.sin_SE, last_1, inputs.length, inputs.position_S
+        )
         scores_N = at_visual_tokens(attention_RHS.mean(1)[0], inputs)
         kept_K = interface.best_tokens(
             scores_N,

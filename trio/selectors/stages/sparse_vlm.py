@@ -85,7 +85,12 @@ class SparseVlm(interface.KeepingModule):
         text = row_attention.text_after(inputs)
         rater_T = rater_weights(inputs)
         attention_TS = self.attention(
-            inputs.previous_SD, inputs.cos_SE, inputs.sin_SE, text.rows_T, inputs.length
+            inputs.previous_SD,
+            inputs.cos_SE,
+            inputs.sin_SE,
+            text.rows_T,
+            inputs.length,
+            inputs.position_S,
         ).mean(1)
         scores_S = torch.matmul(rater_T[None].to(attention_TS.dtype), attention_TS)[0]
         return row_attention.at_visual_tokens(scores_S, inputs)
