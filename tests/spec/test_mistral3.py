@@ -31,6 +31,7 @@ from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
 from trio_edge.export.checkpoints.checkpoint import ALIASES, read_checkpoint
 from trio_edge.export.families.mistral import Mistral3
 from trio_edge.export.graphs.attention import ATTENTION_NAME, DecoderRange, RotaryTables, register_attention
+from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
@@ -174,6 +175,19 @@ def test_every_graph_is_built_by_tensorrt(folder: Path, tmp_path: Path) -> None:
     bundle = open_bundle(reduced_bundle(folder))
     sizes = build_here(bundle, tmp_path)
     assert all(sizes[spec.name] > spec.weight_bytes for spec in bundle.manifest.graphs)
+
+
+@pytest.mark.parametrize("plan", ["int4", "int8"])
+def test_a_quantized_bundle_answers_and_is_built_by_tensorrt(plan: str, tmp_path: Path) -> None:
+    """The probe of a quantized layer shares its products, and scales their queries after that."""
+    folder = save_mistral3_checkpoint(tmp_path / "ck")
+    bundle = open_bundle(reduced_bundle(folder, quantize=parse_plan(plan), dtype="float16"))
+    with Pipeline.from_bundle(bundle.folder) as pipeline:
+        answer = pipeline.generate(random_picture(*CAMERA, seed=3), PROMPTS[0], max_new_tokens=3)
+        assert answer.text is not None
+        assert [len(indices) for indices in answer.kept] == [stage.keep for stage in STAGES]
+    pytest.importorskip("tensorrt_rtx", reason="has wheels for x86-64 Linux only; runs in CI")
+    assert build_here(bundle, tmp_path).keys() == {graph.name for graph in bundle.manifest.graphs}
 
 
 def test_the_graphs_have_the_products_that_are_counted(folder: Path) -> None:
