@@ -41,7 +41,7 @@ FORMAT = "trio"
 
 
 @dataclass
-class TrioConfig(ExportConfigMixin):
+class TrioConfig(ExportConfigMixin):  # type: ignore[misc]  # of a package without types
     """The options of ``trio-export``, as on its command line, without MODEL and ``--out``."""
 
     export_format: str = FORMAT
@@ -57,7 +57,7 @@ class ExportedBundle:
             weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
 
 
-class TrioExporter(HfExporter):
+class TrioExporter(HfExporter):  # type: ignore[misc]
     """Exports a whole vision-language model into one bundle, a folder."""
 
     export_format = FORMAT
