@@ -174,7 +174,7 @@ def test_a_full_queue_counts_those_that_wait(bundle: Path) -> None:
             answers = []
             for number in range(6):
                 answers.append(clients.submit(server.ask, **asking(number)))
-                until(lambda n=number: len(worker._running) + len(worker._waiting) > n)  # type: ignore[misc]
-            until(lambda: len(worker._running) == 4)
+                sizes = min(number + 1, 4), max(number - 3, 0)
+                until(lambda sizes=sizes: (len(worker._running), len(worker._waiting)) == sizes)  # type: ignore[misc]
             assert server.ask(**asking(0))[0] == 429
             assert [answer.result()[0] for answer in answers] == [200] * 6
