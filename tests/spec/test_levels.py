@@ -32,7 +32,7 @@ STAGES = {
     "small": (Stage(layer=1, keep=9), Stage(layer=2, keep=4)),
     "full": (),
 }
-FORMS = {"qwen2_5_vl": "84x84", "qwen3_vl": "96x96", "llava": None}
+FORMS = {"qwen2_5_vl": "84x84", "qwen3_vl": "96x96", "mistral3": "56x56", "llava": None}
 """Form of the level "small"; other families have a base tile."""
 PROMPTS = ("w3 w1", " ".join(f"w{number % 9}" for number in range(40)))
 """A question for the smallest text bucket, and one for the largest."""
