@@ -318,7 +318,9 @@ def test_another_question_in_between_ends_the_decisions(reduced_bundle: Path) ->
         first = pipeline.iter_decisions(messages, [question, question])
         next(first)
         assert pipeline.generate(PICTURE, "w1", max_new_tokens=1).text is not None
-        with pytest.raises(ShapeError, match="expected no answer between them, one was started; ask the questions again"):
+        with pytest.raises(
+            ShapeError, match="expected no answer between them, one was started; ask the questions again"
+        ):
             next(first)
     with pytest.raises(BackendError, match="expected an open one"):
         pipeline.decide(PICTURE, question)
