@@ -128,7 +128,10 @@ class _Seen:
 
 @final
 class Pipeline:
-    """An opened bundle with all its graphs loaded. Answers one question at a time, from any thread of its process."""
+    """An opened bundle with all its graphs loaded. Answers one question at a time, from any thread of its process.
+
+    A bundle exported with --batch answers several at once.
+    """
 
     def __init__(
         self,
@@ -679,12 +682,12 @@ class Pipeline:
                     self._check_open()  # the caller may have closed the pipeline in the meantime
                     tokens = self._answers.next(running)
         finally:  # also if the reader drops the answer; without the lock, which its thread may hold then
-            running.is_over = True
+            running.has_reader = False
         if rest := stream.finish():
             yield rest
 
     def _first_tokens(self, request: _Request, generation: Generation) -> tuple[Running, list[int]]:
-        """See the images, write the prompt and prefill, level by level, up to one that is sure; return its first tokens."""
+        """Run the prompt, level by level, up to one that is sure; return the answer and its first tokens."""
         self._check_open()
         self._answers.make_way()
         statistics = generation.statistics

@@ -44,9 +44,8 @@ class Mistral3(Family):
         vision, rope = config.vision_config, config.text_config.rope_parameters
         beta, length = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
         is_scaled = config.text_config.model_type == "ministral3"
-        head = (
-            vision.hidden_size // vision.num_attention_heads
-        )  # the layers' size; head_dim is that of the frequencies
+        # Layers derive the size of a head; head_dim is that of the frequencies.
+        head = vision.hidden_size // vision.num_attention_heads
         for name, is_supported, expected, got in (
             ("spatial_merge_size", config.spatial_merge_size in (1, 2), "1 or 2", config.spatial_merge_size),
             ("vision patch_size", isinstance(vision.patch_size, int), "one number", vision.patch_size),

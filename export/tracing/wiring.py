@@ -181,6 +181,7 @@ class Wiring:
     ) -> None:
         """Let ``program`` run ``graph`` next, with its own places and profiles or those given; for the rest see ``Launch``."""
         spec, places = graph.spec, {**graph.places, **(instead or {})}
+        past = [places[tensor.name] for tensor in spec.inputs if tensor.name.startswith(io.PAST_PREFIX)]
         launch = Launch(
             runs=spec.name,
             label=label or spec.name,
@@ -188,7 +189,7 @@ class Wiring:
             inputs={tensor.name: places[tensor.name] for tensor in spec.inputs},
             outputs={tensor.name: places[tensor.name] for tensor in spec.outputs},
             stage=stage,
-            cache=f"{'slots' if program == 'batch' else 'cache'}.{spec.name}" if spec.num_layers else None,
+            cache=past[0].partition("[")[0] if past else None,
         )
         self._launches[program].append(launch)
 

@@ -72,17 +72,18 @@ class Stack:
 
         ``slot`` has the places of the answer in both.
         """
-        for group in range(self.shape[-3]):
-            rows = (stack._group(place, group) for stack, place in zip((self, target), slot))
-            own, other = rows
-            other = other._replace(address=other.address + first_row * target._row_bytes)
-            row_bytes = num_rows * self._row_bytes
-            device.copy_rows(other, own, row_bytes=row_bytes, num_rows=self._count)
+        for group in range(self.shape[-3]):  # one strided copy reaches a group of all tensors
+            device.copy_rows(
+                target._group(slot[1], group, first_row=first_row),
+                self._group(slot[0], group),
+                row_bytes=num_rows * self._row_bytes,
+                num_rows=self._count,
+            )
 
-    def _group(self, slot: int, group: int) -> PitchedRows:
-        """Return the start of a group of an answer in each tensor."""
-        first = slot * self.shape[-3] + group
-        return PitchedRows(self.address + first * self._pitch_bytes, self._groups * self._pitch_bytes)
+    def _group(self, slot: int, group: int, *, first_row: int = 0) -> PitchedRows:
+        """Return a row of an answer's group in each tensor."""
+        start = (slot * self.shape[-3] + group) * self._pitch_bytes + first_row * self._row_bytes
+        return PitchedRows(self.address + start, self._groups * self._pitch_bytes)
 
     def copy_to(self, device: Device, target: Stack, *, first_row: int, num_rows: int) -> None:
         """Enqueue a copy of the first ``num_rows`` rows of all tensors to ``target``'s, from ``first_row`` on."""

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
-from trio_edge.runtime.bundle.errors import ShapeError
 from trio_edge.runtime.bundle.graph_io import TOP_IDS, TOP_LOGITS
 from trio_edge.runtime.model.answers.sampling import TopTokens
-from trio_edge.runtime.model.decoder import CapturedRun, download_logits
+from trio_edge.runtime.model.decoder import CapturedRun, download_logits, no_room
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -100,10 +99,7 @@ class Batch:
         """
         for slots, lengths in zip(self._slots, zip(*(seat.lengths for seat in embeds))):
             if max(lengths) >= slots.shape[-2]:
-                raise ShapeError(
-                    f"decode: expected at most {self._programs.manifest.max_new_tokens} new tokens, the KV caches are full;"
-                    " export with a larger --max-new-tokens"
-                )
+                raise no_room(self._programs.manifest)
         # The other slots' rows must be finite, and see nothing.
         for array in (self._embeds, *self._positions, *self._past_lengths):
             array[...] = 0

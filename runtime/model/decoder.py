@@ -40,9 +40,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.devices.interface import Device
     from trio_edge.runtime.devices.memory import KVCache, Memory
-    from trio_edge.runtime.model.decoder_prompt import DecoderPrompt, PromptRows, Span
+    from trio_edge.runtime.model.decoder_prompt import DecoderPrompt, PromptRows
     from trio_edge.runtime.model.host_selection import SelectorOverride
     from trio_edge.runtime.model.programs import BoundLaunch, Programs
 
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 class PrefillResult:
     """Result of a prefill, apart from the filled KV caches."""
 
+    rows: PromptRows
+    """The rows that entered each layer range."""
     logits: NDArray[np.float32]
     """[V], logits of the prompt's last row."""
     top: TopTokens
@@ -120,7 +123,6 @@ class Decoder:
         self._done = self._device.event()
         self._logits: NDArray[np.float32] | None = None
         self._next_position = 0
-        self._last_rows: PromptRows | None = None
         self._start: object = None
         """The first layer range of the last prefill, with its memory; None once its outputs are gone."""
 
@@ -156,7 +158,7 @@ class Decoder:
             ShapeError: If the prompt does not fit its bucket.
             BackendError: If a graph fails.
         """
-        rows = self._last_rows = prompt.rows(self._manifest)
+        rows = prompt.rows(self._manifest)
         launches = self._programs.at("prefill", {"N": prompt.max_visual, "T": prompt.text_bucket})
         self.timeline.recorded.clear()
         self.prefix_was_kept = False
@@ -182,7 +184,7 @@ class Decoder:
         unsettled = [self._memory.host(selection.outputs[UNSETTLED]) for selection in self._selections]
         if override is None and any(count[0] for count in unsettled):
             kept_of = self._repair(launches, prompt, rows, unsettled)
-        return self._result(rows.spans, kept_of, has_scores=override is None)
+        return self._result(rows, kept_of, has_scores=override is None)
 
     def hidden_states(self, result: PrefillResult) -> HiddenStates:
         """Return the last hidden states of the prefill that has just run, with this result.
@@ -190,10 +192,8 @@ class Decoder:
         Raises:
             ShapeError: If the bundle does not return them.
         """
-        place, rows = f"hidden.{LAST_HIDDEN}", self._last_rows
-        if rows is None or not any(
-            place in launch.outputs.values() for launch in self._programs.launches["prefill"]
-        ):
+        place, rows = f"hidden.{LAST_HIDDEN}", result.rows
+        if not any(place in launch.outputs.values() for launch in self._programs.launches["prefill"]):
             raise ShapeError(
                 "hidden states: expected a bundle with them, got one for answers only; export with --outputs hidden"
             )
@@ -270,10 +270,7 @@ class Decoder:
         """
         count = len(embeds)
         if any(cache.length + count > cache.capacity for cache in self.caches):
-            raise ShapeError(
-                f"decode: expected at most {self._manifest.max_new_tokens} new tokens, the KV caches are full;"
-                " export with a larger --max-new-tokens"
-            )
+            raise no_room(self._manifest)
         step = self._steps.get(count)
         if step is None:
             step = self._steps[count] = self._new_step(count)
@@ -451,13 +448,13 @@ class Decoder:
         return kept_of
 
     def _result(
-        self, spans: Sequence[Span], kept_of: dict[int, NDArray[np.int32]], *, has_scores: bool
+        self, rows: PromptRows, kept_of: dict[int, NDArray[np.int32]], *, has_scores: bool
     ) -> PrefillResult:
         """Return the downloaded results; ``kept_of`` has the kept indices of stages that were selected on the host."""
-        memory = self._memory
+        memory, spans = self._memory, rows.spans
         self._logits = memory.host("results.logits")[0].copy()
         ids, logits = (memory.host(f"results.{name}").reshape(-1).copy() for name in (TOP_IDS, TOP_LOGITS))
-        result = PrefillResult(logits=self._logits, top=TopTokens(ids, logits), kept=[])
+        result = PrefillResult(rows, self._logits, TopTokens(ids, logits), kept=[])
         result.num_repaired = len(kept_of) if has_scores else 0
         original = np.arange(spans[0].num_visual, dtype=np.int32)
         for stage, selection in enumerate(self._selections):
@@ -510,6 +507,14 @@ class CapturedRun:
             except BackendError as error:  # TensorRT does not say beforehand whether it can be captured
                 notes.append(f"decode runs without a CUDA graph, which costs time: {error}")
         self._run()
+
+
+def no_room(manifest: Manifest) -> ShapeError:
+    """Return the error of full KV caches."""
+    return ShapeError(
+        f"decode: expected at most {manifest.max_new_tokens} new tokens, the KV caches are full; export with a larger"
+        " --max-new-tokens"
+    )
 
 
 def download_logits(device: Device, memory: Memory, *, row: int) -> NDArray[np.float32]:

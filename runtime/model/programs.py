@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, final
 
+from trio_edge.runtime.bundle.manifest import SLOTS
 from trio_edge.runtime.devices.memory import KVCache, Memory
 from trio_edge.runtime.model.head_candidates import EnterHead, LikeliestRows
 
@@ -24,7 +25,7 @@ class BoundLaunch(NamedTuple):
     tensors: dict[str, DeviceTensor]
     """Inputs and outputs of the graph; empty for a function on the host."""
     cache: KVCache | None = None
-    """Takes the rows of ``new_rows``."""
+    """Takes the rows of ``new_rows``; None if these belong to several answers."""
     new_rows: Stack | None = None
 
 
@@ -86,7 +87,8 @@ class Programs:
             return BoundLaunch(spec, LikeliestRows(self.device, self.memory, spec, rows=self._head_rows), {})
         profile, tensors, stacks = self.memory.at(spec, index)
         launch = self._engines[spec.runs].prepare(profile, tensors)
-        cache = None if spec.cache is None else self.caches.get(spec.cache)
+        is_alone = spec.cache is not None and not spec.cache.startswith(SLOTS)
+        cache = self.caches[str(spec.cache)] if is_alone else None
         new_rows = next((stack for name, stack in stacks.items() if name != spec.cache), None)
         return BoundLaunch(spec, launch, tensors, cache, new_rows)
 

@@ -1,4 +1,4 @@
-"""Hidden states of a prefill: in every format, at several shapes, and beside answers."""
+"""Hidden states of a prefill, in every format and at several shapes, and next to answers."""
 
 from __future__ import annotations
 

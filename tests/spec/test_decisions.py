@@ -27,8 +27,8 @@ WORDS = Question.choice(TEXT, ["w4", "w5 w6", "w5 w8", "w9 w4 w4"])
 BEGINNINGS = Question.choice(TEXT, ["w5", "w5 w6"])
 LEVELS = Question.score(TEXT, ["w9", "w8", "w7", "w6"])
 LOG_PROBABILITY = {"rtol": 1e-4, "atol": 3e-4}
-"""Of answers in float32, whose logits are a few units apart; in the random Ministral 3 Hugging Face's own float32 is as far
-from its float64 as ours is."""
+"""Of answers in float32, whose logits are a few units apart. Most of it is float32's own rounding: with Ministral 3, Hugging
+Face's float32 is as far from its float64 as ours is."""
 
 
 class Forced:

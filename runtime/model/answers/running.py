@@ -36,19 +36,19 @@ class Running:
     """Its next tokens, which were found in a step for another answer."""
     failure: ShapeError | None = None
     """Why that step found none."""
-    is_over: bool = False
-    """Whether nobody will ask for more."""
+    has_reader: bool = True
+    """Whether somebody may ask for more."""
 
     @property
     def can_go_on(self) -> bool:
         """Whether its last tokens were taken, and more may come."""
-        has_ended = self.is_over or self.answer.is_over or self.generation.is_cancelled
-        return not (self.found or self.failure or has_ended)
+        has_ended = self.answer.is_over or self.generation.is_cancelled
+        return self.has_reader and not (self.found or self.failure or has_ended)
 
     @property
     def needs_rows(self) -> bool:
         """Whether its rows may be read again, or its next tokens are not taken yet."""
-        return not self.is_over and (bool(self.found) or not self.answer.is_over)
+        return self.has_reader and (bool(self.found) or not self.answer.is_over)
 
 
 @final
