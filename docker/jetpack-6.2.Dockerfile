@@ -1,4 +1,4 @@
-# The runtime on a Jetson with JetPack 6.2: trio-check, trio-build, trio-run and trio-profile, without torch. Run `make wheel` on the PC
+# The runtime on a Jetson with JetPack 6.2: trio-check, trio-build, trio-run, trio-watch and trio-profile, without torch. Run `make wheel` on the PC
 # first, copy dist/ and docker/ to the Jetson, build it there from their folder, and run it with `--runtime nvidia`.
 ARG BASE=nvcr.io/nvidia/l4t-jetpack:r36.4.0
 FROM ${BASE}
@@ -10,9 +10,9 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 COPY dist/*.whl /wheels/
 ENV PATH=/opt/trio/bin:$PATH
-# cuda-python must not be newer than the driver's CUDA, 12.6.
+# [video] reads cameras for trio-watch. cuda-python must not be newer than the driver's CUDA, 12.6.
 RUN python3 -m venv --system-site-packages /opt/trio \
-    && pip install --no-cache-dir "$(echo /wheels/*.whl)[gpu]" "cuda-python==12.6.2"
+    && pip install --no-cache-dir "$(echo /wheels/*.whl)[gpu,video]" "cuda-python==12.6.2"
 RUN useradd --create-home --uid 1000 --groups video trio && mkdir /bundles && chown trio /bundles
 USER 1000
 WORKDIR /bundles
