@@ -12,7 +12,7 @@ COPY dist/*.whl /wheels/
 ENV PATH=/opt/trio/bin:$PATH
 # [video] reads cameras for trio-watch. cuda-python must not be newer than the driver's CUDA, 12.6.
 RUN python3 -m venv --system-site-packages /opt/trio \
-    && pip install --no-cache-dir "$(echo /wheels/*.whl)[gpu,video]" "cuda-python==12.6.2"
+    && pip install --no-cache-dir "$(echo /wheels/*.whl)[gpu,video]" "cuda-python==12.6.2.post1"
 RUN useradd --create-home --uid 1000 --groups video trio && mkdir /bundles && chown trio /bundles
 USER 1000
 WORKDIR /bundles

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 import pytest
 
-from tests.documents import DOCUMENTS, ROOT, Block, blocks, commands
+from tests.documents import DOCUMENTS, PAGES, ROOT, Block, blocks, commands
 from tests.shared_traces import shared_traces
 
 if TYPE_CHECKING:
@@ -53,8 +53,10 @@ def test_no_page_is_longer_than_150_lines(document: Path) -> None:
 
 def test_every_page_is_in_the_site_and_in_the_index() -> None:
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    pages = [str(path.relative_to(ROOT / "docs")) for path in DOCUMENTS if "docs" in path.parts]
+    index = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = [str(path.relative_to(ROOT / "docs")) for path in PAGES]
     assert [page for page in pages if f" {page}\n" not in nav] == []
+    assert [page for page in pages if f"(docs/{page}" not in index] == []
 
 
 def test_every_file_named_in_the_readme_exists() -> None:

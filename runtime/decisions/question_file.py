@@ -65,7 +65,7 @@ def read_questions(path: str | Path) -> list[Question]:
     except OSError as error:
         raise DataError(f"{path}: expected a readable file, got: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:  # also msgspec's, and a null byte in the path
-        raise DataError(f"{path}: expected a list of questions ({error}); see docs/watching.md") from None
+        raise DataError(f"{path}: expected a list of questions ({error}); see docs/camera.md") from None
 
 
 def _question(entry: _YesNo | _Choice | _Score) -> Question:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 THRESHOLD = 2.0
 """Difference of two frames, the root mean square over gray levels 0 to 255, from which the model runs again. Noise, JPEG and a
-clock in the corner stay below 1.3; an object of half a percent of the frame is above 4 (docs/watching.md)."""
+clock in the corner stay below 1.3; an object of half a percent of the frame is above 4 (docs/camera.md)."""
 _SIDE = 32
 """Frames are compared as [32, 32]: a mean over many pixels has little of a camera's noise."""
 

@@ -353,7 +353,7 @@ def test_an_output_that_is_full_or_closed_is_one_line(
 
 
 def test_the_file_in_the_documents_is_one_of_questions(tmp_path: Path) -> None:
-    text = (PICTURES.parents[1] / "docs" / "watching.md").read_text(encoding="utf-8")
+    text = (PICTURES.parents[1] / "docs" / "camera.md").read_text(encoding="utf-8")
     file = tmp_path / "gate.json"
     file.write_text(text.partition("```json\n")[2].partition("```")[0])
     assert [question.name for question in read_questions(file)] == ["gate", "person", "bin"]

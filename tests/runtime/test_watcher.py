@@ -120,7 +120,7 @@ def test_a_slow_change_is_not_missed(threshold: float, num_runs: int) -> None:
 
 
 def test_the_threshold_lies_between_noise_and_a_small_object() -> None:
-    """benchmarks/frame_change.py measures more; docs/watching.md has its table."""
+    """benchmarks/frame_change.py measures more; docs/camera.md has its table."""
     rng = np.random.default_rng(0)
     scene = np.asarray(Image.open(PICTURES / "shapes-200x150.png").convert("RGB").resize((640, 480)), float)
 
@@ -285,7 +285,7 @@ def test_a_broken_file_is_one_line_with_its_name(content: Any, message: str, tmp
     with pytest.raises(DataError, match=message) as caught:
         read_questions(path)
     assert str(caught.value).startswith(f"{path}: expected a list of questions (")
-    assert str(caught.value).endswith("); see docs/watching.md")
+    assert str(caught.value).endswith("); see docs/camera.md")
     assert "\n" not in str(caught.value)
 
 

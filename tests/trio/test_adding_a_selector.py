@@ -1,4 +1,4 @@
-"""docs/adding-a-selector.md and the page after it, followed word for word in a copy of the tree: files, rows and tests."""
+"""docs/adding-a-selector.md, followed word for word in a copy of the tree: files, rows and tests."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ import pytest
 from tests.shared_folder import with_more_traces
 
 ROOT = Path(__file__).parents[2]
-PAGE = "".join(
-    (ROOT / "docs" / name).read_text(encoding="utf-8")
-    for name in ("adding-a-selector.md", "adding-a-token-selector.md")
-)
+PAGE = (ROOT / "docs" / "adding-a-selector.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", PAGE, re.DOTALL))
 ROWS = re.findall(r"<!-- row -->\n```python\n(.*?)```", PAGE, re.DOTALL)
 FOLDERS = ("trio", "export", "runtime", "profiling", "calibration", "serving")

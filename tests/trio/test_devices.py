@@ -11,7 +11,7 @@ import pytest
 from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.trio.cost.devices import DEVICES, DeviceSpec, find_device
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "targets.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "prediction.md"
 FIELDS = [field.name for field in dataclasses.fields(DeviceSpec) if field.name not in ("name", "sources")]
 ROWS = pytest.mark.parametrize("target", DEVICES.values(), ids=list(DEVICES))
 
