@@ -103,10 +103,11 @@ lint: $(READY)
 	rm -rf out/typed && $(BIN)/python -m pip install --quiet --no-deps --target out/typed .
 	MYPYPATH=out/typed $(BIN)/mypy --explicit-package-bases -p trio_edge
 
-# Sources are mapped to other names, so the docstrings are read from an installed copy.
+# Sources are mapped to other names, so the docstrings are read from an installed copy. griffe sees no package without __init__.py.
 docs: $(READY)
 	$(PIP) -e ".[docs]"
 	rm -rf out/typed && $(BIN)/python -m pip install --quiet --no-deps --target out/typed .
+	touch out/typed/trio_edge/trio/__init__.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 format: $(READY)

@@ -1,4 +1,4 @@
-"""Waiting time with several replicas: the formula in docs/serving-fleet.md, and a simulation that checks it.
+"""Waiting time with several replicas: the formula in docs/serving-operation.md, and a simulation that checks it.
 
     python benchmarks/fleet_size.py --service-ms 400 --spread 0.5
     python benchmarks/fleet_size.py --times times.txt --per-second 6 --wait-ms 500

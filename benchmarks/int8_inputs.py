@@ -2,7 +2,7 @@
 
     python benchmarks/int8_inputs.py --model qwen2.5-vl-7b qwen3-vl-4b --image-size 1024x1024
 
-Nothing is measured: times are predicted, with the errors of docs/results/prediction-error.md. Each cell: vision + the rest to the
+Nothing is measured: times are predicted, with the errors of docs/prediction.md. Each cell: vision + the rest to the
 first token, then each further token.
 """
 

@@ -2,7 +2,7 @@
 
     python benchmarks/reduction_places.py --model qwen3-vl-4b --image-size 1024x1024
 
-Nothing is measured: FLOPs and KV bytes are counted, times predicted, with the errors of docs/results/prediction-error.md. "DART
+Nothing is measured: FLOPs and KV bytes are counted, times predicted, with the errors of docs/prediction.md. "DART
 before the decoder" is the method of TensorRT Edge-LLM: eight pivots among the embeddings, and the same tokens in every layer.
 """
 

@@ -2,7 +2,7 @@
 
     python benchmarks/video_cost.py --model qwen3-vl-4b --frame-size 448x256
 
-Nothing is measured: FLOPs and KV bytes are counted, times predicted, with the errors of docs/results/prediction-error.md. The
+Nothing is measured: FLOPs and KV bytes are counted, times predicted, with the errors of docs/prediction.md. The
 vision graph runs once per pair of frames. The text is the question; Qwen3-VL's timestamps are not counted.
 """
 

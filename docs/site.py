@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: the options of the commands, and links that leave the site."""
+"""Hooks of mkdocs: the first page, the options of the commands, and links that leave the site."""
 
 from __future__ import annotations
 
@@ -7,12 +7,22 @@ import importlib.metadata
 import inspect
 import posixpath
 import re
+from pathlib import Path
 from typing import Any
 
 import click
+from mkdocs.structure.files import File, Files
 
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:)([^)#\s]+)(?:#[^)]*)?\)")
 COMMAND = re.compile(r"<!-- command: (trio-\w+) -->")
+
+
+def on_files(files: Files, *, config: Any) -> Files:
+    """Add the repository's README.md as the first page of the site."""
+    text = (Path(config.config_file_path).parent / "README.md").read_text(encoding="utf-8")
+    outside = re.sub(r"\]\((?!https?:|#)", "](../", text)
+    files.append(File.generated(config, "README.md", content=outside.replace("](../docs/", "](")))
+    return files
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:

@@ -238,7 +238,7 @@ _OPTIONS = (
     _option(
         "--outputs",
         click.Choice(["tokens", "hidden"]),
-        "What the runtime can return; 'hidden' adds the last hidden states, for action heads (docs/hidden-states.md).",
+        "What the runtime can return; 'hidden' adds the last hidden states, for action heads (docs/reference/python.md).",
     ),
     _option("--max-text", int, "Largest prompt, in text tokens."),
     _option(
@@ -264,7 +264,7 @@ _OPTIONS = (
     _option(
         "--target",
         str,
-        "Device whose memory is checked; warns if the bundle cannot fit (names: docs/targets.md).",
+        "Device whose memory is checked; warns if the bundle cannot fit (names: docs/prediction.md).",
         "DEVICE",
     ),
     _option("--force", bool, "Replaces an existing bundle."),

@@ -32,7 +32,7 @@ MAX_TOPK = 3839
 USUAL_KEEP = "11.1%"
 """Average keep if none is given."""
 LEAST_FOR_REFERENCE_ROWS = 0.1
-"""Below this average keep, "answer" probe rows lose less accuracy (measured in docs/results/selector-choices.md)."""
+"""Below this average keep, "answer" probe rows lose less accuracy (measured in docs/results/selectors.md)."""
 PRINTED = 0.0005
 """Rounding error of a percentage with one decimal: 11.1 % stands for 64 of 576."""
 _DEPTH = 32

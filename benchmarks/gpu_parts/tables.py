@@ -65,7 +65,7 @@ def count_tables(counted: Mapping[tuple[str, float], Counted]) -> str:
             markdown(heads, summary),
             "Each graph, TFLOP / GB (least FLOPs and least bytes; several are separated by +):",
             markdown(("model", "keep", *names), graphs),
-            "Least times on known devices, from their rates (those of docs/targets.md) and these counts:",
+            "Least times on known devices, from their rates (those of docs/prediction.md) and these counts:",
             markdown(device_heads, _least_times(counted)),
         )
     )

@@ -61,7 +61,7 @@ def _option(name: str, text: str, default: str | None = None, **settings: Any) -
 @click.command("trio-calibrate", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", required=False)
 @_option("--samples", "JSON-lines file, or folder of images (with --prompt).")
-@_option("--target", "Device to predict times for; docs/targets.md has the names.", metavar="DEVICE")
+@_option("--target", "Device to predict times for; docs/prediction.md has the names.", metavar="DEVICE")
 @click.option("--out", type=PATH, help="Folder to create.")
 @click.option(
     "--temperatures",

@@ -11,7 +11,7 @@ A plan estimates the memory and time for building each engine, and its size. W a
            + 0.4 GB            Python and TensorRT's libraries
     time     3 s + 15 s per GB of weights
 
-Fitted to tensorrt-rtx 1.7 on the graphs of LLaVA-NeXT-7B, with and without writing in pieces; docs/build.md has the
+Fitted to tensorrt-rtx 1.7 on the graphs of LLaVA-NeXT-7B, with and without writing in pieces; docs/runtime.md has the
 measurements. On two CPUs, times were between half and twice the estimate. Memory and time of ``tensorrt`` are not
 measured: it times tactics on the GPU, which tensorrt-rtx leaves to the first run.
 """

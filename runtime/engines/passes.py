@@ -132,7 +132,7 @@ def join_attention(network: Network) -> int:
     The graphs multiply the query with past and new keys separately and join the scores, so that ONNX Runtime need not copy
     the KV cache. TensorRT only fuses one product of scores, one softmax and one product of values. In decode it makes nine
     kernels of the two halves, one of which copies the past keys. With joined keys and values it makes one kernel in prefill
-    and in decode, which reads both parts in place (tensorrt-rtx 1.7; docs/kernels.md). The sums are the same.
+    and in decode, which reads both parts in place (tensorrt-rtx 1.7; docs/runtime.md). The sums are the same.
     """
     softmax = network.trt.LayerType.SOFTMAX
     return sum(_join_around(network, layer) for layer in network.layers() if layer.type == softmax)

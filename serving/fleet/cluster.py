@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Holds requests with their images. Ray's default is 30 % of the memory.
 _OBJECT_STORE_BYTES = 512 * 2**20
-# Autoscaling aims at this load of a replica. docs/serving-fleet.md has the waits at each load.
+# Autoscaling aims at this load of a replica. docs/serving-operation.md has the waits at each load.
 _TARGET_LOAD = 0.7
 _HEALTH_S = 2.0
 # First and longest pause between looks for a free replica. Ray's default, up to 0.5 s, leaves replicas idle.

@@ -1,4 +1,4 @@
-"""Kernels that TensorRT makes of a decoder layer in float16, as docs/kernels.md lists them: they may get fewer."""
+"""Kernels that TensorRT makes of a decoder layer in float16, as docs/runtime.md lists them: they may get fewer."""
 
 from __future__ import annotations
 
