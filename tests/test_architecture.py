@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "export": ("runtime", "trio"),
     "calibration": ("runtime", "trio", "export", "profiling"),
 }
-"""The packages that each one may import besides itself. docs/architecture.md says why."""
+"""The packages that each one may import besides itself. contributing/architecture.md says why."""
 MOST_ENTRIES = 13
 """Files and folders of one folder, without ``__init__.py`` and ``py.typed``. A reader takes in about twelve."""
 

@@ -1,4 +1,4 @@
-"""Visual token reduction inside the decoder, as ONNX and TensorRT graphs. docs/architecture.md has the tree."""
+"""Visual token reduction inside the decoder, as ONNX and TensorRT graphs. contributing/architecture.md has the tree."""
 
 from importlib.metadata import version
 from pathlib import Path
