@@ -65,14 +65,14 @@ def gated_delta_net(
     A, S, _ = hidden_ASD.shape
     is_real_AS = torch.arange(S)[None, :] < num_rows_A.to(torch.int64)[:, None]
     mixed_ASW, conv = _convolution(module, module.in_proj_qkv(hidden_ASD), num_rows_A, past[0])
+    # all sizes are given: with S = 0, while a probe runs in the same graph, none can be inferred
+    H, V, keys = module.num_v_heads, module.head_v_dim, (module.num_k_heads, module.head_k_dim)
     widths = [module.key_dim, module.key_dim, module.value_dim]
     query, key, value = (
-        rows.reshape(A, S, -1, size).float()
-        for rows, size in zip(
-            torch.split(mixed_ASW, widths, dim=-1), (module.head_k_dim, module.head_k_dim, module.head_v_dim)
-        )
+        rows.reshape(A, S, *sizes).float()
+        for rows, sizes in zip(torch.split(mixed_ASW, widths, dim=-1), (keys, keys, (H, V)))
     )
-    repeats = module.num_v_heads // module.num_k_heads
+    repeats = H // module.num_k_heads
     query, key = (_by_head(_unit(rows), repeats=repeats) for rows in (query, key))
     beta_ASH = torch.sigmoid(module.in_proj_b(hidden_ASD).float())
     rate_H = -module.A_log.float().exp()
@@ -80,13 +80,12 @@ def gated_delta_net(
     beta, decay = (
         _by_head(torch.where(is_real_AS[..., None], rows, 0.0)[..., None]) for rows in (beta_ASH, decay_ASH)
     )
-    state_XKV = past[1].reshape(-1, *past[1].shape[2:])
+    state_XKV = past[1].reshape(A * H, *past[1].shape[2:])
     query = query * module.head_k_dim**-0.5
     output_XSV, state_XKV = delta_rule(query, key, _by_head(value), decay, beta, state_XKV)
-    output_ASHV = output_XSV.reshape(A, -1, S, module.head_v_dim).transpose(1, 2).to(hidden_ASD.dtype)
-    gate_ASHV = module.in_proj_z(hidden_ASD).reshape(A, S, -1, module.head_v_dim)
-    normed_ASHV = module.norm(output_ASHV, gate_ASHV)
-    return module.out_proj(normed_ASHV.reshape(A, S, -1)), conv, state_XKV.reshape(past[1].shape)
+    output_ASHV = output_XSV.reshape(A, H, S, V).transpose(1, 2).to(hidden_ASD.dtype)
+    normed_ASHV = module.norm(output_ASHV, module.in_proj_z(hidden_ASD).reshape(A, S, H, V))
+    return module.out_proj(normed_ASHV.reshape(A, S, H * V)), conv, state_XKV.reshape(past[1].shape)
 
 
 def _convolution(module: Any, rows_ASW: Tensor, num_rows_A: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +99,7 @@ def _convolution(module: Any, rows_ASW: Tensor, num_rows_A: Tensor, past: Tensor
         result = result + joined[:, tap : tap + S] * weight[:, tap]
     last = num_rows_A.to(torch.int64)[:, None] + torch.arange(before)
     rows = (torch.arange(A)[:, None] * (before + S) + last).reshape(-1)
-    kept = joined.reshape(-1, W).index_select(0, rows)
+    kept = joined.reshape(A * (before + S), W).index_select(0, rows)
     return F.silu(result), kept.reshape(A, 1, before, W)
 
 
@@ -131,9 +130,9 @@ def delta_rule(
         state: [X, K, V], before the first row.
     """
     X, S, _ = query.shape
-    # One chunk of padding at S = 0, while a probe runs in the same graph.
-    chunk = torch.sym_max(torch.sym_min(S, CHUNK_ROWS), 1)
-    count = torch.sym_max((S + chunk - 1) // chunk, 1)
+    # Equal chunks. Nothing is divided by 0 at S = 0, while a probe runs in the same graph: there is one chunk without rows.
+    count = S // CHUNK_ROWS + 1
+    chunk = (S + count - 1) // count
 
     def chunks(rows: Tensor) -> Tensor:
         padded = torch.cat([rows, rows.new_zeros(X, count * chunk - S, rows.shape[-1])], dim=1)
@@ -151,12 +150,13 @@ def delta_rule(
     new_value = torch.matmul(inverse, value * beta)
     read_key = torch.matmul(inverse, key * beta * total.exp())
     within = torch.matmul(query, seen_key) * between
-    last = total[..., -1:, :]
+    # the last row's, 0 without rows
+    last = torch.cat([total.new_zeros(count, X, 1, 1), total], dim=-2).amin(-2, keepdim=True)
     written_key = (key * (last - total).exp()).transpose(-1, -2)
     state, output = scan(
         _next_chunk, state, [new_value, read_key, within, query * total.exp(), written_key, last.exp()]
     )
-    return output.transpose(0, 1).reshape(X, count * chunk, -1)[:, :S], state
+    return output.transpose(0, 1).reshape(X, count * chunk, value.shape[-1])[:, :S], state
 
 
 def _next_chunk(state: Tensor, chunk: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
