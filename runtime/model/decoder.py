@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.devices.interface import Device
-    from trio_edge.runtime.devices.memory import KVCache, Memory
+    from trio_edge.runtime.devices.memory import KVCache, Memory, Stack
     from trio_edge.runtime.model.decoder_prompt import DecoderPrompt, PromptRows
     from trio_edge.runtime.model.host_selection import SelectorOverride
     from trio_edge.runtime.model.programs import BoundLaunch, Programs
@@ -120,6 +120,10 @@ class Decoder:
         """By number of tokens, of which several may share a step."""
         self.max_rows = programs.sizes["decode"][-1]["T"]
         """Most rows of a decode step."""
+        self._places: list[tuple[list[int], int]] = []
+        """Remembered rows of each KV cache, and positions."""
+        self._copies: list[list[Stack]] = []
+        """Memory for the states of each of them; more places than ever before get new memory."""
         self._done = self._device.event()
         self._logits: NDArray[np.float32] | None = None
         self._next_position = 0
@@ -296,8 +300,30 @@ class Decoder:
         ids, logits = step.top
         return [TopTokens(ids[row].copy(), logits[row].copy()) for row in range(count)]
 
+    def remember(self) -> None:
+        """Remember this place for ``back``, with a copy of all states."""
+        depth = len(self._places)
+        if depth == len(self._copies):
+            new = (
+                one.of_rows(self._device, one.shape[-2], purpose="states") for one in self._programs.states
+            )
+            self._copies.append([*new])
+        for state, copy in zip(self._programs.states, self._copies[depth]):
+            state.copy_whole(self._device, copy)
+        self._places.append(([cache.length for cache in self.caches], self._next_position))
+
+    def back(self) -> None:
+        """Go back to the last remembered place, and forget it."""
+        lengths, self._next_position = self._places.pop()
+        for cache, length in zip(self.caches, lengths):
+            cache.length = length
+        for state, copy in zip(self._programs.states, self._copies[len(self._places)]):
+            copy.copy_whole(self._device, state)
+
     def skip(self, count: int) -> None:
         """Go on as if ``count`` more tokens had been decoded, to time later ones, or fewer, as after wrong drafts.
+
+        States stay as they are: a bundle with some has no drafts.
 
         Raises:
             ShapeError: If the KV caches have no room for as many.
