@@ -362,8 +362,7 @@ class Wiring:
         if self._batch > 1:
             step |= {io.LAST_ROW: "batch.rows"}
             self._run("batch", heads[0], step, profiles=[_step_name(self._batch)], stage=len(selectors))
-        follows = [profile.name for profile in self._follows(0)]
-        if follows and self._dimensions.linear is None:
+        if follows := [profile.name for profile in self._follows(0)]:
             after = {io.HIDDEN: f"after_{len(self._splits)}.{io.HIDDEN_OUT}", io.LAST_ROW: "branch.last_row"}
             self._run("branch", heads[0], after, profiles=follows, label="branch", stage=len(selectors))
         self.graphs += heads
@@ -552,13 +551,12 @@ class Wiring:
         }
         if index == 0:
             self._run("question", graph, question, profiles=profiles, label="question")
-        if self._dimensions.linear is not None:
-            return  # the states before the text after the last visual token are gone
         question |= {
             io.EMBEDS: "branch.embeds",
             io.HIDDEN: f"after_{index - 1}.{io.HIDDEN_OUT}",
             io.POSITIONS: f"branch.position_ids.{index}",
             io.PAST_LENGTH: f"branch.past_length.{index}",
+            io.NUM_ROWS: "branch.num_rows",
             io.HIDDEN_OUT: f"after_{index}.{io.HIDDEN_OUT}",
             io.PREVIOUS: f"after_{index}.{io.PREVIOUS}",
         }
