@@ -482,11 +482,13 @@ class Wiring:
                     cached += 1
                 continue
             assert linear is not None, "it has these layers"
-            for part, shape in linear.shapes(batch).items():
+            for part, (_, *sizes) in linear.shapes().items():
                 dtype: DType = "float32" if part == "delta" else self._dtype
                 read, written = f"{io.PAST_STATES}{layer}.{part}", f"{io.PRESENT_STATES}{layer}.{part}"
-                kept.append(_tensor(read, f"zeros.{part}", shape, dtype))
-                made.append(_tensor(written, f"{_NEW}{STATES}{name}.{part}[{states}]", shape, dtype))
+                kept.append(_tensor(read, f"zeros.{part}", (batch, *sizes), dtype))
+                made.append(
+                    _tensor(written, f"{_NEW}{STATES}{name}.{part}[{states}]", (batch, *sizes), dtype)
+                )
             states += 1
         return kept, made
 
