@@ -56,7 +56,8 @@ _TOWER = ("num_layers", "hidden_size", "intermediate_size", "patches_per_tile")
 
 
 def _decoder(*sizes: int, head_size: int = 128) -> Dimensions:
-    return Dimensions(head_size=head_size, **dict(zip(_DECODER, sizes, strict=True)))
+    named: dict[str, Any] = dict(zip(_DECODER, sizes, strict=True))
+    return Dimensions(head_size=head_size, **named)
 
 
 def _tower(*sizes: Any, **more: int) -> VisionDimensions:
