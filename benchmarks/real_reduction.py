@@ -39,6 +39,8 @@ from trio_edge.profiling.statistics import bootstrap_interval, paired_interval
 from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
 SEEDS = {"tuning": 1, "held-out": 2}
@@ -53,6 +55,12 @@ class Prompt(NamedTuple):
     """Visual tokens of the sentence with the answer."""
     word: int
     """The right token."""
+
+    @property
+    def word_at(self) -> int:
+        """The visual token with the right word."""
+        rows = self.sequence.visual_rows_N
+        return next(one for one in sorted(self.fact) if self.ids[int(rows[one])] == self.word)
 
 
 class Stage(NamedTuple):
@@ -99,6 +107,15 @@ class Stage(NamedTuple):
     def uniform(self, num_keep: int) -> Tensor:
         return torch.linspace(0, self.entering.num_visual - 1, num_keep).round().to(torch.int64)
 
+    def one_of_each_part(self, scores_N: Tensor, num_keep: int) -> Tensor:
+        """Return the best token of each of ``num_keep`` parts of equal length."""
+        edges = np.linspace(0, self.entering.num_visual, num_keep + 1).round().astype(int).tolist()
+        return torch.tensor([a + int(scores_N[a:b].argmax()) for a, b in zip(edges, edges[1:])])
+
+    def without(self, removed: Iterable[int]) -> Tensor:
+        """Return all tokens but some."""
+        return torch.tensor(sorted(set(range(self.entering.num_visual)) - set(removed)))
+
     def fact_first(self, num_keep: int) -> Tensor:
         """Return the asked sentence's tokens, and others evenly spread."""
         rank_N = torch.zeros(self.entering.num_visual)
@@ -130,7 +147,16 @@ SELECTORS: dict[str, Select] = {
     "uniform": lambda stage, K: stage.uniform(K),
     "random": lambda stage, K: stage.best(stage.drawn(), K),
     "recency": lambda stage, K: torch.arange(stage.entering.num_visual - K, stage.entering.num_visual),
+    "random, one of each part": lambda stage, K: stage.one_of_each_part(stage.drawn(), K),
+    "trio, one of each part": lambda stage, K: stage.one_of_each_part(stage.scores(), K),
+    "all but the word": lambda stage, _: stage.without([stage.prompt.word_at]),
+    "all but the word and 3 more": lambda stage, _: stage.without(
+        range(stage.prompt.word_at, stage.prompt.word_at + 4)
+    ),
+    "all but the asked fact": lambda stage, _: stage.without(stage.prompt.fact),
+    "only 2 tokens": lambda stage, _: stage.uniform(2),
 }
+"""The last four have the same tokens at every budget."""
 
 
 def prompt_of(model: TorchModel, passage: Passage, *, asked: str = "sentence") -> Prompt:
