@@ -112,6 +112,11 @@ class Stage(NamedTuple):
         edges = np.linspace(0, self.entering.num_visual, num_keep + 1).round().astype(int).tolist()
         return torch.tensor([a + int(scores_N[a:b].argmax()) for a, b in zip(edges, edges[1:])])
 
+    def with_ends(self, scores_N: Tensor, ends: tuple[int, ...] = (0, -1)) -> Tensor:
+        """Return the scores with the passage's first and last token as the best."""
+        scores_N[list(ends)] = scores_N.max() * torch.arange(2, 2 + len(ends))
+        return scores_N
+
     def without(self, removed: Iterable[int]) -> Tensor:
         """Return all tokens but some."""
         return torch.tensor(sorted(set(range(self.entering.num_visual)) - set(removed)))
@@ -147,6 +152,11 @@ SELECTORS: dict[str, Select] = {
     "uniform": lambda stage, K: stage.uniform(K),
     "random": lambda stage, K: stage.best(stage.drawn(), K),
     "recency": lambda stage, K: torch.arange(stage.entering.num_visual - K, stage.entering.num_visual),
+    "uniform, without the ends": lambda stage, K: stage.uniform(K + 2)[1:-1],
+    "random and both ends": lambda stage, K: stage.best(stage.with_ends(stage.drawn()), K),
+    "trio and the first token": lambda stage, K: stage.best(stage.with_ends(stage.scores(), (0,)), K, 0.8),
+    "trio and the last token": lambda stage, K: stage.best(stage.with_ends(stage.scores(), (-1,)), K, 0.8),
+    "trio and both ends": lambda stage, K: stage.best(stage.with_ends(stage.scores()), K, 0.8),
     "random, one of each part": lambda stage, K: stage.one_of_each_part(stage.drawn(), K),
     "trio, one of each part": lambda stage, K: stage.one_of_each_part(stage.scores(), K),
     "all but the word": lambda stage, _: stage.without([stage.prompt.word_at]),
