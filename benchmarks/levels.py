@@ -63,6 +63,9 @@ def main() -> None:
     parser.add_argument("questions", type=Path, nargs="?")
     parser.add_argument("--held-out", type=float, default=0.5)
     parser.add_argument("--accuracy", type=float, default=WANTED_ACCURACY)
+    parser.add_argument(
+        "--mean-flops", type=float, help="also the most accurate at this share of the highest level's"
+    )
     parser.add_argument("--timed", type=positive, default=100, help="questions whose first token is timed")
     parser.add_argument("--decide", action="store_true")
     parser.add_argument("--counted", action="store_true")
@@ -81,10 +84,11 @@ def main() -> None:
         with Pipeline.from_bundle(options.bundle, threads=1) as pipeline:
             names = pipeline.manifest.level_names
             searched, held = ([ask(pipeline, sample) for sample in part] for part in split)
-            chain = best_chain(searched, names, accuracy=options.accuracy, mean_flops=None)
-            print(f"{len(held)} held-out questions, margins found on {len(searched)}: {chain.margins}\n")
-            print_accuracies(chain, held, names)
-            print_sure_and_wrong(chain, held, split.held_out)
+            for mean_flops in dict.fromkeys((options.mean_flops, None)):
+                chain = best_chain(searched, names, accuracy=options.accuracy, mean_flops=mean_flops)
+                print(f"{len(held)} held-out questions, margins found on {len(searched)}: {chain.margins}\n")
+                print_accuracies(chain, held, names)
+                print_sure_and_wrong(chain, held, split.held_out)
             if not options.decide:
                 print_times(pipeline, chain, split.held_out[: int(options.timed)], names)
 

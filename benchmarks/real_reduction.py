@@ -112,10 +112,14 @@ class Stage(NamedTuple):
         edges = np.linspace(0, self.entering.num_visual, num_keep + 1).round().astype(int).tolist()
         return torch.tensor([a + int(scores_N[a:b].argmax()) for a, b in zip(edges, edges[1:])])
 
-    def with_ends(self, scores_N: Tensor, ends: tuple[int, ...] = (0, -1)) -> Tensor:
-        """Return the scores with the passage's first and last token as the best."""
-        scores_N[list(ends)] = scores_N.max() * torch.arange(2, 2 + len(ends))
+    def led_by(self, tokens: list[int], scores_N: Tensor) -> Tensor:
+        """Return the scores with some tokens as the best."""
+        scores_N[tokens] = scores_N.max() * torch.arange(2, 2 + len(tokens))
         return scores_N
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths().argmax())
 
     def without(self, removed: Iterable[int]) -> Tensor:
         """Return all tokens but some."""
@@ -153,10 +157,12 @@ SELECTORS: dict[str, Select] = {
     "random": lambda stage, K: stage.best(stage.drawn(), K),
     "recency": lambda stage, K: torch.arange(stage.entering.num_visual - K, stage.entering.num_visual),
     "uniform, without the ends": lambda stage, K: stage.uniform(K + 2)[1:-1],
-    "random and both ends": lambda stage, K: stage.best(stage.with_ends(stage.drawn()), K),
-    "trio and the first token": lambda stage, K: stage.best(stage.with_ends(stage.scores(), (0,)), K, 0.8),
-    "trio and the last token": lambda stage, K: stage.best(stage.with_ends(stage.scores(), (-1,)), K, 0.8),
-    "trio and both ends": lambda stage, K: stage.best(stage.with_ends(stage.scores()), K, 0.8),
+    "random and both ends": lambda stage, K: stage.best(stage.led_by([0, -1], stage.drawn()), K),
+    "trio and both ends": lambda stage, K: stage.best(stage.led_by([0, -1], stage.scores()), K, 0.8),
+    "trio and the last token": lambda stage, K: stage.best(stage.led_by([-1], stage.scores()), K, 0.8),
+    "trio and the longest row": lambda stage, K: stage.best(
+        stage.led_by([stage.longest], stage.scores()), K, 0.8
+    ),
     "random, one of each part": lambda stage, K: stage.one_of_each_part(stage.drawn(), K),
     "trio, one of each part": lambda stage, K: stage.one_of_each_part(stage.scores(), K),
     "all but the word": lambda stage, _: stage.without([stage.prompt.word_at]),
@@ -164,9 +170,10 @@ SELECTORS: dict[str, Select] = {
         range(stage.prompt.word_at, stage.prompt.word_at + 4)
     ),
     "all but the asked fact": lambda stage, _: stage.without(stage.prompt.fact),
+    "all but the longest row": lambda stage, _: stage.without([stage.longest]),
     "only 2 tokens": lambda stage, _: stage.uniform(2),
 }
-"""The last four have the same tokens at every budget."""
+"""The last five have the same tokens at every budget."""
 
 
 def prompt_of(model: TorchModel, passage: Passage, *, asked: str = "sentence") -> Prompt:
