@@ -83,7 +83,7 @@ def held_out(
             if pair is None:
                 break
             given += 1
-            choices = [in_words(kind, pair[0], word)[1] for word in WORDS.get(kind, ())]
+            choices = [in_words(kind, pair[0], word)[1].rstrip(".") for word in WORDS.get(kind, ())]
             yield scene, kind, *in_words(kind, *pair), choices
         number += 1
 
@@ -111,7 +111,8 @@ def main() -> None:
         line = {"id": f"{scene.seed}-{kind}", "kind": kind, "image": f"{shown}.png"}
         line |= {"question": question, "answer": sentence}
         if options.decide and choices:
-            line |= {"choices": choices}
+            # Without the full stop, a choice's last word needs no decode step.
+            line |= {"answer": sentence.rstrip("."), "choices": choices}
         elif options.decide:
             line["answer"] = re.split(r"\W", sentence)[0].lower()
         lines.append(json.dumps(line) + "\n")
