@@ -160,7 +160,7 @@ def print_sure_and_wrong(chain: Chain, held: Sequence[Answered], samples: Sequen
     """Print the questions that the lowest level of "auto" gets wrong while it is sure, and a higher one right."""
     low = next(iter(chain.margins))
     missed = [
-        (sample.margin[low], question.question)
+        (sample.margin[low], question.prompt)
         for sample, question in zip(held, samples)
         if chain.stops(sample) == [low] and sample.score[low] < max(sample.score.values())
     ]
