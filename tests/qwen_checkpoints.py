@@ -106,6 +106,40 @@ def save_qwen3_vl_checkpoint(
     return _save(hf.Qwen3VLForConditionalGeneration(config), folder, dtype=dtype, patch_size=14)
 
 
+def save_qwen3_5_checkpoint(
+    folder: Path, *, tie: bool = False, num_layers: int = 8, dtype: torch.dtype = torch.float32
+) -> Path:
+    """The same of Qwen3.5: every fourth layer has attention, the others have states; all sizes of heads differ.
+
+    With the others' range of weights, transformers' own logits in float32 and float64 differ by 0.002.
+    """
+    import transformers as hf
+
+    torch.manual_seed(29)
+    config = hf.Qwen3_5Config(
+        text_config={
+            "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": num_layers, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 32, "vocab_size": len(VOCABULARY), "max_position_embeddings": 1024,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 12, "linear_value_head_dim": 20,
+            "initializer_range": 0.1, "bos_token_id": 90, "eos_token_id": END_ID, "tie_word_embeddings": tie,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+                "partial_rotary_factor": 0.25,
+            },
+        },
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64, "patch_size": 14,
+            "num_position_embeddings": 25, "initializer_range": 0.2,
+        },
+        image_token_id=IMAGE_ID,
+        video_token_id=VIDEO_ID,
+        vision_start_token_id=VOCABULARY.index("<|vision_start|>"),
+        vision_end_token_id=VOCABULARY.index("<|vision_end|>"),
+        tie_word_embeddings=tie,
+    )  # fmt: skip
+    return _save(hf.Qwen3_5ForConditionalGeneration(config), folder, dtype=dtype, patch_size=14)
+
+
 def _save(model: Any, folder: Path, *, dtype: torch.dtype, patch_size: int) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -12,7 +12,8 @@ the window.
 | yarn                       | yes, with its factor on the tables                                      |
 | dynamic                    | up to ``max_position_embeddings``, where it equals the default type     |
 | longrope                   | up to ``original_max_position_embeddings``, with its short factors      |
-| others, partial, per layer | no                                                                      |
+| partial                    | Qwen3.5                                                                 |
+| others, per layer          | no                                                                      |
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ _FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _GROWING_ROPE_TYPES = ("dynamic", "longrope")
 _WINDOWED = "sliding_attention"
 _LAYER_TYPES = ("full_attention", _WINDOWED)
+_LINEAR = "linear_attention"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +127,8 @@ class Family(ABC):
     """Whether the vision graph can return the features that selectors with ``needs_features`` read."""
     has_mrope: bool = False
     """Whether positions have three axes: time, row and column."""
+    is_hybrid: bool = False
+    """Whether decoder layers may have linear attention, and rotate a part of each head."""
 
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
         """Return the Jinja template for a checkpoint without one."""
@@ -148,7 +152,7 @@ class Family(ABC):
                 f"{folder}: expected a vision tower {self.vision_type!r}, got {config.vision_config.model_type!r};"
                 " this architecture cannot be exported"
             )
-        check_decoder(text, folder=folder)
+        check_decoder(text, folder=folder, is_hybrid=self.is_hybrid)
         # Without an entry about tying, transformers 5 ties the head, and older releases did not. Fine-tuned checkpoints may
         # claim tied embeddings and hold a head that differs; transformers then uses this head.
         config.tie_word_embeddings = config.tie_word_embeddings and HEAD_NAME not in checkpoint.tensors
@@ -344,17 +348,21 @@ def require_processor(checkpoint: Checkpoint, **wanted: object) -> None:
             )
 
 
-def check_decoder(text_config: Any, *, folder: Path) -> None:
-    """Raise CheckpointError if the decoder that ``text_config`` describes is not supported at any length."""
+def check_decoder(text_config: Any, *, folder: Path, is_hybrid: bool = False) -> None:
+    """Raise CheckpointError if the decoder that ``text_config`` describes is not supported at any length.
+
+    ``is_hybrid`` is that of ``Family``.
+    """
+    layer_types = (*_LAYER_TYPES, _LINEAR) if is_hybrid else _LAYER_TYPES
     rope, known = _rope(text_config), (*_FIXED_ROPE_TYPES, *_GROWING_ROPE_TYPES)
     theta = rope.get("rope_theta", 1.0)
     rope_type, rotary = rope.get("rope_type"), rope.get("partial_rotary_factor", 1.0)
-    unknown = set(getattr(text_config, "layer_types", None) or ()) - set(_LAYER_TYPES)
+    unknown = set(getattr(text_config, "layer_types", None) or ()) - set(layer_types)
     for name, is_supported, expected, got in (
         ("rope_type", rope_type in known, f"one for all layers, of {', '.join(known)}", repr(rope_type)),
         ("rope_theta", isinstance(theta, (int, float)) and 0 < theta < 1e18, "0..1e18", f"{theta!r:.100}"),
-        ("partial_rotary_factor", rotary == 1.0, "1", str(rotary)),
-        ("layer_types", not unknown, " or ".join(_LAYER_TYPES), ", ".join(sorted(unknown))),
+        ("partial_rotary_factor", rotary == 1.0 or is_hybrid, "1", str(rotary)),
+        ("layer_types", not unknown, " or ".join(layer_types), ", ".join(sorted(unknown))),
     ):
         if not is_supported:
             raise CheckpointError(
