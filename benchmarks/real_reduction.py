@@ -112,6 +112,18 @@ class Stage(NamedTuple):
         edges = np.linspace(0, self.entering.num_visual, num_keep + 1).round().astype(int).tolist()
         return torch.tensor([a + int(scores_N[a:b].argmax()) for a, b in zip(edges, edges[1:])])
 
+    def likeness(self) -> dict[str, float]:
+        """Return the longest row's length by the median, and the median cosines of two rows and of two full stops."""
+        lengths_N, decode = self.lengths(), self.model.tokenizer.decode
+        unit_ND = self.entering.hidden_SD[self.entering.visual_rows_N] / lengths_N[:, None]
+        tokens = [self.prompt.ids[int(row)] for row in self.prompt.sequence.visual_rows_N]
+        stops = [one for one, token in enumerate(tokens) if decode([token]) == "."]
+        found = {"longest row by the median": float(lengths_N.max() / lengths_N.median())}
+        for name, rows_RD in (("rows", unit_ND), ("full stops", unit_ND[stops])):
+            first, second = torch.triu_indices(len(rows_RD), len(rows_RD), 1)
+            found[f"cosine of two {name}"] = float((rows_RD[first] * rows_RD[second]).sum(-1).median())
+        return found
+
     def led_by(self, tokens: list[int], scores_N: Tensor) -> Tensor:
         """Return the scores with some tokens as the best."""
         scores_N[tokens] = scores_N.max() * torch.arange(2, 2 + len(tokens))
@@ -211,9 +223,10 @@ def measured(
     with torch.no_grad():
         own_N, others = stage.scores(), {"1 / length": 1 / stage.lengths(), "attention": stage.attention()}
     by = {
-        f"saliency by {name}": agreement(own_N, other_N, num_keep=1).spearman
+        f"rank correlation of the saliency with {name}": agreement(own_N, other_N, num_keep=1).spearman
         for name, other_N in others.items()
     }
+    by |= stage.likeness()
     found = {"all": {**by, "log p": float(last[prompt.word]), "recall": float(last.argmax() == prompt.word)}}
     for name, select in chosen.items():
         for keep in keeps:
@@ -305,15 +318,13 @@ def main() -> None:
     )
     (options.out / name).write_text(json.dumps(results), encoding="utf-8")
     whole = {name: np.mean([one["all"][name] for one in results]) for name in results[0]["all"]}
-    for name in ("1 / length", "attention"):
-        print(f"rank correlation of the saliency with {name}: {whole[f'saliency by {name}']:.2f}")
     setting = (
         f"stage before layer {options.layer}, {options.positions} positions, asked for a {options.asked}"
     )
     print(
-        f"{options.split}, {options.count} prompts, {np.mean(num_visual):.0f} visual rows, {setting};"
-        f" keep-all: log p {whole['log p']:.2f}, recall {100 * whole['recall']:.0f} %\n"
+        f"{options.split}, {options.count} prompts, {np.mean(num_visual):.0f} visual rows, {setting}; keep-all:"
     )
+    print(*(f"{name} {value:.2f}" for name, value in whole.items()), "", sep="\n")
     base = "trio" if "trio" in chosen else options.selectors[0]
     for keep in keeps:
         print(f"{100 * keep:.1f} %\n\n{table(results, keep, options.selectors, base=base)}\n")
