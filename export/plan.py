@@ -18,7 +18,7 @@ from trio_edge.export.checkpoints.text_files import read_generation, read_text_f
 from trio_edge.export.families import family_of
 from trio_edge.export.families.base import check_positions
 from trio_edge.export.families.clip import build_clip, read_clip, with_patches
-from trio_edge.export.graphs.attention import is_linear
+from trio_edge.export.graphs.gated_delta import is_linear
 from trio_edge.export.graphs.vision.clip import KEEP_MULTIPLE
 from trio_edge.export.options import LevelRequest
 from trio_edge.export.quantize.plan import check_packed
@@ -447,9 +447,7 @@ def _linear_attention(model: FamilyModel) -> LinearAttention | None:
     )
 
 
-def _check_schedule(
-    schedule: Schedule, family: Family, dimensions: Dimensions, *, max_images: int
-) -> None:
+def _check_schedule(schedule: Schedule, family: Family, dimensions: Dimensions, *, max_images: int) -> None:
     """Raise ScheduleError if the family or the method cannot follow the schedule."""
     linear = dimensions.linear_layers
     check_stage_layers(schedule, num_layers=dimensions.num_layers, linear_layers=linear)

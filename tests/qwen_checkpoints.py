@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.prompts.chat import build_messages
@@ -35,6 +36,9 @@ MARKS = (
 )
 WORDS = ("<unk>", "system", "user", "assistant", *(f"w{index}" for index in range(84)))
 VOCABULARY = (*WORDS, *MARKS)
+CHARACTERS = [chr(code) for code in (*range(33, 127), *range(0x10A, 0x200)) if not chr(code).isupper()]
+CHARACTERS = ["Ċ", "Ġ", *CHARACTERS][: len(WORDS) - 1]
+"""Characters in place of words, without capitals: transformers gives each Qwen3.5 checkpoint a byte-level BPE tokenizer."""
 IMAGE_ID, END_ID = VOCABULARY.index("<|image_pad|>"), VOCABULARY.index("<|im_end|>")
 VIDEO_ID = VOCABULARY.index("<|video_pad|>")
 PIXELS = {"min_pixels": 4 * 28 * 28, "max_pixels": 30 * 28 * 28}
@@ -42,6 +46,12 @@ CAMERA = (150, 100)
 REDUCED = Schedule(
     stages=(Stage(layer=1, keep=9), Stage(layer=2, keep=4)), positions="preserved", probe_rows="answer"
 )
+
+HYBRID = Schedule(
+    stages=(Stage(layer=3, keep=9), Stage(layer=7, keep=4)), positions="preserved", probe_rows="answer"
+)
+"""Qwen3.5's layers 3 and 7 have attention. The first range has none: three layers with states."""
+KEEP_ALL = Schedule(positions="preserved")
 
 
 def save_qwen_checkpoint(
@@ -137,7 +147,9 @@ def save_qwen3_5_checkpoint(
         vision_end_token_id=VOCABULARY.index("<|vision_end|>"),
         tie_word_embeddings=tie,
     )  # fmt: skip
-    return _save(hf.Qwen3_5ForConditionalGeneration(config), folder, dtype=dtype, patch_size=14)
+    _save(hf.Qwen3_5ForConditionalGeneration(config), folder, dtype=dtype, patch_size=14)
+    _character_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def _save(model: Any, folder: Path, *, dtype: torch.dtype, patch_size: int) -> Path:
@@ -162,6 +174,16 @@ def _tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS])
     return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+
+
+def _character_tokenizer() -> Any:
+    vocabulary = {token: index for index, token in enumerate(("<unk>", *CHARACTERS, *MARKS))}
+    assert vocabulary["<|image_pad|>"] == IMAGE_ID
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS])
+    return Qwen3_5Tokenizer(
         tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
 

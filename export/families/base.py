@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
@@ -32,6 +33,7 @@ from transformers.initialization import no_init_weights
 
 from trio_edge.export.checkpoints.checkpoint import HEAD_NAME, read_json, settings_of
 from trio_edge.export.graphs.attention import ATTENTION_NAME, TILE_ATTENTION_NAME, register_attention
+from trio_edge.export.graphs.gated_delta import gated_delta_layer, is_linear
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.manifest import TensorSpec
 from trio_edge.runtime.bundle.schedule import Schedule
@@ -240,6 +242,8 @@ class Family(ABC):
             root.model, config, processing=processing, dtype=dtype, with_features=with_features
         )
         decoder = root.get_decoder()
+        for layer in filter(is_linear, decoder.layers):
+            layer.forward = MethodType(gated_delta_layer, layer)
         with unset_fake_temporarily():  # the graphs hold the frequencies, so they need values
             rotary: Any = type(decoder.rotary_emb)(decoder.config)
             inv_freq = rotary.inv_freq.to(torch.float32).numpy()

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trio_edge.export.graphs.gated_delta import gated_delta_layer
+from trio_edge.export.graphs.gated_delta import is_linear
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -190,11 +190,6 @@ class RotaryTables(nn.Module):
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
 
-def is_linear(layer: nn.Module) -> bool:
-    """Return whether a decoder layer has states in place of keys and values."""
-    return hasattr(layer, "linear_attn")
-
-
 class DecoderRange(nn.Module):
     """Consecutive Hugging Face decoder layers with a flat interface of keys and values, or states."""
 
@@ -221,10 +216,9 @@ class DecoderRange(nn.Module):
         present: list[Tensor] = []
         for layer, layer_past in zip(self.layers, zip(past[::2], past[1::2])):
             if is_linear(layer):
-                assert num_rows is not None, "layers with states have it"
-                hidden_states = gated_delta_layer(
-                    layer, hidden_states.reshape(B, S, D), num_rows, layer_past, present
-                ).reshape(1, B * S, D)
+                apart = hidden_states.reshape(B, S, D)
+                hidden_states = layer(apart, num_rows=num_rows, past=layer_past, present=present)
+                hidden_states = hidden_states.reshape(1, B * S, D)
                 continue
             mask = causal_mask(S, layer_past[0].shape[2], past_length)
             hidden_states = layer(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
 if TYPE_CHECKING:
@@ -33,21 +33,26 @@ _NEVER = -1e30
 """Log decay between a row and a later one; finite, as differences of it must be."""
 
 
+def is_linear(layer: nn.Module) -> bool:
+    """Return whether a decoder layer has states in place of keys and values."""
+    return hasattr(layer, "linear_attn")
+
+
 def gated_delta_layer(
-    layer: Any, hidden_ASD: Tensor, num_rows_A: Tensor, past: tuple[Tensor, Tensor], present: list[Tensor]
+    layer: Any, hidden_ASD: Tensor, *, num_rows: Tensor, past: tuple[Tensor, Tensor], present: list[Tensor]
 ) -> Tensor:
     """Return the output of a decoder layer with linear attention, and append its new states to ``present``.
 
+    It takes the place of the layer's own ``forward``.
+
     Args:
         layer: transformers' Qwen3_5DecoderLayer.
-        hidden_ASD: What enters it; rows from ``num_rows_A`` on are padding.
-        num_rows_A: Real rows of each answer.
+        hidden_ASD: What enters it; rows from ``num_rows`` on are padding.
+        num_rows: [A], real rows of each answer.
         past: Its states before the first row; see ``gated_delta_net``.
         present: Receives the states after the last real row, with the shapes of ``past``.
     """
-    mixed_ASD, *states = gated_delta_net(
-        layer.linear_attn, layer.input_layernorm(hidden_ASD), num_rows_A, past
-    )
+    mixed_ASD, *states = gated_delta_net(layer.linear_attn, layer.input_layernorm(hidden_ASD), num_rows, past)
     present += states
     hidden_ASD = hidden_ASD + mixed_ASD
     output_ASD: Tensor = hidden_ASD + layer.mlp(layer.post_attention_layernorm(hidden_ASD))

@@ -87,7 +87,7 @@ def plan_for(
     schedule = Schedule() if manifest is None else manifest.schedule
     if keep is not None:
         # the exporter's own arithmetic, which needs no torch: predictions must have its stages
-        from trio_edge.trio.budgets import ScheduleRequest, check_stage_layers, parse_keep
+        from trio_edge.trio.budgets import ScheduleRequest, parse_keep
 
         average = None if keep == WITHOUT_STAGES else parse_keep(keep)
         schedule = ScheduleRequest.like(schedule, average=average, is_strict=True).schedule(

@@ -69,6 +69,8 @@ class Programs:
             for launch, capacity in zip(ranges, manifest.kv_capacities)
         }
         """KV caches by name, in the order of the layer ranges, at this level's capacity."""
+        self.states = [self.memory.stack(name) for launch in ranges for name in launch.states.values()]
+        """States of layers with linear attention, which a decode step replaces."""
         self._engines, self._head_rows = graphs.engines, head_rows
         self.sizes: dict[str, tuple[dict[str, int], ...]] = {
             program.name: program.sizes for program in manifest.programs
