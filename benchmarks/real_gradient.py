@@ -1,7 +1,6 @@
 """TRIO's saliency against the whole model's gradient, on a real language model and on the packaged one.
 
     python benchmarks/real_gradient.py --count 8 --questions 150
-    python benchmarks/real_gradient.py --parts tiny --model out/small-vlm --data out/sentences/questions.jsonl
 
 By layer, without reduction: rank correlation, and overlap of the best ninth. Then, on the packaged model, answers when the whole
 gradient chooses in place of the saliency, at the same stages: an upper bound of what a better proxy of the gradient can give. In
@@ -148,22 +147,19 @@ def main() -> None:
     parser.add_argument("--count", type=positive, default=8, help="prompts whose layers are compared")
     parser.add_argument("--questions", type=positive, default=150)
     parser.add_argument("--keeps", nargs="+", default=["11.1%", "7.5%"])
-    parser.add_argument("--model", default="tiny", help="in place of the packaged one, for --parts tiny")
-    parser.add_argument("--data", type=Path, help="its questions, in place of drawn ones")
     parser.add_argument("--out", type=Path, default=Path("out/real"))
     parser.add_argument(
         "--parts", nargs="+", choices=["tiny", "real", "answers"], default=["tiny", "real", "answers"]
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    tiny = load_model(options.model)
+    tiny = load_model("tiny")
     if "tiny" in options.parts:
-        data = options.data or drawn_questions(options.questions, seed=0)
-        questions = read_questions(data)[: options.count]
+        questions = read_questions(drawn_questions(options.questions, seed=0))[: options.count]
         with torch.no_grad():
             prompts = [make_prompt(tiny, question) for question in questions]
         print(
-            f"{options.model}, {len(prompts)} questions\n\n{markdown(HEADS, by_layer(tiny, prompts))}\n",
+            f"packaged model, {len(prompts)} questions\n\n{markdown(HEADS, by_layer(tiny, prompts))}\n",
             flush=True,
         )
     if "real" in options.parts:
