@@ -80,7 +80,7 @@ def counted(keep: float) -> dict[str, list[float]]:
 
 def _kv_bytes(setting: Setting) -> int:
     row_bytes = kv_row_bytes(setting.model.decoder, bytes_per_cached=setting.formats.bytes_per_cached)
-    return row_bytes * sum(layers * (rows + NUM_TEXT) for layers, rows in setting.ranges)
+    return row_bytes * sum(len(layers) * (rows + NUM_TEXT) for layers, rows in setting.ranges)
 
 
 def measured(hidden: int) -> dict[str, list[float]]:

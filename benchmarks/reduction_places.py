@@ -55,7 +55,7 @@ def row(name: str, setting: Setting, device: str) -> tuple[str, ...]:
     prefill = [
         timed for timed in prediction.runs if timed.run.phase == "prefill" and timed.run.name != "vision"
     ]
-    rows = sum(layers * (rows + setting.num_text) for layers, rows in setting.ranges)
+    rows = sum(len(layers) * (rows + setting.num_text) for layers, rows in setting.ranges)
     stages = ", ".join(f"{stage.layer}:{stage.keep}" for stage in setting.schedule.stages)
     row_bytes = kv_row_bytes(setting.model.decoder, bytes_per_cached=setting.formats.bytes_per_cached)
     return (
