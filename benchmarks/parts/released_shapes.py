@@ -187,6 +187,21 @@ def qwen3_vl_4b() -> Any:
     return qwen3_vl(text=text, out_hidden_size=2560)
 
 
+def qwen3_5_9b() -> Any:
+    """Return the configuration of Qwen3.5-9B, as far as transformers' classes tell it."""
+    text = {
+        "head_dim": 256, "max_position_embeddings": 262144, "eos_token_id": 151645,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e7, "mrope_section": [11, 11, 10], "mrope_interleaved": True,
+            "partial_rotary_factor": 0.25,
+        },
+    }  # fmt: skip
+    return hf.Qwen3_5Config(
+        text_config=text, vision_config={"out_hidden_size": 4096}, image_token_id=151655, video_token_id=151656,
+        vision_start_token_id=151652, vision_end_token_id=151653,
+    )  # fmt: skip
+
+
 def internvl3_5_2b() -> Any:
     text = {
         "model_type": "qwen3", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
@@ -344,9 +359,9 @@ def _llava_next_family(config: Callable[[], Any], template: str = VICUNA_TEMPLAT
     )  # fmt: skip
 
 
-def _qwen3_family(config: Callable[[], Any]) -> Family:
+def _qwen3_family(config: Callable[[], Any], model: str = "Qwen3VLForConditionalGeneration") -> Family:
     return Family(
-        config=config, model="Qwen3VLForConditionalGeneration", renames=(), preprocessor=QWEN3_PREPROCESSOR,
+        config=config, model=model, renames=(), preprocessor=QWEN3_PREPROCESSOR,
         chat_template=QWEN_TEMPLATE, special_tokens=QWEN_TOKENS,
     )  # fmt: skip
 
@@ -395,6 +410,7 @@ FAMILIES = {
     "qwen2.5-vl-7b": _qwen_family(qwen2_5_vl_7b),
     "qwen3-vl-2b": _qwen3_family(qwen3_vl_2b),
     "qwen3-vl-4b": _qwen3_family(qwen3_vl_4b),
+    "qwen3.5-9b": _qwen3_family(qwen3_5_9b, "Qwen3_5ForConditionalGeneration"),
     "internvl3.5-2b": Family(
         config=internvl3_5_2b,
         model="InternVLForConditionalGeneration",
