@@ -17,7 +17,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 from trio_edge.export.options import ExportOptions, LevelRequest
 from trio_edge.export.options import Progress as Callbacks
 from trio_edge.export.quantize.plan import parse_plan
-from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError, ShapeError, printable
+from trio_edge.runtime.bundle.errors import (
+    CheckpointError,
+    ScheduleError,
+    ShapeError,
+    install_command,
+    printable,
+)
 from trio_edge.runtime.bundle.schedule import Budget, Positions, ProbeRows, Schedule
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
@@ -397,7 +403,7 @@ def _import_exporter(*, quiet: bool) -> None:
         import trio_edge.export.bundle  # noqa: F401
     except ModuleNotFoundError as error:
         raise CheckpointError(
-            f"export: expected its packages to be installed, got no {error.name}; pip install 'trio-edge[export]'"
+            f"export: expected its packages to be installed, got no {error.name}; {install_command('export')}"
         ) from None
     transformers.logging.set_verbosity_error()  # our line says what is wrong
     if quiet:

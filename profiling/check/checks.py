@@ -32,7 +32,7 @@ from trio_edge.profiling.check.answers import (
 )
 from trio_edge.profiling.measure.measuring import PROMPT, measured_sizes
 from trio_edge.runtime.backends.registry import BACKENDS, make_backend
-from trio_edge.runtime.bundle.errors import BackendError, TrioEdgeError
+from trio_edge.runtime.bundle.errors import BackendError, TrioEdgeError, install_command
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
 from trio_edge.runtime.devices.machine import cuda_problem, find_host, process_bytes
@@ -148,7 +148,7 @@ def absent_reason(backend: str) -> str | None:
             return "not installed"
     else:
         if find_spec("onnxruntime") is None:
-            return 'not installed; pip install "trio-edge[ort]"'
+            return f"not installed; {install_command('ort')}"
         from trio_edge.runtime.backends.onnxruntime import has_provider
 
         if not has_provider(cast("OnnxRuntimeName", backend)):

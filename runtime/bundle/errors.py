@@ -17,7 +17,11 @@ A message reads ``<where>: expected <rule>, got <value>; <what to do>``.
 
 from __future__ import annotations
 
+import json
 import unicodedata
+from importlib.metadata import distribution
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 _MOST_CHARACTERS = 2000
 
@@ -68,6 +72,21 @@ class DataError(TrioEdgeError, ValueError):
 
 class BackendError(TrioEdgeError, RuntimeError):
     """A backend is missing, or cannot load or run a graph."""
+
+
+def install_command(extra: str) -> str:
+    """Return the command that adds the packages of ``extra`` to this installation: from its clone, or from its wheel file.
+
+    No package index has trio-edge, so its bare name would install nothing, or a package of somebody else.
+    """
+    installed = distribution("trio-edge")
+    source = json.loads(installed.read_text("direct_url.json") or "{}")  # written by the installer (PEP 610)
+    place = unquote(urlsplit(source.get("url", "")).path)
+    if "dir_info" in source:
+        return f'pip install ".[{extra}]" in {place}'
+    if not Path(place).is_file():  # the wheel was deleted, or came from elsewhere
+        place = f"./trio_edge-{installed.version}-py3-none-any.whl"
+    return f'pip install "{place}[{extra}]"'
 
 
 def message_line(text: str) -> str:
