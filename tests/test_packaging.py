@@ -127,7 +127,7 @@ def test_a_jetson_installs_everything_from_wheels(
 def test_the_install_command_names_what_this_copy_was_installed_from(
     source: dict[str, Any] | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the files that pip writes, in a folder that is searched before the installed package's."""
+    """With the files that pip writes, in the only folder that is searched."""
     wheel = tmp_path / "trio_edge-9.8-py3-none-any.whl"
     wheel.touch()
     info = tmp_path / "trio_edge-9.8.dist-info"
@@ -136,7 +136,7 @@ def test_the_install_command_names_what_this_copy_was_installed_from(
     if source is not None:
         text = json.dumps(source).replace("WHEEL", wheel.as_uri())
         (info / "direct_url.json").write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert install_command("ort") == expected.replace("FOLDER", str(tmp_path))
 
 

@@ -45,20 +45,20 @@ def command(bundle: Path | None, hours: float | None, as_json: bool) -> int:
     The exit code is 0 if no check failed, 1 if one failed, and 2 if nothing could be checked.
     """
     facts, results = machine_facts(), []
-    if not as_json:
-        for name, text in facts_in_words(facts).items():
-            print(f"{name:14}{text}")
     console = Console(stderr=True)
     with (
         interruptible(),
         tempfile.TemporaryDirectory(prefix="trio-check-") as folder,
-        console.status("") as status,
+        console.status("making the packaged model's graphs") as status,
     ):
         place, settings = Path(folder), dict[str, Any](questions=(), stored=())
         if bundle is None:
             bundle = put_together(place / "bundle")
             settings = {"questions": QUESTIONS, "stored": stored_answers()}
-        open_bundle(bundle)
+        open_bundle(bundle)  # refused before anything is printed
+        if not as_json:
+            for name, text in facts_in_words(facts).items():
+                print(f"{name:14}{text}")
         settings["seconds"] = 3600 * (hours or 0.0)
 
         def starting(backend: str) -> None:
