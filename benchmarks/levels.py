@@ -1,6 +1,7 @@
 """Accuracy, FLOPs and first-token times of a bundle's levels, and the counted work of released models at levels.
 
     python benchmarks/levels.py bundle questions.jsonl --held-out 50%     # a bundle exported with --level
+    python benchmarks/levels.py bundle questions.jsonl --decide           # probabilities of a fixed set of answers
     python benchmarks/levels.py --counted                                 # LLaVA-NeXT-7B, Qwen3-VL-4B, SmolVLM2-256M
 
 Margins are found on one part of the questions, everything else is measured on the other. "random" goes up as often as "auto",
@@ -10,6 +11,7 @@ but anywhere; "oracle" knows which answers are wrong and goes up only where that
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,20 +19,30 @@ import numpy as np
 from parts.arguments import errors_in_one_line, parser_for, positive
 from parts.tables import head, row
 
-from trio_edge.calibration.levels import WANTED_ACCURACY, Chain, answered, best_chain, judged_on
+from trio_edge.calibration.evaluate.decisions import question_of, right_option, with_options
+from trio_edge.calibration.levels import (
+    WANTED_ACCURACY,
+    Answered,
+    Chain,
+    add_flops,
+    answered,
+    best_chain,
+    judged_on,
+)
 from trio_edge.calibration.metrics import metric_for
 from trio_edge.calibration.progress import SILENT
 from trio_edge.calibration.questions import read_questions
 from trio_edge.calibration.search.samples import split_samples
 from trio_edge.profiling.predict.answer import predict
 from trio_edge.profiling.predict.plan import plan_for
+from trio_edge.runtime.images.reading import open_image
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.trio.cost.devices import find_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.calibration.levels import Answered, JudgedChain
+    from trio_edge.calibration.levels import JudgedChain
     from trio_edge.calibration.questions import Sample
 
 SHARE_UP = 0.2
@@ -51,7 +63,11 @@ def main() -> None:
     parser.add_argument("questions", type=Path, nargs="?")
     parser.add_argument("--held-out", type=float, default=0.5)
     parser.add_argument("--accuracy", type=float, default=WANTED_ACCURACY)
+    parser.add_argument(
+        "--mean-flops", type=float, help="also the most accurate at this share of the highest level's"
+    )
     parser.add_argument("--timed", type=positive, default=100, help="questions whose first token is timed")
+    parser.add_argument("--decide", action="store_true")
     parser.add_argument("--counted", action="store_true")
     options = parser.parse_args()
     with errors_in_one_line(parser):
@@ -61,17 +77,32 @@ def main() -> None:
         if options.questions is None:
             parser.error("expected a bundle and questions, or --counted; give them")
         questions = read_questions(options.questions)
+        if options.decide:
+            questions = with_options(questions)
         split = split_samples(questions, held_out=options.held_out, seed=0)
-        metric = metric_for(questions)
+        ask = decided if options.decide else partial(answered, metric=metric_for(questions), progress=SILENT)
         with Pipeline.from_bundle(options.bundle, threads=1) as pipeline:
             names = pipeline.manifest.level_names
-            searched = [answered(pipeline, sample, metric, SILENT) for sample in split.search]
-            held = [answered(pipeline, sample, metric, SILENT) for sample in split.held_out]
-            chain = best_chain(searched, names, accuracy=options.accuracy, mean_flops=None)
-            print(f"{len(held)} held-out questions, margins found on {len(searched)}: {chain.margins}\n")
-            print_accuracies(chain, held, names)
-            print_sure_and_wrong(chain, held, split.held_out)
-            print_times(pipeline, chain, split.held_out[: int(options.timed)], names)
+            searched, held = ([ask(pipeline, sample) for sample in part] for part in split)
+            for mean_flops in dict.fromkeys((options.mean_flops, None)):
+                chain = best_chain(searched, names, accuracy=options.accuracy, mean_flops=mean_flops)
+                print(f"{len(held)} held-out questions, margins found on {len(searched)}: {chain.margins}\n")
+                print_accuracies(chain, held, names)
+                print_sure_and_wrong(chain, held, split.held_out)
+            if not options.decide:
+                print_times(pipeline, chain, split.held_out[: int(options.timed)], names)
+
+
+def decided(pipeline: Pipeline, sample: Sample) -> Answered:
+    """Decide a sample at every level; the margin is that of its options' probabilities."""
+    found = Answered(sample.image_id, {}, {}, {})
+    images, question = [open_image(path) for path in sample.images], question_of(sample)
+    for name in pipeline.manifest.level_names:
+        (decision,) = pipeline.decide(images, question, level=name)
+        found.score[name] = float(decision.choice == sample.options[right_option(sample)])
+        found.margin[name] = decision.margin
+        add_flops(found, pipeline, name, images, num_text=decision.statistics.text_tokens)
+    return found
 
 
 def print_accuracies(chain: Chain, held: Sequence[Answered], names: Sequence[str]) -> None:
@@ -129,7 +160,7 @@ def print_sure_and_wrong(chain: Chain, held: Sequence[Answered], samples: Sequen
     """Print the questions that the lowest level of "auto" gets wrong while it is sure, and a higher one right."""
     low = next(iter(chain.margins))
     missed = [
-        (sample.margin[low], question.question)
+        (sample.margin[low], question.prompt)
         for sample, question in zip(held, samples)
         if chain.stops(sample) == [low] and sample.score[low] < max(sample.score.values())
     ]

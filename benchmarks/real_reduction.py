@@ -39,6 +39,8 @@ from trio_edge.profiling.statistics import bootstrap_interval, paired_interval
 from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
 SEEDS = {"tuning": 1, "held-out": 2}
@@ -53,6 +55,12 @@ class Prompt(NamedTuple):
     """Visual tokens of the sentence with the answer."""
     word: int
     """The right token."""
+
+    @property
+    def word_at(self) -> int:
+        """The visual token with the right word."""
+        rows = self.sequence.visual_rows_N
+        return next(one for one in sorted(self.fact) if self.ids[int(rows[one])] == self.word)
 
 
 class Stage(NamedTuple):
@@ -99,6 +107,36 @@ class Stage(NamedTuple):
     def uniform(self, num_keep: int) -> Tensor:
         return torch.linspace(0, self.entering.num_visual - 1, num_keep).round().to(torch.int64)
 
+    def one_of_each_part(self, scores_N: Tensor, num_keep: int) -> Tensor:
+        """Return the best token of each of ``num_keep`` parts of equal length."""
+        edges = np.linspace(0, self.entering.num_visual, num_keep + 1).round().astype(int).tolist()
+        return torch.tensor([a + int(scores_N[a:b].argmax()) for a, b in zip(edges, edges[1:])])
+
+    def likeness(self) -> dict[str, float]:
+        """Return the longest row's length by the median, and the median cosines of two rows and of two full stops."""
+        lengths_N, decode = self.lengths(), self.model.tokenizer.decode
+        unit_ND = self.entering.hidden_SD[self.entering.visual_rows_N] / lengths_N[:, None]
+        tokens = [self.prompt.ids[int(row)] for row in self.prompt.sequence.visual_rows_N]
+        stops = [one for one, token in enumerate(tokens) if decode([token]) == "."]
+        found = {"longest row by the median": float(lengths_N.max() / lengths_N.median())}
+        for name, rows_RD in (("rows", unit_ND), ("full stops", unit_ND[stops])):
+            first, second = torch.triu_indices(len(rows_RD), len(rows_RD), 1)
+            found[f"cosine of two {name}"] = float((rows_RD[first] * rows_RD[second]).sum(-1).median())
+        return found
+
+    def led_by(self, tokens: list[int], scores_N: Tensor) -> Tensor:
+        """Return the scores with some tokens as the best."""
+        scores_N[tokens] = scores_N.max() * torch.arange(2, 2 + len(tokens))
+        return scores_N
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths().argmax())
+
+    def without(self, removed: Iterable[int]) -> Tensor:
+        """Return all tokens but some."""
+        return torch.tensor(sorted(set(range(self.entering.num_visual)) - set(removed)))
+
     def fact_first(self, num_keep: int) -> Tensor:
         """Return the asked sentence's tokens, and others evenly spread."""
         rank_N = torch.zeros(self.entering.num_visual)
@@ -130,7 +168,24 @@ SELECTORS: dict[str, Select] = {
     "uniform": lambda stage, K: stage.uniform(K),
     "random": lambda stage, K: stage.best(stage.drawn(), K),
     "recency": lambda stage, K: torch.arange(stage.entering.num_visual - K, stage.entering.num_visual),
+    "uniform, without the ends": lambda stage, K: stage.uniform(K + 2)[1:-1],
+    "random and both ends": lambda stage, K: stage.best(stage.led_by([0, -1], stage.drawn()), K),
+    "trio and both ends": lambda stage, K: stage.best(stage.led_by([0, -1], stage.scores()), K, 0.8),
+    "trio and the last token": lambda stage, K: stage.best(stage.led_by([-1], stage.scores()), K, 0.8),
+    "trio and the longest row": lambda stage, K: stage.best(
+        stage.led_by([stage.longest], stage.scores()), K, 0.8
+    ),
+    "random, one of each part": lambda stage, K: stage.one_of_each_part(stage.drawn(), K),
+    "trio, one of each part": lambda stage, K: stage.one_of_each_part(stage.scores(), K),
+    "all but the word": lambda stage, _: stage.without([stage.prompt.word_at]),
+    "all but the word and 3 more": lambda stage, _: stage.without(
+        range(stage.prompt.word_at, stage.prompt.word_at + 4)
+    ),
+    "all but the asked fact": lambda stage, _: stage.without(stage.prompt.fact),
+    "all but the longest row": lambda stage, _: stage.without([stage.longest]),
+    "only 2 tokens": lambda stage, _: stage.uniform(2),
 }
+"""The last five have the same tokens at every budget."""
 
 
 def prompt_of(model: TorchModel, passage: Passage, *, asked: str = "sentence") -> Prompt:
@@ -168,9 +223,10 @@ def measured(
     with torch.no_grad():
         own_N, others = stage.scores(), {"1 / length": 1 / stage.lengths(), "attention": stage.attention()}
     by = {
-        f"saliency by {name}": agreement(own_N, other_N, num_keep=1).spearman
+        f"rank correlation of the saliency with {name}": agreement(own_N, other_N, num_keep=1).spearman
         for name, other_N in others.items()
     }
+    by |= stage.likeness()
     found = {"all": {**by, "log p": float(last[prompt.word]), "recall": float(last.argmax() == prompt.word)}}
     for name, select in chosen.items():
         for keep in keeps:
@@ -262,15 +318,13 @@ def main() -> None:
     )
     (options.out / name).write_text(json.dumps(results), encoding="utf-8")
     whole = {name: np.mean([one["all"][name] for one in results]) for name in results[0]["all"]}
-    for name in ("1 / length", "attention"):
-        print(f"rank correlation of the saliency with {name}: {whole[f'saliency by {name}']:.2f}")
     setting = (
         f"stage before layer {options.layer}, {options.positions} positions, asked for a {options.asked}"
     )
     print(
-        f"{options.split}, {options.count} prompts, {np.mean(num_visual):.0f} visual rows, {setting};"
-        f" keep-all: log p {whole['log p']:.2f}, recall {100 * whole['recall']:.0f} %\n"
+        f"{options.split}, {options.count} prompts, {np.mean(num_visual):.0f} visual rows, {setting}; keep-all:"
     )
+    print(*(f"{name} {value:.2f}" for name, value in whole.items()), "", sep="\n")
     base = "trio" if "trio" in chosen else options.selectors[0]
     for keep in keeps:
         print(f"{100 * keep:.1f} %\n\n{table(results, keep, options.selectors, base=base)}\n")

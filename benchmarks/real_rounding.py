@@ -1,6 +1,7 @@
 """A real language model in INT4: perplexity and next tokens by block size, calibration, and parts left in a wider type.
 
     python benchmarks/real_rounding.py --out out/real            # --layers: the damage of each layer and product alone
+    python benchmarks/real_rounding.py --columns                 # INT4 with some columns in floating point
 
 In torch, with the exporter's own rounding of weights and inputs (calibration/quantize), which the tests compare with bundles. Texts
 are those of real_formats.py; calibrated scales come from other topics.
@@ -12,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -20,10 +21,11 @@ from parts.arguments import parser_for, positive
 from parts.tables import markdown
 from real_formats import REQUEST, calibrated_scales
 from real_weights.checkpoints import checkpoint
-from real_weights.texts import MEASURED, as_chat, as_sequence
+from real_weights.texts import CALIBRATING, MEASURED, as_chat, as_sequence, pieces
 
 from trio_edge.calibration.model.sequence import advanced, logits_of
 from trio_edge.calibration.model.torch_model import TorchModel, load_model
+from trio_edge.calibration.quantize.collecting import products_of
 from trio_edge.calibration.quantize.quantized_model import quantized_model
 from trio_edge.export.graphs.linear_groups import decoder_groups
 from trio_edge.export.quantize.numerics import block_size, quantize_weight
@@ -33,12 +35,20 @@ from trio_edge.profiling.statistics import score_interval
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from torch import Tensor
+    from torch.nn import Parameter
+
+    from trio_edge.export.graphs.linear_groups import LinearGroup
 
 BLOCK_SIZES = (
     "trio_edge.export.quantize.numerics.BLOCK_SIZE",
     "trio_edge.export.quantize.assign.BLOCK_SIZE",
 )
+
+
+COLUMN_SHARES = (0.01, 0.03, 0.1)
 
 
 class Variant(NamedTuple):
@@ -149,11 +159,7 @@ def of_variant(model: TorchModel, variant: Variant, length: int) -> Text:
 
 def by_product(model: TorchModel, exact: Text, length: int) -> list[tuple[str, ...]]:
     """Return rows for INT4 in one product of all layers, and in one layer alone."""
-    groups = [
-        group
-        for index, layer in enumerate(model.parts.layers)
-        for group in decoder_groups(layer, index=index)
-    ]
+    groups = groups_of(model)
     kinds = {
         f"int4 only in {name}": [one for one in groups if one.name == name]
         for name in dict.fromkeys(g.name for g in groups)
@@ -162,20 +168,78 @@ def by_product(model: TorchModel, exact: Text, length: int) -> list[tuple[str, .
         f"int4 only in layer {index}": [one for one in groups if one.layer == index]
         for index in range(model.num_layers)
     }
-    rows = []
-    for name, chosen in kinds.items():
-        weights = [linear.get_parameter("weight") for group in chosen for linear in group.linears]
-        before = [weight.data for weight in weights]
-        for weight in weights:
-            rounded = quantize_weight(
-                weight.data, kind="int4", dtype="float16", block=block_size(weight.shape[1])
-            )
-            weight.data = rounded.dequantized().to(weight.dtype)
-        rows.append(cells(name, read(model, length), exact))
-        print(rows[-1], flush=True)
-        for weight, values in zip(weights, before):
-            weight.data = values
-    return rows
+    return [
+        int4_row(name, model, exact, length, {weight: [] for group in chosen for weight in weights_of(group)})
+        for name, chosen in kinds.items()
+    ]
+
+
+def groups_of(model: TorchModel) -> list[LinearGroup]:
+    return [
+        group
+        for index, layer in enumerate(model.parts.layers)
+        for group in decoder_groups(layer, index=index)
+    ]
+
+
+def weights_of(group: LinearGroup) -> list[Parameter]:
+    return [linear.get_parameter("weight") for linear in group.linears]
+
+
+def int4_row(
+    name: str, model: TorchModel, exact: Text, length: int, weights: Mapping[Parameter, Any]
+) -> tuple[str, ...]:
+    """Return the row of INT4 in some weights, of which given columns keep their values and are left out of the blocks."""
+    before = {weight: weight.data for weight in weights}
+    for weight, columns in weights.items():
+        rest = weight.data.clone()
+        rest[:, columns] = 0
+        rounded = quantize_weight(rest, kind="int4", dtype="float16", block=block_size(weight.shape[1]))
+        values = rounded.dequantized().to(weight.dtype)
+        values[:, columns] = weight.data[:, columns]
+        weight.data = values
+    found = cells(name, read(model, length), exact)
+    print(found, flush=True)
+    for weight, values in before.items():
+        weight.data = values
+    return found
+
+
+def by_columns(model: TorchModel, exact: Text, length: int) -> list[tuple[str, ...]]:
+    """Return rows for INT4 with shares of the columns, by three rules, in floating point."""
+    groups = groups_of(model)
+    inputs: dict[Parameter, list[Tensor]] = {weights_of(group)[0]: [] for group in groups}
+
+    def listener(found: list[Tensor]) -> Callable[[Tensor], Tensor]:
+        def listen(values: Tensor) -> Tensor:
+            found.append(values.flatten(0, -2))
+            return values
+
+        return listen
+
+    with torch.no_grad(), ExitStack() as stack:
+        for layer in model.parts.layers:
+            stack.enter_context(products_of(layer, {w: listener(found) for w, found in inputs.items()}))
+        for ids in pieces(model, CALIBRATING, count=8, length=192):
+            chat = as_chat(model, REQUEST + "Python", ids)
+            advanced(model, as_sequence(model, chat), range(model.num_layers))
+    torch.manual_seed(0)
+    by_rule: dict[str, dict[Parameter, Tensor]] = {
+        rule: {} for rule in ("largest input", "mean square of the input times the weights'", "random")
+    }
+    for group in groups:
+        first, *_ = weights = weights_of(group)
+        rows_SI = torch.cat(inputs[first])
+        square_I = rows_SI.square().mean(0) * sum(weight.data.square().sum(0) for weight in weights)
+        scores = (rows_SI.abs().amax(0), square_I, torch.rand(group.num_inputs))
+        for chosen, score_I in zip(by_rule.values(), scores):
+            chosen.update(dict.fromkeys(weights, score_I.argsort(descending=True)))
+    found = [int4_row("int4", model, exact, length, {w: [] for w in by_rule["random"]})]
+    for rule, ranked in by_rule.items():
+        for share in COLUMN_SHARES:
+            columns = {weight: order[: round(share * len(order))] for weight, order in ranked.items()}
+            found.append(int4_row(f"{rule}, {100 * share:.0f} %", model, exact, length, columns))
+    return found
 
 
 def main() -> None:
@@ -183,6 +247,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/real"))
     parser.add_argument("--length", type=positive, default=256, help="most tokens of each of the texts")
     parser.add_argument("--layers", action="store_true")
+    parser.add_argument("--columns", action="store_true")
     parser.add_argument("--rows", nargs="+", metavar="WORD", help="only the rows with one of these words")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -191,7 +256,9 @@ def main() -> None:
     rows = [cells("float32", exact, exact)]
     if options.layers:
         rows += by_product(model, exact, options.length)
-    for variant in () if options.layers else VARIANTS:
+    if options.columns:
+        rows += by_columns(model, exact, options.length)
+    for variant in () if options.layers or options.columns else VARIANTS:
         if options.rows is None or any(word in variant.name for word in options.rows):
             rows.append(cells(variant.name, of_variant(model, variant, options.length), exact))
             print(rows[-1], flush=True)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from PIL import Image
+
     from trio_edge.calibration.metrics import Metric
     from trio_edge.calibration.progress import StepProgress
     from trio_edge.calibration.questions import Sample
@@ -144,7 +146,6 @@ def find_margins(
 def answered(pipeline: Pipeline, sample: Sample, metric: Metric, progress: StepProgress) -> Answered:
     """Answer a sample at every level."""
     found = Answered(sample.image_id, {}, {}, {})
-    before: list[str] = []
     for name in pipeline.manifest.level_names:
         generation = pipeline.generate(
             list(sample.images),
@@ -155,14 +156,20 @@ def answered(pipeline: Pipeline, sample: Sample, metric: Metric, progress: StepP
         )
         found.score[name] = metric.score(metric.read(generation.text, sample), sample)
         found.margin[name] = margin_of(generation.first_logits)
-        level, num_text = pipeline.level_named(name), generation.statistics.text_tokens
-        for lower in (None, *before):
-            below = None if lower is None else pipeline.level_named(lower)
-            flops = level_flops(level, generation.images, num_text=num_text, before=below)
-            found.flops[lower, name] = flops
-        before.append(name)
+        add_flops(found, pipeline, name, generation.images, num_text=generation.statistics.text_tokens)
     progress.sample()
     return found
+
+
+def add_flops(
+    found: Answered, pipeline: Pipeline, name: str, images: Sequence[Image.Image], *, num_text: int
+) -> None:
+    """Add a level's FLOPs, alone and after each of the levels that ``found`` has already."""
+    below = {lower for _, lower in found.flops}
+    for lower in (None, *below):
+        before = None if lower is None else pipeline.level_named(lower)
+        level = pipeline.level_named(name)
+        found.flops[lower, name] = level_flops(level, images, num_text=num_text, before=before)
 
 
 def best_chain(

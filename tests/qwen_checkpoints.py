@@ -47,6 +47,12 @@ REDUCED = Schedule(
     stages=(Stage(layer=1, keep=9), Stage(layer=2, keep=4)), positions="preserved", probe_rows="answer"
 )
 
+HYBRID = Schedule(
+    stages=(Stage(layer=3, keep=9), Stage(layer=7, keep=4)), positions="preserved", probe_rows="answer"
+)
+"""Qwen3.5's layers 3 and 7 have attention. The first range has none: three layers with states."""
+KEEP_ALL = Schedule(positions="preserved")
+
 
 def save_qwen_checkpoint(
     folder: Path, *, tie: bool = False, num_layers: int = 4, dtype: torch.dtype = torch.float32

@@ -2,7 +2,8 @@
 
     PYTHONPATH=examples/tiny_model python examples/small_vlm/sentences.py out/sentences
 
-Kinds are colour, shape, digit and existence; no question names a place in the image.
+Kinds are colour, shape, digit and existence; no question names a place in the image. ``--decide`` writes questions with a fixed
+set of answers: the sentences that differ in the asked word, or yes and no. ``--kinds`` may name count and comparison, too.
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shapes.questions import ask
+from shapes.questions import COUNT_WORDS, ask
 from shapes.samples import HELD_OUT_OFFSET, SEEDS_PER_STREAM
-from shapes.scene import make_scene, render
+from shapes.scene import COLOR_NAMES, DIGITS, SHAPES, make_scene, render
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from shapes.scene import Scene
 
 KINDS = ("color", "shape", "digit", "existence")
+WORDS = {"color": COLOR_NAMES, "shape": SHAPES, "digit": DIGITS, "count": COUNT_WORDS[:6]}
+"""What may be the asked word, by kind; the other kinds ask for yes or no."""
 
 
 def in_words(kind: str, question: str, answer: str) -> tuple[str, str]:
@@ -35,6 +39,10 @@ def in_words(kind: str, question: str, answer: str) -> tuple[str, str]:
         sentence = f"The {about} is a {answer}."
     elif kind == "digit":
         sentence = f"The digit that is {about} is {answer}."
+    elif kind == "count":
+        sentence = f"The number of {' '.join(words[2:-3])} is {answer}."
+    elif kind == "comparison":
+        sentence = f"{answer.capitalize()}."
     else:
         sentence = f"Yes, there is a {about}." if answer == "yes" else f"No, there is no {about}."
     return " ".join(words[:-1]).capitalize() + "?", sentence
@@ -57,20 +65,26 @@ def questions_of(scene: Scene, rng: random.Random, count: int) -> list[tuple[str
     return list(found.values())
 
 
-def held_out(count: int, *, seed: int) -> Iterator[tuple[Scene, str, str, str]]:
-    """Yield (scene, kind, question, sentence) of images that were not trained on, two an image, each kind equally often."""
+def held_out(
+    count: int, *, seed: int, kinds: Sequence[str] = KINDS
+) -> Iterator[tuple[Scene, str, str, str, list[str]]]:
+    """Yield (scene, kind, question, sentence, sentences to choose from) of images that were not trained on.
+
+    Two an image, each kind equally often.
+    """
     given, number = 0, HELD_OUT_OFFSET + seed * SEEDS_PER_STREAM
     while given < count:
         scene = make_scene(number)
         rng = random.Random(f"sentences {number}")
         for _ in range(min(2, count - given)):
-            kind = KINDS[given % len(KINDS)]
+            kind = kinds[given % len(kinds)]
             pairs = (ask(scene, kind, rng) for _ in range(12))
             pair = next((one for one in pairs if one and " in the " not in one[0]), None)
             if pair is None:
                 break
             given += 1
-            yield scene, kind, *in_words(kind, *pair)
+            choices = [in_words(kind, pair[0], word)[1].rstrip(".") for word in WORDS.get(kind, ())]
+            yield scene, kind, *in_words(kind, *pair), choices
         number += 1
 
 
@@ -80,20 +94,28 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0, help="streams share no image")
+    parser.add_argument("--kinds", nargs="+", choices=(*KINDS, "count", "comparison"), default=KINDS)
+    parser.add_argument("--decide", action="store_true", help="with the answers to choose from")
     parser.add_argument("--other", action="store_true", help="show the next question's image instead")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    found = list(held_out(options.count, seed=options.seed))
+    found = list(held_out(options.count, seed=options.seed, kinds=options.kinds))
     numbers = list(dict.fromkeys(scene.seed for scene, *_ in found))
     after = dict(zip(numbers, numbers[1:] + numbers[:1]))
     lines = []
-    for scene, kind, question, sentence in found:
+    for scene, kind, question, sentence, choices in found:
         path = options.out / f"{scene.seed}.png"
         if not path.exists():
             render(scene).save(path)
         shown = after[scene.seed] if options.other else scene.seed
         line = {"id": f"{scene.seed}-{kind}", "kind": kind, "image": f"{shown}.png"}
-        lines.append(json.dumps(line | {"question": question, "answer": sentence}) + "\n")
+        line |= {"question": question, "answer": sentence}
+        if options.decide and choices:
+            # Without the full stop, a choice's last word needs no decode step.
+            line |= {"answer": sentence.rstrip("."), "choices": choices}
+        elif options.decide:
+            line["answer"] = re.split(r"\W", sentence)[0].lower()
+        lines.append(json.dumps(line) + "\n")
     name = "other-image.jsonl" if options.other else "questions.jsonl"
     (options.out / name).write_text("".join(lines))
     print(options.out / name)

@@ -219,12 +219,13 @@ def _decision_template(folder: Path, backend: Any) -> tuple[DecisionSpec, str]:
         backend.decode(backend.encode(label, add_special_tokens=False).ids).strip() == label
         for label in (*string.ascii_uppercase, *string.digits)
     )
-    labels: Literal["letters", "words"] = "letters" if known else "words"
     version, template = WORDING_VERSION, LETTERS_TEMPLATE if known else WORDS_TEMPLATE
     if (folder / DECISION_TEMPLATE_NAME).exists():
         version = "own"
         template = _read_text(folder / DECISION_TEMPLATE_NAME, max_bytes=MAX_TEXT_BYTES)
         compile_template(template, what="decision template")
+    # The model cannot answer with letters that the prompt does not show.
+    labels: Literal["letters", "words"] = "letters" if known and "label" in template else "words"
     return DecisionSpec(version=version, template=DECISION_TEMPLATE_NAME, labels=labels), template
 
 

@@ -362,8 +362,7 @@ class Wiring:
         if self._batch > 1:
             step |= {io.LAST_ROW: "batch.rows"}
             self._run("batch", heads[0], step, profiles=[_step_name(self._batch)], stage=len(selectors))
-        follows = [profile.name for profile in self._follows(0)]
-        if follows and self._dimensions.linear is None:
+        if follows := [profile.name for profile in self._follows(0)]:
             after = {io.HIDDEN: f"after_{len(self._splits)}.{io.HIDDEN_OUT}", io.LAST_ROW: "branch.last_row"}
             self._run("branch", heads[0], after, profiles=follows, label="branch", stage=len(selectors))
         self.graphs += heads
@@ -483,11 +482,13 @@ class Wiring:
                     cached += 1
                 continue
             assert linear is not None, "it has these layers"
-            for part, shape in linear.shapes(batch).items():
+            for part, (_, *sizes) in linear.shapes().items():
                 dtype: DType = "float32" if part == "delta" else self._dtype
                 read, written = f"{io.PAST_STATES}{layer}.{part}", f"{io.PRESENT_STATES}{layer}.{part}"
-                kept.append(_tensor(read, f"zeros.{part}", shape, dtype))
-                made.append(_tensor(written, f"{_NEW}{STATES}{name}.{part}[{states}]", shape, dtype))
+                kept.append(_tensor(read, f"zeros.{part}", (batch, *sizes), dtype))
+                made.append(
+                    _tensor(written, f"{_NEW}{STATES}{name}.{part}[{states}]", (batch, *sizes), dtype)
+                )
             states += 1
         return kept, made
 
@@ -552,13 +553,12 @@ class Wiring:
         }
         if index == 0:
             self._run("question", graph, question, profiles=profiles, label="question")
-        if self._dimensions.linear is not None:
-            return  # the states before the text after the last visual token are gone
         question |= {
             io.EMBEDS: "branch.embeds",
             io.HIDDEN: f"after_{index - 1}.{io.HIDDEN_OUT}",
             io.POSITIONS: f"branch.position_ids.{index}",
             io.PAST_LENGTH: f"branch.past_length.{index}",
+            io.NUM_ROWS: "branch.num_rows",
             io.HIDDEN_OUT: f"after_{index}.{io.HIDDEN_OUT}",
             io.PREVIOUS: f"after_{index}.{io.PREVIOUS}",
         }

@@ -266,6 +266,7 @@ SENT_BY_HOST: dict[ProgramName, tuple[_HostRow, ...]] = {
     "branch": (
         ("branch.embeds", "model", "1 T width"),
         ("branch.last_row", "int32", "1"),
+        ("branch.num_rows", "int32", "1"),
         ("branch.position_ids.{range}", "int32", "axes T"),
         ("branch.past_length.{range}", "int32", "1"),
     ),

@@ -279,7 +279,7 @@ class LinearAttention(_Spec, frozen=True):
         """Width of queries, keys and values together, which pass the convolution."""
         return 2 * self.num_key_heads * self.key_size + self.num_value_heads * self.value_size
 
-    def shapes(self, batch: int | str = 1) -> dict[str, tuple[int | str, ...]]:
+    def shapes(self, batch: int = 1) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a layer's states for ``batch`` answers: rows before the convolution, and the delta rule's."""
         return {
             "conv": (batch, 1, self.kernel_size - 1, self.channels),
@@ -288,7 +288,7 @@ class LinearAttention(_Spec, frozen=True):
 
     def state_bytes(self, *, element_bytes: int) -> int:
         """Return the bytes of a layer's states; those of the delta rule are float32."""
-        conv, delta = (math.prod(map(int, shape)) for shape in self.shapes().values())
+        conv, delta = map(math.prod, self.shapes().values())
         return conv * element_bytes + 4 * delta
 
 

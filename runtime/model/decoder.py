@@ -116,6 +116,11 @@ class Decoder:
         """The device's time in each graph of the last prefill."""
         self.prefix_was_kept = False
         """Whether the first range ran only the question's rows in the last prefill."""
+        self._ranges: list[BoundLaunch] = []
+        """The layer ranges of the last prefill."""
+        self._states_before: list[Stack] = []
+        """Memory for the states before the text after the last visual token; valid if ``_has_states_before``."""
+        self._has_states_before = False
         self._steps: dict[int, _Step] = {}
         """By number of tokens, of which several may share a step."""
         self.max_rows = programs.sizes["decode"][-1]["T"]
@@ -172,6 +177,8 @@ class Decoder:
         self._first_position = self._next_position - num_after
         self._memory.send(self._device, "prompt", rows.values | self._num_rows(rows))
         self._start = launches[0].spec.runs, launches[0].tensors, self.caches[0].capacity
+        self._ranges = [launch for launch in launches if launch.cache is not None]
+        self._has_states_before = False
         if after is not None and self._start == after._start:
             self.caches[0].length = rows.spans[0].length
             launches = launches[1:]
@@ -238,7 +245,9 @@ class Decoder:
         values: dict[str, NDArray[Any]] = {
             "branch.embeds": embeds,
             "branch.last_row": np.array([count - 1], np.int32),
+            "branch.num_rows": np.array([count], np.int32),
         }
+        self._bring_back_states()
         is_compact = self._schedule.positions == "compact"
         for index, (cache, before, stage) in enumerate(zip(self.caches, self._before, self._stages)):
             first = before if is_compact and stage else self._first_position
@@ -257,6 +266,28 @@ class Decoder:
         device.synchronize()
         self._logits = memory.host("results.logits")[0].copy()
         return self._logits
+
+    def _bring_back_states(self) -> None:
+        """Enqueue what brings back the states before the text after the last visual token.
+
+        A prefill does not stop there. So its layer ranges run once more, up to this row, for the first text after it.
+        """
+        states, device = self._programs.states, self._device
+        if not states:
+            return
+        if self._has_states_before:
+            for before, state in zip(self._states_before, states):
+                before.copy_whole(device, state)
+            return
+        counts = {f"prompt.num_rows.{i}": np.array([rows], np.int32) for i, rows in enumerate(self._before)}
+        self._memory.send(device, "prompt", counts)
+        for launch, rows in zip(self._ranges, self._before):
+            self._run_range(launch, num_rows=rows)
+        if not self._states_before:
+            self._states_before = [one.of_rows(device, one.shape[-2], purpose="states") for one in states]
+        for state, before in zip(states, self._states_before):
+            state.copy_whole(device, before)
+        self._has_states_before, self._start = True, None
 
     @property
     def room(self) -> int:

@@ -66,8 +66,8 @@ class QuestionRows:
             return False
         self._cache.length = 0
         self._cache.append(self._device, slot.cache, num_rows=num_rows)
-        for kept, state in zip(slot.states, self._states):
-            kept.copy_whole(self._device, state)
+        for kept_state, state in zip(slot.states, self._states):
+            kept_state.copy_whole(self._device, state)
         for (whole, _), kept in zip(self._pairs, slot.outputs):
             copy_tensor(self._device, whole.rows(0, num_rows), kept.rows(0, num_rows))
         return True
@@ -78,8 +78,8 @@ class QuestionRows:
             return
         if self._cache.stack is not None and slot.cache is not None:
             self._cache.stack.copy_to(self._device, slot.cache, first_row=0, num_rows=num_rows)
-        for kept, state in zip(slot.states, self._states):
-            state.copy_whole(self._device, kept)
+        for kept_state, state in zip(slot.states, self._states):
+            state.copy_whole(self._device, kept_state)
         for (whole, _), kept in zip(self._pairs, slot.outputs):
             copy_tensor(self._device, kept.rows(0, num_rows), whole.rows(0, num_rows))
 

@@ -20,7 +20,7 @@ from tests.checkpoints import save_checkpoint
 from tests.internvl_checkpoints import save_internvl_checkpoint
 from tests.mistral3_checkpoints import save_mistral3_checkpoint
 from tests.onevision_checkpoints import save_onevision_checkpoint
-from tests.qwen_checkpoints import save_qwen3_vl_checkpoint, save_qwen_checkpoint
+from tests.qwen_checkpoints import save_qwen3_5_checkpoint, save_qwen3_vl_checkpoint, save_qwen_checkpoint
 from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
@@ -47,6 +47,7 @@ CHECKPOINTS: dict[str, Callable[..., Path]] = {
     "llava-next": partial(CLIP, num_kv_heads=4, tie=True),
     "qwen2.5-vl": save_qwen_checkpoint,
     "qwen3-vl": save_qwen3_vl_checkpoint,
+    "qwen3.5": save_qwen3_5_checkpoint,
     "internvl": save_internvl_checkpoint,
     "llava-onevision": save_onevision_checkpoint,
     "smolvlm": save_smolvlm_checkpoint,
@@ -57,6 +58,10 @@ MOVABLE = {
     "llava-next": ([*ATTENTION, "fc1"], [*ATTENTION, *GATED_MLP]),
     "qwen2.5-vl": ([*ATTENTION, *GATED_MLP], ["qkv", *GATED_MLP]),  # grouped queries in the decoder
     "qwen3-vl": ([*ATTENTION, "fc1", "plane_0_1"], ["qkv", *GATED_MLP]),
+    "qwen3.5": (
+        [*ATTENTION, "fc1"],
+        ["down"],
+    ),  # weights of its norms are differences to 1, which take no factor
     "internvl": ([*ATTENTION, "fc1", "projector_1"], ["qkv", *GATED_MLP]),
     "llava-onevision": ([*ATTENTION, "fc1"], ["qkv", *GATED_MLP]),
     "smolvlm": ([*ATTENTION, "fc1"], ["qkv", *GATED_MLP]),
@@ -103,7 +108,7 @@ def test_factors_move_where_the_model_stays_as_it_was(
                 movable[section.part].append(group.name)
     names = {part: list(dict.fromkeys(of_part)) for part, of_part in movable.items()}
     assert (names["vision"], names["decoder"]) == MOVABLE[family]
-    assert names["head"] == ["lm_head"]
+    assert names["head"] == ([] if family == "qwen3.5" else ["lm_head"])
     apply_smoothing(model, smoothing_of(found, names=model.tensor_names()))
     torch.testing.assert_close(first_logits(model, questions[0]), before, rtol=1e-3, atol=1e-3)
 

@@ -9,7 +9,15 @@ import pytest
 
 from tests.bundles import export
 from tests.pictures import random_picture
-from tests.qwen_checkpoints import CAMERA, REDUCED, save_qwen3_vl_checkpoint, save_qwen_checkpoint
+from tests.qwen_checkpoints import (
+    CAMERA,
+    HYBRID,
+    KEEP_ALL,
+    REDUCED,
+    save_qwen3_5_checkpoint,
+    save_qwen3_vl_checkpoint,
+    save_qwen_checkpoint,
+)
 from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.runtime.bundle.errors import ShapeError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
@@ -136,13 +144,21 @@ FOLLOW_UPS: dict[str, dict[str, Any]] = {
     "redone on the host": {"schedule": Schedule(stages=(Stage(layer=2, keep=14),), nms_rounds=1, nms_threshold=0.02)},
     "compares the question": {"token_method": "cdpruner", "token_keep": 15},
     "deepstack": {"schedule": REDUCED},
+    "states": {"schedule": HYBRID, "max_text": 192, "text_buckets": (192,)},
+    "states, keep-all": {"schedule": KEEP_ALL, "max_text": 192, "text_buckets": (192,)},
 }  # fmt: skip
+
+
+def checkpoint_of(name: str, checkpoint: Path, folder: Path) -> Path:
+    if name == "deepstack":
+        return save_qwen3_vl_checkpoint(folder)
+    return save_qwen3_5_checkpoint(folder) if name.startswith("states") else checkpoint
 
 
 @pytest.mark.parametrize("name", FOLLOW_UPS)
 def test_a_follow_up_starts_at_its_own_rows(name: str, checkpoint: Path, tmp_path: Path) -> None:
     """The same bit for bit as without kept rows; as a bundle without follow-ups but for rounding."""
-    folder = save_qwen3_vl_checkpoint(tmp_path / "ck") if name == "deepstack" else checkpoint
+    folder = checkpoint_of(name, checkpoint, tmp_path / "ck")
     options = FOLLOW_UPS[name]
     shown = [PICTURES[:1], PICTURES[1:]] if "max_images" in options else [PICTURES[:1], PICTURES[1:2]]
     bundle = export(folder, follow_ups=True, **options)
@@ -174,7 +190,7 @@ def test_a_follow_up_starts_at_its_own_rows(name: str, checkpoint: Path, tmp_pat
 @pytest.mark.parametrize("name", FOLLOW_UPS)
 def test_questions_after_a_shared_prefill(name: str, checkpoint: Path, tmp_path: Path) -> None:
     """One question runs after its own prompt's rows as within it; with nothing dropped, all run as each alone."""
-    folder = save_qwen3_vl_checkpoint(tmp_path / "ck") if name == "deepstack" else checkpoint
+    folder = checkpoint_of(name, checkpoint, tmp_path / "ck")
     options = FOLLOW_UPS[name]
     pictures = PICTURES[: options.get("max_images", 1)]
     asked = [Question.choice(text, ["w5", "w6 w7", "w6 w8"]) for text in ("w1 w2 w3", "w4", "w9 w9")]
@@ -189,7 +205,7 @@ def test_questions_after_a_shared_prefill(name: str, checkpoint: Path, tmp_path:
         joint = pipeline.decide(pictures, asked)
         assert len({tuple(map(bytes, decision.kept)) for decision in joint}) == 1
         assert [decision.statistics.image_was_kept for decision in joint] == [False, True, True]
-        if name == "keep-all":
+        if name.endswith("keep-all"):
             for alone, shared in zip(each, joint):
                 np.testing.assert_allclose(shared.probabilities, alone.probabilities, **LOGITS_FLOAT32)
         later = pipeline.generate(pictures, "w1 w2", max_new_tokens=4)

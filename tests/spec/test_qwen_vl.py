@@ -13,6 +13,8 @@ from tests.engine_bundles import build_here
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import (
     CAMERA,
+    HYBRID,
+    KEEP_ALL,
     REDUCED,
     hugging_face_inputs,
     save_qwen3_5_checkpoint,
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-KEEP_ALL = Schedule(positions="preserved")
 SIZES = [CAMERA, (28, 28), (300, 40), (40, 300), (61, 59), (200, 200), (90, 33)]
 PROMPTS = ["w1 w2 w3", "w9", "w5 w4 w3 w2 w1 w0 w7 w7"]
 
@@ -42,10 +43,6 @@ SAVE = {
     "qwen3_vl": save_qwen3_vl_checkpoint,
     "qwen3_5": save_qwen3_5_checkpoint,
 }
-HYBRID = Schedule(
-    stages=(Stage(layer=3, keep=9), Stage(layer=7, keep=4)), positions="preserved", probe_rows="answer"
-)
-"""Qwen3.5's layers 3 and 7 have attention. The first range has none: three layers with states."""
 
 
 @pytest.fixture(scope="module", params=SAVE)

@@ -96,14 +96,14 @@ def stack_layers(layers: Sequence[ir.Model], spec: GraphSpec) -> ir.Model:
     present: list[ir.Value] = []
     for index, layer in enumerate(layers):
         enters_last, past = hidden, graph.inputs[first + 2 * index :][:2]
-        kind = kinds.index(layer)
+        number = kinds.index(layer)
         hidden, *new_rows = graph.add(
             layer,
             [hidden, *shared, *past],
             varying=(0, first, first + 1),
             weights=f"layers.{index}.",
             own_suffix=f".{index}",
-            shared_suffix=f".kind{kind}" * (kind > 0),
+            shared_suffix=f".kind{number}" * (number > 0),
         )
         present += new_rows
         if index < len(planes):
