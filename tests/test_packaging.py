@@ -115,6 +115,10 @@ def test_a_jetson_installs_everything_from_wheels(
     ("source", "expected"),
     [
         ({"url": "file:///home/me/my%20clone", "dir_info": {}}, 'pip install ".[ort]" in /home/me/my clone'),
+        (
+            {"url": "file:///home/me/clone", "dir_info": {"editable": True}},
+            'pip install -e ".[ort]" in /home/me/clone',
+        ),
         ({"url": "WHEEL", "archive_info": {}}, 'pip install "FOLDER/trio_edge-9.8-py3-none-any.whl[ort]"'),
         (
             {"url": "file:///gone/a.whl", "archive_info": {}},
@@ -122,7 +126,7 @@ def test_a_jetson_installs_everything_from_wheels(
         ),
         (None, 'pip install "./trio_edge-9.8-py3-none-any.whl[ort]"'),
     ],
-    ids=["clone", "wheel", "deleted wheel", "unknown"],
+    ids=["clone", "editable clone", "wheel", "deleted wheel", "unknown"],
 )
 def test_the_install_command_names_what_this_copy_was_installed_from(
     source: dict[str, Any] | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

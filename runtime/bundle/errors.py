@@ -88,7 +88,8 @@ def install_command(extra: str) -> str:
     source = json.loads(next(filter(None, found), "{}"))
     place = unquote(urlsplit(source.get("url", "")).path)
     if "dir_info" in source:
-        return f'pip install ".[{extra}]" in {place}'
+        editable = "-e " * bool(source["dir_info"].get("editable"))
+        return f'pip install {editable}".[{extra}]" in {place}'
     if not Path(place).is_file():  # the wheel was deleted, or came from elsewhere
         place = f"./trio_edge-{version('trio-edge')}-py3-none-any.whl"
     return f'pip install "{place}[{extra}]"'
