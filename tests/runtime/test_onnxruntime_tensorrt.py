@@ -60,9 +60,7 @@ class PretendedBinding:
     def __init__(self, inner: Any, ranges: dict[str, Any]) -> None:
         self.inner, self._ranges = inner, ranges
 
-    def bind_input(
-        self, name: str, _device: str, _number: int, dtype: Any, shape: Any, address: int
-    ) -> None:
+    def bind_input(self, name: str, _device: str, _number: int, dtype: Any, shape: Any, address: int) -> None:
         if name in self._ranges:
             low, high = self._ranges[name]
             assert all(a <= b <= c for a, b, c in zip(low, shape, high)), f"{name} {shape}: {low} to {high}"
