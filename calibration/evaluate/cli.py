@@ -46,6 +46,7 @@ PATH = click.Path(path_type=Path)
     show_default=False,
     help="Text to append to every prompt, for instance 'Answer the question using a single word or phrase.'",
 )
+@click.option("--system", default="", show_default=False, help="System prompt. [default: the template's own]")
 @click.option(
     "--answer-tokens",
     type=click.IntRange(1, 4096),

@@ -53,11 +53,18 @@ def evaluate(options: EvaluationOptions, progress: StepProgress = SILENT) -> Eva
     """
     selections = tuple(dict.fromkeys(options.selections))
     runs = plan_runs(options.bundles, reference=options.reference, selections=selections)
-    questions = read_questions(options.data, split=options.split, suffix=options.suffix, count=options.count)
+    questions = read_questions(
+        options.data,
+        split=options.split,
+        suffix=options.suffix,
+        count=options.count,
+        videos=not options.decide,
+    )
     if options.decide:
-        if "base-tile-first" in selections or options.suffix:
+        if {"base-tile-first", "wrong-image"} & {*selections} or options.suffix or options.system:
             raise DataError(
-                "--decide: expected no --suffix and no --selection base-tile-first, got one; leave it out"
+                "--decide: expected no --suffix, no --system and no --selection base-tile-first or wrong-image, got one; leave"
+                " it out"
             )
         questions = with_options(questions)
     metric = metric_for(questions) if options.metric == "auto" else METRICS[options.metric]
