@@ -120,7 +120,7 @@ def _work(figure: Figure, known: dict[str, Any]) -> list[Work]:
         return [_vision(figure, known)]
     decoder = Dimensions(**dict(zip(_DIMENSIONS, known["decoders"][figure.decoder])))
     rows, past = (1, figure.tokens) if figure.what == "decode" else (figure.tokens, 0)
-    return [range_work(decoder, num_layers=decoder.num_layers, rows=rows, past=past), head_work(decoder)]
+    return [range_work(decoder, layers=range(decoder.num_layers), rows=rows, past=past), head_work(decoder)]
 
 
 _DIMENSIONS = (
@@ -243,13 +243,13 @@ def print_cpu(hidden_sizes: Sequence[int]) -> None:
                 feeds = graphs.range_feeds(rows=rows, past=past)
                 runs[hidden, rows, past] = median_seconds(functools.partial(session.run, None, feeds))
     launch = (
-        runs.pop((HEAD_SIZE, 1, 1)) / range_work(dimensions(HEAD_SIZE), num_layers=1, rows=1, past=1).launches
+        runs.pop((HEAD_SIZE, 1, 1)) / range_work(dimensions(HEAD_SIZE), layers=(0,), rows=1, past=1).launches
     )
     entries = [Measured(*key, 1e3 * seconds) for key, seconds in runs.items()]
     formats = Formats(layer="float32", bytes_per_element=4)
 
     def predicted(entry: Measured, efficiency: Efficiency) -> float:
-        work = range_work(dimensions(entry.hidden), num_layers=1, rows=entry.rows, past=entry.past)
+        work = range_work(dimensions(entry.hidden), layers=(0,), rows=entry.rows, past=entry.past)
         launched = dataclasses.replace(efficiency, launch_s=launch)
         return 1e3 * graph_time(work, formats=formats, rates=rates, efficiency=launched).seconds
 

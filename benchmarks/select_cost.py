@@ -93,7 +93,7 @@ class Stage:
 
 def reference_probe_flops(shape: Dimensions, *, num_rows: int) -> float:
     """Return the FLOPs of the layer and the whole head over all rows, forwards and backwards, with frozen weights."""
-    (attention,) = range_work(shape, num_layers=1, rows=num_rows).attention
+    (attention,) = range_work(shape, layers=(0,), rows=num_rows).attention
     head = 2 * num_rows * head_work(shape).flops
     return 4.0 * num_rows * layer_weights(shape) + 3.0 * attention.flops + head
 

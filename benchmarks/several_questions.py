@@ -126,7 +126,7 @@ def predicted(device: str, model: str, keep: str, dtype: Precision) -> list[tupl
             return sum(times.values()), vision
         decoder, total = setting.model.decoder, times["head"]
         for layers, visual in setting.ranges:
-            work = range_work(decoder, num_layers=layers, rows=rows, past=visual + setting.room)
+            work = range_work(decoder, layers=layers, rows=rows, past=visual + setting.room)
             efficiency, rates = fitted_for(spec).efficiency, rates_of(spec)
             total += graph_time(work, formats=setting.formats, rates=rates, efficiency=efficiency).seconds
         return total, vision

@@ -375,8 +375,8 @@ def predicted(devices: list[str], *, model: str, dtype: Any) -> str:
                 total = graph_time(head_work(decoder, rows=rows * answers), **how).seconds
                 for layers, visual in plan.ranges:
                     past = visual + plan.room
-                    work = range_work(decoder, num_layers=layers, rows=rows * answers)
-                    own = range_work(decoder, num_layers=layers, rows=rows, past=past).attention
+                    work = range_work(decoder, layers=layers, rows=rows * answers)
+                    own = range_work(decoder, layers=layers, rows=rows, past=past).attention
                     each = tuple(dataclasses.replace(one, count=one.count * answers) for one in own)
                     total += graph_time(dataclasses.replace(work, attention=each), **how).seconds
                 return total

@@ -19,15 +19,16 @@ from trio_edge.export.checkpoints.text_files import read_generation, read_text_f
 from trio_edge.export.families import family_of
 from trio_edge.export.families.base import check_positions
 from trio_edge.export.families.clip import build_clip, read_clip, with_patches
+from trio_edge.export.graphs.gated_delta import is_linear
 from trio_edge.export.graphs.vision.clip import KEEP_MULTIPLE
 from trio_edge.export.options import LevelRequest
 from trio_edge.export.quantize.plan import check_packed
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import text_buckets
-from trio_edge.runtime.bundle.manifest import Dimensions
+from trio_edge.runtime.bundle.manifest import Dimensions, LinearAttention
 from trio_edge.runtime.images.interface import at_form
 from trio_edge.runtime.images.llava import LlavaImages
-from trio_edge.trio.budgets import MAX_TOPK, ScheduleRequest
+from trio_edge.trio.budgets import MAX_TOPK, ScheduleRequest, check_stage_layers
 from trio_edge.trio.methods import StageMethod, all_methods, stage_method, token_method
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ def build(options: ExportOptions, source: ExportSource, resolved: ResolvedOption
     plans = []
     for level, own, schedule in zip(levels, sizes, _schedules(levels, sizes, source, dimensions)):
         schedule.check_fits(num_layers=dimensions.num_layers, max_visual=own.entering)
-        _check_schedule(schedule, source.family, max_images=options.num_units)
+        _check_schedule(schedule, source.family, dimensions, max_images=options.num_units)
         layout = _layout(options, source, own, schedule)
         check_positions(
             model.text_config,
@@ -283,6 +284,7 @@ def _schedules(
                 wanted = wanted.schedule(
                     num_layers=dimensions.num_layers,
                     num_visual=own.entering,
+                    linear_layers=dimensions.linear_layers,
                     image_tokens=own.images.num_images * own.image_tokens,
                     positions=source.family.positions,
                 )
@@ -425,11 +427,37 @@ def dimensions_of(model: FamilyModel) -> Dimensions:
         head_size=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
         intermediate_size=int(text.intermediate_size),
         vocab_size=int(text.vocab_size),
+        linear=_linear_attention(model),
+        has_attention_gate=any(_has_gate(layer) for layer in model.layers),
     )
 
 
-def _check_schedule(schedule: Schedule, family: Family, *, max_images: int) -> None:
+def _has_gate(layer: Any) -> bool:
+    """Return whether the query projection is wider than the heads; see ``trio.decoder_layers.split_gate``."""
+    if is_linear(layer):
+        return False
+    attention = layer.self_attn
+    return bool(attention.q_proj.weight.shape[0] > attention.o_proj.weight.shape[1])
+
+
+def _linear_attention(model: FamilyModel) -> LinearAttention | None:
+    text, layers = model.text_config, tuple(i for i, layer in enumerate(model.layers) if is_linear(layer))
+    if not layers:
+        return None
+    return LinearAttention(
+        layers=layers,
+        num_key_heads=int(text.linear_num_key_heads),
+        num_value_heads=int(text.linear_num_value_heads),
+        key_size=int(text.linear_key_head_dim),
+        value_size=int(text.linear_value_head_dim),
+        kernel_size=int(text.linear_conv_kernel_dim),
+    )
+
+
+def _check_schedule(schedule: Schedule, family: Family, dimensions: Dimensions, *, max_images: int) -> None:
     """Raise ScheduleError if the family or the method cannot follow the schedule."""
+    linear = dimensions.linear_layers
+    check_stage_layers(schedule, num_layers=dimensions.num_layers, linear_layers=linear)
     if schedule.positions not in family.positions:
         raise ScheduleError(
             f"--positions: expected {' or '.join(family.positions)} for {family.model_type}, got {schedule.positions};"

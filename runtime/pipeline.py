@@ -793,6 +793,7 @@ class Pipeline:
         """Return the options' probabilities, whose sum is 1, and their share of the whole, from the first token's logits."""
 
         def step(tokens: Sequence[int]) -> list[NDArray[np.float32]]:
+            decoder.remember()
             return [decoder.logits(row) for row, _ in enumerate(decoder.decode(self._embedding[[*tokens]]))]
 
         logs = log_probabilities(
@@ -800,7 +801,7 @@ class Pipeline:
             logits,
             stop_ids=self.manifest.text.stop_token_ids,
             step=step,
-            back=lambda count: decoder.skip(-count),
+            back=decoder.back,
             most_rows=decoder.max_rows,
         )
         mass = float(np.exp(np.logaddexp.reduce(logs)))

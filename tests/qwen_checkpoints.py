@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.prompts.chat import build_messages
@@ -35,6 +36,9 @@ MARKS = (
 )
 WORDS = ("<unk>", "system", "user", "assistant", *(f"w{index}" for index in range(84)))
 VOCABULARY = (*WORDS, *MARKS)
+CHARACTERS = [chr(code) for code in (*range(33, 127), *range(0x10A, 0x200)) if not chr(code).isupper()]
+CHARACTERS = ["Ċ", "Ġ", *CHARACTERS][: len(WORDS) - 1]
+"""Characters in place of words, without capitals: transformers gives each Qwen3.5 checkpoint a byte-level BPE tokenizer."""
 IMAGE_ID, END_ID = VOCABULARY.index("<|image_pad|>"), VOCABULARY.index("<|im_end|>")
 VIDEO_ID = VOCABULARY.index("<|video_pad|>")
 PIXELS = {"min_pixels": 4 * 28 * 28, "max_pixels": 30 * 28 * 28}
@@ -106,6 +110,42 @@ def save_qwen3_vl_checkpoint(
     return _save(hf.Qwen3VLForConditionalGeneration(config), folder, dtype=dtype, patch_size=14)
 
 
+def save_qwen3_5_checkpoint(
+    folder: Path, *, tie: bool = False, num_layers: int = 8, dtype: torch.dtype = torch.float32
+) -> Path:
+    """The same of Qwen3.5: every fourth layer has attention, the others have states; all sizes of heads differ.
+
+    With the others' range of weights, transformers' own logits in float32 and float64 differ by 0.002.
+    """
+    import transformers as hf
+
+    torch.manual_seed(29)
+    config = hf.Qwen3_5Config(
+        text_config={
+            "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": num_layers, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 32, "vocab_size": len(VOCABULARY), "max_position_embeddings": 1024,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 12, "linear_value_head_dim": 20,
+            "initializer_range": 0.1, "bos_token_id": 90, "eos_token_id": END_ID, "tie_word_embeddings": tie,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+                "partial_rotary_factor": 0.25,
+            },
+        },
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64, "patch_size": 14,
+            "num_position_embeddings": 25, "initializer_range": 0.2,
+        },
+        image_token_id=IMAGE_ID,
+        video_token_id=VIDEO_ID,
+        vision_start_token_id=VOCABULARY.index("<|vision_start|>"),
+        vision_end_token_id=VOCABULARY.index("<|vision_end|>"),
+        tie_word_embeddings=tie,
+    )  # fmt: skip
+    _save(hf.Qwen3_5ForConditionalGeneration(config), folder, dtype=dtype, patch_size=14)
+    _character_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def _save(model: Any, folder: Path, *, dtype: torch.dtype, patch_size: int) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -128,6 +168,16 @@ def _tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS])
     return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+
+
+def _character_tokenizer() -> Any:
+    vocabulary = {token: index for index, token in enumerate(("<unk>", *CHARACTERS, *MARKS))}
+    assert vocabulary["<|image_pad|>"] == IMAGE_ID
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS])
+    return Qwen3_5Tokenizer(
         tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
 

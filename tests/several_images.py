@@ -16,8 +16,9 @@ from tests.internvl_checkpoints import INTERNVL_TEMPLATE, TOKENS_PER_TILE, save_
 from tests.mistral3_checkpoints import save_mistral3_checkpoint
 from tests.onevision_checkpoints import ASPECT_RATIO, save_onevision_checkpoint
 from tests.pictures import random_picture
-from tests.qwen_checkpoints import save_qwen3_vl_checkpoint, save_qwen_checkpoint
+from tests.qwen_checkpoints import save_qwen3_5_checkpoint, save_qwen3_vl_checkpoint, save_qwen_checkpoint
 from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
+from trio_edge.runtime.bundle.schedule import Stage
 from trio_edge.runtime.prompts.chat import (
     MISTRAL3_TEMPLATE,
     QWEN2_5_VL_TEMPLATE,
@@ -40,8 +41,9 @@ class Family:
     model_class: str
     positions: Positions = "compact"
     options: tuple[tuple[str, Any], ...] = ()
-    num_stages: int = 1
-    """Two where a second one can go wrong in its own way: with one axis of positions, and with DeepStack's planes."""
+    layers: tuple[int, ...] = (1,)
+    """Of its stages; two where a second one can go wrong in its own way: with one axis of positions, with DeepStack's planes, and
+    with states, where all layers before the first stage have some."""
     template: str | None = None
     """Chat template, if the checkpoint has none."""
     processor: tuple[tuple[str, Any], ...] = ()
@@ -50,7 +52,7 @@ class Family:
 
 FAMILIES = {
     "llava": Family(lambda folder: save_checkpoint(folder, family="llava"), "LlavaForConditionalGeneration"),
-    "llava_next": Family(save_checkpoint, "LlavaNextForConditionalGeneration", num_stages=2),
+    "llava_next": Family(save_checkpoint, "LlavaNextForConditionalGeneration", layers=(1, 2)),
     "llava_onevision": Family(
         save_onevision_checkpoint,
         "LlavaOnevisionForConditionalGeneration",
@@ -72,7 +74,7 @@ FAMILIES = {
         save_mistral3_checkpoint,
         "Mistral3ForConditionalGeneration",
         options=(("max_text", 128),),
-        num_stages=2,
+        layers=(1, 2),
         template=MISTRAL3_TEMPLATE,
     ),
     "qwen2_5_vl": Family(
@@ -85,10 +87,25 @@ FAMILIES = {
         save_qwen3_vl_checkpoint,
         "Qwen3VLForConditionalGeneration",
         "preserved",
-        num_stages=2,
+        layers=(1, 2),
+        template=QWEN3_VL_TEMPLATE,
+    ),
+    "qwen3_5": Family(
+        save_qwen3_5_checkpoint,
+        "Qwen3_5ForConditionalGeneration",
+        "preserved",
+        layers=(3, 7),
+        options=(("max_text", 192),),
         template=QWEN3_VL_TEMPLATE,
     ),
 }
+
+
+def stages_of(family: Family, *keeps: int) -> tuple[Stage, ...]:
+    """Return stages that keep these numbers of tokens, at the family's layers."""
+    return tuple(Stage(layer=layer, keep=keep) for layer, keep in zip(family.layers, keeps))
+
+
 MAX_IMAGES = 4
 SIZES = [(60, 45), (37, 101), (28, 28), (130, 31)]
 SHAPES = {

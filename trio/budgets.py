@@ -137,6 +137,7 @@ class ScheduleRequest:
         *,
         num_layers: int,
         num_visual: int,
+        linear_layers: Sequence[int] = (),
         image_tokens: int | None = None,
         positions: Sequence[Positions] = (),
     ) -> Schedule:
@@ -149,6 +150,7 @@ class ScheduleRequest:
         Args:
             num_layers: L, decoder layers.
             num_visual: N, visual tokens that enter the decoder.
+            linear_layers: Layers with linear attention; see ``stage_layers``.
             image_tokens: Visual tokens before any reduction, of which the average keep is a share; N by default.
             positions: Rules for position ids that the model supports, its default first; all by default.
 
@@ -157,9 +159,9 @@ class ScheduleRequest:
                 or a stage is not inside the model.
         """
         row, whole = stage_method(self.method), image_tokens or num_visual
-        stages = self.stages
+        stages, layers = self.stages, stage_layers(self.method, num_layers, linear_layers)
         if not stages and self.average is not None:
-            stages = self._stages(self.average, num_layers=num_layers, num_visual=num_visual, whole=whole)
+            stages = self._stages(self.average, layers, num_layers, num_visual=num_visual, whole=whole)
         schedule = self._schedule(stages)
         if self.positions is None:
             own = row.positions
@@ -184,7 +186,9 @@ class ScheduleRequest:
         made = tuple(Stage(layer=layer, keep=keep) for layer, keep in stages)
         return Schedule(stages=made, method=self.method, **given)
 
-    def _stages(self, average: float, *, num_layers: int, num_visual: int, whole: int) -> Stages:
+    def _stages(
+        self, average: float, layers: Sequence[int], num_layers: int, *, num_visual: int, whole: int
+    ) -> Stages:
         """Return the stages for the average keep; ``whole`` are the visual tokens before any reduction."""
         if self.is_strict and average * whole >= num_visual + 1:
             raise ScheduleError(
@@ -195,28 +199,60 @@ class ScheduleRequest:
         # A printed keep may be slightly low: 16.7 % of 576 stands for 96 tokens.
         if share == 1.0 or (num_visual < whole and (average + PRINTED) * whole >= num_visual):
             return ()
-        candidates = default_layers(self.method, num_layers=num_layers)
+        candidates = default_layers(self.method, layers, num_layers=num_layers)
         if self.layers is not None:
             _check_layers(self.layers, num_layers=num_layers)
             candidates = [self.layers]
         elif stage_method(self.method).has_presets:
-            half = num_layers // 2
-            if stages := _preset(average, num_layers, whole, num_visual):
+            half = _nearest(num_layers // 2, layers or [0])
+            if stages := _preset(average, layers, num_layers, whole, num_visual):
                 return stages
             halfway = half * num_visual + num_layers - half
             if num_visual != whole and half >= 1 and share * num_layers * num_visual >= halfway:
                 candidates = [(half,)]
-            elif stages := _preset(share, num_layers, num_visual, num_visual):
+            elif stages := _preset(share, layers, num_layers, num_visual, num_visual):
                 return stages
         return _fitted(self.method, candidates, share, num_layers=num_layers, num_visual=num_visual)
 
 
-def default_layers(method: str, *, num_layers: int) -> list[tuple[int, ...]]:
-    """Return the method's stage layers, then earlier alternatives for budgets that the first cannot meet."""
+def stage_layers(method: str, num_layers: int, linear_layers: Sequence[int] = ()) -> list[int]:
+    """Return the layers that a stage of ``method`` can stand before: it reads the attention of this layer, or the one before.
+
+    ``linear_layers`` have linear attention, which no method reads.
+    """
+    before = 1 if stage_method(method).reads_previous else 0
+    return [layer for layer in range(1, num_layers) if layer - before not in linear_layers]
+
+
+def check_stage_layers(schedule: Schedule, *, num_layers: int, linear_layers: Sequence[int]) -> None:
+    """Raise ScheduleError if the method of ``schedule`` cannot read a layer at one of its stages; see ``stage_layers``."""
+    known = stage_layers(schedule.method, num_layers, linear_layers)
+    if unread := sorted({*schedule.layers} - {*known}):
+        raise ScheduleError(
+            f"stage at layer {unread[0]}: expected one of {', '.join(map(str, known))}, where {schedule.method} reads a layer"
+            f" with full attention, got one where it is linear; choose one of these"
+        )
+
+
+def default_layers(
+    method: str, known: Sequence[int] | None = None, *, num_layers: int
+) -> list[tuple[int, ...]]:
+    """Return the method's stage layers, then earlier alternatives for budgets that the first cannot meet.
+
+    ``known`` are those of ``stage_layers``, ascending; each layer is the nearest of them. By default all are.
+    """
     row = stage_method(method)
     candidates = (layers if row.at_any_depth else _scaled(layers, num_layers) for layers in row.layers)
     inside = (tuple(layer for layer in layers if layer < num_layers) for layers in candidates)
+    if known is not None:
+        inside = (
+            tuple(dict.fromkeys(_nearest(layer, known) for layer in layers)) for layers in inside if known
+        )
     return list(dict.fromkeys(layers for layers in inside if layers))
+
+
+def _nearest(layer: int, known: Sequence[int]) -> int:
+    return min(known, key=lambda other: abs(other - layer))
 
 
 def _scaled(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
@@ -237,9 +273,11 @@ def _check_layers(layers: Sequence[int], *, num_layers: int) -> None:
         )
 
 
-def _preset(average: float, num_layers: int, whole: int, entering: int) -> Stages:
-    """Return the preset of this average keep, or no stages."""
+def _preset(average: float, layers: Sequence[int], num_layers: int, whole: int, entering: int) -> Stages:
+    """Return the preset of this average keep, or no stages; ``layers`` are those that a stage can stand before."""
     for stages in PRESETS.get((whole, entering), ()) if num_layers == _DEPTH else ():
+        if not {layer for layer, _ in stages} <= {*layers}:
+            continue
         ends = [*(layer for layer, _ in stages[1:]), num_layers]
         spent = stages[0][0] * entering + sum((end - at) * keep for (at, keep), end in zip(stages, ends))
         if abs(spent / (num_layers * whole) - average) < PRINTED:

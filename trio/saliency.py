@@ -15,7 +15,8 @@ loss, and a visual token reaches them only through its key and its value:
     ‖g_i‖² = r_i² (‖u_i‖² − 2 c_i²/D + c_i² ‖n_i‖²/D²)        through the norm
 
 Qwen3 normalizes each head of keys and queries before RoPE (QK-norm); dk_i then passes back through that norm, too.
-Ministral 3 scales each rotated query by its position; q above is the scaled one.
+Ministral 3 scales each rotated query by its position; q above is the scaled one. In Qwen3.5 a gate multiplies the heads'
+outputs before W_o; do passes back through the same gate.
 
 Three forms of ‖u_i‖² are exact, and ``cheapest_form`` counts their FLOPs; only the last projects V:
 
@@ -54,6 +55,19 @@ from torch import Tensor, nn
 
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.trio.cost.selections import ProbeSizes, SaliencyForm, cheapest_form
+from trio_edge.trio.decoder_layers import (
+    head_normed,
+    key_norm,
+    norm_weight,
+    normalize,
+    normalize_backward,
+    num_heads,
+    rotate,
+    rotate_back,
+    scaled_queries,
+    sliding_window,
+    split_gate,
+)
 
 _SILU = {"SiLU", "SiLUActivation"}
 
@@ -70,7 +84,8 @@ class ProbeState(NamedTuple):
     """Values of each probe row for the backward half, concatenated.
 
     In order: the rotated and scaled queries [H E]; per head Σ_i a h_i, the attention-weighted mean of the normed inputs [H D];
-    then, unless the layer is quantized, the residual stream after attention [D], and gate and up of the MLP [I, I].
+    the sigmoid of the gate [H E], if the attention has one; then, unless the layer is quantized, the residual stream after
+    attention [D], and gate and up of the MLP [I, I].
     """
     attention_HRN: Tensor
     """a at the visual tokens."""
@@ -92,8 +107,8 @@ class ProbeHead(nn.Module):
     def forward(self, output_RD: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
         """Return ∂loss/∂y for the mean cross-entropy of all rows against their own argmax."""
         weight = self.lm_head.weight
-        scaled_RD, inverse_rms_R1, _ = _normalize(output_RD, self.final_norm)
-        normed_RD = (scaled_RD * self.final_norm.weight.to(scaled_RD.dtype)).to(weight.dtype)
+        scaled_RD, inverse_rms_R1, _ = normalize(output_RD, self.final_norm)
+        normed_RD = (scaled_RD * norm_weight(self.final_norm, scaled_RD.dtype)).to(weight.dtype)
         logits_RV = self.lm_head(normed_RD).to(output_RD.dtype)
         probability_RV = torch.softmax(logits_RV, dim=-1)
         best_R1 = logits_RV.argmax(dim=-1, keepdim=True)
@@ -104,7 +119,7 @@ class ProbeHead(nn.Module):
             torch.where(is_best_RV, -others_RV.sum(-1, keepdim=True), others_RV) / logits_RV.shape[0]
         )
         gradient_RD = _scaled_product(gradient_RV, weight)
-        return _normalize_backward(gradient_RD, scaled_RD, inverse_rms_R1, self.final_norm)
+        return normalize_backward(gradient_RD, scaled_RD, inverse_rms_R1, self.final_norm)
 
 
 class CandidateHead(nn.Module):
@@ -132,12 +147,12 @@ class CandidateHead(nn.Module):
             logits_RT: Their largest logits, descending.
             rows_RTD: The lm_head's rows of the same tokens.
         """
-        scaled_RD, inverse_rms_R1, _ = _normalize(output_RD, self.final_norm)
+        scaled_RD, inverse_rms_R1, _ = normalize(output_RD, self.final_norm)
         others_R1U = torch.softmax(logits_RT, dim=-1)[:, None, 1:]
         rows_RTD = rows_RTD.to(output_RD.dtype)
         # Σ p W - W_best, as the sum of the differences to W_best: nothing cancels where the model is certain.
         gradient_R1D = torch.matmul(others_R1U, rows_RTD[:, 1:] - rows_RTD[:, :1]) / output_RD.shape[0]
-        return _normalize_backward(gradient_R1D[:, 0], scaled_RD, inverse_rms_R1, self.final_norm)
+        return normalize_backward(gradient_R1D[:, 0], scaled_RD, inverse_rms_R1, self.final_norm)
 
 
 class ProxySaliency(nn.Module):
@@ -165,7 +180,8 @@ class ProxySaliency(nn.Module):
         """Choose the cheapest exact form for the layer's shapes.
 
         Args:
-            layer: A Llama, Mistral, Ministral 3, Qwen2 or Qwen3 decoder layer (q, k and v may have biases; the MLP is SwiGLU).
+            layer: A Llama, Mistral, Ministral 3, Qwen2, Qwen3 or Qwen3.5 decoder layer with full attention (q, k and v may have
+                biases; the MLP is SwiGLU).
             final_norm: The decoder's final RMS norm.
             lm_head: The decoder's head, a linear layer.
             max_visual: Largest N, with padding; the form is chosen for it.
@@ -190,7 +206,8 @@ class ProxySaliency(nn.Module):
         self.is_quantized = is_quantized
         self.head_size = int(attention.head_dim)
         self.num_kv_heads = attention.k_proj.weight.shape[0] // self.head_size
-        self.num_heads = attention.q_proj.weight.shape[0] // self.head_size
+        self.num_heads = num_heads(attention)
+        self.has_gate = attention.q_proj.weight.shape[0] > self.num_heads * self.head_size
         self.sliding_window, has_key_norm = sliding_window(attention), key_norm(attention) is not None
         hidden, heads = attention.k_proj.weight.shape[1], (self.num_heads, self.num_kv_heads, self.head_size)
         sizes = ProbeSizes(max_visual, max_visual, hidden, *heads, num_probe_rows)
@@ -198,9 +215,8 @@ class ProxySaliency(nn.Module):
         self.needs_keys = has_key_norm or self.form != "direct"
         if self.form != "direct":
             with torch.no_grad():
-                gram = key_value_gram(
-                    attention.k_proj.weight, attention.v_proj.weight, layer.input_layernorm.weight
-                )
+                norm = norm_weight(layer.input_layernorm, torch.float32)
+                gram = key_value_gram(attention.k_proj.weight, attention.v_proj.weight, norm)
             self.register_buffer("key_value_gram", gram)
 
     def forward(
@@ -264,15 +280,17 @@ class ProxySaliency(nn.Module):
         is_real_S = index_S < length.to(torch.int64).reshape(1)
         hidden_SD = torch.where(is_real_S[:, None], hidden_SD, 0.0).to(dtype)
         cos_SE, sin_SE = cos_SE.to(dtype), sin_SE.to(dtype)
-        scaled_SD, _, _ = _normalize(hidden_SD, self.layer.input_layernorm)
-        normed_SD = (scaled_SD * self.layer.input_layernorm.weight.to(dtype)).to(weight_dtype)
+        scaled_SD, _, _ = normalize(hidden_SD, self.layer.input_layernorm)
+        normed_SD = (scaled_SD * norm_weight(self.layer.input_layernorm, dtype)).to(weight_dtype)
 
         key_SGE = _unflatten(F.linear(normed_SD, attention.k_proj.weight).to(dtype), -1, (-1, self.head_size))
         ready_SGE = head_normed(_add_bias(key_SGE, attention.k_proj), key_norm(attention))
-        rotated_SGE = _rotate(ready_SGE, cos_SE[:, None], sin_SE[:, None])
+        rotated_SGE = rotate(ready_SGE, cos_SE[:, None], sin_SE[:, None])
         query_RF = F.linear(normed_SD.index_select(0, probe_R), attention.q_proj.weight).to(dtype)
-        query_RHE = _add_bias(_unflatten(query_RF, -1, (-1, self.head_size)), attention.q_proj)
-        query_RHE = _rotate(
+        query_RHE, gate_RHE = split_gate(
+            _add_bias(_unflatten(query_RF, -1, (self.num_heads, -1)), attention.q_proj), attention
+        )
+        query_RHE = rotate(
             head_normed(query_RHE, getattr(attention, "q_norm", None)),
             cos_SE.index_select(0, probe_R)[:, None],
             sin_SE.index_select(0, probe_R)[:, None],
@@ -295,12 +313,15 @@ class ProxySaliency(nn.Module):
             else self._outputs_from_mean_input(attended_PD)
         )
         out_RHE = out_GME.reshape(self.num_heads, -1, self.head_size).transpose(0, 1)
+        gates = [] if gate_RHE is None else [torch.sigmoid(gate_RHE)]
+        for gate in gates:
+            out_RHE = out_RHE * gate
         middle_RD = hidden_SD.index_select(0, probe_R) + _forward_product(
             out_RHE.flatten(1), attention.o_proj
         )
         output_RD, gate_RI, up_RI = self._mlp(middle_RD)
         attended_RHD = _unflatten(attended_PD, 0, (self.num_heads, -1)).transpose(0, 1)
-        rows = [query_RHE.flatten(1), attended_RHD.flatten(1)]
+        rows = [part.flatten(1) for part in (query_RHE, attended_RHD, *gates)]
         rows_RX = torch.cat(rows if self.is_quantized else [*rows, middle_RD, gate_RI, up_RI], dim=-1)
         attention_HRS = _unflatten(attention_GMS.flatten(0, 1), 0, (self.num_heads, -1))
         key_NK = key_SGE.index_select(0, visual_N).flatten(1) if self.needs_keys else None
@@ -321,15 +342,13 @@ class ProxySaliency(nn.Module):
         weight_dtype = attention.k_proj.weight.dtype
         dtype = torch.promote_types(weight_dtype, torch.float32)
         visual_N = visual_rows_N.to(torch.int64).clamp(max=hidden_SD.shape[0] - 1)
-        scaled_ND, inverse_rms_N1, mean_square_N1 = _normalize(
+        scaled_ND, inverse_rms_N1, mean_square_N1 = normalize(
             hidden_SD.index_select(0, visual_N).to(dtype), self.layer.input_layernorm
         )
-        normed_ND = (scaled_ND * self.layer.input_layernorm.weight.to(dtype)).to(weight_dtype)
-        D, width = hidden_SD.shape[1], self.layer.mlp.up_proj.weight.shape[0]
-        widths = [self.num_heads * self.head_size, self.num_heads * D]
-        query_RF, attended_RF, *mlp_RF = torch.split(
-            state.rows_RX, widths if self.is_quantized else [*widths, D, width, width], dim=-1
-        )
+        normed_ND = (scaled_ND * norm_weight(self.layer.input_layernorm, dtype)).to(weight_dtype)
+        D = hidden_SD.shape[1]
+        query_RF, attended_RF, *rest_RF = torch.split(state.rows_RX, self.state_widths, dim=-1)
+        gates, mlp_RF = rest_RF[: self.has_gate], rest_RF[self.has_gate :]
         query_GME = self._by_kv_head(_unflatten(query_RF, -1, (self.num_heads, self.head_size)))
         attended_PD = _unflatten(attended_RF, -1, (self.num_heads, D)).transpose(0, 1).flatten(0, 1)
 
@@ -341,6 +360,8 @@ class ProxySaliency(nn.Module):
         if not self.is_quantized:
             gradient_RD = self._before_mlp(gradient_RD, *mlp_RF)
         gradient_RF = _scaled_product(gradient_RD, attention.o_proj.weight)
+        for gate_RF in gates:
+            gradient_RF = gradient_RF * gate_RF
         gradient_GME = self._by_kv_head(_unflatten(gradient_RF, -1, (self.num_heads, self.head_size)))
         value_GED = _unflatten(attention.v_proj.weight, 0, (-1, self.head_size))
         pull_PD = _scaled_product(gradient_GME, value_GED).flatten(0, 1)
@@ -357,7 +378,7 @@ class ProxySaliency(nn.Module):
         ds_GMN = a_GMN * (da_GMN - mean_da_GM1) / math.sqrt(self.head_size)
         dk_NGE = torch.matmul(ds_GMN.transpose(1, 2), query_GME).transpose(0, 1)
         cos_NE, sin_NE = (table.index_select(0, visual_N).to(dtype) for table in (cos_SE, sin_SE))
-        dk_NK = self._key_gradient(_rotate_back(dk_NGE, cos_NE[:, None], sin_NE[:, None]), state.key_NK)
+        dk_NK = self._key_gradient(rotate_back(dk_NGE, cos_NE[:, None], sin_NE[:, None]), state.key_NK)
 
         if self.form == "direct":
             u_ND = self._input_gradient(dk_NK, a_PN.T, pull_PD)
@@ -375,6 +396,14 @@ class ProxySaliency(nn.Module):
         scores_N = torch.sqrt(square_N.clamp(min=0.0)) * (inverse_rms_N1[:, 0] * scale)
         index_N = torch.arange(scores_N.shape[0], device=scores_N.device)
         return torch.where(index_N < num_visual.reshape(1), scores_N, -1.0)
+
+    @property
+    def state_widths(self) -> list[int]:
+        """Widths of the parts of ``ProbeState.rows_RX``."""
+        heads, inner = self.num_heads * self.head_size, self.layer.mlp.up_proj.weight.shape[0]
+        hidden = self.layer.self_attn.k_proj.weight.shape[1]
+        widths = [heads, self.num_heads * hidden, *([heads] * self.has_gate)]
+        return widths if self.is_quantized else [*widths, hidden, inner, inner]
 
     def _by_kv_head(self, rows_RHE: Tensor) -> Tensor:
         """[R, H, E] -> [G, M, E]; M runs over the heads of a group and the probe rows."""
@@ -402,7 +431,7 @@ class ProxySaliency(nn.Module):
     def _mlp(self, middle_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mlp: Any = self.layer.mlp
         norm = self.layer.post_attention_layernorm
-        normed_RD = _normalize(middle_RD, norm)[0] * norm.weight.to(middle_RD.dtype)
+        normed_RD = normalize(middle_RD, norm)[0] * norm_weight(norm, middle_RD.dtype)
         gate_RI = _forward_product(normed_RD, mlp.gate_proj)
         # TensorRT would fuse two products of the same rows into one and store both weights again, next to those of the
         # backward half. Halving the rows is exact and prevents that; a quantized layer has no such backward half.
@@ -424,8 +453,8 @@ class ProxySaliency(nn.Module):
             inner_RI * up_RI * slope_RI, mlp.gate_proj.weight
         )
         norm = self.layer.post_attention_layernorm
-        scaled_RD, inverse_rms_R1, _ = _normalize(middle_RD, norm)
-        return gradient_RD + _normalize_backward(normed_RD, scaled_RD, inverse_rms_R1, norm)
+        scaled_RD, inverse_rms_R1, _ = normalize(middle_RD, norm)
+        return gradient_RD + normalize_backward(normed_RD, scaled_RD, inverse_rms_R1, norm)
 
     def _key_gradient(self, dk_NGE: Tensor, key_NK: Tensor | None) -> Tensor:
         """Return the gradient [N, K] of W_k h, given that of the keys before their rotation."""
@@ -433,8 +462,8 @@ class ProxySaliency(nn.Module):
         if (norm := key_norm(attention)) is not None:
             assert key_NK is not None, "needs_keys"
             key_NGE = _add_bias(_unflatten(key_NK, -1, (-1, self.head_size)), attention.k_proj)
-            unit_NGE, inverse_NG1, _ = _normalize(key_NGE, norm)
-            dk_NGE = _normalize_backward(dk_NGE, unit_NGE, inverse_NG1, norm)
+            unit_NGE, inverse_NG1, _ = normalize(key_NGE, norm)
+            dk_NGE = normalize_backward(dk_NGE, unit_NGE, inverse_NG1, norm)
         return dk_NGE.flatten(1)
 
     def _input_gradient(self, dk_NK: Tensor, a_NP: Tensor, pull_PD: Tensor) -> Tensor:
@@ -444,14 +473,14 @@ class ProxySaliency(nn.Module):
         unweighted_ND = _scaled_product(dk_NK, weight) + _scaled_product(
             a_NP * norm_P1[:, 0], unit_PD.to(weight.dtype)
         )
-        u_ND: Tensor = unweighted_ND * self.layer.input_layernorm.weight.to(unweighted_ND.dtype)
+        u_ND: Tensor = unweighted_ND * norm_weight(self.layer.input_layernorm, unweighted_ND.dtype)
         return u_ND
 
     def _square_by_key_gram(self, dk_NK: Tensor, a_NP: Tensor, pull_PD: Tensor) -> Tensor:
         weight: Tensor = self.layer.self_attn.k_proj.weight
-        weighted_PD = pull_PD * self.layer.input_layernorm.weight.to(pull_PD.dtype)
+        weighted_PD = pull_PD * norm_weight(self.layer.input_layernorm, pull_PD.dtype)
         cross_PK = _scaled_product(
-            weighted_PD * self.layer.input_layernorm.weight.to(pull_PD.dtype), weight.T
+            weighted_PD * norm_weight(self.layer.input_layernorm, pull_PD.dtype), weight.T
         )
         key_gram_KK = self.key_value_gram[: weight.shape[0], : weight.shape[0]]
         key_part_N = ((dk_NK @ key_gram_KK + 2.0 * (a_NP @ cross_PK)) * dk_NK).sum(-1)
@@ -469,71 +498,6 @@ def key_value_gram(
     dtype = torch.promote_types(key_weight.dtype, torch.float32)
     weight = torch.cat([key_weight, value_weight]).to(dtype) * norm_weight.to(dtype)
     return weight @ weight.T
-
-
-def key_norm(attention: Any) -> Any | None:
-    """Return Qwen3's RMS norm of the heads of keys; None in other layers."""
-    return getattr(attention, "k_norm", None)
-
-
-def head_normed(rows: Tensor, norm: Any | None) -> Tensor:
-    """Return queries or keys [..., E] after ``norm`` of each head, if there is one, without rounding."""
-    return rows if norm is None else _normalize(rows, norm)[0] * norm.weight.to(rows.dtype)
-
-
-def scaled_queries(
-    query_RHE: Float[Tensor, "R H E"],
-    attention: Any,
-    position_S: Int[Tensor, "S"] | None,
-    rows_R: Int[Tensor, "R"],
-) -> Float[Tensor, "R H E"]:
-    """Return the rotated queries of ``rows_R`` times the scale that Ministral 3 gives to their positions; else as they are.
-
-    Source: get_llama_4_attn_scale of transformers 5.23, 1 + β log(1 + ⌊position / original length⌋), in float32.
-    """
-    if not type(attention).__name__.startswith("Ministral3"):
-        return query_RHE
-    assert position_S is not None, "the layer scales queries"
-    rope = attention.config.rope_parameters
-    position_R = position_S.index_select(0, rows_R).to(torch.float32)
-    periods_R = torch.floor(position_R / rope["original_max_position_embeddings"])
-    scale_R = 1.0 + rope["llama_4_scaling_beta"] * torch.log(1.0 + periods_R)
-    scaled_RHE: Tensor = query_RHE * scale_R[:, None, None].to(query_RHE.dtype)
-    return scaled_RHE
-
-
-def sliding_window(attention: Any) -> int | None:
-    """Return the attention's window or None; Qwen2 has one per layer, Mistral in its configuration, Llama none."""
-    if type(attention).__name__.startswith(("Mistral", "Ministral3")):
-        return attention.config.sliding_window  # type: ignore[no-any-return]
-    return getattr(attention, "sliding_window", None)
-
-
-def _normalize(rows_D: Float[Tensor, "*rows D"], norm: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return n = x / rms(x) without the norm's weight, then 1 / rms(x) and the mean square of n."""
-    mean_square_1 = (rows_D * rows_D).mean(-1, keepdim=True)
-    inverse_rms_1 = torch.rsqrt(mean_square_1 + norm.variance_epsilon)
-    return rows_D * inverse_rms_1, inverse_rms_1, mean_square_1 * inverse_rms_1 * inverse_rms_1
-
-
-def _normalize_backward(gradient_RD: Tensor, scaled_RD: Tensor, inverse_rms_R1: Tensor, norm: Any) -> Tensor:
-    """Return the gradient at an RMS norm's input, given that at its output."""
-    gradient_RD = gradient_RD * norm.weight.to(gradient_RD.dtype)
-    return inverse_rms_R1 * (gradient_RD - scaled_RD * (scaled_RD * gradient_RD).mean(-1, keepdim=True))
-
-
-def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return rows * cos + _half_turn(rows) * sin
-
-
-def _rotate_back(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Transpose of ``_rotate``; not its inverse if the tables carry a scale."""
-    return rows * cos - _half_turn(rows * sin)
-
-
-def _half_turn(rows: Tensor) -> Tensor:
-    first, second = torch.split(rows, rows.shape[-1] // 2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
 
 
 def _add_bias(rows_SGE: Tensor, linear: Any) -> Tensor:

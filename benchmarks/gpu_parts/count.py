@@ -125,17 +125,18 @@ def count(model: CountedModel, schedule: Schedule, *, num_text: int) -> Counted:
         if index:
             graphs[f"select_{index}"] = _stage(model, schedule, ranges[index - 1][1], visual, num_text)
         rows = visual + num_text
-        work = range_work(decoder, num_layers=layers, rows=rows)
+        work = range_work(decoder, layers=layers, rows=rows)
         attention = sum(part.flops for part in work.attention)
-        weight_bytes = layers * layer_weights(decoder) * size
+        num_layers = len(layers)
+        weight_bytes = num_layers * layer_weights(decoder) * size
         graphs[range_name(index, len(ranges))] = _work(
             work.flops,
             masked=attention / 2,
-            num_bytes=weight_bytes + rows * (2 * row_bytes + layers * kv_bytes_of_row),
+            num_bytes=weight_bytes + rows * (2 * row_bytes + num_layers * kv_bytes_of_row),
         )
-        decode_flops += layers * 2 * layer_weights(decoder) + attention / rows
-        decode_bytes += weight_bytes + layers * rows * kv_bytes_of_row
-        kv_bytes += layers * rows * kv_bytes_of_row
+        decode_flops += num_layers * 2 * layer_weights(decoder) + attention / rows
+        decode_bytes += weight_bytes + num_layers * rows * kv_bytes_of_row
+        kv_bytes += num_layers * rows * kv_bytes_of_row
     graphs["head"] = _work(head_work(decoder).flops, num_bytes=head_bytes)
     graphs[DECODE] = _work(decode_flops, num_bytes=decode_bytes)
     return Counted(graphs=graphs, kv_bytes=kv_bytes)

@@ -83,7 +83,7 @@ def greedy_answer(
             inputs[layer] = entering.with_answer_row(row, position=position)
             positions, rounding = inputs[layer].positions_AS[:, -1:], _rounding(layer, caches)
             row, new = run_layer(model, row, positions, layer, past=past[layer], as_cached=rounding)
-            past[layer] = appended(past[layer], new)
+            past[layer] = appended(model, layer, past[layer], new)
         logits.append(logits_of(model, row))
         tokens.append(int(logits[-1].argmax()) if given is None else given[len(tokens)])
     return Greedy(tokens=tokens, logits_TV=torch.cat(logits), inputs=inputs, kept=kept, rounds=rounds)

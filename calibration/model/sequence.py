@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from trio_edge.export.graphs.attention import causal_mask, scale_positions
+from trio_edge.export.graphs.gated_delta import is_linear
 from trio_edge.export.plan import dimensions_of
 from trio_edge.trio.nms import similar_tokens
 from trio_edge.trio.selectors.interface import comes_before
@@ -105,17 +106,23 @@ def run_layer(
     past: KeysAndValues | None = None,
     as_cached: Callable[[Tensor, Tensor], KeysAndValues] | None = None,
 ) -> tuple[Tensor, KeysAndValues]:
-    """Return the hidden states of new rows after one layer, and their keys and values.
+    """Return the hidden states of new rows after one layer, and their keys and values, or the layer's states after them.
 
-    Keys and values are [1, G, S, E]; ``past`` has those of earlier rows. ``as_cached`` rounds them as KV caches do.
+    Keys and values are [1, G, S, E]; ``past`` has those of earlier rows, or the states. ``as_cached`` rounds keys and values as
+    KV caches do.
     """
-    past = past or _no_past(model, hidden_SD)
+    past = past or _no_past(model, hidden_SD, layer)
+    module: Any = model.parts.layers[layer]
+    present: list[Tensor] = []
+    if is_linear(module):
+        with torch.device(model.device):
+            num_rows = torch.tensor([len(hidden_SD)])
+            hidden = module(hidden_SD[None], num_rows=num_rows, past=past, present=present)
+        return hidden[0], (present[0], present[1])
     cos, sin = model.rotary(positions_AS)
     num_past = past[0].shape[2]
     with torch.device(model.device):
         mask = causal_mask(len(hidden_SD), num_past, torch.tensor([num_past]))
-    present: list[Tensor] = []
-    module: Any = model.parts.layers[layer]
     tables = cos.to(hidden_SD.dtype), sin.to(hidden_SD.dtype)
     caching = {"past": past, "present": present, "as_cached": as_cached}
     hidden = module(
@@ -159,15 +166,20 @@ def logits_of(model: TorchModel, rows: Tensor) -> Tensor:
     return logits
 
 
-def _no_past(model: TorchModel, hidden_SD: Tensor) -> KeysAndValues:
-    """Return empty keys and values."""
+def _no_past(model: TorchModel, hidden_SD: Tensor, layer: int) -> KeysAndValues:
+    """Return empty keys and values, or states of 0."""
     sizes = dimensions_of(model.parts)
+    if sizes.linear is not None and layer in sizes.linear_layers:
+        conv, delta = sizes.linear.shapes().values()
+        return hidden_SD.new_zeros(*conv), hidden_SD.new_zeros(*delta, dtype=torch.float32)
     empty = hidden_SD.new_empty((1, sizes.num_kv_heads, 0, sizes.head_size))
     return empty, empty
 
 
-def appended(past: KeysAndValues, new: KeysAndValues) -> KeysAndValues:
-    """Return keys and values [1, G, S, E] with the new rows at the end."""
+def appended(model: TorchModel, layer: int, past: KeysAndValues, new: KeysAndValues) -> KeysAndValues:
+    """Return a layer's keys and values [1, G, S, E] with the new rows at the end, or its new states."""
+    if is_linear(model.parts.layers[layer]):
+        return new
     return torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2)
 
 

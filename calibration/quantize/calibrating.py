@@ -16,7 +16,8 @@ from trio_edge.calibration.quantize.collecting import answer_samples, listening_
 from trio_edge.calibration.quantize.report import CacheReport, GroupError, QuantizationReport
 from trio_edge.calibration.quantize.rounding import GroupRounding, modelopt
 from trio_edge.calibration.quantize.sections import quantized_sections
-from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
+from trio_edge.export.graphs.gated_delta import is_linear
+from trio_edge.export.quantize.scales import NO_CACHE, CalibratedScales, Smoothing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -89,8 +90,12 @@ def calibrate_quantization(
     search = _Search(names, dtype, progress)
     for section, inputs in zip(sections, collected):
         search.add(section, inputs)
-    values = [names[layer.self_attn.v_proj.weight] for layer in layers]
-    caches = tuple(rows.range_of(search.smoothing.get(name)) for rows, name in zip(cached, values))
+    caches = tuple(
+        NO_CACHE
+        if is_linear(layer)
+        else rows.range_of(search.smoothing.get(names[layer.self_attn.v_proj.weight]))
+        for layer, rows in zip(layers, cached)
+    )
     method = _METHODS[searched]
     return Quantized(
         scales=CalibratedScales(

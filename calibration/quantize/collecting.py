@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.progress import SILENT
+from trio_edge.export.graphs.gated_delta import is_linear
 from trio_edge.export.quantize.scales import CacheRange
 
 if TYPE_CHECKING:
@@ -137,8 +138,9 @@ def listening_to_caches(layers: Sequence[nn.Module]) -> Iterator[list[CachedRows
 
     with ExitStack() as stack:
         for layer, rows in zip(layers, found):
-            handle = layer.register_forward_hook(listener(rows), with_kwargs=True)
-            stack.callback(handle.remove)
+            if not is_linear(layer):
+                handle = layer.register_forward_hook(listener(rows), with_kwargs=True)
+                stack.callback(handle.remove)
         yield found
 
 

@@ -94,8 +94,8 @@ class FitInputs:
         return max(one, self.most_visual)
 
     @property
-    def layers_and_rows(self) -> tuple[tuple[int, int], ...]:
-        """Number of layers and visual rows of every layer range."""
+    def layers_and_rows(self) -> tuple[tuple[range, int], ...]:
+        """Layers and visual rows of every layer range."""
         return memory.layers_and_rows(
             self.schedule, num_layers=self.decoder.num_layers, entering=self.entering
         )
@@ -226,10 +226,13 @@ def _with_keep(inputs: FitInputs) -> FitInputs | None:
     wanted = ScheduleRequest.like(inputs.schedule, average=parse_keep(USUAL_KEEP)).schedule(
         num_layers=inputs.decoder.num_layers,
         num_visual=inputs.entering,
+        linear_layers=inputs.decoder.linear_layers,
         image_tokens=max(inputs.image.num_visual, inputs.most_visual),
     )
     changed = dataclasses.replace(inputs, schedule=wanted)
-    before, after = (sum(layers * rows for layers, rows in one.layers_and_rows) for one in (inputs, changed))
+    before, after = (
+        sum(len(layers) * rows for layers, rows in one.layers_and_rows) for one in (inputs, changed)
+    )
     return changed if after < before else None
 
 

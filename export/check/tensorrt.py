@@ -7,6 +7,7 @@ no memory). One that does not pass fails in TensorRT's parser or breaks one of o
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib import resources
 from pathlib import PurePosixPath
@@ -27,7 +28,7 @@ RELEASES = ("10.3", "10.16")
 _READABLE_ELEMENTS = 4096  # constants up to this size are read
 _Check = Literal[
     # of a node
-    "never", "attribute", "attribute_absent", "attribute_all_ones", "max_outputs", "fixed_steps", "int4_weight",
+    "never", "attribute", "attribute_absent", "attribute_all_ones", "max_outputs", "steps_of_shapes", "int4_weight",
     # of each of the limit's inputs that a node has
     "constant", "constant_at_most", "absent_inputs", "rank", "input_type", "static_shape", "zero",
 ]  # fmt: skip
@@ -230,8 +231,8 @@ def _of_limit(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
             yield f"attribute {limit.name} all 1", str(list(attribute))
         case "max_outputs" if num_outputs > limit.value:
             yield f"at most {limit.value} outputs", str(num_outputs)
-        case "fixed_steps":
-            yield from _fixed_steps(node)
+        case "steps_of_shapes":
+            yield from _steps_of_shapes(node)
         case "int4_weight":
             yield from _int4_weight(node)
 
@@ -257,17 +258,19 @@ def _of_limited_input(name: str, value: ir.Value, limit: _Limit) -> Iterator[tup
             yield f"{name} 0", str(next(filter(None, numbers)))
 
 
-def _fixed_steps(node: ir.Node) -> Iterator[tuple[str, str]]:
-    """Yield the inputs of a Scan that give it a number of steps that is not fixed."""
+def _steps_of_shapes(node: ir.Node) -> Iterator[tuple[str, str]]:
+    """Yield the inputs of a Scan that give it a number of steps that does not follow from the profile's sizes."""
     count = node.attributes["num_scan_inputs"].as_int()
     axes = (
         node.attributes["scan_input_axes"].as_ints() if "scan_input_axes" in node.attributes else [0] * count
     )
     for value, axis in zip(node.inputs[len(node.inputs) - count :], axes):
         steps = None if value is None or value.shape is None else value.shape[axis]
-        if not isinstance(steps, int):
+        # an expression of the graph's symbols, as torch.export writes it; what depends on data has a small letter
+        names = set(re.findall(r"[A-Za-z_]\w*", str(steps))) - {"Min", "Max"}
+        if steps is None or not all(re.fullmatch("[A-Z]{1,8}", symbol) for symbol in names):
             name = None if value is None else value.name
-            yield "a fixed number of steps", f"{steps} of {name!r}"
+            yield "a number of steps that follows from shapes", f"{steps} of {name!r}"
 
 
 def _int4_weight(node: ir.Node) -> Iterator[tuple[str, str]]:

@@ -53,6 +53,7 @@ ALIASES = {
     "qwen3-vl-2b": Alias("Qwen/Qwen3-VL-2B-Instruct", "Qwen3-VL"),
     "qwen3-vl-4b": Alias("Qwen/Qwen3-VL-4B-Instruct", "Qwen3-VL"),
     "qwen3-vl-8b": Alias("Qwen/Qwen3-VL-8B-Instruct", "Qwen3-VL"),
+    "qwen3.5-9b": Alias("Qwen/Qwen3.5-9B", "Qwen3.5"),
     "cosmos-reason2-2b": Alias("nvidia/Cosmos-Reason2-2B", "Qwen3-VL, Cosmos-Reason2"),
     "cosmos-reason2-8b": Alias("nvidia/Cosmos-Reason2-8B", "Qwen3-VL, Cosmos-Reason2"),
     "internvl3-1b": Alias("OpenGVLab/InternVL3-1B-hf", "InternVL3"),

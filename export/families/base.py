@@ -12,13 +12,15 @@ the window.
 | yarn                       | yes, with its factor on the tables                                      |
 | dynamic                    | up to ``max_position_embeddings``, where it equals the default type     |
 | longrope                   | up to ``original_max_position_embeddings``, with its short factors      |
-| others, partial, per layer | no                                                                      |
+| partial                    | Qwen3.5                                                                 |
+| others, per layer          | no                                                                      |
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
@@ -31,6 +33,7 @@ from transformers.initialization import no_init_weights
 
 from trio_edge.export.checkpoints.checkpoint import HEAD_NAME, read_json, settings_of
 from trio_edge.export.graphs.attention import ATTENTION_NAME, TILE_ATTENTION_NAME, register_attention
+from trio_edge.export.graphs.gated_delta import gated_delta_layer, is_linear
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.manifest import TensorSpec
 from trio_edge.runtime.bundle.schedule import Schedule
@@ -59,6 +62,7 @@ _FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _GROWING_ROPE_TYPES = ("dynamic", "longrope")
 _WINDOWED = "sliding_attention"
 _LAYER_TYPES = ("full_attention", _WINDOWED)
+_LINEAR = "linear_attention"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +129,8 @@ class Family(ABC):
     """Whether the vision graph can return the features that selectors with ``needs_features`` read."""
     has_mrope: bool = False
     """Whether positions have three axes: time, row and column."""
+    is_hybrid: bool = False
+    """Whether decoder layers may have linear attention, and rotate a part of each head."""
 
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
         """Return the Jinja template for a checkpoint without one."""
@@ -148,7 +154,7 @@ class Family(ABC):
                 f"{folder}: expected a vision tower {self.vision_type!r}, got {config.vision_config.model_type!r};"
                 " this architecture cannot be exported"
             )
-        check_decoder(text, folder=folder)
+        check_decoder(text, folder=folder, is_hybrid=self.is_hybrid)
         # Without an entry about tying, transformers 5 ties the head, and older releases did not. Fine-tuned checkpoints may
         # claim tied embeddings and hold a head that differs; transformers then uses this head.
         config.tie_word_embeddings = config.tie_word_embeddings and HEAD_NAME not in checkpoint.tensors
@@ -236,6 +242,8 @@ class Family(ABC):
             root.model, config, processing=processing, dtype=dtype, with_features=with_features
         )
         decoder = root.get_decoder()
+        for layer in filter(is_linear, decoder.layers):
+            layer.forward = MethodType(gated_delta_layer, layer)
         with unset_fake_temporarily():  # the graphs hold the frequencies, so they need values
             rotary: Any = type(decoder.rotary_emb)(decoder.config)
             inv_freq = rotary.inv_freq.to(torch.float32).numpy()
@@ -344,17 +352,21 @@ def require_processor(checkpoint: Checkpoint, **wanted: object) -> None:
             )
 
 
-def check_decoder(text_config: Any, *, folder: Path) -> None:
-    """Raise CheckpointError if the decoder that ``text_config`` describes is not supported at any length."""
+def check_decoder(text_config: Any, *, folder: Path, is_hybrid: bool = False) -> None:
+    """Raise CheckpointError if the decoder that ``text_config`` describes is not supported at any length.
+
+    ``is_hybrid`` is that of ``Family``.
+    """
+    layer_types = (*_LAYER_TYPES, _LINEAR) if is_hybrid else _LAYER_TYPES
     rope, known = _rope(text_config), (*_FIXED_ROPE_TYPES, *_GROWING_ROPE_TYPES)
     theta = rope.get("rope_theta", 1.0)
     rope_type, rotary = rope.get("rope_type"), rope.get("partial_rotary_factor", 1.0)
-    unknown = set(getattr(text_config, "layer_types", None) or ()) - set(_LAYER_TYPES)
+    unknown = set(getattr(text_config, "layer_types", None) or ()) - set(layer_types)
     for name, is_supported, expected, got in (
         ("rope_type", rope_type in known, f"one for all layers, of {', '.join(known)}", repr(rope_type)),
         ("rope_theta", isinstance(theta, (int, float)) and 0 < theta < 1e18, "0..1e18", f"{theta!r:.100}"),
-        ("partial_rotary_factor", rotary == 1.0, "1", str(rotary)),
-        ("layer_types", not unknown, " or ".join(_LAYER_TYPES), ", ".join(sorted(unknown))),
+        ("partial_rotary_factor", rotary == 1.0 or is_hybrid, "1", str(rotary)),
+        ("layer_types", not unknown, " or ".join(layer_types), ", ".join(sorted(unknown))),
     ):
         if not is_supported:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL, including Cosmos-Reason2: dynamic resolution, videos, and decoder layers with M-RoPE.
+"""Qwen2.5-VL, Qwen3-VL with Cosmos-Reason2, and Qwen3.5: dynamic resolution, videos, and decoder layers with M-RoPE.
 
 Qwen2.5-VL has an encoder with window attention, and Qwen2 decoder layers with biases. As for LLaVA, TRIO probes the next
 layer with the model's own head. The reference's Qwen code has two defects here: it probes the layer that has just run, and may
@@ -7,6 +7,9 @@ use the input embeddings as the head. Kept tokens keep their M-RoPE positions, a
 Qwen3-VL has interleaved M-RoPE, Qwen3 decoder layers with QK-norm, and DeepStack: features of inner vision layers are added to
 the visual rows after the first decoder layers, one plane of rows per layer. A stage drops its tokens from the remaining planes,
 too.
+
+Qwen3.5 has no DeepStack. Three of four decoder layers have linear attention (``export/graphs/gated_delta.py``); the others gate
+their attention and rotate a quarter of each head. Stages stand before layers with attention, where a probe has a closed form.
 """
 
 from __future__ import annotations
@@ -113,7 +116,6 @@ class Qwen25Vl(_QwenVl):
         )
 
 
-@final
 class Qwen3Vl(_QwenVl):
     """Qwen3-VL."""
 
@@ -168,6 +170,15 @@ class Qwen3Vl(_QwenVl):
             projector_weights=(1 + num_planes) * _merger_weights(vision),
             patches_per_token=vision.spatial_merge_size**2,
         )
+
+
+@final
+class Qwen35(Qwen3Vl):
+    """Qwen3.5, dense sizes: Qwen3-VL's tower without DeepStack, and a decoder with linear attention in most layers."""
+
+    model_type = "qwen3_5"
+    architecture = "Qwen3_5ForConditionalGeneration"
+    is_hybrid = True
 
 
 def _merger_weights(vision: Any) -> int:

@@ -7,6 +7,7 @@ A range has the layers [first, last), for prefill and decode alike.
 | in  hidden_states              | [B, S, D]    | model | ``inputs_embeds`` for the prefix; output of select or range |
 | in  position_ids               | [A, S]       | int32 | runtime, or the select graph's ``kept_position_ids``        |
 | in  past_length                | [B]          | int32 | runtime: valid rows of the past buffers (0 in prefill)      |
+| in  num_rows                   | [B]          | int32 | runtime: real rows; with linear attention only              |
 | in  past_key_values.{i}.key    | [B, G, C, E] | model | runtime's KV buffers; i is the model's layer number         |
 | in  past_key_values.{i}.value  | [B, G, C, E] | model |                                                            |
 | in  deepstack_embeds.{i}       | [B, S, D]    | model | runtime, or a select graph; with DeepStack only             |
@@ -14,9 +15,13 @@ A range has the layers [first, last), for prefill and decode alike.
 | out present.{i}.key            | [B, G, S, E] | model | runtime: new rows only, written into the buffers            |
 | out present.{i}.value          | [B, G, S, E] | model |                                                            |
 
+A layer with linear attention has two states in place of keys and values: ``past_states.{i}.conv`` and ``.delta``, 0 in prefill,
+and ``present_states.{i}.conv`` and ``.delta``, which replace them; see ``gated_delta.py``.
+
 Prefill runs with C = 0 and padding on the right; decode with S = 1. ``export/quantize/cache.py`` makes keys and values int8.
-B is 1. With --batch it is an axis: the answers that decode together, each with its own KV buffers; ``position_ids`` are
-[A, B, S] then. Only the attention tells the answers apart: all products with weights see the rows of all answers at once.
+B is 1. With --batch, and with linear attention, it is an axis: the answers that decode together, each with its own KV buffers;
+``position_ids`` are [A, B, S] then. Only the attention tells the answers apart: all products with weights see the rows of all
+answers at once.
 
 With DeepStack (Qwen3-VL) features of inner vision layers are added to the outputs of the first decoder layers, one plane of
 rows per layer, 0 at text and in decode. ``assembly/copies.py`` adds them between the layers.
@@ -33,6 +38,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from trio_edge.export.graphs.gated_delta import is_linear
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -184,7 +191,7 @@ class RotaryTables(nn.Module):
 
 
 class DecoderRange(nn.Module):
-    """Consecutive Hugging Face decoder layers with a flat KV interface."""
+    """Consecutive Hugging Face decoder layers with a flat interface of keys and values, or states."""
 
     def __init__(self, layers: Sequence[nn.Module], rotary: RotaryTables) -> None:
         super().__init__()
@@ -192,22 +199,28 @@ class DecoderRange(nn.Module):
         self.rotary = rotary
 
     def forward(
-        self, hidden_states: Tensor, position_ids: Tensor, past_length: Tensor, *past: Tensor
+        self, hidden_states: Tensor, position_ids: Tensor, past_length: Tensor, *others: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return the hidden states after the layers, then key and value of the new rows for each layer.
+        """Return the hidden states after the layers, then for each layer key and value of the new rows, or its states.
 
-        ``past`` are key and value buffers of each layer.
+        ``others`` are key and value buffers, or states, of each layer; before them ``num_rows``, if there are states.
         """
         B, S, D = hidden_states.shape
+        num_rows, past = (others[0], others[1:]) if len(others) % 2 else (None, others)
         if has_answers := position_ids.ndim > 2:
             hidden_states = hidden_states.reshape(1, B * S, D)
             position_ids = position_ids.reshape(-1, B * S)
             past_length = past_length[:, None, None, None, None]
         cos, sin = self.rotary(position_ids)
         tables = cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
-        mask = causal_mask(S, past[0].shape[2], past_length)
         present: list[Tensor] = []
         for layer, layer_past in zip(self.layers, zip(past[::2], past[1::2])):
+            if is_linear(layer):
+                apart = hidden_states.reshape(B, S, D)
+                hidden_states = layer(apart, num_rows=num_rows, past=layer_past, present=present)
+                hidden_states = hidden_states.reshape(1, B * S, D)
+                continue
+            mask = causal_mask(S, layer_past[0].shape[2], past_length)
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,

@@ -12,6 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trio_edge.export.graphs.gated_delta import is_linear
+from trio_edge.trio.decoder_layers import is_zero_centered
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -37,22 +40,28 @@ class LinearGroup:
 
     @property
     def can_smooth(self) -> bool:
-        """Whether each output of ``before`` is one input.
+        """Whether each output of ``before`` is one input, and a product with its weights.
 
         With grouped-query attention this is not so for ``o``: several heads read one row of v.
         """
-        if self.before is None:
+        if self.before is None or is_zero_centered(self.before):
             return False
         return self.before.get_parameter("weight").shape[0] - self.start == self.num_inputs
 
 
 def decoder_groups(layer: Any, *, index: int) -> tuple[LinearGroup, ...]:
-    """Return the groups of a Llama-like decoder layer."""
-    attention, norm = layer.self_attn, layer.input_layernorm
-    return (
-        *attention_groups(attention, attention.o_proj, norm=norm, index=index),
-        *gated_mlp_groups(layer.mlp, norm=layer.post_attention_layernorm, index=index),
-    )
+    """Return the groups of a Llama-like decoder layer, or of one with linear attention."""
+    norm, mlp = layer.input_layernorm, layer.post_attention_layernorm
+    if is_linear(layer):
+        module = layer.linear_attn
+        products, out = (module.in_proj_qkv, module.in_proj_z), (module.out_proj,)
+        attention = (
+            LinearGroup(name="qkvz", layer=index, linears=products, before=norm),
+            LinearGroup(name="out", layer=index, linears=out, before=None),
+        )
+    else:
+        attention = attention_groups(layer.self_attn, layer.self_attn.o_proj, norm=norm, index=index)
+    return (*attention, *gated_mlp_groups(layer.mlp, norm=mlp, index=index))
 
 
 def attention_groups(

@@ -36,6 +36,8 @@ DECODER_LINEAR = re.compile(
     r"language_model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight|lm_head\.weight"
 )
 """Weights of linear layers that probes also read."""
+_RATES = re.compile(r"language_model\.layers\.\d+\.linear_attn\.in_proj_[ab]\.weight")
+"""Decay and learning rate of linear attention: one row for each head, whose errors add up in the state."""
 
 
 def quantize_graphs(
@@ -96,7 +98,7 @@ def _form(
     own_role: Role = "head" if layer is None else layer_roles[int(layer[1])]
     role = own_role if is_probe(graph.spec) else graph.spec.role
     kind, packed = plan.of_role(role), checkpoint.packed.get(tensor)
-    may = is_linear(graph.model.graph.initializers[name])
+    may = is_linear(graph.model.graph.initializers[name]) and _RATES.fullmatch(tensor) is None
     may |= (is_probe(graph.spec) or graph.spec.role == "select") and is_decoder_linear
     keeps_integers = kind == ("int4" if plan.names(role) else "none")
     if packed is not None and packed.format.is_symmetric and may and keeps_integers:

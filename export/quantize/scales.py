@@ -45,6 +45,10 @@ class CacheRange:
     """Largest absolute value, after smoothing."""
 
 
+NO_CACHE = CacheRange(key=0.0, value=0.0)
+"""In place of the range of a layer with linear attention, which has states."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class CalibratedScales:
     """The result of a calibration, by the canonical names of the checkpoint's tensors."""

@@ -10,7 +10,7 @@ import torch
 
 from trio_edge.export.checkpoints.checkpoint import canonical_name
 from trio_edge.export.checkpoints.weights import StoredName
-from trio_edge.export.graphs.assembly.copies import FIRST_PAST, Traceable, stack_layers
+from trio_edge.export.graphs.assembly.copies import Traceable, first_past, stack_layers
 from trio_edge.export.graphs.assembly.onnx_graph import TracedGraph, dynamic_axes, example_input, trace_graph
 from trio_edge.export.graphs.attention import DecoderRange
 from trio_edge.export.graphs.probe import Probe, Saliency
@@ -78,16 +78,7 @@ class Tracer:
     def _model_of(self, outline: Outline) -> ir.Model:
         spec, module = outline.spec, outline.module
         if isinstance(module, DecoderRange):
-            if DecoderRange not in self._known:  # all layers have the same structure, so the first is traced
-                structures = {_structure(layer) for layer in self._model.layers}
-                if len(structures) != 1:
-                    raise AssertionError(f"expected decoder layers of one structure, got {len(structures)}")
-                inputs, outputs = spec.inputs[: FIRST_PAST + 2], spec.outputs[:3]
-                self._known[DecoderRange] = self._traced(
-                    DecoderRange(self._model.layers[:1], module.rotary),
-                    msgspec.structs.replace(spec, inputs=inputs, outputs=outputs),
-                )
-            return stack_layers(self._known[DecoderRange], spec)
+            return stack_layers([self._layer(spec, index, module) for index in range(spec.num_layers)], spec)
         if spec.role == "vision" and self._model.vision.layered is not None:
             return self._layered(self._model.vision.layered, spec)
         if isinstance(module, (Probe, Saliency)):
@@ -96,6 +87,17 @@ class Tracer:
                 self._known[form] = self._traced(module, spec)
             return self._known[form].clone()
         return self._traced(module, spec)
+
+    def _layer(self, spec: GraphSpec, index: int, module: DecoderRange) -> ir.Model:
+        """Return the trace of a layer of a range; the layers of one structure share that of the first."""
+        layer = module.layers[index]
+        if (kind := _structure(layer)) not in self._known:
+            first = first_past(spec)
+            inputs = *spec.inputs[:first], *spec.inputs[first + 2 * index :][:2]
+            outputs = spec.outputs[0], *spec.outputs[1 + 2 * index :][:2]
+            one = msgspec.structs.replace(spec, inputs=inputs, outputs=outputs)
+            self._known[kind] = self._traced(DecoderRange([layer], module.rotary), one)
+        return self._known[kind]
 
     def _layered(self, layered: LayeredModule, spec: GraphSpec) -> ir.Model:
         """Return a graph of many layers, each kind of which is traced once."""

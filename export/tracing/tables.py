@@ -29,8 +29,9 @@ RANGE_INPUTS = (
     Row(io.POSITIONS, f"@{io.POSITIONS}", ("axes", "S"), "int32", "one answer"),
     Row(io.POSITIONS, f"@{io.POSITIONS}", ("axes", "batch", "S"), "int32", "several answers"),
     Row(io.PAST_LENGTH, "zeros.past_length", ("batch",)),
+    Row(io.NUM_ROWS, "prompt.num_rows.{index}", ("batch",), "int32", "states"),
 )
-"""Before keys, values and DeepStack planes."""
+"""Before keys and values or states, and DeepStack planes."""
 SELECT_INPUTS = (
     Row(io.HIDDEN, f"@{io.HIDDEN}", (1, "S", "width"), "model"),
     Row(io.POSITIONS, f"@{io.POSITIONS}", ("axes", "S")),

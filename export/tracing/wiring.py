@@ -23,7 +23,20 @@ from trio_edge.export.graphs.select import Select
 from trio_edge.export.quantize.unpacking import read_weight
 from trio_edge.export.tracing import tables
 from trio_edge.runtime.bundle import graph_io as io
-from trio_edge.runtime.bundle.manifest import GraphSpec, Launch, Profile, Program, TensorSpec, shape_at
+from trio_edge.runtime.bundle.manifest import (
+    CACHE,
+    SLOT_STATES,
+    SLOTS,
+    STATES,
+    GraphSpec,
+    Launch,
+    Profile,
+    Program,
+    TensorSpec,
+    shape_at,
+    stacks_of,
+)
+from trio_edge.trio.decoder_layers import is_zero_centered
 from trio_edge.trio.methods import stage_method, token_method
 from trio_edge.trio.saliency import CandidateHead, ProbeHead, key_value_gram
 from trio_edge.trio.selectors.interface import stage_selector
@@ -41,6 +54,10 @@ if TYPE_CHECKING:
     from trio_edge.trio.methods import TokenMethod
     from trio_edge.trio.saliency import ProxySaliency
     from trio_edge.trio.selectors.interface import OtherInput
+
+
+_NEW = "new_"
+"""Before the name of the states that a launch replaces: the stack of the new ones."""
 
 
 class _Tensor(NamedTuple):
@@ -113,11 +130,14 @@ class Wiring:
         small = [rows for rows in io.SMALL_FOLLOW_UPS if rows < buckets[0]]
         self._follow_rows = [*small, *buckets] if plan.options.follow_ups else []
         """Rows of a question that follows KV rows, as it is shorter than a prompt."""
-        most = min(plan.options.decode_rows, layout.max_new_tokens)
+        # a state cannot take back a wrong draft
+        most = 1 if plan.dimensions.linear else min(plan.options.decode_rows, layout.max_new_tokens)
         self._steps = {_step_name(rows): rows for rows in io.STEP_ROWS if rows <= most}
         """Rows of a decode step, by profile."""
         self._batch = plan.options.batch
         """Answers that decode together."""
+        self._has_answers = self._batch > 1 or plan.dimensions.linear is not None
+        """Whether layer ranges have an axis of answers; without answers, as for a probe, states have no elements."""
         self._sizes = {
             "width": self._dimensions.hidden_size,
             "vocab": self._dimensions.vocab_size,
@@ -181,15 +201,20 @@ class Wiring:
     ) -> None:
         """Let ``program`` run ``graph`` next, with its own places and profiles or those given; for the rest see ``Launch``."""
         spec, places = graph.spec, {**graph.places, **(instead or {})}
-        past = [places[tensor.name] for tensor in spec.inputs if tensor.name.startswith(io.PAST_PREFIX)]
+        outputs = {tensor.name: places[tensor.name] for tensor in spec.outputs}
         launch = Launch(
             runs=spec.name,
             label=label or spec.name,
             profiles=tuple(profiles or graph.profiles),
             inputs={tensor.name: places[tensor.name] for tensor in spec.inputs},
-            outputs={tensor.name: places[tensor.name] for tensor in spec.outputs},
+            outputs=outputs,
             stage=stage,
-            cache=past[0].partition("[")[0] if past else None,
+            cache=(SLOTS if program == "batch" else CACHE) + spec.name if spec.num_layers else None,
+            states={
+                name: name.removeprefix(_NEW)
+                for name in stacks_of(outputs)
+                if name.removeprefix(_NEW).startswith((STATES, SLOT_STATES))
+            },
         )
         self._launches[program].append(launch)
 
@@ -337,7 +362,8 @@ class Wiring:
         if self._batch > 1:
             step |= {io.LAST_ROW: "batch.rows"}
             self._run("batch", heads[0], step, profiles=[_step_name(self._batch)], stage=len(selectors))
-        if follows := [profile.name for profile in self._follows(0)]:
+        follows = [profile.name for profile in self._follows(0)]
+        if follows and self._dimensions.linear is None:
             after = {io.HIDDEN: f"after_{len(self._splits)}.{io.HIDDEN_OUT}", io.LAST_ROW: "branch.last_row"}
             self._run("branch", heads[0], after, profiles=follows, label="branch", stage=len(selectors))
         self.graphs += heads
@@ -408,15 +434,12 @@ class Wiring:
     def _range(self, index: int, layers: range, *, piece: PieceName | None) -> Outline:
         """Describe decoder layers; DeepStack planes, one for each of the model's first layers, are the last inputs."""
         layout, dims, dtype, name = self._layout, self._dimensions, self._dtype, self._name(index)
-        batch, answers = (1, "one answer") if self._batch == 1 else ("B", "several answers")
+        batch, answers = ("B", "several answers") if self._has_answers else (1, "one answer")
         rows = (batch, "S", dims.hidden_size)
-        past, new = ((batch, dims.num_kv_heads, axis, dims.head_size) for axis in ("C", "S"))
-        parts = [*enumerate(f"{layer}.{part}" for layer in layers for part in ("key", "value"))]
-        kept = [_tensor(f"{io.PAST_PREFIX}{part}", f"cache.{name}[{i}]", past, dtype) for i, part in parts]
-        made = [_tensor(f"{io.PRESENT_PREFIX}{part}", f"new_rows[{i}]", new, dtype) for i, part in parts]
+        kept, made = self._kept(name, layers, batch)
         planes = [f"{io.DEEPSTACK}{layer}" for layer in layers if layer < self._model.vision.num_deepstack]
-        has = ["later" if index else "first", answers]
-        inputs = self._tensors(tables.RANGE_INPUTS, has, batch=batch) + kept
+        has = ["later" if index else "first", answers, *(["states"] if dims.linear else [])]
+        inputs = self._tensors(tables.RANGE_INPUTS, has, batch=batch, index=index) + kept
         inputs += [_tensor(plane, self._at[plane], rows, dtype) for plane in planes]
         outputs = [_tensor(io.HIDDEN_OUT, f"{name}.", rows, dtype), *made]
         if index < len(self._splits) and self._method.reads_previous:
@@ -426,8 +449,9 @@ class Wiring:
         steps = [Profile(name=name, sizes={"S": rows, "C": capacity}) for name, rows in self._steps.items()]
         prefills, at_sizes = self._prefills(index, lambda _all, rows, text: {"S": rows + text, "C": 0})
         profiles = [*prefills, *questions, *steps]
-        if self._batch > 1:
+        if self._has_answers:
             profiles = [Profile(name=one.name, sizes={"B": 1, **one.sizes}) for one in profiles]
+        if self._batch > 1:
             profiles.append(Profile(name="batch", sizes={"B": self._batch, "S": 1, "C": capacity}))
         graph = _outline(
             name,
@@ -445,6 +469,38 @@ class Wiring:
         self._at |= {io.HIDDEN: f"{name}.{io.HIDDEN_OUT}", io.PREVIOUS: f"{name}.{io.PREVIOUS}"}
         return graph
 
+    def _kept(self, name: str, layers: range, batch: int | str) -> tuple[list[_Tensor], list[_Tensor]]:
+        """Return what a layer range reads of earlier rows, two tensors for each layer, and what it returns of the new ones."""
+        dims, linear = self._dimensions, self._dimensions.linear
+        past, new = ((batch, dims.num_kv_heads, axis, dims.head_size) for axis in ("C", "S"))
+        kept, made, cached, states = [], [], 0, 0
+        for layer in layers:
+            if layer not in dims.linear_layers:
+                for part in ("key", "value"):
+                    read, written = f"{io.PAST_PREFIX}{layer}.{part}", f"{io.PRESENT_PREFIX}{layer}.{part}"
+                    kept.append(_tensor(read, f"{CACHE}{name}[{cached}]", past, self._dtype))
+                    made.append(_tensor(written, f"new_rows[{cached}]", new, self._dtype))
+                    cached += 1
+                continue
+            assert linear is not None, "it has these layers"
+            for part, shape in linear.shapes(batch).items():
+                dtype: DType = "float32" if part == "delta" else self._dtype
+                read, written = f"{io.PAST_STATES}{layer}.{part}", f"{io.PRESENT_STATES}{layer}.{part}"
+                kept.append(_tensor(read, f"zeros.{part}", shape, dtype))
+                made.append(_tensor(written, f"{_NEW}{STATES}{name}.{part}[{states}]", shape, dtype))
+            states += 1
+        return kept, made
+
+    def _states(self, graph: Outline, to: str = STATES) -> dict[str, str]:
+        """Return the places of a range's states, in ``to``, where it goes on after earlier rows."""
+        made = {
+            name.removeprefix(io.PRESENT_STATES): place.removeprefix(f"{_NEW}{STATES}")
+            for name, place in graph.places.items()
+            if name.startswith(io.PRESENT_STATES)
+        }
+        read = {f"{io.PAST_STATES}{part}": to + place for part, place in made.items()}
+        return read | {f"{io.PRESENT_STATES}{part}": _NEW + to + place for part, place in made.items()}
+
     def _run_range(self, index: int, graph: Outline, questions: Sequence[str]) -> None:
         """Let prefill, decode and, at the profiles ``questions``, later questions run layer range ``index``."""
         name = graph.spec.name
@@ -461,8 +517,10 @@ class Wiring:
                 **(before if index else {io.EMBEDS: f"{sent}.embeds"}),
                 io.POSITIONS: f"{sent}.position_ids.{index}",
                 io.PAST_LENGTH: f"{sent}.past_length.{index}",
+                io.NUM_ROWS: f"{sent}.num_rows",
                 **{part: f"{rows}.{name}[{i}]" for i, part in enumerate(new)},
                 **no_planes,
+                **self._states(graph, SLOT_STATES if sent == "batch" else STATES),
             }
 
         stage = self._selections_before(index)
@@ -485,13 +543,17 @@ class Wiring:
             io.EMBEDS: "question.embeds",
             io.POSITIONS: "question.position_ids",
             io.PAST_LENGTH: "question.past_length",
+            io.NUM_ROWS: "question.num_rows",
             io.HIDDEN_OUT: f"after.{io.HIDDEN_OUT}",
             io.PREVIOUS: f"after.{io.PREVIOUS}",
             **{part: f"question_rows[{i}]" for i, part in enumerate(new)},
             **planes,
+            **self._states(graph),
         }
         if index == 0:
             self._run("question", graph, question, profiles=profiles, label="question")
+        if self._dimensions.linear is not None:
+            return  # the states before the text after the last visual token are gone
         question |= {
             io.EMBEDS: "branch.embeds",
             io.HIDDEN: f"after_{index - 1}.{io.HIDDEN_OUT}",
@@ -564,17 +626,14 @@ class Wiring:
 
     def _half(self, stage: int, name: PieceName, probe: ProxySaliency) -> Outline:
         """Describe one half of a stage's probe, a piece of the next layer range or a graph of its own."""
-        dims, schedule, role = self._dimensions, self._layout.schedule, self._role(stage + 1)
+        schedule, role = self._layout.schedule, self._role(stage + 1)
         layer, is_forward = schedule.stages[stage].layer, name == "probe"
-        # without the layer's MLP the gradient goes around it
-        state = dims.num_heads * (dims.head_size + dims.hidden_size)
-        if not probe.is_quantized:
-            state += dims.hidden_size + 2 * dims.intermediate_size
-        has = ["needs_keys"] if probe.needs_keys else []
+        has, state = ["needs_keys"] if probe.needs_keys else [], sum(probe.state_widths)
         inputs, outputs = (self._tensors(rows, has, stage=stage, state=state) for rows in tables.HALVES[name])
         constants = {}
         if probe.form != "direct" and not is_forward:
-            constants["saliency.key_value_gram"] = _gram(self._plan.source.checkpoint, layer)
+            norm = probe.layer.input_layernorm
+            constants["saliency.key_value_gram"] = _gram(self._plan.source.checkpoint, layer, norm)
         letter, num_rows = "P" if is_forward else "G", schedule.num_probe_rows
         profiles, at_sizes = self._prefills(
             stage,
@@ -711,12 +770,14 @@ def _outline(
     return Outline(spec, places, at_sizes, module, piece, constants)
 
 
-def _gram(checkpoint: Checkpoint, layer: int) -> NDArray[Any]:
+def _gram(checkpoint: Checkpoint, layer: int, norm: nn.Module) -> NDArray[Any]:
     prefix = f"language_model.layers.{layer}"
     with unset_fake_temporarily():
-        key, value, norm = (
+        key, value, weight = (
             read_weight(checkpoint, f"{prefix}.{name}.weight")
             for name in ("self_attn.k_proj", "self_attn.v_proj", "input_layernorm")
         )
-        gram: NDArray[Any] = key_value_gram(key, value, norm).to(torch.float32).numpy()
+        if is_zero_centered(norm):
+            weight = 1.0 + weight.to(torch.promote_types(weight.dtype, torch.float32))
+        gram: NDArray[Any] = key_value_gram(key, value, weight).to(torch.float32).numpy()
         return gram

@@ -62,7 +62,7 @@ class Setting:
     """Bytes for loading the bundle by purpose, the runtime's ``estimate``; None without a bundle that has this setting."""
 
     @property
-    def ranges(self) -> tuple[tuple[int, int], ...]:
+    def ranges(self) -> tuple[tuple[range, int], ...]:
         """Layers and visual rows of each layer range."""
         entering = self.sizes["N"] if self.entering is None else self.entering
         return memory.layers_and_rows(
@@ -190,8 +190,8 @@ def graph_runs(setting: Setting) -> list[CountedGraph]:
         if index:
             works.append((f"select_{index}", _select(setting, index - 1)))
         name = range_name(index, len(setting.ranges))
-        works.append((name, range_work(decoder, num_layers=layers, rows=rows + setting.text_bucket)))
-        steps.append((name, range_work(decoder, num_layers=layers, rows=1, past=rows + setting.room)))
+        works.append((name, range_work(decoder, layers=layers, rows=rows + setting.text_bucket)))
+        steps.append((name, range_work(decoder, layers=layers, rows=1, past=rows + setting.room)))
     head = ("head", head_work(decoder))
     return [
         *(CountedGraph(name=name, phase="prefill", work=work) for name, work in (*works, head)),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from trio_edge.runtime.bundle.errors import TargetError
-from trio_edge.runtime.bundle.manifest import Dimensions, Manifest, VisionDimensions
+from trio_edge.runtime.bundle.manifest import Dimensions, LinearAttention, Manifest, VisionDimensions
 from trio_edge.runtime.images.interface import ImageProcessing, image_processing
 from trio_edge.runtime.images.llava import ONEVISION_PINPOINTS, LlavaImages
 from trio_edge.runtime.images.pixtral import PixtralImages
@@ -97,6 +97,18 @@ def _merger(width: int, count: int = 1) -> Callable[[int], int]:
 
 _QWEN3_SMALL = _tower(24, 1024, 4096, None, patches_per_token=4), _QWEN3, _merger(1024, 4)
 _QWEN3_LARGE = _tower(27, 1152, 4304, None, patches_per_token=4), _QWEN3, _merger(1152, 4)
+_QWEN3_5_9B = msgspec.structs.replace(
+    _decoder(32, 4096, 16, 4, 12288, 248320, head_size=256),
+    linear=LinearAttention(
+        layers=tuple(layer for layer in range(32) if layer % 4 != 3),
+        num_key_heads=16,
+        num_value_heads=32,
+        key_size=128,
+        value_size=128,
+        kernel_size=4,
+    ),
+    has_attention_gate=True,
+)
 _VICUNA_7B = _decoder(32, 4096, 32, 32, 11008, 32064)
 _VICUNA_13B = _decoder(40, 5120, 40, 40, 13824, 32064)
 _QWEN3_2B = _decoder(28, 2048, 16, 8, 6144, 151936)
@@ -141,6 +153,7 @@ _FAMILIES: tuple[
     ),
     (*_QWEN3_SMALL, {"qwen3-vl-2b": _QWEN3_2B, "qwen3-vl-4b": _decoder(36, 2560, 32, 8, 9728, 151936)}),
     (*_QWEN3_LARGE, {"qwen3-vl-8b": _QWEN3_8B}),
+    (_QWEN3_LARGE[0], _QWEN3, _merger(1152), {"qwen3.5-9b": _QWEN3_5_9B}),
     (*_QWEN3_SMALL, {"cosmos-reason2-2b": _QWEN3_2B}),
     (*_QWEN3_LARGE, {"cosmos-reason2-8b": _QWEN3_8B}),
     (

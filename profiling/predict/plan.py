@@ -92,6 +92,7 @@ def plan_for(
         average = None if keep == WITHOUT_STAGES else parse_keep(keep)
         schedule = ScheduleRequest.like(schedule, average=average, is_strict=True).schedule(
             num_layers=num_layers,
+            linear_layers=known.decoder.linear_layers,
             num_visual=num_visual,
             image_tokens=num_images * _image_tokens(manifest, sizes["N"]),
         )

@@ -20,7 +20,9 @@ from trio_edge.runtime.bundle.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     SENT,
+    SLOT_STATES,
     SLOTS,
+    STATES,
     ZEROS,
     HostFunction,
     Manifest,
@@ -244,6 +246,7 @@ _PROMPT = (
     ("prompt.length", "int32", "1"),
     ("prompt.last_row", "int32", "1"),
     ("prompt.length.{stage}", "int32", "1"),
+    ("prompt.num_rows.{range}", "int32", "1"),
     ("prompt.num_visual.{stage}", "int32", "1"),
     ("prompt.probe_rows.{stage}", "int32", "probes"),
     ("entering.hidden_states", "model", "1 probes width"),
@@ -258,6 +261,7 @@ SENT_BY_HOST: dict[ProgramName, tuple[_HostRow, ...]] = {
         ("question.embeds", "model", "1 T width"),
         ("question.position_ids", "int32", "axes T"),
         ("question.past_length", "int32", "1"),
+        ("question.num_rows", "int32", "1"),
     ),
     "branch": (
         ("branch.embeds", "model", "1 T width"),
@@ -268,12 +272,14 @@ SENT_BY_HOST: dict[ProgramName, tuple[_HostRow, ...]] = {
     "decode": (
         ("step.embeds", "model", "1 T width"),
         ("step.rows", "int32", "T"),
+        ("step.num_rows", "int32", "1"),
         ("step.position_ids.{range}", "int32", "axes T"),
         ("step.past_length.{range}", "int32", "1"),
     ),
     "batch": (
         ("batch.embeds", "model", "B 1 width"),
         ("batch.rows", "int32", "B"),
+        ("batch.num_rows", "int32", "B"),
         ("batch.position_ids.{range}", "int32", "axes B"),
         ("batch.past_length.{range}", "int32", "B"),
     ),
@@ -355,6 +361,7 @@ def _check_programs(manifest: Manifest) -> None:
     used = {launch.runs for program in manifest.programs for launch in program.launches}
     for spec in manifest.graphs:
         _require(spec.name in used, f"graph {spec.name!r}", "a program that runs it", "none")
+    _check_states(manifest)
     earlier: dict[str, set[Array]] = defaultdict(set)
     kv = manifest.kv_dtype, manifest.kv_capacities
     for program in manifest.programs:
@@ -368,6 +375,15 @@ def _check_programs(manifest: Manifest) -> None:
         for run in runs:
             for place, array in run.written.items():
                 earlier[place].add(array)
+
+
+def _check_states(manifest: Manifest) -> None:
+    """Raise ManifestError unless the states that launches read are those that launches replace."""
+    launches = [launch for program in manifest.programs for launch in program.launches]
+    stacks = (stack_of(place) for launch in launches for place in launch.inputs.values())
+    read = {found[0] for found in stacks if found is not None and found[0].startswith((STATES, SLOT_STATES))}
+    replaced = {kept for launch in launches for kept in launch.states.values()}
+    _require(read == replaced, "programs", f"new states for {sorted(read)}", sorted(replaced))
 
 
 def _sizes_of(manifest: Manifest, program: Program) -> tuple[dict[str, int], ...]:
@@ -456,6 +472,10 @@ class _Run:
         is_image = place.startswith("image.") and self.program.name in ("vision", "reduce")
         if place.startswith(ZEROS) or is_image:
             return
+        if place.startswith((STATES, SLOT_STATES)):
+            if array not in self._states:
+                self.refuse(f"the shape of a state for {name}", _text(array))
+            return
         if place.startswith(self._cache):  # none or all rows of a KV cache
             wanted = [self._kv_rows(rows) for rows in (0, *self.kv[1][stage : stage + 1])]
             if array not in wanted:
@@ -472,6 +492,14 @@ class _Run:
         return self.kv[0], (count, dims.num_kv_heads, rows, dims.head_size)
 
     @property
+    def _states(self) -> list[Array]:
+        """Dtypes and shapes of a layer's states."""
+        if (linear := self.manifest.dimensions.linear) is None:
+            return []
+        conv, delta = linear.shapes(self.program.sizes[self.index].get("B", 1)).values()
+        return [(self.manifest.dtype, conv), ("float32", delta)]
+
+    @property
     def _cache(self) -> str:
         """Places of the KV caches."""
         return SLOTS if self.program.name == "batch" else CACHE
@@ -481,25 +509,32 @@ class _Run:
         stacks: dict[str, list[str]] = {}
         for places, tensors in ((launch.inputs, spec.inputs), (launch.outputs, spec.outputs)):
             known = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
-            order = [tensor.name for tensor in tensors if stack_of(places.get(tensor.name, ""))]
-            side = stacks_of(places)
-            indices = sorted(found[1] for place in places.values() if (found := stack_of(place)) is not None)
-            is_whole = len(side) < 2 and [name for names in side.values() for name in names] == order
-            if not is_whole or indices != list(range(len(indices))):
-                self.refuse("one stack in the graph's order", str(sorted(side)))
-            if len({known[name] for name in order}) > 1:
-                self.refuse("equal tensors in a stack", ", ".join(order))
-            stacks |= side
+            for stack, names in stacks_of(places).items():
+                found = {
+                    name: at[1] for name in known if (at := stack_of(places.get(name, ""))) and at[0] == stack
+                }
+                if [*found] != names or [*found.values()] != [*range(len(found))]:
+                    self.refuse("stacks in the graph's order", stack)
+                if len({known[name] for name in names}) > 1:
+                    self.refuse("equal tensors in a stack", ", ".join(names))
+                stacks[stack] = names
+        for new, kept in launch.states.items():
+            made, read = stacks.pop(new, []), stacks.pop(kept, None)
+            is_state = made and shapes[made[0]] in self._states and kept.startswith((STATES, SLOT_STATES))
+            if not is_state or (read is not None and len(read) != len(made)):
+                self.refuse(f"as many new states as {kept} has", f"{len(made)} in {new}")
         if launch.cache is None:
-            if stacks:
+            if stacks or launch.states:
                 self.refuse("a KV cache for new rows", "none")
             return
-        read = stacks.pop(launch.cache, []) if launch.cache.startswith(self._cache) else []
-        if not read or [len(names) for names in stacks.values()] != [len(read)]:
+        rows = stacks.pop(launch.cache, []) if launch.cache.startswith(self._cache) else []
+        counts = [len(names) for names in stacks.values()]
+        if counts != [len(rows)] * bool(rows) or not (rows or launch.states):
             self.refuse(f"as many new keys and values as inputs from {launch.cache}", str([*stacks]))
-        wanted, (new,) = self._kv_rows(self._new_rows(launch.stage)), stacks.values()
-        if shapes[new[0]] != wanted:
-            self.refuse(f"new rows {_text(wanted)}", _text(shapes[new[0]]))
+        wanted = self._kv_rows(self._new_rows(launch.stage))
+        for names in stacks.values():
+            if shapes[names[0]] != wanted:
+                self.refuse(f"new rows {_text(wanted)}", _text(shapes[names[0]]))
 
     def _new_rows(self, stage: int) -> int:
         """Return the rows that a layer range writes after ``stage`` selections."""

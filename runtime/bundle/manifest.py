@@ -8,6 +8,7 @@ itself.
 ``prefix.hidden_states_out``  a tensor; by convention the graph's name and the output's
 ``new_rows[3]``               one of several equal tensors in a row, a stack
 ``cache.prefix[3]``           keys or values of a layer in a KV cache: a stack that launches read and rows are appended to
+``states.prefix.delta[1]``    a state of a layer with linear attention, which new ones replace after a launch
 ``zeros.plane``               never written, always zero
 ``prompt.length.0``           sent by the host before the program runs, see ``checks.SENT_BY_HOST``
 ``results.scores.0``          read by the host afterwards, see ``checks.READ_BY_HOST``
@@ -43,7 +44,7 @@ from trio_edge.runtime.bundle.limits import (
 from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 SCHEMA_VERSION = 6
 MANIFEST_NAME = "trio.json"
@@ -88,6 +89,8 @@ ZEROS = "zeros."
 CACHE = "cache."
 SLOTS = "slots."
 """KV caches of the answers that decode together, in place of ``CACHE``."""
+STATES, SLOT_STATES = "states.", "slot_states."
+"""States of layers with linear attention, and those of the answers that decode together."""
 JOINT = (
     *("prompt", "question", "branch", "step", "batch"),
     *("results", "top", "logits", "entering", "found", "likeliest"),
@@ -97,9 +100,9 @@ SINGLE = ("image", "kept", "hidden")
 """Namespaces whose places are copied one by one."""
 SENT = (
     *("prompt", "rows", "question", "branch", "step", "batch"),
-    *("entering", "likeliest", "image", "zeros", "cache", "slots"),
+    *("entering", "likeliest", "image", "zeros", "cache", "slots", "states", "slot_states"),
 )
-"""Namespaces that no launch writes; rows of KV caches are appended between launches."""
+"""Namespaces that no launch writes; rows of KV caches are appended, and states replaced, between launches."""
 
 
 class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -157,7 +160,7 @@ class GraphSpec(_Spec, frozen=True):
     first_layer: Layer | None = None
     """First decoder layer of a prefix, segment or suffix; for a probe or select graph, the layer whose input it scores."""
     num_layers: Layer = 0
-    """Decoder layers that run in this graph and own a KV cache."""
+    """Decoder layers that run in this graph, and own a KV cache or states."""
     opset: Layer | None = None
     """ONNX opset if it differs from the manifest's: quantized types need a later one."""
     pieces: tuple[Piece, ...] = ()
@@ -193,6 +196,12 @@ class GraphSpec(_Spec, frozen=True):
     def part_at(self, profile: Profile) -> GraphSpec:
         """Return the graph of ``split()`` that runs at ``profile``, one of this graph's profiles."""
         return next(part for part in self.split() if profile in part.profiles)
+
+    @property
+    def layers(self) -> range:
+        """The decoder layers that run in this graph."""
+        first = self.first_layer or 0
+        return range(first, first + self.num_layers)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -254,6 +263,35 @@ class FileEntry(_Spec, frozen=True):
     sha256: Digest
 
 
+class LinearAttention(_Spec, frozen=True):
+    """Sizes of the layers that have states of fixed size in place of keys and values: Qwen3.5's GatedDeltaNet."""
+
+    layers: tuple[Layer, ...]
+    num_key_heads: Axis
+    num_value_heads: Axis
+    key_size: Axis
+    value_size: Axis
+    kernel_size: Axis
+    """Rows that the convolution of queries, keys and values reaches."""
+
+    @property
+    def channels(self) -> int:
+        """Width of queries, keys and values together, which pass the convolution."""
+        return 2 * self.num_key_heads * self.key_size + self.num_value_heads * self.value_size
+
+    def shapes(self, batch: int | str = 1) -> dict[str, tuple[int | str, ...]]:
+        """Return the shapes of a layer's states for ``batch`` answers: rows before the convolution, and the delta rule's."""
+        return {
+            "conv": (batch, 1, self.kernel_size - 1, self.channels),
+            "delta": (batch, self.num_value_heads, self.key_size, self.value_size),
+        }
+
+    def state_bytes(self, *, element_bytes: int) -> int:
+        """Return the bytes of a layer's states; those of the delta rule are float32."""
+        conv, delta = (math.prod(map(int, shape)) for shape in self.shapes().values())
+        return conv * element_bytes + 4 * delta
+
+
 class Dimensions(_Spec, frozen=True):
     """Sizes of the decoder."""
 
@@ -264,6 +302,19 @@ class Dimensions(_Spec, frozen=True):
     head_size: Axis
     intermediate_size: Axis
     vocab_size: Axis
+    linear: LinearAttention | None = None
+    """None if all layers have keys and values."""
+    has_attention_gate: bool = False
+    """Whether the query projection of attention also gives a gate of the heads' outputs."""
+
+    @property
+    def linear_layers(self) -> tuple[int, ...]:
+        """Layers with linear attention."""
+        return () if self.linear is None else self.linear.layers
+
+    def num_cached(self, layers: Iterable[int]) -> int:
+        """Return how many of ``layers`` have keys and values."""
+        return sum(layer not in self.linear_layers for layer in layers)
 
     def workspace_bytes(self, rows: int, *, element_bytes: int, score_bytes: int = 0) -> int:
         """Return the activations of a layer range at ``rows`` rows; ``score_bytes`` are 0 with fused attention."""
@@ -385,7 +436,9 @@ class Launch(_Spec, frozen=True, kw_only=True, omit_defaults=True):
     stage: Layer = 0
     """Selections that are done before."""
     cache: Name | None = None
-    """KV cache that the launch's new rows, its outputs in a stack, are appended to."""
+    """KV cache of a layer range: the launch's new keys and values, its outputs in a stack, are appended to it."""
+    states: dict[Name, Name] = {}
+    """Stacks of new states that the launch writes, and those that they replace afterwards."""
 
 
 class Program(_Spec, frozen=True):
@@ -580,9 +633,23 @@ class Manifest(_Spec, frozen=True):
     @property
     def kv_bytes(self) -> int:
         """Bytes of all KV caches as allocated, at full capacity: one, and those of the answers that decode together."""
-        dims, count = self.dimensions, 1 if self.batch == 1 else 1 + self.batch
-        row = 2 * count * dims.num_kv_heads * dims.head_size * DTYPE_BYTES[self.kv_dtype]
-        return sum(graph.num_layers * rows * row for graph, rows in zip(self.ranges, self.kv_capacities))
+        dims, row = self.dimensions, 2 * self._num_caches * DTYPE_BYTES[self.kv_dtype]
+        row *= dims.num_kv_heads * dims.head_size
+        return sum(
+            dims.num_cached(graph.layers) * rows * row for graph, rows in zip(self.ranges, self.kv_capacities)
+        )
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all states of layers with linear attention, of as many answers."""
+        if (linear := self.dimensions.linear) is None:
+            return 0
+        one = linear.state_bytes(element_bytes=DTYPE_BYTES[self.dtype])
+        return self._num_caches * len(linear.layers) * one
+
+    @property
+    def _num_caches(self) -> int:
+        return 1 if self.batch == 1 else 1 + self.batch
 
     @property
     def batch(self) -> int:

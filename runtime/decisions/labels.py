@@ -78,13 +78,13 @@ def log_probabilities(
     *,
     stop_ids: Sequence[int],
     step: Callable[[Sequence[int]], Sequence[NDArray[np.float32]]],
-    back: Callable[[int], None],
+    back: Callable[[], None],
     most_rows: int,
 ) -> NDArray[np.float64]:
     """Return the logarithm of each option's probability [len(options)].
 
     ``logits`` [V] are those of the answer's first token. ``step`` appends up to ``most_rows`` tokens and returns the logits
-    after each, ``back`` takes as many away again.
+    after each, ``back`` takes those of the last step away again.
 
     Raises:
         BackendError: If a graph fails.
@@ -120,7 +120,7 @@ def log_probabilities(
                 same = takewhile(lambda column: len({*column}) == 1, zip(*needed))
                 chain = [token, *(column[0] for column in same)][:most_rows]
                 walk(deeper, step(chain), score)
-                back(len(chain))
+                back()
 
     walk([*ways.items()], [logits], 0.0)
     return np.array([np.logaddexp.reduce(found) for found in scores])

@@ -85,6 +85,10 @@ class Stack:
         start = (slot * self.shape[-3] + group) * self._pitch_bytes + first_row * self._row_bytes
         return PitchedRows(self.address + start, self._groups * self._pitch_bytes)
 
+    def copy_whole(self, device: Device, target: Stack) -> None:
+        """Enqueue a copy of all tensors to a stack of the same shape."""
+        self.copy_to(device, target, first_row=0, num_rows=self.shape[-2])
+
     def copy_to(self, device: Device, target: Stack, *, first_row: int, num_rows: int) -> None:
         """Enqueue a copy of the first ``num_rows`` rows of all tensors to ``target``'s, from ``first_row`` on."""
         device.copy_rows(
@@ -99,15 +103,20 @@ class Stack:
 class KVCache:
     """Keys and values of the layers of one range, [1, G, C, E] each; the first ``length`` rows are valid.
 
-    A range's graph writes new rows to another stack; ``append`` copies them to the end of the valid rows.
+    A range's graph writes new rows to another stack; ``append`` copies them to the end of the valid rows. A range without keys
+    and values, whose layers all have states, has no stack, and counts its rows all the same.
     """
 
-    def __init__(self, stack: Stack) -> None:
-        self.stack = stack
-        self.capacity = stack.shape[-2]
+    def __init__(self, stack: Stack | None, capacity: int) -> None:
+        self.stack, self.capacity = stack, capacity
         self.length = 0
 
-    def append(self, device: Device, new: Stack, *, num_rows: int) -> None:
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the valid rows."""
+        return 0 if self.stack is None else self.stack.bytes_per_row * self.length
+
+    def append(self, device: Device, new: Stack | None, *, num_rows: int) -> None:
         """Enqueue a copy of the first ``num_rows`` new rows to the end of the valid rows.
 
         Raises:
@@ -118,7 +127,8 @@ class KVCache:
             raise ShapeError(
                 f"KV cache: expected at most {self.capacity} rows, got {end}; export with a larger --max-new-tokens"
             )
-        new.copy_to(device, self.stack, first_row=self.length, num_rows=num_rows)
+        if new is not None and self.stack is not None:
+            new.copy_to(device, self.stack, first_row=self.length, num_rows=num_rows)
         self.length = end
 
 
@@ -217,8 +227,10 @@ def estimate(manifest: Manifest, specs: Sequence[GraphSpec], *, weight_bytes: in
     memory = {"weights": weight_bytes, "workspace": workspace}
     # Single graphs are loaded for comparisons and bring their own buffers.
     if len(specs) == len(manifest.graphs):
-        buffers = memory_plan(manifest).num_bytes - manifest.kv_bytes
-        memory |= {"KV caches": manifest.kv_bytes, "buffers": buffers}
+        memory["KV caches"] = manifest.kv_bytes
+        if manifest.state_bytes:
+            memory["states"] = manifest.state_bytes
+        memory["buffers"] = memory_plan(manifest).num_bytes - manifest.kv_bytes - manifest.state_bytes
     return memory
 
 
@@ -274,6 +286,10 @@ class Memory:
                 address = self._nothing if place is None else self._tensors[place].address
                 tensors[name] = tensor._replace(address=address)
         return profile, tensors, stacks
+
+    def stack(self, name: str) -> Stack:
+        """Return the stack called ``name``, at its largest shape."""
+        return self._stacks[name]
 
     def tensor(self, place: str, shape: tuple[int, ...] | None = None) -> DeviceTensor:
         """Return the device tensor at ``place``, at ``shape`` or its largest shape."""

@@ -46,16 +46,23 @@ class Batch:
         self._is_compact = programs.manifest.schedule.positions == "compact"
         launches = programs.at("batch", sizes)
         self._run = CapturedRun(launches)
-        places = ((launch, launch.spec.cache) for launch in launches)
-        ranges = [
-            (launch.new_rows, self._memory.at(launch.spec, 0)[2][name]) for launch, name in places if name
+        ranges = [launch for launch in launches if launch.spec.cache is not None]
+        self._new_rows = [launch.new_rows for launch in ranges]
+        self._slots = [self._memory.at(one.spec, 0)[2].get(str(one.spec.cache)) for one in ranges]
+        """Of each layer range; None, as the new rows, where a range has states only."""
+        self._capacities = programs.manifest.kv_capacities
+        self._states = [
+            (new, slots, self._memory.stack(slots_of.removeprefix("slot_")))
+            for launch in ranges
+            for (new, slots), slots_of in zip(launch.states, launch.spec.states.values())
         ]
-        self._new_rows: list[Stack] = [new for new, _ in ranges if new is not None]
-        self._slots: list[Stack] = [slots for _, slots in ranges]
+        """New states of a step, those of the slots, and those of an answer alone."""
         self._free = [*range(self.size)]
         self._done = self._device.event()
         host, rows = self._memory.host, (self.size,)
         host("batch.rows", rows)[:] = np.arange(self.size)
+        if self._states:
+            host("batch.num_rows", rows)[:] = 1
         self._embeds: NDArray[Any] = host("batch.embeds")
         shape = programs.manifest.position_axes, self.size
         self._positions = [host(f"batch.position_ids.{index}", shape) for index, _ in enumerate(ranges)]
@@ -71,15 +78,31 @@ class Batch:
         """Enqueue a copy of the decoder's rows to a free slot."""
         seat = Seat(self._free.pop(0), [cache.length for cache in decoder.caches], decoder.next_position)
         for cache, slots, length in zip(decoder.caches, self._slots, seat.lengths):
-            cache.stack.copy_slot(self._device, slots, slot=(0, seat.slot), first_row=0, num_rows=length)
+            self._copy(cache.stack, slots, (0, seat.slot), length)
+        for _, slots, alone in self._states:
+            self._copy(alone, slots, (0, seat.slot), alone.shape[-2])
         return seat
 
     def bring_back(self, seat: Seat, decoder: Decoder) -> None:
         """Enqueue a copy of a slot's rows to the decoder, and free the slot."""
         for cache, slots, length in zip(decoder.caches, self._slots, seat.lengths):
-            slots.copy_slot(self._device, cache.stack, slot=(seat.slot, 0), first_row=0, num_rows=length)
+            self._copy(slots, cache.stack, (seat.slot, 0), length)
+        for _, slots, alone in self._states:
+            self._copy(slots, alone, (seat.slot, 0), alone.shape[-2])
         decoder.resume(seat.lengths, next_position=seat.next_position)
         self.free(seat)
+
+    def _copy(
+        self,
+        source: Stack | None,
+        target: Stack | None,
+        slot: tuple[int, int],
+        num_rows: int,
+        first_row: int = 0,
+    ) -> None:
+        """Enqueue a copy of an answer's rows or states; see ``Stack.copy_slot``."""
+        if source is not None and target is not None:
+            source.copy_slot(self._device, target, slot=slot, first_row=first_row, num_rows=num_rows)
 
     def free(self, seat: Seat) -> None:
         """Free a slot."""
@@ -88,7 +111,7 @@ class Batch:
     def kv_bytes(self, seat: Seat) -> int:
         """Return the bytes of the KV rows in use."""
         rows = zip(self._slots, seat.lengths)
-        return sum(slots.bytes_per_row // self.size * length for slots, length in rows)
+        return sum(slots.bytes_per_row // self.size * length for slots, length in rows if slots is not None)
 
     def decode(self, embeds: Mapping[Seat, NDArray[Any]]) -> dict[Seat, TopTokens]:
         """Run a token of each answer, whose embeddings [D] are given; return the most likely next tokens.
@@ -97,8 +120,8 @@ class Batch:
             ShapeError: If a slot has no room for it.
             BackendError: If a graph fails.
         """
-        for slots, lengths in zip(self._slots, zip(*(seat.lengths for seat in embeds))):
-            if max(lengths) >= slots.shape[-2]:
+        for capacity, lengths in zip(self._capacities, zip(*(seat.lengths for seat in embeds))):
+            if max(lengths) >= capacity:
                 raise no_room(self._programs.manifest)
         # The other slots' rows must be finite, and see nothing.
         for array in (self._embeds, *self._positions, *self._past_lengths):
@@ -115,10 +138,12 @@ class Batch:
         self._done.record()
         # As in a step of one answer, the device copies the new rows while the host samples.
         for seat in embeds:
-            for index, (new, slots) in enumerate(zip(self._new_rows, self._slots)):
-                slot, first = (seat.slot, seat.slot), seat.lengths[index]
-                new.copy_slot(device, slots, slot=slot, first_row=first, num_rows=1)
+            slot = seat.slot, seat.slot
+            for index, (rows, slots) in enumerate(zip(self._new_rows, self._slots)):
+                self._copy(rows, slots, slot, 1, first_row=seat.lengths[index])
                 seat.lengths[index] += 1
+            for new, kept, _ in self._states:
+                self._copy(new, kept, slot, new.shape[-2])
             seat.next_position += 1
         self._done.wait()
         ids, logits = self._top

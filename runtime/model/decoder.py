@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.devices.interface import Device
-    from trio_edge.runtime.devices.memory import KVCache, Memory
+    from trio_edge.runtime.devices.memory import KVCache, Memory, Stack
     from trio_edge.runtime.model.decoder_prompt import DecoderPrompt, PromptRows
     from trio_edge.runtime.model.host_selection import SelectorOverride
     from trio_edge.runtime.model.programs import BoundLaunch, Programs
@@ -120,6 +120,10 @@ class Decoder:
         """By number of tokens, of which several may share a step."""
         self.max_rows = programs.sizes["decode"][-1]["T"]
         """Most rows of a decode step."""
+        self._places: list[tuple[list[int], int]] = []
+        """Remembered rows of each KV cache, and positions."""
+        self._copies: list[list[Stack]] = []
+        """Memory for the states of each of them; more places than ever before get new memory."""
         self._done = self._device.event()
         self._logits: NDArray[np.float32] | None = None
         self._next_position = 0
@@ -140,7 +144,7 @@ class Decoder:
     @property
     def kv_bytes(self) -> int:
         """Bytes of the KV rows in use."""
-        return sum(cache.stack.bytes_per_row * cache.length for cache in self.caches)
+        return sum(cache.num_bytes for cache in self.caches)
 
     def prefill(
         self,
@@ -166,8 +170,8 @@ class Decoder:
         self._before = [rows.spans[stage].length - num_after for stage in self._stages]
         self._next_position = prompt.positions.next
         self._first_position = self._next_position - num_after
-        self._memory.send(self._device, "prompt", rows.values)
-        self._start = launches[0].spec.runs, launches[0].tensors, self.caches[0].stack.shape
+        self._memory.send(self._device, "prompt", rows.values | self._num_rows(rows))
+        self._start = launches[0].spec.runs, launches[0].tensors, self.caches[0].capacity
         if after is not None and self._start == after._start:
             self.caches[0].length = rows.spans[0].length
             launches = launches[1:]
@@ -247,7 +251,7 @@ class Decoder:
         self.timeline.recorded.clear()
         for launch in launches:
             self.timeline.enqueue(launch.spec.runs, launch.launch)
-            self._append([launch], num_rows=count)
+            launch.keep(device, num_rows=count)
         self._next_position = self._first_position + count
         memory.fetch(device, "results")
         device.synchronize()
@@ -288,15 +292,38 @@ class Decoder:
         self._done.record()
         # The device copies the new rows while the host samples. Their place changes with every token, so the copy cannot be
         # captured.
-        self._append(step.launches, num_rows=count)
+        for launch in step.launches:
+            launch.keep(device, num_rows=count)
         self._next_position += count
         self._logits = None
         self._done.wait()
         ids, logits = step.top
         return [TopTokens(ids[row].copy(), logits[row].copy()) for row in range(count)]
 
+    def remember(self) -> None:
+        """Remember this place for ``back``, with a copy of all states."""
+        depth = len(self._places)
+        if depth == len(self._copies):
+            new = (
+                one.of_rows(self._device, one.shape[-2], purpose="states") for one in self._programs.states
+            )
+            self._copies.append([*new])
+        for state, copy in zip(self._programs.states, self._copies[depth]):
+            state.copy_whole(self._device, copy)
+        self._places.append(([cache.length for cache in self.caches], self._next_position))
+
+    def back(self) -> None:
+        """Go back to the last remembered place, and forget it."""
+        lengths, self._next_position = self._places.pop()
+        for cache, length in zip(self.caches, lengths):
+            cache.length = length
+        for state, copy in zip(self._programs.states, self._copies[len(self._places)]):
+            copy.copy_whole(self._device, state)
+
     def skip(self, count: int) -> None:
         """Go on as if ``count`` more tokens had been decoded, to time later ones, or fewer, as after wrong drafts.
+
+        States stay as they are: a bundle with some has no drafts.
 
         Raises:
             ShapeError: If the KV caches have no room for as many.
@@ -365,11 +392,26 @@ class Decoder:
                 self.timeline.enqueue(label, *(launch.launch for launch in together))
                 continue
             for launch in together:
-                stage, first = launch.spec.stage, rows.num_before
-                if launch.cache is self.caches[0] and self._question is not None and 0 < first < rows.length:
+                stage = launch.spec.stage
+                if (
+                    launch.cache is self.caches[0]
+                    and self._question is not None
+                    and self._has_two_parts(rows)
+                ):
                     self._run_in_two_parts(launch, self._question, prompt, rows)
                 else:
                     self._run_range(launch, num_rows=rows.spans[stage].length)
+
+    def _has_two_parts(self, rows: PromptRows) -> bool:
+        """Return whether the first range runs the rows up to the last visual token first."""
+        return self._question is not None and 0 < rows.num_before < rows.length
+
+    def _num_rows(self, rows: PromptRows) -> dict[str, NDArray[np.int32]]:
+        """Return the real rows of each layer range, which states stop at."""
+        counts = [rows.spans[stage].length for stage in self._stages]
+        if self._has_two_parts(rows):
+            counts[0] = rows.num_before
+        return {f"prompt.num_rows.{index}": np.array([count], np.int32) for index, count in enumerate(counts)}
 
     def _run_in_two_parts(
         self, launch: BoundLaunch, question: QuestionRows, prompt: DecoderPrompt, rows: PromptRows
@@ -389,12 +431,7 @@ class Decoder:
         self.timeline.enqueue(launch.spec.label, launch.launch)
         if launch.cache is not None:
             launch.cache.length = 0
-        self._append([launch], num_rows=num_rows)
-
-    def _append(self, launches: Iterable[BoundLaunch], *, num_rows: int) -> None:
-        for launch in launches:
-            if launch.cache is not None and launch.new_rows is not None:
-                launch.cache.append(self._device, launch.new_rows, num_rows=num_rows)
+        launch.keep(self._device, num_rows=num_rows)
 
     def _run_overridden(
         self,
@@ -479,6 +516,8 @@ class _Step:
         ranges = range(len(programs.caches))
         self.rows: NDArray[np.int32] = host("step.rows", (num_rows,))
         self.rows[:] = np.arange(num_rows)
+        if manifest.dimensions.linear is not None:
+            host("step.num_rows")[0] = num_rows
         self.embeds: NDArray[Any] = host("step.embeds", (num_rows, manifest.dimensions.hidden_size))
         shape = manifest.position_axes, num_rows
         self.positions = [host(f"step.position_ids.{index}", shape) for index in ranges]

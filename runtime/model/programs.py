@@ -27,6 +27,15 @@ class BoundLaunch(NamedTuple):
     cache: KVCache | None = None
     """Takes the rows of ``new_rows``; None if these belong to several answers."""
     new_rows: Stack | None = None
+    states: tuple[tuple[Stack, Stack], ...] = ()
+    """New states, and those that they replace."""
+
+    def keep(self, device: Device, *, num_rows: int) -> None:
+        """Enqueue copies of the first ``num_rows`` new rows to the KV cache, and of new states to the places of the old ones."""
+        if self.cache is not None:
+            self.cache.append(device, self.new_rows, num_rows=num_rows)
+        for new, old in self.states:
+            new.copy_whole(device, old)
 
 
 @final
@@ -54,12 +63,14 @@ class Programs:
             program.name: program.launches for program in manifest.programs
         }
         """Launches of each program as the manifest describes them."""
+        ranges = [launch for launch in self.launches["decode"] if launch.cache is not None]
         self.caches = {
-            launch.cache: KVCache(self.memory.at(launch, 0)[2][launch.cache])
-            for launch in self.launches["decode"]
-            if launch.cache is not None
+            str(launch.cache): KVCache(self.memory.at(launch, 0)[2].get(str(launch.cache)), capacity)
+            for launch, capacity in zip(ranges, manifest.kv_capacities)
         }
         """KV caches by name, in the order of the layer ranges, at this level's capacity."""
+        self.states = [self.memory.stack(name) for launch in ranges for name in launch.states.values()]
+        """States of layers with linear attention, which a decode step replaces."""
         self._engines, self._head_rows = graphs.engines, head_rows
         self.sizes: dict[str, tuple[dict[str, int], ...]] = {
             program.name: program.sizes for program in manifest.programs
@@ -89,8 +100,10 @@ class Programs:
         launch = self._engines[spec.runs].prepare(profile, tensors)
         is_alone = spec.cache is not None and not spec.cache.startswith(SLOTS)
         cache = self.caches[str(spec.cache)] if is_alone else None
-        new_rows = next((stack for name, stack in stacks.items() if name != spec.cache), None)
-        return BoundLaunch(spec, launch, tensors, cache, new_rows)
+        known = {str(spec.cache), *spec.states, *spec.states.values()}
+        new_rows = next((stack for name, stack in stacks.items() if name not in known), None)
+        states = tuple((stacks[new], self.memory.stack(kept)) for new, kept in spec.states.items())
+        return BoundLaunch(spec, launch, tensors, cache, new_rows, states)
 
 
 @final

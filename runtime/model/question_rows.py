@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 
 class _Slot(NamedTuple):
-    """The first rows of one prompt: their keys and values, and the range's outputs for them."""
+    """The first rows of one prompt: their keys and values, the range's outputs for them, and its states after them."""
 
-    cache: Stack
+    cache: Stack | None
     outputs: tuple[DeviceTensor, ...]
+    states: tuple[Stack, ...]
 
 
 @final
@@ -44,24 +45,29 @@ class QuestionRows:
         """The range's outputs for all rows of a prompt, and for the question's rows."""
         assert first.cache is not None, "a layer range has one"
         self._cache: KVCache = programs.caches[first.cache]
+        self._states = [self._memory.stack(name) for name in first.states.values()]
         self._recent = Recent([self._slot() for _ in range(count)])
 
     def _slot(self) -> _Slot:
         manifest = self._programs.manifest
         rows = manifest.max_visual + manifest.text_buckets[-1]
-        cache = self._cache.stack.of_rows(self._device, rows, purpose="kept KV rows")
+        stack, purpose = self._cache.stack, "kept KV rows"
+        cache = None if stack is None else stack.of_rows(self._device, rows, purpose=purpose)
+        states = (one.of_rows(self._device, one.shape[-2], purpose="kept states") for one in self._states)
         outputs = tuple(
             whole._replace(address=self._device.allocate(whole.num_bytes, purpose="kept rows"))
             for whole, _ in self._pairs
         )
-        return _Slot(cache, outputs)
+        return _Slot(cache, outputs, tuple(states))
 
     def bring_back(self, key: bytes, *, num_rows: int) -> bool:
         """Enqueue copies of a kept prompt's first rows to the range's outputs; return False if they are not kept."""
         if (slot := self._recent.find(key)) is None:
             return False
-        slot.cache.copy_to(self._device, self._cache.stack, first_row=0, num_rows=num_rows)
-        self._cache.length = num_rows
+        self._cache.length = 0
+        self._cache.append(self._device, slot.cache, num_rows=num_rows)
+        for kept, state in zip(slot.states, self._states):
+            kept.copy_whole(self._device, state)
         for (whole, _), kept in zip(self._pairs, slot.outputs):
             copy_tensor(self._device, whole.rows(0, num_rows), kept.rows(0, num_rows))
         return True
@@ -70,7 +76,10 @@ class QuestionRows:
         """Enqueue copies of the first rows from the range's outputs; a prompt without a key is not kept."""
         if (slot := self._recent.take(key)) is None:
             return
-        self._cache.stack.copy_to(self._device, slot.cache, first_row=0, num_rows=num_rows)
+        if self._cache.stack is not None and slot.cache is not None:
+            self._cache.stack.copy_to(self._device, slot.cache, first_row=0, num_rows=num_rows)
+        for kept, state in zip(slot.states, self._states):
+            state.copy_whole(self._device, kept)
         for (whole, _), kept in zip(self._pairs, slot.outputs):
             copy_tensor(self._device, kept.rows(0, num_rows), whole.rows(0, num_rows))
 
@@ -81,7 +90,11 @@ class QuestionRows:
         bucket = self._programs.rows_for("question", count)
         ids = np.zeros((len(prompt.positions.ids), bucket), np.int32)
         ids[:, :count] = prompt.positions.ids[:, first : rows.length]
-        values = {"question.position_ids": ids, "question.past_length": np.array([first], np.int32)}
+        values = {
+            "question.position_ids": ids,
+            "question.past_length": np.array([first], np.int32),
+            "question.num_rows": np.array([count], np.int32),
+        }
         (launch,) = self._programs.at("question", {"T": bucket})
         self._memory.send(self._device, "question", values)
         embeds = self._memory.tensor("question.embeds")
@@ -94,8 +107,7 @@ class QuestionRows:
     def finish(self, launch: BoundLaunch, rows: PromptRows) -> None:
         """Enqueue copies of the results to their place after the first rows."""
         first, count = rows.num_before, rows.length - rows.num_before
-        assert launch.new_rows is not None, "a layer range has them"
-        self._cache.append(self._device, launch.new_rows, num_rows=count)
+        launch.keep(self._device, num_rows=count)
         for whole, own in self._pairs:
             copy_tensor(self._device, whole.rows(first, count), own.rows(0, count))
             self._device.clear(whole.rows(rows.length, rows.padded - rows.length))

@@ -73,6 +73,24 @@ SMALL: dict[str, dict[str, Any]] = {
             "deepstack_visual_indexes": [0, 1, 3],
         },
     },
+    "qwen3.5-9b": {
+        "text_config": {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+        },
+    },
     "internvl3-1b": {"text_config": _DECODER, "vision_config": _TOWER},
     "internvl3.5-1b": {"text_config": {**_DECODER, "head_dim": 32}, "vision_config": _TOWER},
     "ministral-3-3b": {

@@ -52,9 +52,9 @@ VIOLATIONS: dict[str, tuple[str, str, int, tuple[str, ...]]] = {
         "(Loop): expected another operator", 18, BOTH,
     ),
     "scan_of_a_dynamic_length": (
-        ("(float[2] x, float[K] k) => (float[2] y) { y = Scan <num_scan_inputs = 1, body = b (float[2] s, float i)"
+        ("(float[2] x, float[u0] k) => (float[2] y) { y = Scan <num_scan_inputs = 1, body = b (float[2] s, float i)"
          " => (float[2] t) { t = Add(s, i) }> (x, k) }"),
-        "(Scan): expected a fixed number of steps", 18, BOTH,
+        "(Scan): expected a number of steps that follows from shapes", 18, BOTH,
     ),
     "scan_with_an_integer_state": (
         ("(int64[2] x, float[3] k) => (int64[2] y) { y = Scan <num_scan_inputs = 1, body = b (int64[2] s, float i)"

@@ -44,7 +44,7 @@ def predicted(**wishes: Any) -> Prediction:
 
 
 def layer_seconds(*, rows: int, past: int = 0, rates: Rates | None = None) -> float:
-    work = range_work(LLAMA, num_layers=1, rows=rows, past=past)
+    work = range_work(LLAMA, layers=range(1), rows=rows, past=past)
     efficiency = fitted_for(ORIN).efficiency
     return graph_time(work, formats=HALF, rates=rates or rates_of(ORIN), efficiency=efficiency).seconds
 

@@ -54,7 +54,7 @@ def test_vision_decoder_and_head_have_the_flops_of_the_written_formulas(name: st
         decoder.hidden_size,
     )
     layer = 2 * rows * D * (2 * Q + 2 * K + 3 * decoder.intermediate_size) + 4 * rows**2 * Q
-    assert range_work(decoder, num_layers=3, rows=rows).flops == 3 * layer
+    assert range_work(decoder, layers=range(3), rows=rows).flops == 3 * layer
     assert head_work(decoder).flops == 2 * D * decoder.vocab_size
     full = tower.num_layers if tower.patches_per_window is None else tower.num_full_layers
     attended = full * P + (tower.num_layers - full) * (tower.patches_per_window or 0)

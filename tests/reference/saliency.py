@@ -32,9 +32,13 @@ def decoder_layer(
     """Return the layer's output [S, D], without the float32 casts inside Hugging Face's norms."""
     attention, size = layer.self_attn, layer.self_attn.head_dim
     normed = rms_norm(hidden, layer.input_layernorm)
+    projected, gate = attention.q_proj(normed), None
+    if projected.shape[-1] > attention.o_proj.in_features:  # Qwen3.5: queries and gate of each head
+        projected, gate = projected.unflatten(-1, (-1, 2, size)).unbind(-2)
+        projected, gate = projected.flatten(1), gate.flatten(1)
     query, key, value = (
-        projection(normed).unflatten(-1, (-1, size)).transpose(0, 1)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        rows.unflatten(-1, (-1, size)).transpose(0, 1)
+        for rows in (projected, attention.k_proj(normed), attention.v_proj(normed))
     )
     if hasattr(attention, "k_norm"):
         query, key = rms_norm(query, attention.q_norm), rms_norm(key, attention.k_norm)
@@ -51,15 +55,19 @@ def decoder_layer(
     window = getattr(attention.config, "sliding_window", None) or len(hidden)
     scores = scores.masked_fill((distance < 0) | (distance >= window), float("-inf"))
     mixed = scores.softmax(-1) @ value.repeat_interleave(groups, 0)
-    hidden = hidden + attention.o_proj(mixed.transpose(0, 1).flatten(1))
+    heads = mixed.transpose(0, 1).flatten(1)
+    hidden = hidden + attention.o_proj(heads if gate is None else heads * gate.sigmoid())
     added = layer.mlp(rms_norm(hidden, layer.post_attention_layernorm))
     return hidden + (added.detach() if around_mlp else added)
 
 
 def rms_norm(rows: Tensor, norm: Any) -> Tensor:
-    return norm.weight * rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+    is_qwen3_5 = type(norm).__name__ == "Qwen3_5RMSNorm"
+    weight, epsilon = (1 + norm.weight, norm.eps) if is_qwen3_5 else (norm.weight, norm.variance_epsilon)
+    return weight * rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + epsilon)
 
 
 def rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rows, rest = rows[..., : cos.shape[-1]], rows[..., cos.shape[-1] :]
     first, second = rows.chunk(2, -1)
-    return rows * cos + torch.cat([-second, first], -1) * sin
+    return torch.cat([rows * cos + torch.cat([-second, first], -1) * sin, rest], -1)

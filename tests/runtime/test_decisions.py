@@ -176,6 +176,7 @@ class Chain:
         self.so_far: list[int] = []
         self.num_tokens, self.most_rows = num_tokens, most_rows
         self.steps: list[tuple[int, ...]] = []
+        self.open: list[int] = []
 
     def logits(self) -> NDArray[np.float32]:
         seed = 1 + sum((place + 1) * (token + 1) for place, token in enumerate(self.so_far))
@@ -187,10 +188,11 @@ class Chain:
             self.so_far.append(token)
             rows.append(self.logits())
         self.steps.append(tuple(tokens))
+        self.open.append(len(tokens))
         return rows
 
-    def back(self, count: int) -> None:
-        del self.so_far[-count:]
+    def back(self) -> None:
+        del self.so_far[-self.open.pop() :]
 
     def logs(
         self, options: Sequence[set[tuple[int, ...]]], stops: Sequence[int] = (5,)
@@ -249,7 +251,7 @@ def test_logits_that_overflowed_are_an_error() -> None:
     broken = np.array([1.0, np.nan, 2.0], np.float32)
     with pytest.raises(BackendError, match="expected finite numbers"):
         log_probabilities(
-            [{(0,)}, {(1,)}], broken, stop_ids=(), step=lambda _: [broken], back=lambda _: None, most_rows=1
+            [{(0,)}, {(1,)}], broken, stop_ids=(), step=lambda _: [broken], back=lambda: None, most_rows=1
         )
 
 

@@ -91,7 +91,7 @@ def test_keys_and_values_of_two_layers_cannot_be_swapped(reduced_bundle: Path) -
         first, second, *_ = (name for name in inputs if name.startswith("past_key_values."))
         inputs[first], inputs[second] = inputs[second], inputs[first]
 
-    with pytest.raises(ManifestError, match="expected one stack in the graph's order"):
+    with pytest.raises(ManifestError, match="expected stacks in the graph's order"):
         check(reduced_bundle, swap)
 
 

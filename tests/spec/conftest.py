@@ -11,7 +11,7 @@ import torch
 
 from tests.bundles import export
 from tests.hugging_face import merges_smolvlm
-from tests.several_images import FAMILIES, MAX_IMAGES, Family
+from tests.several_images import FAMILIES, MAX_IMAGES, Family, stages_of
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from tests.torchvision_reference import TorchvisionReference
 
 
-STAGES = (Stage(layer=1, keep=30), Stage(layer=2, keep=11))
+KEEPS = 30, 11
+STAGES = tuple(Stage(layer=layer, keep=keep) for layer, keep in enumerate(KEEPS, 1))
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def subject(
     folder = family.save(tmp_path_factory.mktemp(request.param) / "ck")
     model = getattr(transformers, family.model_class).from_pretrained(folder, dtype=torch.float32).eval()
     everything = Schedule(positions=family.positions)
-    schedule = msgspec.structs.replace(everything, stages=STAGES[: family.num_stages])
+    schedule = msgspec.structs.replace(everything, stages=stages_of(family, *KEEPS))
     options = {"max_images": MAX_IMAGES, **dict(family.options)}
     with (
         Pipeline.from_bundle(export(folder, schedule=everything, **options)) as keep_all,

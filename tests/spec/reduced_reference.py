@@ -22,7 +22,9 @@ def causal_layer(model: Any, index: int, hidden: torch.Tensor, positions: torch.
     """Run one Hugging Face decoder layer with an additive causal mask."""
     text = model.get_decoder()
     rows = hidden.shape[1]
-    mask = torch.full((1, 1, rows, rows), float("-inf"), dtype=hidden.dtype).triu(1)
+    mask = None  # layers with linear attention take none
+    if not hasattr(text.layers[index], "linear_attn"):
+        mask = torch.full((1, 1, rows, rows), float("-inf"), dtype=hidden.dtype).triu(1)
     tables = text.rotary_emb(hidden, positions)
     options = {"position_embeddings": tables, "position_ids": positions}
     return text.layers[index](hidden, attention_mask=mask, **options)

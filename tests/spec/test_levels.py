@@ -12,13 +12,13 @@ from tests.bundles import INT8_CACHES, export
 from tests.checkpoints import save_checkpoint
 from tests.engine_bundles import build_here
 from tests.pictures import random_picture
-from tests.several_images import FAMILIES, MAX_IMAGES, Family
+from tests.several_images import FAMILIES, MAX_IMAGES, Family, stages_of
 from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
 from trio_edge.export.options import LevelRequest
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.runtime.bundle.schedule import Schedule, Stage
+from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.decisions.questions import Question
 from trio_edge.runtime.pipeline import Pipeline
 
@@ -26,13 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-STAGES = {
-    "usual": (Stage(layer=1, keep=30), Stage(layer=2, keep=11)),
-    "quick": (Stage(layer=1, keep=13), Stage(layer=2, keep=4)),
-    "small": (Stage(layer=1, keep=9), Stage(layer=2, keep=4)),
-    "full": (),
-}
-FORMS = {"qwen2_5_vl": "84x84", "qwen3_vl": "96x96", "mistral3": "56x56", "llava": None}
+KEEPS = {"usual": (30, 11), "quick": (13, 4), "small": (9, 4), "full": ()}
+FORMS = {"qwen2_5_vl": "84x84", "qwen3_vl": "96x96", "qwen3_5": "96x96", "mistral3": "56x56", "llava": None}
 """Form of the level "small"; other families have a base tile."""
 PROMPTS = ("w3 w1", " ".join(f"w{number % 9}" for number in range(40)))
 """A question for the smallest text bucket, and one for the largest."""
@@ -46,8 +41,8 @@ class Levelled(NamedTuple):
 
 def levels_of(family: Family, name: str) -> list[LevelRequest]:
     found = []
-    for level, stages in STAGES.items():
-        schedule = Schedule(positions=family.positions, stages=stages[: family.num_stages])
+    for level, keeps in KEEPS.items():
+        schedule = Schedule(positions=family.positions, stages=stages_of(family, *keeps))
         form = FORMS.get(name, "base") if level == "small" else None
         found.append(LevelRequest(level, schedule, form))
     return found

@@ -15,6 +15,7 @@ from tests.qwen_checkpoints import (
     CAMERA,
     REDUCED,
     hugging_face_inputs,
+    save_qwen3_5_checkpoint,
     save_qwen3_vl_checkpoint,
     save_qwen_checkpoint,
 )
@@ -36,7 +37,15 @@ SIZES = [CAMERA, (28, 28), (300, 40), (40, 300), (61, 59), (200, 200), (90, 33)]
 PROMPTS = ["w1 w2 w3", "w9", "w5 w4 w3 w2 w1 w0 w7 w7"]
 
 
-SAVE = {"qwen2_5_vl": save_qwen_checkpoint, "qwen3_vl": save_qwen3_vl_checkpoint}
+SAVE = {
+    "qwen2_5_vl": save_qwen_checkpoint,
+    "qwen3_vl": save_qwen3_vl_checkpoint,
+    "qwen3_5": save_qwen3_5_checkpoint,
+}
+HYBRID = Schedule(
+    stages=(Stage(layer=3, keep=9), Stage(layer=7, keep=4)), positions="preserved", probe_rows="answer"
+)
+"""Qwen3.5's layers 3 and 7 have attention. The first range has none: three layers with states."""
 
 
 @pytest.fixture(scope="module", params=SAVE)
@@ -68,8 +77,13 @@ def keep_all(folder: Path) -> Iterator[Pipeline]:
 
 
 @pytest.fixture(scope="module")
-def reduced(folder: Path) -> Iterator[Pipeline]:
-    with Pipeline.from_bundle(export(folder, schedule=REDUCED, image_sizes=(CAMERA,))) as pipeline:
+def schedule(family: str) -> Schedule:
+    return HYBRID if family == "qwen3_5" else REDUCED
+
+
+@pytest.fixture(scope="module")
+def reduced(folder: Path, schedule: Schedule) -> Iterator[Pipeline]:
+    with Pipeline.from_bundle(export(folder, schedule=schedule, image_sizes=(CAMERA,))) as pipeline:
         yield pipeline
 
 
@@ -114,7 +128,9 @@ def test_text_only_equals_hugging_face(
 
 
 @pytest.mark.parametrize("size", [CAMERA, (300, 40), (61, 59)], ids=str)
-def test_reduced_bundle_equals_plain_torch(model: Any, reduced: Pipeline, size: tuple[int, int]) -> None:
+def test_reduced_bundle_equals_plain_torch(
+    model: Any, reduced: Pipeline, schedule: Schedule, size: tuple[int, int]
+) -> None:
     """Kept tokens, logits of the prefill, and of decode steps at the original length (a longer prefill)."""
     picture, prompt = random_picture(*size, seed=3), "w1 w2 w3 w4 w5 w6"
     inputs = hugging_face_inputs(reduced, picture, prompt)
@@ -122,7 +138,7 @@ def test_reduced_bundle_equals_plain_torch(model: Any, reduced: Pipeline, size: 
     _ = answer.text
     whole = prompt_of(model, inputs)
     logits, kept = reduced_logits(
-        model, whole.embeds, REDUCED, visual=whole.visual, positions=whole.positions, planes=whole.planes
+        model, whole.embeds, schedule, visual=whole.visual, positions=whole.positions, planes=whole.planes
     )
     assert [indices.tolist() for indices in answer.kept] == kept
     np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
@@ -164,11 +180,14 @@ def test_a_selection_before_the_decoder_cuts_positions_and_deepstack_alike(
 
 
 @pytest.mark.parametrize("method", ["fastv", "dart", "sparsevlm"])
-def test_other_methods_inside_the_decoder_equal_their_modules(model: Any, folder: Path, method: str) -> None:
+def test_other_methods_inside_the_decoder_equal_their_modules(
+    model: Any, folder: Path, family: str, method: str
+) -> None:
     """FastV reads the layer before, DART keys, SparseVLM the prompt's rows, and it merges tokens."""
-    schedule = Schedule(
-        stages=(Stage(layer=1, keep=11), Stage(layer=2, keep=6)), method=method, positions="preserved"
-    )  # type: ignore[arg-type]
+    stages = (Stage(layer=1, keep=11), Stage(layer=2, keep=6))
+    if family == "qwen3_5":  # layer 3 has attention
+        stages = (Stage(layer=4, keep=6),)
+    schedule = Schedule(stages=stages, method=method, positions="preserved")  # type: ignore[arg-type]
     picture = random_picture(*CAMERA, seed=5)
     with Pipeline.from_bundle(export(folder, schedule=schedule, image_sizes=(CAMERA,))) as pipeline:
         answer = pipeline.generate(picture, PROMPTS[0], max_new_tokens=1)
@@ -238,9 +257,9 @@ def test_encoder_reduction_keeps_positions_and_boxes_of_what_it_keeps(tmp_path: 
         )
 
 
-def test_every_graph_is_built_by_tensorrt(folder: Path, tmp_path: Path) -> None:
+def test_every_graph_is_built_by_tensorrt(folder: Path, schedule: Schedule, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="has wheels for x86-64 Linux only; runs in CI")
-    bundle = open_bundle(export(folder, schedule=REDUCED, image_sizes=(CAMERA,)))
+    bundle = open_bundle(export(folder, schedule=schedule, image_sizes=(CAMERA,)))
     sizes = build_here(bundle, tmp_path)
     assert all(sizes[spec.name] > spec.weight_bytes for spec in bundle.manifest.graphs)
 
@@ -257,7 +276,8 @@ def test_a_picture_too_thin_for_the_model_is_refused(reduced: Pipeline) -> None:
 
 def test_tied_bfloat16_checkpoint_is_exported_as_float16(family: str, tmp_path: Path) -> None:
     """Qwen2.5-VL-3B and Qwen3-VL-4B tie their heads to their embeddings, and their weights are bfloat16."""
-    folder = SAVE[family](tmp_path / "ck", tie=True, num_layers=2, dtype=torch.bfloat16)
+    num_layers = 4 if family == "qwen3_5" else 2
+    folder = SAVE[family](tmp_path / "ck", tie=True, num_layers=num_layers, dtype=torch.bfloat16)
     with Pipeline.from_bundle(export(folder, schedule=KEEP_ALL)) as pipeline:
         assert pipeline.manifest.dtype == "float16"
         picture = random_picture(*CAMERA)

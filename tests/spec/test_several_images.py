@@ -54,6 +54,9 @@ def test_tokens_that_are_decoded_together_give_the_logits_of_one_by_one(
 ) -> None:
     for pipeline in (subject.keep_all, subject.reduced):
         decoder, tokens = pipeline._level.decoder, [*range(5, 5 + rows)]
+        if pipeline.manifest.dimensions.linear is not None:
+            assert decoder.max_rows == 1, "a state cannot take back a wrong draft"
+            continue
         found = []
         for size in (1, rows):
             assert pipeline.chat(CONVERSATIONS[name], max_new_tokens=1).text is not None

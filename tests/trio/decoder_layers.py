@@ -13,6 +13,7 @@ from transformers.models.ministral3.modeling_ministral3 import Ministral3Decoder
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5RMSNorm
 
 _FAMILIES = {
     "llama": (hf.LlamaConfig, LlamaDecoderLayer),
@@ -20,6 +21,7 @@ _FAMILIES = {
     "ministral3": (hf.Ministral3Config, Ministral3DecoderLayer),
     "qwen2": (hf.Qwen2Config, Qwen2DecoderLayer),
     "qwen3": (hf.Qwen3Config, Qwen3DecoderLayer),
+    "qwen3_5": (hf.Qwen3_5TextConfig, Qwen3_5DecoderLayer),
 }
 HIDDEN, HEADS, HEAD_SIZE, VOCAB = 64, 4, 16, 97
 SCALED = {
@@ -55,7 +57,8 @@ def random_decoder(
         head_dim=HEAD_SIZE,
         **config,
     )
-    decoder = Decoder(layer_class(settings, 0), LlamaRMSNorm(HIDDEN), nn.Linear(HIDDEN, VOCAB, bias=False))
+    norm = Qwen3_5RMSNorm if family == "qwen3_5" else LlamaRMSNorm
+    decoder = Decoder(layer_class(settings, 0), norm(HIDDEN), nn.Linear(HIDDEN, VOCAB, bias=False))
     with torch.no_grad():
         for module in (decoder.layer, decoder.final_norm, decoder.lm_head):
             for name, parameter in module.named_parameters():
@@ -69,9 +72,11 @@ def random_decoder(
     return decoder
 
 
-def rotary_tables(positions: Tensor, *, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [S, E] for positions [S]."""
-    frequency = 1e4 ** (-torch.arange(0, HEAD_SIZE, 2, dtype=torch.float64) / HEAD_SIZE)
+def rotary_tables(
+    positions: Tensor, *, dtype: torch.dtype = torch.float64, size: int = HEAD_SIZE
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin [S, E] for positions [S]; E is ``size``."""
+    frequency = 1e4 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     angle = positions.double()[:, None] * frequency
     angle = torch.cat([angle, angle], -1)
     return angle.cos().to(dtype), angle.sin().to(dtype)

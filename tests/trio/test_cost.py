@@ -48,14 +48,14 @@ def reference_probe_flops(decoder: Dimensions, *, num_rows: int) -> float:
     Only the input's gradient is counted, the weights of a frozen model get none. So backwards costs what forwards costs
     for the weights, and twice that for the attention, where both factors of each product depend on the input.
     """
-    (attention,) = range_work(decoder, num_layers=1, rows=num_rows).attention
+    (attention,) = range_work(decoder, layers=range(1), rows=num_rows).attention
     head = 2 * num_rows * head_work(decoder).flops
     return 4.0 * num_rows * layer_weights(decoder) + 3.0 * attention.flops + head
 
 
 def test_decoder_layer_counts_products_and_full_attention() -> None:
     q, k, v, o, mlp = 4 * 4, 4 * 2, 4 * 2, 4 * 4, 3 * 4 * 8
-    assert range_work(TINY, num_layers=1, rows=5).flops == 2 * 5 * (q + k + v + o + mlp) + 4 * 5**2 * 4
+    assert range_work(TINY, layers=range(1), rows=5).flops == 2 * 5 * (q + k + v + o + mlp) + 4 * 5**2 * 4
 
 
 def test_llava_next_vision_tower_is_about_two_teraflops() -> None:

@@ -72,7 +72,7 @@ def counted(manifest: Manifest, graph: GraphSpec, profile: Profile) -> Work:
         return _select_work(manifest, manifest.selects.index(graph), sizes)
     if graph.role == "head":
         return head_work(manifest.dimensions, rows=sizes.get("L", 1))
-    return range_work(manifest.dimensions, num_layers=graph.num_layers, rows=sizes["S"], past=sizes["C"])
+    return range_work(manifest.dimensions, layers=graph.layers, rows=sizes["S"], past=sizes["C"])
 
 
 def vision_flops(manifest: Manifest, *, num_visual: int) -> float:

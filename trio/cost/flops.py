@@ -6,7 +6,7 @@
     projector       2 N weights, for each of the tower's N tokens
     merging         2 N weights, with encoder reduction: similarity to the kept tokens, and sums
     head            2 D V for one row
-    KV cache        2 G E bytes_per_cached per layer and row
+    KV cache        2 G E bytes_per_cached per layer and row; layers with linear attention have none
 
 Letters as in ``saliency``; S rows (text and visual), I intermediate size, L layers.
 """
@@ -69,12 +69,15 @@ def count_prefill(
         entering = kept[stage.layer - 1]
         sizes = StageSizes(entering, stage.keep, num_text, num_visual, one_size or place > 0)
         select += stage_method(schedule.method).flops(decoder, schedule, sizes)
-    return CountedPrefill(decoder_flops=layers, select_flops=select, kv_bytes=row_bytes * sum(rows))
+    cached = sum(count for layer, count in enumerate(rows) if layer not in decoder.linear_layers)
+    return CountedPrefill(decoder_flops=layers, select_flops=select, kv_bytes=row_bytes * cached)
 
 
 def decoder_flops(decoder: Dimensions, rows_per_layer: list[int]) -> float:
     """Return the FLOPs of the decoder layers, given the rows of each, and of the head."""
-    layers = sum(range_work(decoder, num_layers=1, rows=rows).flops for rows in rows_per_layer)
+    layers = sum(
+        range_work(decoder, layers=(layer,), rows=rows).flops for layer, rows in enumerate(rows_per_layer)
+    )
     return layers + head_work(decoder).flops
 
 

@@ -100,7 +100,7 @@ class BundleSizes(NamedTuple):
     decoder: Dimensions
     schedule: Schedule
     """Its stages; they repeat weights."""
-    ranges: Sequence[tuple[int, int]]
+    ranges: Sequence[tuple[range, int]]
     """Layers and visual rows of each layer range."""
     text_rows: int
     """Rows of the longest prompt besides the visual ones."""
@@ -135,20 +135,34 @@ def bundle_bytes(sizes: BundleSizes, weights: WeightBytes, *, vision_params: int
     rows_of = [(layers, rows + sizes.text_rows) for layers, rows in sizes.ranges]
     step_rows = min(STEP_ROWS[-1], sizes.new_rows)
     hidden_rows = sizes.num_visual + 2 * sum(rows for _, rows in rows_of) + step_rows * (1 + len(rows_of))
-    cached_rows = step_rows * decoder.num_layers + max(layers * rows for layers, rows in rows_of)
+    cached_rows = step_rows * decoder.num_layers + max(
+        decoder.num_cached(layers) * rows for layers, rows in rows_of
+    )
     logits = 4 * (1 + step_rows) * decoder.vocab_size
     return BundleBytes(
-        layers=layer_weights(decoder) * sum(weights.layers),
+        layers=sum(
+            layer_weights(decoder, layer=layer) * per_weight
+            for layer, per_weight in enumerate(weights.layers)
+        ),
         head_and_vision=decoder.vocab_size * decoder.hidden_size * weights.head
         + vision_params * weights.vision,
         repeated=len(sizes.schedule.stages) * repeated * probed,
-        kv_caches=row_bytes * sum(layers * (rows + sizes.new_rows) for layers, rows in rows_of),
+        kv_caches=row_bytes
+        * sum(decoder.num_cached(layers) * (rows + sizes.new_rows) for layers, rows in rows_of)
+        + _state_bytes(decoder, element_bytes=size),
         buffers=sizes.pixel_bytes
         + hidden_rows * decoder.hidden_size * size
         + cached_rows * row_bytes
         + logits,
         workspace=max(decoder.workspace_bytes(rows, element_bytes=size) for _, rows in rows_of),
     )
+
+
+def _state_bytes(decoder: Dimensions, *, element_bytes: int) -> int:
+    """Return the bytes of the states of layers with linear attention, the old ones and the new ones."""
+    if (linear := decoder.linear) is None:
+        return 0
+    return 2 * len(linear.layers) * linear.state_bytes(element_bytes=element_bytes)
 
 
 def unfused_bytes(sizes: BundleSizes, tiles: Tiles, *, before: int) -> int:
@@ -169,12 +183,12 @@ def unfused_bytes(sizes: BundleSizes, tiles: Tiles, *, before: int) -> int:
     return max(found)
 
 
-def layers_and_rows(schedule: Schedule, *, num_layers: int, entering: int) -> tuple[tuple[int, int], ...]:
-    """Return the number of layers and the visual rows of every layer range; ``entering`` are those of the first one."""
+def layers_and_rows(schedule: Schedule, *, num_layers: int, entering: int) -> tuple[tuple[range, int], ...]:
+    """Return the layers and the visual rows of every layer range; ``entering`` are those of the first one."""
     starts = [0, *(stage.layer for stage in schedule.stages), num_layers]
     # If there are fewer tokens than a stage keeps, it keeps all of them.
     rows = [entering, *(min(stage.keep, entering) for stage in schedule.stages)]
-    return tuple((stop - start, count) for start, stop, count in zip(starts, starts[1:], rows))
+    return tuple((range(start, stop), count) for start, stop, count in zip(starts, starts[1:], rows))
 
 
 def pixel_bytes_of(processing: Mapping[str, Any], sizes: Mapping[str, int]) -> int:

@@ -1,6 +1,7 @@
 """The work of one run of a graph, counted from shapes: products, attention, and the rest.
 
-    range     per layer the seven products of S rows, and attention of S rows to C + S
+    range     per layer the seven products of S rows, and attention of S rows to C + S; with linear attention eight products,
+              and those of the delta rule
     head      one row
     vision    per layer the products of all patches, and attention inside tiles or windows; the projector for each of
               its tokens; 2 weights per token if the encoder itself merges tokens
@@ -20,9 +21,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
+    from trio_edge.runtime.bundle.manifest import Dimensions, LinearAttention, VisionDimensions
 
 WeightKind = Literal["layer", "head", "vision", "none"]
 """Kind of weights that a product reads, which decides their format; "none" if both factors are activations."""
@@ -33,6 +34,8 @@ VISION_HEAD_SIZE = 64
 _LAUNCHES_PER_LAYER = 10
 _LAUNCHES_PER_HEAD = 3
 LAUNCHES_PER_PROBE = 60
+_CHUNK_ROWS, _CHUNK_LEVELS = 64, 6
+"""Rows of a chunk of linear attention, and levels of its inverse."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,17 +138,26 @@ def flops_of(products: Iterable[Product]) -> float:
     return sum(product.flops for product in products)
 
 
-def layer_matrices(decoder: Dimensions) -> tuple[tuple[int, int], ...]:
-    """Return inputs and outputs of a decoder layer's matrices: queries, keys, values, output, gate, up, down."""
+def layer_matrices(decoder: Dimensions, linear: LinearAttention | None = None) -> tuple[tuple[int, int], ...]:
+    """Return inputs and outputs of a decoder layer's matrices: queries, keys, values, output, gate, up, down.
+
+    With ``linear``, of a layer with linear attention: queries, keys and values in one, gate, two of a number for each head, and
+    from the output on the same.
+    """
     hidden, inner = decoder.hidden_size, decoder.intermediate_size
-    queries, keys = (heads * decoder.head_size for heads in (decoder.num_heads, decoder.num_kv_heads))
     mlp = (hidden, inner), (hidden, inner), (inner, hidden)
-    return (hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden), *mlp
+    if linear is not None:
+        heads, width = linear.num_value_heads, linear.num_value_heads * linear.value_size
+        return (hidden, linear.channels), (hidden, width), *(((hidden, heads),) * 2), (width, hidden), *mlp
+    queries, keys = (heads * decoder.head_size for heads in (decoder.num_heads, decoder.num_kv_heads))
+    projected = 2 * queries if decoder.has_attention_gate else queries
+    return (hidden, projected), (hidden, keys), (hidden, keys), (queries, hidden), *mlp
 
 
-def layer_weights(decoder: Dimensions) -> int:
-    """Return the elements of one decoder layer's matrices."""
-    return sum(inputs * outputs for inputs, outputs in layer_matrices(decoder))
+def layer_weights(decoder: Dimensions, *, layer: int | None = None) -> int:
+    """Return the elements of one decoder layer's matrices: those of ``layer``, by default one with attention."""
+    linear = decoder.linear if layer in decoder.linear_layers else None
+    return sum(inputs * outputs for inputs, outputs in layer_matrices(decoder, linear))
 
 
 def tower_weights(tower: VisionDimensions) -> int:
@@ -162,19 +174,24 @@ def tiles_and_patches(tower: VisionDimensions, sizes: Mapping[str, int]) -> tupl
     return sizes["B"], tower.patches_per_tile
 
 
-def range_work(decoder: Dimensions, *, num_layers: int, rows: int, past: int = 0) -> Work:
-    """Return the work of ``num_layers`` decoder layers on ``rows`` new rows (S) and ``past`` cached ones (C)."""
+def range_work(decoder: Dimensions, *, layers: Sequence[int], rows: int, past: int = 0) -> Work:
+    """Return the work of decoder ``layers`` on ``rows`` new rows (S) and ``past`` cached ones (C)."""
+    num_layers, cached = len(layers), decoder.num_cached(layers)
+    counts = {None: cached} if decoder.linear is None else {None: cached, decoder.linear: num_layers - cached}
     products = tuple(
-        Product(rows=rows, inner=inner, columns=columns, count=num_layers, weights="layer")
-        for inner, columns in layer_matrices(decoder)
+        Product(rows=rows, inner=inner, columns=columns, count=count, weights="layer")
+        for kind, count in counts.items()
+        for inner, columns in layer_matrices(decoder, kind)
     )
+    if decoder.linear is not None:
+        products += _delta_rule(decoder.linear, rows=rows, count=num_layers - cached)
     attention = Attention(
         rows=rows,
         context=past + rows,
         num_heads=decoder.num_heads,
         num_kv_heads=decoder.num_kv_heads,
         head_size=decoder.head_size,
-        count=num_layers,
+        count=cached,
         past=past,
     )
     rotated = (decoder.num_heads + decoder.num_kv_heads) * decoder.head_size
@@ -184,6 +201,21 @@ def range_work(decoder: Dimensions, *, num_layers: int, rows: int, past: int = 0
         attention=(attention,),
         other_elements=float(num_layers * around),
         launches=num_layers * _LAUNCHES_PER_LAYER,
+    )
+
+
+def _delta_rule(linear: LinearAttention, *, rows: int, count: int) -> tuple[Product, ...]:
+    """Return the products of ``count`` gated delta rules, in chunks of C rows; see ``export/graphs/gated_delta.py``.
+
+    For each row and value head of sizes K and V: 3 K V with the state, which is read or written three times, C (3 K + 2 V) within
+    the chunk, and 12 C² / 2 for the inverse of its triangular matrix, block by block.
+    """
+    chunk, size, value = min(rows, _CHUNK_ROWS), linear.key_size, linear.value_size
+    heads = count * linear.num_value_heads
+    within = 3 * size + 2 * value + 2 * _CHUNK_LEVELS * chunk
+    return (
+        Product(rows=rows, inner=size, columns=3 * value, count=heads),
+        Product(rows=rows, inner=chunk, columns=within, count=heads),
     )
 
 

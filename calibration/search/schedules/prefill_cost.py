@@ -105,7 +105,7 @@ class PrefillCost:
         """Return the cost of one decoder layer with ``keep`` visual rows; None for all of the image's."""
 
         def work(one: Situation) -> Work:
-            return range_work(self.decoder, num_layers=1, rows=_visual_rows(one, keep) + one.num_text)
+            return range_work(self.decoder, layers=(0,), rows=_visual_rows(one, keep) + one.num_text)
 
         return self._mean(("layer", keep), work)
 

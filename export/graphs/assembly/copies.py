@@ -13,7 +13,7 @@ import onnx_ir as ir
 from torch import nn
 
 from trio_edge.export.graphs.assembly.onnx_graph import IR_FROM_DTYPE, add_node
-from trio_edge.runtime.bundle.graph_io import DEEPSTACK, PREVIOUS
+from trio_edge.runtime.bundle.graph_io import DEEPSTACK, NUM_ROWS, PREVIOUS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -76,29 +76,34 @@ class LayeredModule:
         return [index for index, names in enumerate(places) if len(set(names)) > 1]
 
 
-FIRST_PAST = 3
-"""Inputs of a layer range before keys and values: hidden states, position ids, past length."""
-_VARYING = (0, FIRST_PAST, FIRST_PAST + 1)
+def first_past(spec: GraphSpec) -> int:
+    """Return the number of a layer range's inputs before keys and values or states."""
+    return 4 if NUM_ROWS in spec.input_names else 3
 
 
-def stack_layers(layer: ir.Model, spec: GraphSpec) -> ir.Model:
-    """Return the graph ``spec`` of decoder layers: copies of ``layer``, one after the other; ``layer`` does not change.
+def stack_layers(layers: Sequence[ir.Model], spec: GraphSpec) -> ir.Model:
+    """Return the graph ``spec`` of decoder layers: copies of ``layers``, one after the other; these do not change.
 
-    DeepStack planes are added to the outputs of the first layers. The last output is ``PREVIOUS``, if there is one: the
-    hidden states that enter the last layer. Layer i's weights become initializers ``layers.{i}.…``.
+    There are as many models as layers; those of one structure are one object. DeepStack planes are added to the outputs of the
+    first layers. The last output is ``PREVIOUS``, if there is one: the hidden states that enter the last layer. Layer i's weights
+    become initializers ``layers.{i}.…``.
     """
     graph = Copies(spec.inputs)
-    hidden, *shared = graph.inputs[:FIRST_PAST]
+    first = first_past(spec)
+    hidden, *shared = graph.inputs[:first]
+    kinds = list({id(layer): layer for layer in layers}.values())
     planes = [value for value in graph.inputs if str(value.name).startswith(DEEPSTACK)]
     present: list[ir.Value] = []
-    for index in range(spec.num_layers):
-        enters_last, past = hidden, graph.inputs[FIRST_PAST + 2 * index :][:2]
+    for index, layer in enumerate(layers):
+        enters_last, past = hidden, graph.inputs[first + 2 * index :][:2]
+        kind = kinds.index(layer)
         hidden, *new_rows = graph.add(
             layer,
             [hidden, *shared, *past],
-            varying=_VARYING,
+            varying=(0, first, first + 1),
             weights=f"layers.{index}.",
             own_suffix=f".{index}",
+            shared_suffix=f".kind{kind}" * (kind > 0),
         )
         present += new_rows
         if index < len(planes):
@@ -109,7 +114,7 @@ def stack_layers(layer: ir.Model, spec: GraphSpec) -> ir.Model:
         # Identity, because with one layer it is an input of the graph, which cannot be an output, too
         kind, shape = enters_last.dtype, enters_last.shape
         results.append(add_node(graph.graph, "Identity", [enters_last], "last_input", kind, shape))
-    return graph.model(results, spec.outputs, like=layer)
+    return graph.model(results, spec.outputs, like=layers[0])
 
 
 class Copies:
@@ -210,11 +215,18 @@ def _repeat(node: ir.Node, values: dict[ir.Value, ir.Value], *, suffix: str) -> 
         node.domain,
         node.op_type,
         [None if value is None else values[value] for value in node.inputs],
-        list(node.attributes.values()),
+        [_own(attribute) for attribute in node.attributes.values()],
         overload=node.overload,
         outputs=outputs,
         name=f"{node.name}{suffix}",
     )
+
+
+def _own(attribute: ir.Attr) -> ir.Attr:
+    """Return an attribute for another node: a graph, as the body of a Scan, belongs to one."""
+    if attribute.type != ir.AttributeType.GRAPH:
+        return attribute
+    return ir.AttrGraph(attribute.name, attribute.as_graph().clone())
 
 
 def _graph_value(spec: TensorSpec) -> ir.Value:

@@ -213,7 +213,7 @@ def plane_mergers(visual: nn.Module, num_planes: int) -> dict[int, nn.Module]:
     As transformers, it ignores indices that are no layer, and the second of two equal ones.
     """
     core: Any = visual
-    indexes = list(core.deepstack_visual_indexes)
+    indexes = list(getattr(core, "deepstack_visual_indexes", ()))  # Qwen3.5 has none
     layers = sorted(set(indexes) & set(range(len(core.blocks))))
     return {layer: core.deepstack_merger_list[indexes.index(layer)] for layer in layers[:num_planes]}
 

@@ -21,7 +21,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trio_edge.trio.saliency import head_normed, key_norm, scaled_queries, sliding_window
+from trio_edge.trio.decoder_layers import (
+    head_normed,
+    key_norm,
+    num_heads,
+    rotate,
+    scaled_queries,
+    sliding_window,
+    split_gate,
+)
 from trio_edge.trio.selectors import interface
 
 
@@ -63,9 +71,10 @@ class RowAttention(nn.Module):
         normed_SD = normed_rows(self.layer, hidden_SD, length)
         cos_SE, sin_SE = cos_SE.to(normed_SD.dtype), sin_SE.to(normed_SD.dtype)
         key_SGE = rotated_keys(self.layer, normed_SD, cos_SE, sin_SE)
-        query_RHE = _projected(attention.q_proj, normed_SD.index_select(0, rows_R), size)
-        query_RHE = head_normed(query_RHE, getattr(attention, "q_norm", None))
-        query_RHE = _rotate(query_RHE, cos_SE.index_select(0, rows_R), sin_SE.index_select(0, rows_R))
+        query_RHX = _projected(attention.q_proj, normed_SD.index_select(0, rows_R), num_heads(attention))
+        query_RHE = head_normed(split_gate(query_RHX, attention)[0], getattr(attention, "q_norm", None))
+        tables = (table.index_select(0, rows_R)[:, None] for table in (cos_SE, sin_SE))
+        query_RHE = rotate(query_RHE, *tables)
         query_RHE = scaled_queries(query_RHE, attention, position_S, rows_R)
         G, H = key_SGE.shape[1], query_RHE.shape[1]
         query_GME = query_RHE.transpose(0, 1).reshape(G, -1, size)  # M: heads of a group, then rows
@@ -183,9 +192,7 @@ def real_rows(hidden_SD: Float[Tensor, "S D"], length: Int[Tensor, "*one"]) -> F
 
 def rms_norm(rows_SD: Float[Tensor, "*rows D"], norm: Any) -> Float[Tensor, "*rows D"]:
     """Return the RMS norm of float32 or float64 rows, in their type."""
-    mean_square_S1 = (rows_SD * rows_SD).mean(-1, keepdim=True)
-    weight_D: Tensor = norm.weight.to(rows_SD.dtype)
-    return rows_SD * torch.rsqrt(mean_square_S1 + norm.variance_epsilon) * weight_D
+    return head_normed(rows_SD, norm)
 
 
 def normed_rows(
@@ -196,22 +203,16 @@ def normed_rows(
 
 
 def rotated_keys(
-    layer: Any, normed_SD: Float[Tensor, "S D"], cos_SE: Float[Tensor, "S E"], sin_SE: Float[Tensor, "S E"]
+    layer: Any, normed_SD: Float[Tensor, "S D"], cos_ST: Float[Tensor, "S T"], sin_ST: Float[Tensor, "S T"]
 ) -> Float[Tensor, "S G E"]:
-    """Return the keys of all rows, rotated."""
+    """Return the keys of all rows, the first T of E elements rotated."""
     attention: Any = layer.self_attn
-    key_SGE = _projected(attention.k_proj, normed_SD, int(attention.head_dim))
-    return _rotate(head_normed(key_SGE, key_norm(attention)), cos_SE, sin_SE)
+    groups = attention.k_proj.weight.shape[0] // int(attention.head_dim)
+    key_SGE = _projected(attention.k_proj, normed_SD, groups)
+    return rotate(head_normed(key_SGE, key_norm(attention)), cos_ST[:, None], sin_ST[:, None])
 
 
-def _projected(linear: Any, rows_RD: Tensor, head_size: int) -> Tensor:
+def _projected(linear: Any, rows_RD: Tensor, heads: int) -> Tensor:
     """Return a linear layer's result, computed in its own type, split into heads and cast to the type of the rows."""
     rows: Tensor = linear(rows_RD.to(linear.weight.dtype)).to(rows_RD.dtype)
-    return rows.reshape(-1, linear.weight.shape[0] // head_size, head_size)
-
-
-def _rotate(rows_RHE: Tensor, cos_RE: Tensor, sin_RE: Tensor) -> Tensor:
-    first, second = torch.split(rows_RHE, rows_RHE.shape[-1] // 2, dim=-1)
-    half_turn_RHE = torch.cat([-second, first], dim=-1)
-    cos_R1E, sin_R1E = cos_RE[:, None].to(rows_RHE.dtype), sin_RE[:, None].to(rows_RHE.dtype)
-    return rows_RHE * cos_R1E + half_turn_RHE * sin_R1E
+    return rows.reshape(-1, heads, linear.weight.shape[0] // heads)
