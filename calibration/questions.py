@@ -103,7 +103,7 @@ def read_questions(
         images = tuple(path.parent / name for name in names)
         for image in images:
             if image not in image_ids:
-                image_ids[image] = (_video_id if is_video else image_id)(image, where=where)
+                image_ids[image] = image_id(image, where=where, is_video=is_video)
         questions.append(
             Sample(
                 index=len(questions),
@@ -195,35 +195,22 @@ def _texts(values: object, complaint: str, *, at_least: int = 0) -> tuple[str, .
     return tuple(map(str, texts))
 
 
-def _video_id(path: Path, *, where: str) -> str:
-    """Return the digest of a video file, or of a folder's frames; raise DataError if there is none."""
-    digest = hashlib.sha256()
-    try:
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            digest.update(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{where}: expected a video at {path}, got none ({type(error).__name__}); check the name"
-        ) from None
-    return digest.hexdigest()[:_ID_LENGTH]
-
-
-def image_id(path: Path, *, where: str) -> str:
-    """Return the digest of an image's file.
+def image_id(path: Path, *, where: str, is_video: bool = False) -> str:
+    """Return the digest of an image's file, or of a video's file or folder of frames.
 
     Raises:
-        DataError: If it cannot be read or is no image. Only its header is decoded.
+        DataError: If it cannot be read or is no image. Only its header is decoded, and nothing of a video.
     """
+    noun = "a video" if is_video else "an image"
     try:
-        data = path.read_bytes()
+        files = sorted(path.iterdir()) if is_video and path.is_dir() else [path]
+        data = b"".join(file.read_bytes() for file in files)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DataError(
-            f"{where}: expected an image at {path}, got none ({reason}); check the name"
-        ) from None
+        raise DataError(f"{where}: expected {noun} at {path}, got none ({reason}); check the name") from None
     try:
-        with Image.open(io.BytesIO(data)):
-            pass
+        if not is_video:
+            Image.open(io.BytesIO(data)).close()
     except Exception:  # Pillow's readers raise almost anything
         raise DataError(
             f"{where}: expected an image at {path}, got {len(data)} bytes of no known format; replace it"

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from trio_edge.runtime.pipeline import Pipeline
 
 OWN_SELECTION = "bundle"
-BASELINES = ("random", "uniform", "base-tile-first", "wrong-image", "none")
-"""Selections that a real method must beat, at the bundle's schedule; "none" drops all visual tokens at the first stage."""
+BASELINES = ("random", "uniform", "base-tile-first")
+"""Selections that a real method must beat, at the bundle's schedule."""
+CONTROLS = ("wrong-image", "none")
+"""The bundle's own selection for another image, and no visual token from the first stage on."""
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -95,7 +97,7 @@ def answer(
 ) -> Outcome:
     """Return the greedy answer to a question.
 
-    ``selection`` is ``OWN_SELECTION`` or one of ``BASELINES``. ``reference`` is keep-all's first token. With
+    ``selection`` is ``OWN_SELECTION`` or one of ``BASELINES`` and ``CONTROLS``. ``reference`` is keep-all's first token. With
     ``is_reference`` the outcome keeps its own, for others to compare with. ``level`` is that of ``Pipeline.generate``. ``other``
     has the image that "wrong-image" selects tokens for.
 
@@ -113,11 +115,8 @@ def answer(
             raise ShapeError(
                 "--selection wrong-image: expected questions about two images, got one; add some"
             )
-        override = as_kept(
-            pipeline.generate(
-                list(other.images), question.question, video=other.video, max_new_tokens=1, **shown
-            )
-        )
+        asked = {"video": other.video, "max_new_tokens": 1, **shown}
+        override = as_kept(pipeline.generate(list(other.images), question.question, **asked))
     elif selection != OWN_SELECTION:
         own = pipeline.level_named(level)
         override = baseline(selection, seed=question.index, is_base=lambda: _is_base(own, generation))
@@ -185,11 +184,8 @@ def _outcome(
     **more: Any,
 ) -> Outcome:
     """Return the outcome of an answer's ``text``; ``select`` tells whether the bundle's selection ran."""
-    level, metric, is_video = (
-        pipeline.level_named(statistics.level),
-        METRICS[settings.metric],
-        sample.video is not None,
-    )
+    level, metric = pipeline.level_named(statistics.level), METRICS[settings.metric]
+    is_video = sample.video is not None
     counts = image_tokens(level, images, is_video=is_video)
     reading = metric.read(text, sample)
     return Outcome(

@@ -61,10 +61,11 @@ def evaluate(options: EvaluationOptions, progress: StepProgress = SILENT) -> Eva
         videos=not options.decide,
     )
     if options.decide:
-        if {"base-tile-first", "wrong-image"} & {*selections} or options.suffix or options.system:
+        odd = {"base-tile-first", "wrong-image"} & {*selections}
+        given = [*odd, *(["--suffix"] if options.suffix else []), *(["--system"] if options.system else [])]
+        if given:
             raise DataError(
-                "--decide: expected no --suffix, no --system and no --selection base-tile-first or wrong-image, got one; leave"
-                " it out"
+                f"--decide: expected neither --suffix, --system nor such a --selection, got {given[0]}; drop it"
             )
         questions = with_options(questions)
     metric = metric_for(questions) if options.metric == "auto" else METRICS[options.metric]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from trio_edge.runtime.answer import Generation
+    from trio_edge.runtime.engines.cpu import CpuAccuracy
 
 NAME = "trio_edge"
 TIMES = ("first_tokens_s", "total_s")
@@ -51,6 +52,7 @@ class TrioEdge(lmms):  # type: ignore[misc]  # lmms-eval has no types
         pretrained: str,
         backend: str = "auto",
         threads: int | str = 0,
+        cpu_accuracy: CpuAccuracy = "auto",
         batch_size: int | str = 1,
         system: str = "",
         num_frames: int | str = 0,
@@ -70,7 +72,9 @@ class TrioEdge(lmms):  # type: ignore[misc]  # lmms-eval has no types
             raise ShapeError(
                 f"batch_size: expected 1, got {batch_size}; a bundle answers one question at a time"
             )
-        self._pipeline = Pipeline.from_bundle(str(pretrained), backend=str(backend), threads=int(threads))
+        self._pipeline = Pipeline.from_bundle(
+            str(pretrained), backend=str(backend), threads=int(threads), cpu_accuracy=cpu_accuracy
+        )
         self._system, self._num_frames = str(system).strip('"') or None, int(num_frames) or None
         self._report = str(report)
 

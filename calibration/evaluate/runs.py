@@ -191,9 +191,8 @@ def answer_runs(
 
 def _other(question: Sample, questions: Sequence[Sample]) -> Sample | None:
     """Return the next question about another image, for the selection "wrong-image"; None if there is none."""
-    others = (one for one in questions if one.image_id != question.image_id)
-    later = (one for one in questions if one.image_id != question.image_id and one.index > question.index)
-    return next(later, next(others, None))
+    later = sorted(questions, key=lambda one: one.index <= question.index)
+    return next((one for one in later if one.image_id != question.image_id), None)
 
 
 def backend_of(run: Run, settings: AnswerSettings) -> str:

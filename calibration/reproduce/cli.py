@@ -23,13 +23,17 @@ from trio_edge.export.cli import main as trio_export
 from trio_edge.profiling.check.cli import machine_facts
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.files import check_outputs, write_output
+from trio_edge.runtime.cli.build import main as trio_build
 from trio_edge.runtime.cli.console import backend_options, run
 from trio_edge.runtime.cli.tables import whole_table, wide_console
+from trio_edge.runtime.engines.files import engine_sets
+from trio_edge.runtime.engines.package import ENGINE_BACKENDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-HERE = Path(__file__).parent
+PATH = click.Path(path_type=Path)
+TABLES = Path(__file__).with_name("tables.json")
 SCHEMA_VERSION = 1
 _UNITS = {"first_tokens_s": 1.0, "total_s": 1.0, "flops": 1e12, "kv_bytes": 2**20, "processed_tokens": 1.0}
 """Costs that are printed, and the size of their unit."""
@@ -90,59 +94,61 @@ class Cell:
     model: TableModel
     checkpoint: str
     work: Path
-    settings: dict[str, Any]
-    """``limit``, ``backend``, ``threads`` and ``include_path``."""
+    tasks: Path
+    """Folder of tasks besides lmms-eval's own."""
+    limit: int | None
+    backend: dict[str, Any]
+    """Its name and threads."""
 
     @property
     def bundle(self) -> Path:
         """Folder of the row's bundle."""
-        return self.work / re.sub(r"[^a-z0-9.]+", "-", self.row.name.lower())
+        return self.work / re.sub(r"[^a-z0-9.]+", "-", self.row.name.lower()).strip("-")
 
     @property
     def out(self) -> Path:
         """Folder of the harness's results."""
-        return self.bundle.with_name(f"{self.bundle.name}--{self.name}--{self.settings['limit'] or 'all'}")
+        return self.bundle.with_name(f"{self.bundle.name}--{self.name}--{self.limit or 'all'}")
 
     @property
-    def export(self) -> list[str]:
-        """Arguments of trio-export."""
-        return [self.checkpoint, *self.model.export, *self.row.export, "--out", str(self.bundle)]
-
-    @property
-    def harness(self) -> list[str]:
-        """The command that runs lmms-eval."""
-        model = {"pretrained": self.bundle, "report": self.out / "costs.json"}
-        model |= {name: self.settings[name] for name in ("backend", "threads")}
-        model |= {"system": f'"{self.model.system}"'} if self.model.system else {}
+    def commands(self) -> list[list[str]]:
+        """The export, the build if the backend has engines, and the run of lmms-eval."""
+        bundle, name = str(self.bundle), self.backend["backend"]
+        model = {"pretrained": bundle, "report": self.out / "costs.json", **self.backend}
+        if self.model.system:
+            model["system"] = f'"{self.model.system}"'
         arguments = ",".join(f"{name}={value}" for name, value in model.items())
-        command = [sys.executable, "-m", "lmms_eval", "--model", "trio_edge", "--model_args", arguments]
-        command += ["--tasks", self.benchmark.task, "--include_path", str(self.settings["include_path"])]
-        limit = self.settings["limit"]
-        command += ["--batch_size", "1", "--output_path", str(self.out)]
-        return command if limit is None else [*command, "--limit", str(limit)]
+        harness = [sys.executable, "-m", "lmms_eval", "--model", "trio_edge", "--model_args", arguments]
+        harness += ["--tasks", self.benchmark.task, "--include_path", str(self.tasks), "--batch_size", "1"]
+        harness += ["--output_path", str(self.out)] + ["--limit", str(self.limit)] * (self.limit is not None)
+        export = ["trio-export", self.checkpoint, *self.model.export, *self.row.export, "--out", bundle]
+        build = [["trio-build", bundle, "--backend", name]] if name in ENGINE_BACKENDS else []
+        return [export, *build, harness]
 
-    def run(self) -> None:
-        """Export the bundle and run the harness, unless an earlier run has done so; raise DataError if one fails."""
-        if not self.bundle.exists() and trio_export([*self.export, "--quiet"]):
-            raise DataError(f"{self.row.name}: expected an export, got the error above; correct it")
-        if not (self.out / "costs.json").exists():
-            self.out.mkdir(parents=True, exist_ok=True)
-            if code := subprocess.run(self.harness, check=False).returncode:
-                raise DataError(
-                    f"{self.row.name}, {self.name}: expected lmms-eval to end well, got code {code}; its message is above"
-                )
+    def results(self) -> list[Path]:
+        """Return the harness's files of results."""
+        return list(self.out.rglob("*results.json"))
 
-    def result(self) -> dict[str, Any]:
-        """Return ours and the published numbers."""
-        scores = json.loads(max(self.out.rglob("*results.json")).read_bytes())["results"][self.benchmark.task]
-        ours = self.benchmark.scale * sum(scores[f"{metric},none"] for metric in self.benchmark.metrics)
-        costs = json.loads((self.out / "costs.json").read_bytes())
-        found = {"row": self.row.name, "benchmark": self.name, "task": self.benchmark.task}
+    def run(self) -> dict[str, Any]:
+        """Run what an earlier run has not, and return ours and the published numbers; raise DataError if a command fails."""
+        export, *build, harness = self.commands
+        where = f"{self.row.name}, {self.name}"
+        if not self.bundle.exists() and trio_export([*export[1:], "--quiet"]):
+            raise DataError(f"{where}: expected an export, got the error above; correct it")
+        if build and not engine_sets(self.bundle) and trio_build(build[0][1:]):
+            raise DataError(f"{where}: expected engines, got the error above; correct it")
+        self.out.mkdir(exist_ok=True)
+        code = 0 if self.results() else subprocess.run(harness, check=False).returncode
+        if code or not self.results():
+            raise DataError(
+                f"{where}: expected lmms-eval's results, got none, code {code}; its message is above"
+            )
+        scores = json.loads(max(self.results()).read_bytes())["results"][self.benchmark.task]
+        score = self.benchmark.scale * sum(scores[f"{metric},none"] for metric in self.benchmark.metrics)
+        found = {"row": self.row.name, "benchmark": self.name, "limit": self.limit, "score": score}
         return {
             **found,
-            "limit": self.settings["limit"],
-            "score": ours,
-            **costs,
+            **json.loads((self.out / "costs.json").read_bytes()),
             "published": self.row.published,
         }
 
@@ -150,25 +156,18 @@ class Cell:
 @click.command("trio-reproduce", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("table", required=False)
 @click.option(
-    "--list", "as_list", is_flag=True, help="Print the tables with their rows and sources, and exit."
+    "--list", "as_list", is_flag=True, help="Print all tables with their rows and sources, and exit."
 )
 @click.option("--dry-run", is_flag=True, help="Print all commands and run nothing.")
 @click.option("--row", "rows", multiple=True, help="Only this row. Repeatable. [default: all]")
 @click.option("--benchmark", "names", multiple=True, help="Only this benchmark. Repeatable. [default: all]")
 @click.option("--limit", type=click.IntRange(1), help="Questions per benchmark. [default: all]")
 @click.option("--model", help="Checkpoint folder in place of the table's model.")
+@click.option("--work", type=PATH, help="Folder for bundles and results. [default: TABLE]")
 @click.option(
-    "--work", type=click.Path(path_type=Path), help="Folder for bundles and results. [default: TABLE]"
+    "--tables", type=PATH, default=TABLES, help="File of other tables, with a folder 'tasks' next to it."
 )
-@click.option(
-    "--tables", type=click.Path(path_type=Path), default=HERE / "tables.json", help="File of other tables."
-)
-@click.option(
-    "--include-path", type=click.Path(path_type=Path), default=HERE / "tasks", help="Folder of further tasks."
-)
-@click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this JSON file."
-)
+@click.option("--json", "json_file", type=PATH, help="Write the results to this JSON file.")
 @backend_options()
 def command(
     table: str | None, as_list: bool, dry_run: bool, tables: Path, json_file: Path | None, **settings: Any
@@ -185,26 +184,19 @@ def command(
         _print_tables(known)
         return 0
     if table not in known.tables:
-        raise DataError(
-            f"TABLE: expected one of {', '.join(known.tables)}, got {table or 'none'}; see --list"
-        )
-    cells = _cells(known, known.tables[table], work=settings.pop("work") or Path(table), **settings)
+        names = ", ".join(known.tables)
+        raise DataError(f"TABLE: expected one of {names}, got {table or 'none'}; see --list")
+    settings["work"] = settings["work"] or Path(table)
+    cells = _cells(known, known.tables[table], tasks=tables.parent / "tasks", **settings)
     if dry_run:
-        lines = [
-            text
-            for cell in cells
-            for text in (shlex.join(["trio-export", *cell.export]), shlex.join(cell.harness))
-        ]
-        print("\n".join(dict.fromkeys(lines)))
+        print("\n".join(dict.fromkeys(shlex.join(text) for cell in cells for text in cell.commands)))
         return 0
     if find_spec("lmms_eval") is None:
         raise DataError("lmms-eval: expected it to be installed, it is not; run pip install lmms-eval")
     if json_file is not None:
         check_outputs({"--json": json_file})
-    for cell in cells:
-        cell.run()
-    report = {"schema_version": SCHEMA_VERSION, "table": table, **machine_facts()}
-    report |= {"source": known.tables[table].source, "results": [cell.result() for cell in cells]}
+    report = {"schema_version": SCHEMA_VERSION, "table": table, "source": known.tables[table].source}
+    report |= {**machine_facts(), "results": [cell.run() for cell in cells]}
     if json_file is not None:
         write_output("--json", json_file, json.dumps(report, indent=1).encode())
     _print_results(report)
@@ -217,21 +209,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _cells(
-    known: PublishedTables, table: PublishedTable, *, rows: Sequence[str], names: Sequence[str], model: str | None,
-    work: Path, **settings: Any,
-) -> list[Cell]:  # fmt: skip
-    """Return the chosen cells, benchmark by benchmark within a row."""
-    of_rows = {row.name: row for row in table.rows}
-    for option, given, there in (("--row", rows, of_rows), ("--benchmark", names, table.benchmarks)):
+    known: PublishedTables,
+    table: PublishedTable,
+    *,
+    rows: Sequence[str],
+    names: Sequence[str],
+    **settings: Any,
+) -> list[Cell]:
+    """Return the chosen cells, row by row."""
+    rows, names = rows or [row.name for row in table.rows], names or table.benchmarks
+    for option, given, there in (
+        ("--row", rows, [row.name for row in table.rows]),
+        ("--benchmark", names, table.benchmarks),
+    ):
         if odd := [name for name in given if name not in there]:
             raise DataError(f"{option}: expected some of {', '.join(there)}, got {odd[0]}; choose among them")
+    model, checkpoint = known.models[table.model], settings.pop("model") or table.model
+    place = {name: settings.pop(name) for name in ("work", "tasks", "limit")}
     return [
-        Cell(
-            row, name, known.benchmarks[name], known.models[table.model], model or table.model, work, settings
-        )
+        Cell(row, name, known.benchmarks[name], model, checkpoint, backend=settings, **place)
         for row in table.rows
-        if not rows or row.name in rows
-        for name in names or table.benchmarks
+        for name in names
+        if row.name in rows
     ]
 
 
