@@ -7,7 +7,7 @@ A metric reduces an answer's text to a reading and scores the reading, 0 to 1. T
 | exact | lower case, single blanks, no final period | 1 if it is one of the answers, read alike |
 | vqa | ``vqa_normal`` | mean over the ten annotators of min(1, agreeing others / 3) |
 | yes-no | "no" if the first sentence has the word no or not, else "yes" | 1 if it is the answer |
-| iou | the first four numbers one after the other, a box x0, y0, x1, y1 | 1 if it overlaps the answer's box by half of their union |
+| iou | the first four numbers in a row, a box x0, y0, x1, y1 | 1 if it overlaps the answer's box by half of their union |
 | choice | the option's letter; "" if the answer names none or several | 1 if it is the answer's letter |
 """
 

@@ -90,15 +90,11 @@ def read_questions(
             f"{where}: expected 'answer' or a list 'answers' of texts, got none; correct the line",
             at_least=int(need_answers),
         )
-        choices = _texts(
-            entry.get("choices", []),
-            f"{where}: expected a list 'choices' of texts, got something else; correct the line",
+        choices, ocr = (
+            _texts(entry.get(name, []), f"{where}: expected a list {name!r} of texts, got other; correct it")
+            for name in ("choices", "ocr_tokens")
         )
         options = [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices)]
-        ocr = _texts(
-            entry.get("ocr_tokens", []),
-            f"{where}: expected a list 'ocr_tokens' of texts, got something else; correct the line",
-        )
         read = [f"Reference OCR token: {', '.join(ocr)}"] if ocr else []
         images = tuple(path.parent / name for name in names)
         for image in images:

@@ -112,9 +112,7 @@ def answer(
     shown: dict[str, Any] = {"system": settings.system or None, "level": level}
     if selection == "wrong-image":
         if other is None:
-            raise ShapeError(
-                "--selection wrong-image: expected questions about two images, got one; add some"
-            )
+            raise ShapeError("wrong-image: expected questions about two images, got one; add some")
         asked = {"video": other.video, "max_new_tokens": 1, **shown}
         override = as_kept(pipeline.generate(list(other.images), question.question, **asked))
     elif selection != OWN_SELECTION:

@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-import numpy as np
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
@@ -32,9 +31,7 @@ if TYPE_CHECKING:
 
 NAME = "trio_edge"
 TIMES = ("first_tokens_s", "total_s")
-"""Sums over all answers: up to each first token, and all."""
-COSTS = (*TIMES, "flops", "kv_bytes", "visual_tokens", "processed_tokens")
-"""Costs of the answers; those besides ``TIMES`` are means."""
+"""Costs that are summed over all answers; the others are means."""
 _DEFAULT_NEW_TOKENS = 128
 
 
@@ -80,41 +77,42 @@ class TrioEdge(lmms):  # type: ignore[misc]  # lmms-eval has no types
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return the answer to each request, greedily unless its task asks for a temperature."""
-        answers, costs = [], list[tuple[float, ...]]()
-        console = Console(stderr=True)
+        answers, costs, console = [], list[dict[str, float]](), Console(stderr=True)
         for request in track(requests, description=NAME, console=console, disable=self.rank != 0):
             context, settings, doc_to_visual, doc_id, task, split = request.args
             shown = doc_to_visual(self.task_dict[task][split][doc_id]) or []
             videos = [{"video": one, "num_frames": self._num_frames} for one in shown if isinstance(one, str)]
-            messages = build_messages(
-                context, images=_images(shown, but=videos), videos=videos, system=self._system
-            )
+            images = _images(shown, but=videos)
+            messages = build_messages(context, images=images, videos=videos, system=self._system)
             generation = self._pipeline.chat(messages, **_generation_settings(settings, self._pipeline))
             answers.append(_cut(generation.text, settings.get("until") or []))
             self.cache_hook.add_partial("generate_until", (context, settings), answers[-1])
             costs.append(self._costs(generation, is_video=bool(videos)))
-        total = np.sum(costs, axis=0) if costs else np.zeros(len(COSTS))
-        count = max(len(costs), 1)
-        found = {name: total[i] / (1e3 if name in TIMES else count) for i, name in enumerate(COSTS)}
+        whole = {name: sum(one[name] for one in costs) for name in costs[0]} if costs else {}
+        found = {name: cost if name in TIMES else cost / len(costs) for name, cost in whole.items()}
         if self._report:
             Path(self._report).write_text(json.dumps({"answers": len(costs), **found}))
-        console.print(
-            f"visual tokens: {found['visual_tokens']:.1f} in, {found['processed_tokens']:.1f} kept on average"
-        )
+        if found:
+            console.print(
+                "visual tokens: {visual_tokens:.1f} in, {processed_tokens:.1f} kept on average".format(
+                    **found
+                )
+            )
         return answers
 
-    def _costs(self, generation: Generation, *, is_video: bool) -> tuple[float, ...]:
-        """Return an answer's ``COSTS``, times in milliseconds."""
+    def _costs(self, generation: Generation, *, is_video: bool) -> dict[str, float]:
+        """Return the costs of an answer."""
         statistics, level = generation.statistics, self._pipeline.level_named(generation.statistics.level)
         counts = image_tokens(level, generation.images, is_video=is_video)
-        return (
-            statistics.ttft_ms,
-            statistics.ttft_ms + statistics.decode_ms,
-            answer_flops(self._pipeline, statistics, generation.images, is_video=is_video),
-            statistics.kv_bytes,
-            sum(counts),
-            processed_tokens(level.manifest, image_tokens=counts, kept=statistics.kept_tokens),
-        )
+        processed = processed_tokens(level.manifest, image_tokens=counts, kept=statistics.kept_tokens)
+        return {
+            "first_tokens_s": statistics.ttft_ms / 1e3,
+            "total_s": (statistics.ttft_ms + statistics.decode_ms) / 1e3,
+            "flops": answer_flops(self._pipeline, statistics, generation.images, is_video=is_video),
+            "kv_bytes": statistics.kv_bytes,
+            "visual_tokens": sum(counts),
+            "processed_tokens": processed,
+        }
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Raise DataError: it needs the logits of all rows of an answer, and a bundle returns only the last row's."""

@@ -117,7 +117,7 @@ class Cell:
         model = {"pretrained": bundle, "report": self.out / "costs.json", **self.backend}
         if self.model.system:
             model["system"] = f'"{self.model.system}"'
-        arguments = ",".join(f"{name}={value}" for name, value in model.items())
+        arguments = ",".join(f"{key}={value}" for key, value in model.items())
         harness = [sys.executable, "-m", "lmms_eval", "--model", "trio_edge", "--model_args", arguments]
         harness += ["--tasks", self.benchmark.task, "--include_path", str(self.tasks), "--batch_size", "1"]
         harness += ["--output_path", str(self.out)] + ["--limit", str(self.limit)] * (self.limit is not None)
@@ -146,11 +146,8 @@ class Cell:
         scores = json.loads(max(self.results()).read_bytes())["results"][self.benchmark.task]
         score = self.benchmark.scale * sum(scores[f"{metric},none"] for metric in self.benchmark.metrics)
         found = {"row": self.row.name, "benchmark": self.name, "limit": self.limit, "score": score}
-        return {
-            **found,
-            **json.loads((self.out / "costs.json").read_bytes()),
-            "published": self.row.published,
-        }
+        costs = json.loads((self.out / "costs.json").read_bytes())
+        return {**found, **costs, "published": self.row.published}
 
 
 @click.command("trio-reproduce", context_settings={"help_option_names": ["-h", "--help"]})
@@ -196,7 +193,7 @@ def command(
     if json_file is not None:
         check_outputs({"--json": json_file})
     report = {"schema_version": SCHEMA_VERSION, "table": table, "source": known.tables[table].source}
-    report |= {**machine_facts(), "results": [cell.run() for cell in cells]}
+    report |= {"backend": settings["backend"], **machine_facts(), "results": [cell.run() for cell in cells]}
     if json_file is not None:
         write_output("--json", json_file, json.dumps(report, indent=1).encode())
     _print_results(report)
@@ -217,11 +214,8 @@ def _cells(
     **settings: Any,
 ) -> list[Cell]:
     """Return the chosen cells, row by row."""
-    rows, names = rows or [row.name for row in table.rows], names or table.benchmarks
-    for option, given, there in (
-        ("--row", rows, [row.name for row in table.rows]),
-        ("--benchmark", names, table.benchmarks),
-    ):
+    of_table = [row.name for row in table.rows]
+    for option, given, there in (("--row", rows, of_table), ("--benchmark", names, table.benchmarks)):
         if odd := [name for name in given if name not in there]:
             raise DataError(f"{option}: expected some of {', '.join(there)}, got {odd[0]}; choose among them")
     model, checkpoint = known.models[table.model], settings.pop("model") or table.model
@@ -229,8 +223,8 @@ def _cells(
     return [
         Cell(row, name, known.benchmarks[name], model, checkpoint, backend=settings, **place)
         for row in table.rows
-        for name in names
-        if row.name in rows
+        for name in names or table.benchmarks
+        if row.name in (rows or of_table)
     ]
 
 
