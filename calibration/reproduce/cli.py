@@ -39,7 +39,7 @@ _UNITS = {"first_tokens_s": 1.0, "total_s": 1.0, "flops": 1e12, "kv_bytes": 2**2
 """Costs that are printed, and the size of their unit."""
 
 
-class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TableRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One row: the export that repeats it, and the published numbers by benchmark or cost."""
 
     name: str
@@ -72,7 +72,7 @@ class PublishedTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: str
     model: str
     benchmarks: list[str]
-    rows: list[Row]
+    rows: list[TableRow]
 
 
 class PublishedTables(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,7 +87,7 @@ class PublishedTables(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Cell:
     """One row of a table on one benchmark."""
 
-    row: Row
+    row: TableRow
     name: str
     """Of the benchmark."""
     benchmark: Benchmark
