@@ -7,6 +7,7 @@ A metric reduces an answer's text to a reading and scores the reading, 0 to 1. T
 | exact | lower case, single blanks, no final period | 1 if it is one of the answers, read alike |
 | vqa | ``vqa_normal`` | mean over the ten annotators of min(1, agreeing others / 3) |
 | yes-no | "no" if the first sentence has the word no or not, else "yes" | 1 if it is the answer |
+| iou | the first four numbers in a row, a box x0, y0, x1, y1 | 1 if it overlaps the answer's box by half of their union |
 | choice | the option's letter; "" if the answer names none or several | 1 if it is the answer's letter |
 """
 
@@ -157,11 +158,38 @@ def _choice_complaint(question: Sample) -> str | None:
     return f"expected one answer that is a letter or text of the choices, got {', '.join(question.answers)[:60]!r}"
 
 
+def read_box(text: str, _question: Sample | None = None) -> str:
+    """Return the first four numbers one after the other in ``text``, as ``x0,y0,x1,y1``; "" if it has none."""
+    number = r"-?\d+(?:\.\d+)?"
+    found = re.search(rf"(?<![\w.]){number}(?:[\s,()]+{number}){{3}}", text)
+    return ",".join(re.findall(number, found[0])) if found else ""
+
+
+def _iou_score(reading: str, question: Sample) -> float:
+    if not reading:
+        return 0.0
+    ours, theirs = (
+        [float(part) for part in box.split(",")] for box in (reading, read_box(question.answers[0]))
+    )
+    shared, *areas = (
+        max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0)
+        for box in ([*map(max, ours[:2], theirs), *map(min, ours[2:], theirs[2:])], ours, theirs)
+    )
+    return float(shared >= 0.5 * (sum(areas) - shared) > 0.0)
+
+
+def _iou_complaint(question: Sample) -> str | None:
+    if len(question.answers) == 1 and read_box(question.answers[0]):
+        return None
+    return f"expected one answer with a box of four numbers for iou, got {', '.join(question.answers)[:60]!r}"
+
+
 METRICS = {
     metric.name: metric
     for metric in (
         Metric("exact", lambda text, _question: exact_normal(text), _exact_score, lambda _question: None),
         Metric("vqa", lambda text, _question: vqa_normal(text), _vqa_score, _vqa_complaint),
+        Metric("iou", read_box, _iou_score, _iou_complaint),
         Metric("yes-no", read_yes_no, _yes_no_score, _yes_no_complaint),
         Metric(
             "choice",

@@ -29,7 +29,7 @@ class Sample:
     sample_id: str
     kind: str
     images: tuple[Path, ...]
-    """At least one, in the order of the prompt."""
+    """In the order of the prompt; empty if there is a video."""
     image_names: tuple[str, ...]
     image_id: str
     """Digest of the images' contents; questions about the same images share it."""
@@ -41,6 +41,8 @@ class Sample:
     """FILE:LINE, for messages."""
     prompt: str = ""
     """The question without choices and suffix."""
+    video: Path | None = None
+    """A video file, or a folder of frames."""
     options: tuple[str, ...] = ()
     """Answers that a question with a fixed set of them allows; see ``evaluate/decisions.py``."""
 
@@ -52,12 +54,14 @@ def read_questions(
     suffix: str = "",
     count: int | None = None,
     need_answers: bool = True,
+    videos: bool = False,
 ) -> list[Sample]:
     """Return at most ``count`` questions of a JSON-lines file with one object per line.
 
-    Fields: ``image`` (a path relative to the file) or ``images`` (a list of them), ``question``, ``answers`` (a list) or
-    ``answer``; optional ``id``, ``kind``, ``choices`` (a list, appended to the prompt with letters) and ``split``. Others
-    are ignored. ``suffix`` is appended to every prompt, after a line break.
+    Fields: ``image`` (a path relative to the file), ``images`` (a list of them) or, with ``videos``, ``video``; ``question``,
+    ``answers`` (a list) or ``answer``; optional ``id``, ``kind``, ``ocr_tokens`` (a list, appended to the question),
+    ``choices`` (a list, appended to the prompt with letters) and ``split``. Others are ignored. ``suffix`` is appended to
+    every prompt, after a line break.
 
     Raises:
         DataError: If the file cannot be read or has no question, or a line has another form or names a missing or unreadable
@@ -79,30 +83,33 @@ def read_questions(
         entry = _entry(line, where=where)
         if split is not None and entry.get("split") != split:
             continue
-        names, prompt = _image_names(entry, where=where), _question(entry, where=where)
+        is_video = videos and "video" in entry
+        names, prompt = _image_names(entry, where=where, is_video=is_video), _question(entry, where=where)
         answers = _texts(
             entry.get("answers", [entry["answer"]] if "answer" in entry else []),
             f"{where}: expected 'answer' or a list 'answers' of texts, got none; correct the line",
             at_least=int(need_answers),
         )
-        choices = _texts(
-            entry.get("choices", []),
-            f"{where}: expected a list 'choices' of texts, got something else; correct the line",
+        choices, ocr = (
+            _texts(entry.get(name, []), f"{where}: expected a list {name!r} of texts, got other; correct it")
+            for name in ("choices", "ocr_tokens")
         )
         options = [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices)]
+        read = [f"Reference OCR token: {', '.join(ocr)}"] if ocr else []
         images = tuple(path.parent / name for name in names)
         for image in images:
             if image not in image_ids:
-                image_ids[image] = image_id(image, where=where)
+                image_ids[image] = image_id(image, where=where, is_video=is_video)
         questions.append(
             Sample(
                 index=len(questions),
                 sample_id=str(entry.get("id", number)),
                 kind=str(entry.get("kind", "all")),
-                images=images,
+                images=() if is_video else images,
+                video=images[0] if is_video else None,
                 image_names=names,
                 image_id=_joined_id([image_ids[image] for image in images]),
-                question="\n".join([prompt, *options, *([suffix] if suffix else [])]),
+                question="\n".join([prompt, *read, *options, *([suffix] if suffix else [])]),
                 answers=answers,
                 choices=choices,
                 where=where,
@@ -145,8 +152,12 @@ def _question(entry: dict[str, Any], *, where: str) -> str:
     return str(text)
 
 
-def _image_names(entry: dict[str, Any], *, where: str) -> tuple[str, ...]:
-    """Return the names in a line's 'image' or 'images'."""
+def _image_names(entry: dict[str, Any], *, where: str, is_video: bool) -> tuple[str, ...]:
+    """Return the names in a line's 'image' or 'images', or that in its 'video'."""
+    if is_video:
+        if not _is_text(entry["video"]) or {"image", "images"} & entry.keys():
+            raise DataError(f"{where}: expected a text 'video' and no image with it; correct the line")
+        return (entry["video"],)
     if "images" not in entry:
         if not _is_text(entry.get("image")):
             raise DataError(
@@ -180,22 +191,22 @@ def _texts(values: object, complaint: str, *, at_least: int = 0) -> tuple[str, .
     return tuple(map(str, texts))
 
 
-def image_id(path: Path, *, where: str) -> str:
-    """Return the digest of an image's file.
+def image_id(path: Path, *, where: str, is_video: bool = False) -> str:
+    """Return the digest of an image's file, or of a video's file or folder of frames.
 
     Raises:
-        DataError: If it cannot be read or is no image. Only its header is decoded.
+        DataError: If it cannot be read or is no image. Only its header is decoded, and nothing of a video.
     """
+    noun = "a video" if is_video else "an image"
     try:
-        data = path.read_bytes()
+        files = sorted(path.iterdir()) if is_video and path.is_dir() else [path]
+        data = b"".join(file.read_bytes() for file in files)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DataError(
-            f"{where}: expected an image at {path}, got none ({reason}); check the name"
-        ) from None
+        raise DataError(f"{where}: expected {noun} at {path}, got none ({reason}); check the name") from None
     try:
-        with Image.open(io.BytesIO(data)):
-            pass
+        if not is_video:
+            Image.open(io.BytesIO(data)).close()
     except Exception:  # Pillow's readers raise almost anything
         raise DataError(
             f"{where}: expected an image at {path}, got {len(data)} bytes of no known format; replace it"

@@ -217,6 +217,12 @@ _OPTIONS = (
         "WxH",
         multiple=True,
     ),
+    _option(
+        "--pad-images",
+        bool,
+        "Pads images to squares with the mean colour, as LLaVA-1.5's own evaluation does; without it they are cropped, as by the"
+        " checkpoint's processor.",
+    ),
     _option("--only-image-sizes", bool, "Makes no shapes for images of other sizes."),
     _option(
         "--max-visual",

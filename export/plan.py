@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.modeling_utils import local_torch_dtype
@@ -206,6 +207,12 @@ def _processing(
     images = family.image_processing(
         source.checkpoint, encoder_keep=encoder_keep, max_visual=options.max_visual
     )
+    if options.pad_images:
+        if not isinstance(images, LlavaImages) or images.kind != "single":
+            raise ScheduleError(
+                f"--pad-images: expected a model that takes one tile of an image (LLaVA-1.5), got {family.model_type}; leave it out"
+            )
+        images = msgspec.structs.replace(images, do_pad=True)
     if image_form is not None:
         images = at_form(images, image_form)
     videos = family.video_processing(source.checkpoint, images)

@@ -395,7 +395,8 @@ class Engine:
         self.cuda = cuda
         folder = Path(description["bundle"])
         manifest = manifest_from_json((folder / MANIFEST_NAME).read_bytes(), where="here")
-        self.spec = manifest.graph(description["graph"])
+        specs = (spec for graph in manifest.graphs for spec in (graph, *graph.split()))
+        self.spec = next(spec for spec in specs if spec.name == description["graph"])
         if self.spec.pieces and onnxruntime_version() < (1, 24):
             pytest.skip(
                 "onnxruntime 1.23, the last one for Python 3.10, cannot run pieces without elements; runs on 3.11 and later"
@@ -459,13 +460,15 @@ class TensorRTOnHost:
         self.Runtime = Runtime
 
 
-def write_engines(bundle: Path, *, host: Any, backend: EngineBackend = "tensorrt") -> Path:
+def write_engines(
+    bundle: Path, *, host: Any, backend: EngineBackend = "tensorrt", separate: bool = False
+) -> Path:
     """Add to ``bundle`` the engines that ``TensorRTOnHost`` runs, and return their folder."""
     manifest = manifest_from_json((bundle / MANIFEST_NAME).read_bytes(), where="here")
     folder = bundle / "engines" / "tensorrt-10.3-sm86"
     folder.mkdir(parents=True)
     entries = []
-    for spec in manifest.graphs:
+    for spec in (part for graph in manifest.graphs for part in (graph.split() if separate else (graph,))):
         file = folder / f"{spec.name}.engine"
         file.write_text(json.dumps({"bundle": str(bundle), "graph": spec.name}))
         entries.append(

@@ -52,6 +52,8 @@ PRESETS: dict[tuple[int, int], tuple[Stages, ...]] = {
     (576, 288): (((16, 96),),),
     # LLaVA-NeXT-7B at 11.1 % and 12.0 %: derived, and that of the reference's benchmark script
     (2880, 2880): (((1, 460), (10, 270), (15, 110)), ((1, 436), (10, 255), (15, 173))),
+    # LLaVA-NeXT-7B with encoder reduction at 11.1 %: five tiles of LLaVA-1.5's
+    (2880, 480): (((16, 160),),),
 }
 """TRIO's published schedules of decoders with 32 layers, by an image's visual tokens and those that enter the decoder."""
 

@@ -6,7 +6,7 @@ the vision tower's FLOPs for one image size; they are scaled by visual tokens.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.bundle.graph_io import num_clip_texts
 from trio_edge.trio.cost.bundle_work import clip_text_flops, reduce_cost
@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.answer import Statistics
     from trio_edge.runtime.bundle.manifest import Manifest
-    from trio_edge.runtime.images.interface import ImageProcessing
     from trio_edge.runtime.model.levels import Level
     from trio_edge.runtime.pipeline import Pipeline
 
 
-def image_tokens(processing: ImageProcessing, images: Sequence[Image.Image]) -> list[int]:
-    """Return the visual tokens of each of a prompt's images, before the ``reduce`` graph."""
-    own = processing if len(images) == 1 else processing.of_several()
+def image_tokens(level: Level, images: Sequence[Image.Image], *, is_video: bool = False) -> list[int]:
+    """Return the visual tokens of each of a prompt's images, or pairs of a video's frames, before the ``reduce`` graph."""
+    if is_video and level.videos is not None:
+        return [level.videos.sizes(2 * len(images), *image.size)["N"] for image in images]
+    own = level.images if len(images) == 1 else level.images.of_several()
     return [own.sizes(*image.size)["N"] for image in images]
 
 
@@ -44,13 +45,19 @@ def processed_tokens(manifest: Manifest, *, image_tokens: Sequence[int], kept: S
 
 
 def answer_flops(
-    pipeline: Pipeline, statistics: Statistics, images: Sequence[Image.Image], *, select: bool = True
+    pipeline: Pipeline,
+    statistics: Statistics,
+    images: Sequence[Image.Image],
+    *,
+    select: bool = True,
+    is_video: bool = False,
 ) -> float:
     """Return the FLOPs of the prefills of all levels that ran for an answer, without what a level took from the one below."""
     total, before = 0.0, None
     for name in (*statistics.levels_below, statistics.level):
         level = pipeline.level_named(name)
-        total += level_flops(level, images, num_text=statistics.text_tokens, before=before, select=select)
+        asked: dict[str, Any] = {"before": before, "select": select, "is_video": is_video}
+        total += level_flops(level, images, num_text=statistics.text_tokens, **asked)
         before = level
     return total
 
@@ -62,9 +69,10 @@ def level_flops(
     num_text: int,
     before: Level | None = None,
     select: bool = True,
+    is_video: bool = False,
 ) -> float:
     """Return the FLOPs of a level's prefill; ``before`` is the level that has just run the same prompt."""
-    manifest, counts = level.manifest, image_tokens(level.images, images)
+    manifest, counts = level.manifest, image_tokens(level, images, is_video=is_video)
     kept = [_entering(manifest, counts)]
     for stage in manifest.schedule.stages:
         kept.append(min(stage.keep, kept[-1]))

@@ -11,10 +11,12 @@ import numpy as np
 from trio_edge.calibration.evaluate.answer_cost import answer_flops, image_tokens, processed_tokens
 from trio_edge.calibration.evaluate.decisions import Judged, lists_options, question_of, right_option
 from trio_edge.calibration.metrics import METRICS
+from trio_edge.runtime.bundle.errors import ShapeError
 from trio_edge.runtime.bundle.manifest import DEFAULT
 from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.runtime.images.reading import open_image
 from trio_edge.runtime.model.first_token import FirstToken, first_token_kl, summary_of
+from trio_edge.runtime.model.host_selection import drop_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,13 +27,15 @@ if TYPE_CHECKING:
     from trio_edge.calibration.questions import Sample
     from trio_edge.runtime.answer import Generation, Statistics
     from trio_edge.runtime.engines.cpu import CpuAccuracy
-    from trio_edge.runtime.images.interface import ImageProcessing
     from trio_edge.runtime.model.host_selection import SelectorOverride
+    from trio_edge.runtime.model.levels import Level
     from trio_edge.runtime.pipeline import Pipeline
 
 OWN_SELECTION = "bundle"
 BASELINES = ("random", "uniform", "base-tile-first")
 """Selections that a real method must beat, at the bundle's schedule."""
+CONTROLS = ("wrong-image", "none")
+"""The bundle's own selection for another image, and no visual token from the first stage on."""
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -74,6 +78,8 @@ class AnswerSettings:
     backend: str = "auto"
     threads: int = 1
     cpu_accuracy: CpuAccuracy = "auto"
+    system: str = ""
+    """System prompt; empty for the chat template's own."""
     decide: bool = False
     """Read the probabilities of a fixed set of answers instead of generating one; needs samples of ``with_options``."""
 
@@ -87,11 +93,13 @@ def answer(
     reference: FirstToken | None = None,
     is_reference: bool = False,
     level: str | None = None,
+    other: Sample | None = None,
 ) -> Outcome:
     """Return the greedy answer to a question.
 
-    ``selection`` is ``OWN_SELECTION`` or one of ``BASELINES``. ``reference`` is keep-all's first token. With
-    ``is_reference`` the outcome keeps its own, for others to compare with. ``level`` is that of ``Pipeline.generate``.
+    ``selection`` is ``OWN_SELECTION`` or one of ``BASELINES`` and ``CONTROLS``. ``reference`` is keep-all's first token. With
+    ``is_reference`` the outcome keeps its own, for others to compare with. ``level`` is that of ``Pipeline.generate``. ``other``
+    has the image that "wrong-image" selects tokens for.
 
     Raises:
         ImageError: If its image cannot be read.
@@ -101,16 +109,23 @@ def answer(
     if settings.decide:
         return _decide(pipeline, question, settings, selection=selection, level=level)
     override = None
-    if selection != OWN_SELECTION:
-        own = pipeline.level_named(level).images
+    shown: dict[str, Any] = {"system": settings.system or None, "level": level}
+    if selection == "wrong-image":
+        if other is None:
+            raise ShapeError("wrong-image: expected questions about two images, got one; add some")
+        asked = {"video": other.video, "max_new_tokens": 1, **shown}
+        override = as_kept(pipeline.generate(list(other.images), question.question, **asked))
+    elif selection != OWN_SELECTION:
+        own = pipeline.level_named(level)
         override = baseline(selection, seed=question.index, is_base=lambda: _is_base(own, generation))
     generation = pipeline.generate(
         list(question.images),
         question.question,
+        video=question.video,
         max_new_tokens=min(settings.answer_tokens, manifest.max_new_tokens),
         temperature=0.0,  # sampled answers would differ from run to run
         override=override,
-        level=level,
+        **shown,
     )
     text, logits = generation.text, generation.first_logits
     return _outcome(
@@ -168,7 +183,8 @@ def _outcome(
 ) -> Outcome:
     """Return the outcome of an answer's ``text``; ``select`` tells whether the bundle's selection ran."""
     level, metric = pipeline.level_named(statistics.level), METRICS[settings.metric]
-    counts = image_tokens(level.images, images)
+    is_video = sample.video is not None
+    counts = image_tokens(level, images, is_video=is_video)
     reading = metric.read(text, sample)
     return Outcome(
         index=sample.index,
@@ -183,7 +199,7 @@ def _outcome(
         processed_tokens=processed_tokens(level.manifest, image_tokens=counts, kept=statistics.kept_tokens),
         text_tokens=statistics.text_tokens,
         new_tokens=statistics.new_tokens,
-        flops=answer_flops(pipeline, statistics, images, select=select),
+        flops=answer_flops(pipeline, statistics, images, select=select, is_video=is_video),
         level=statistics.level,
         levels_below=statistics.levels_below,
         ttft_ms=statistics.ttft_ms,
@@ -219,6 +235,7 @@ def baseline(
         return np.sort(np.concatenate(kept)).astype(np.int32)
 
     named: dict[str, SelectorOverride] = {
+        "none": drop_all,
         "random": at_random,
         "uniform": lambda _stage, entering, num_keep: evenly_spaced(len(entering), num_keep),
         "base-tile-first": base_first,
@@ -226,14 +243,29 @@ def baseline(
     return named[name]
 
 
+def as_kept(generation: Generation) -> SelectorOverride:
+    """Return the selection that keeps what ``generation`` kept of another image, at the same places of this one."""
+    assert generation.text is not None, "it has run"
+    num_others = sum(layout.num_visual for layout in generation.layouts)
+    sizes: list[int] = []
+
+    def same_places(stage: int, entering: NDArray[np.int32], num_keep: int) -> NDArray[np.int32]:
+        sizes.append(len(entering))  # at the first stage all tokens of this image enter
+        places = generation.kept[stage] * sizes[0] / num_others
+        distance = np.abs(entering[:, None] - places[None]).min(axis=1)
+        return np.sort(np.argsort(distance, kind="stable")[:num_keep]).astype(np.int32)
+
+    return same_places
+
+
 def evenly_spaced(count: int, num_keep: int) -> NDArray[np.int32]:
     """Return ``num_keep`` of ``count`` indices, ascending: the middles of ``num_keep`` equal parts."""
     return np.floor((np.arange(num_keep) + 0.5) * count / max(num_keep, 1)).astype(np.int32)
 
 
-def _is_base(processing: ImageProcessing, generation: Generation) -> NDArray[np.bool_]:
+def _is_base(level: Level, generation: Generation) -> NDArray[np.bool_]:
     # only LLaVA's first tile shows the whole image: InternVL's is its last, Qwen2.5-VL has none
-    base = 0
+    base, processing = 0, level.images
     if isinstance(processing, LlavaImages):
         base = processing.encoder_keep or processing.patches_per_tile
-    return np.concatenate([np.arange(count) < base for count in image_tokens(processing, generation.images)])
+    return np.concatenate([np.arange(count) < base for count in image_tokens(level, generation.images)])

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from trio_edge.calibration.evaluate.answering import BASELINES, OWN_SELECTION, AnswerSettings
+from trio_edge.calibration.evaluate.answering import BASELINES, CONTROLS, OWN_SELECTION, AnswerSettings
 from trio_edge.calibration.evaluate.evaluation import EvaluationOptions, evaluate
-from trio_edge.calibration.evaluate.reliability_plot import check_plot, reliability_svg
 from trio_edge.calibration.evaluate.report import print_report
 from trio_edge.calibration.metrics import METRICS
 from trio_edge.calibration.progress import progress_bars
@@ -46,6 +45,7 @@ PATH = click.Path(path_type=Path)
     show_default=False,
     help="Text to append to every prompt, for instance 'Answer the question using a single word or phrase.'",
 )
+@click.option("--system", default="", show_default=False, help="System prompt. [default: the template's own]")
 @click.option(
     "--answer-tokens",
     type=click.IntRange(1, 4096),
@@ -56,9 +56,10 @@ PATH = click.Path(path_type=Path)
     "--selection",
     "selections",
     multiple=True,
-    type=click.Choice([OWN_SELECTION, *BASELINES]),
+    type=click.Choice([OWN_SELECTION, *BASELINES, *CONTROLS]),
     default=(OWN_SELECTION,),
-    help="The bundle's own selection, or a baseline with the same budget. Repeatable.",
+    help="The bundle's own selection, a baseline with the same budget, the selection for another question's image, or none of"
+    " the visual tokens from the first stage on. Repeatable.",
 )
 @click.option(
     "--decide",
@@ -70,26 +71,16 @@ PATH = click.Path(path_type=Path)
     "--work", "--resume", type=PATH, help="Folder for results; an interrupted run continues from it."
 )
 @click.option("--json", "json_file", type=PATH, help="Write the report to this JSON file.")
-@click.option(
-    "--reliability",
-    "plot_file",
-    type=PATH,
-    help="Write a plot of accuracy by confidence to this SVG file, with --decide (needs matplotlib).",
-)
 @click.option("--quiet", is_flag=True, help="Show no progress.")
-def command(json_file: Path | None, plot_file: Path | None, quiet: bool, **settings: Any) -> int:
+def command(json_file: Path | None, quiet: bool, **settings: Any) -> int:
     """Ask all BUNDLEs the same questions and print accuracy, agreement with keep-all, FLOPs and time."""
     if json_file is not None:
         check_outputs({"--json": json_file})
-    if plot_file is not None:
-        check_plot(plot_file, decide=settings["decide"])
     with interruptible(), progress_bars("trio-eval", quiet=quiet) as progress:
         report = evaluate(EvaluationOptions(**settings), progress)
     if report.runs:
         if json_file is not None:
             write_output("--json", json_file, json.dumps(msgspec.to_builtins(report), indent=1).encode())
-        if plot_file is not None:
-            write_output("--reliability", plot_file, reliability_svg(report))
         print_report(report)
     if report.failures:
         raise DataError(_failure(report))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trio_edge.calibration.evaluate.answering import AnswerSettings
 from trio_edge.calibration.evaluate.comparison import (
@@ -53,11 +53,14 @@ def evaluate(options: EvaluationOptions, progress: StepProgress = SILENT) -> Eva
     """
     selections = tuple(dict.fromkeys(options.selections))
     runs = plan_runs(options.bundles, reference=options.reference, selections=selections)
-    questions = read_questions(options.data, split=options.split, suffix=options.suffix, count=options.count)
+    lines: dict[str, Any] = {name: getattr(options, name) for name in ("split", "suffix", "count")}
+    questions = read_questions(options.data, videos=not options.decide, **lines)
     if options.decide:
-        if "base-tile-first" in selections or options.suffix:
+        odd = {"base-tile-first", "wrong-image"} & {*selections}
+        given = [*odd, *(f"--{name}" for name in ("suffix", "system") if getattr(options, name))]
+        if given:
             raise DataError(
-                "--decide: expected no --suffix and no --selection base-tile-first, got one; leave it out"
+                f"--decide: expected neither --suffix, --system nor such a --selection, got {given[0]}; drop it"
             )
         questions = with_options(questions)
     metric = metric_for(questions) if options.metric == "auto" else METRICS[options.metric]

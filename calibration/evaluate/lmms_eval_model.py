@@ -8,6 +8,8 @@ this file.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from lmms_eval.api.model import lmms
@@ -16,14 +18,20 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from trio_edge.calibration.evaluate.answer_cost import image_tokens, processed_tokens
+from trio_edge.calibration.evaluate.answer_cost import answer_flops, image_tokens, processed_tokens
 from trio_edge.runtime.bundle.errors import DataError, ShapeError
 from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.prompts.chat import build_messages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from trio_edge.runtime.answer import Generation
+    from trio_edge.runtime.engines.cpu import CpuAccuracy
+
 NAME = "trio_edge"
+TIMES = ("first_tokens_s", "total_s")
+"""Costs that are summed over all answers; the others are means."""
 _DEFAULT_NEW_TOKENS = 128
 
 
@@ -41,10 +49,17 @@ class TrioEdge(lmms):  # type: ignore[misc]  # lmms-eval has no types
         pretrained: str,
         backend: str = "auto",
         threads: int | str = 0,
+        cpu_accuracy: CpuAccuracy = "auto",
         batch_size: int | str = 1,
+        system: str = "",
+        num_frames: int | str = 0,
+        report: str = "",
         **ignored: Any,
     ) -> None:
         """Open the bundle ``pretrained``. lmms-eval passes other settings, such as the device, to every model: ``ignored``.
+
+        ``system`` is a system prompt, which may stand in double quotes. ``num_frames`` are sampled from each video, by default
+        as many as the checkpoint's processor takes. The costs of all answers are written to the file ``report``.
 
         Raises:
             ShapeError: If the batch size is not 1.
@@ -54,28 +69,50 @@ class TrioEdge(lmms):  # type: ignore[misc]  # lmms-eval has no types
             raise ShapeError(
                 f"batch_size: expected 1, got {batch_size}; a bundle answers one question at a time"
             )
-        self._pipeline = Pipeline.from_bundle(str(pretrained), backend=str(backend), threads=int(threads))
+        self._pipeline = Pipeline.from_bundle(
+            str(pretrained), backend=str(backend), threads=int(threads), cpu_accuracy=cpu_accuracy
+        )
+        self._system, self._num_frames = str(system).strip('"') or None, int(num_frames) or None
+        self._report = str(report)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return the answer to each request, greedily unless its task asks for a temperature."""
-        answers, entered, processed = [], 0.0, 0.0
-        console = Console(stderr=True)
+        answers, costs, console = [], list[dict[str, float]](), Console(stderr=True)
         for request in track(requests, description=NAME, console=console, disable=self.rank != 0):
             context, settings, doc_to_visual, doc_id, task, split = request.args
-            images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
-            generation = self._pipeline.generate(
-                _images(images), context, **_generation_settings(settings, self._pipeline)
-            )
+            shown = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+            videos = [{"video": one, "num_frames": self._num_frames} for one in shown if isinstance(one, str)]
+            images = _images(shown, but=videos)
+            messages = build_messages(context, images=images, videos=videos, system=self._system)
+            generation = self._pipeline.chat(messages, **_generation_settings(settings, self._pipeline))
             answers.append(_cut(generation.text, settings.get("until") or []))
             self.cache_hook.add_partial("generate_until", (context, settings), answers[-1])
-            counts = image_tokens(self._pipeline.images, generation.images)
-            entered += sum(counts)
-            processed += processed_tokens(
-                self._pipeline.manifest, image_tokens=counts, kept=generation.statistics.kept_tokens
+            costs.append(self._costs(generation, is_video=bool(videos)))
+        whole = {name: sum(one[name] for one in costs) for name in costs[0]} if costs else {}
+        found = {name: cost if name in TIMES else cost / len(costs) for name, cost in whole.items()}
+        if self._report:
+            Path(self._report).write_text(json.dumps({"answers": len(costs), **found}))
+        if found:
+            console.print(
+                "visual tokens: {visual_tokens:.1f} in, {processed_tokens:.1f} kept on average".format(
+                    **found
+                )
             )
-        count = max(len(answers), 1)
-        console.print(f"visual tokens: {entered / count:.1f} in, {processed / count:.1f} kept on average")
         return answers
+
+    def _costs(self, generation: Generation, *, is_video: bool) -> dict[str, float]:
+        """Return the costs of an answer."""
+        statistics, level = generation.statistics, self._pipeline.level_named(generation.statistics.level)
+        counts = image_tokens(level, generation.images, is_video=is_video)
+        processed = processed_tokens(level.manifest, image_tokens=counts, kept=statistics.kept_tokens)
+        return {
+            "first_tokens_s": statistics.ttft_ms / 1e3,
+            "total_s": (statistics.ttft_ms + statistics.decode_ms) / 1e3,
+            "flops": answer_flops(self._pipeline, statistics, generation.images, is_video=is_video),
+            "kv_bytes": statistics.kv_bytes,
+            "visual_tokens": sum(counts),
+            "processed_tokens": processed,
+        }
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Raise DataError: it needs the logits of all rows of an answer, and a bundle returns only the last row's."""
@@ -90,11 +127,15 @@ def _other_task(kind: str) -> DataError:
     return DataError(f"{NAME}: expected a task of type generate_until, got {kind}; choose another task")
 
 
-def _images(images: Sequence[Any]) -> list[Image.Image]:
-    if not all(isinstance(image, Image.Image) for image in images):
-        kinds = ", ".join(type(image).__name__ for image in images)
-        raise ShapeError(f"task: expected images only in a question, got {kinds}; choose another task")
-    return list(images)
+def _images(shown: Sequence[Any], *, but: Sequence[dict[str, Any]]) -> list[Image.Image]:
+    """Return the images among ``shown``; ``but`` are the videos among them, which tasks give as paths."""
+    images = [one for one in shown if isinstance(one, Image.Image)]
+    if len(images) + len(but) != len(shown):
+        kinds = ", ".join(type(one).__name__ for one in shown)
+        raise ShapeError(
+            f"task: expected images and video files in a question, got {kinds}; choose another task"
+        )
+    return images
 
 
 def _generation_settings(settings: dict[str, Any], pipeline: Pipeline) -> dict[str, Any]:

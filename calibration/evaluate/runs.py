@@ -76,6 +76,7 @@ class RunKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     temperatures: dict[str, float] | None = None
     """The temperatures of the bundle's decisions; None for generated answers."""
     level: str | None = None
+    system: str = ""
     margins: dict[str, float] | None = None
     """Margins of the level "auto"."""
 
@@ -173,6 +174,7 @@ def answer_runs(
                             reference=firsts.get(question.index),
                             is_reference=run.info.is_reference,
                             level=run.level,
+                            other=_other(question, questions),
                         )
                     except (ImageError, ShapeError) as error:
                         failure = {"run": run.info.label, "where": question.where, "reason": str(error)}
@@ -185,6 +187,12 @@ def answer_runs(
                 firsts = {index: outcome.first_token for index, outcome in done.items()}
             answers.runs.append((run.info, done))
     return answers
+
+
+def _other(question: Sample, questions: Sequence[Sample]) -> Sample | None:
+    """Return the next question about another image, for the selection "wrong-image"; None if there is none."""
+    later = sorted(questions, key=lambda one: one.index <= question.index)
+    return next((one for one in later if one.image_id != question.image_id), None)
 
 
 def backend_of(run: Run, settings: AnswerSettings) -> str:
@@ -208,6 +216,7 @@ def _key_of(run: Run, first: Run, settings: AnswerSettings, data_sha256: str) ->
         backend=backend_of(run, settings),
         temperatures=dict(read_temperatures(run.bundle.folder).items()) if settings.decide else None,
         level=run.level,
+        system=settings.system,
         margins=read_margins(run.bundle.folder, run.bundle.manifest) if run.level == AUTO else None,
     )
 

@@ -16,6 +16,7 @@ import onnxruntime as ort
 
 from trio_edge.runtime.backends.chunked_prefill import ChunkedLaunch, has_long_prefill
 from trio_edge.runtime.backends.interface import selected_graphs
+from trio_edge.runtime.backends.pieced_engine import PiecedEngine
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.manifest import shape_at
 from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
@@ -86,6 +87,10 @@ class OnnxRuntimeBackend:
             # A session needs twice its memory while it is loaded: the largest first, so that it does not come on top of the others.
             for spec in sorted(specs, key=lambda spec: -spec.weight_bytes):
                 parts = cpu.sessions_of(bundle, spec, on_gpu=stream is not None)
+                if (
+                    self.name == "onnxruntime-tensorrt"
+                ):  # else the range would go from a piece without rows to all its rows
+                    parts = spec.split()
                 engines = [self._engine(bundle, part, prepared, stream) for part in parts]
                 if stream is None and [spec] in last:
                     engines[0].shrink_after_runs()
@@ -162,15 +167,20 @@ class OnnxRuntimeBackend:
 
 
 def _tensorrt_options(stream: int, folder: Path, spec: GraphSpec) -> dict[str, str]:
-    """Return the TensorRT provider's options: engines for the manifest's profiles, cached next to the bundle's engines."""
-    shapes = ",".join(
-        f"{tensor.name}:{'x'.join(map(str, shape_at(tensor.shape, profile)))}"
-        for profile in spec.profiles
-        for tensor in spec.inputs
-        if any(isinstance(size, str) for size in tensor.shape)
-    )
+    """Return the TensorRT provider's options: one profile with the range of all shapes, cached next to the bundle's engines.
+
+    The provider reads several profiles and runs only the first (microsoft/onnxruntime issue 31624).
+    """
     options = {"device_id": "0", "user_compute_stream": str(stream)}
-    options |= {f"trt_profile_{bound}_shapes": shapes for bound in ("min", "opt", "max")}
+    for bound, end in (("min", min), ("opt", max), ("max", max)):
+        shapes = (
+            (tensor.name, zip(*(shape_at(tensor.shape, profile) for profile in spec.profiles)))
+            for tensor in spec.inputs
+            if any(isinstance(size, str) for size in tensor.shape)
+        )
+        options[f"trt_profile_{bound}_shapes"] = ",".join(
+            f"{name}:{'x'.join(str(end(sizes)) for sizes in axes)}" for name, axes in shapes
+        )
     cache = folder / ENGINES_FOLDER / "onnxruntime-tensorrt"
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -252,26 +262,6 @@ class OnnxRuntimeEngine:
                 f"{self.spec.name}: expected an open session, got a closed one; load the bundle again"
             )
         return self._session
-
-
-@final
-class PiecedEngine:
-    """A graph with one session for each of its pieces."""
-
-    def __init__(self, spec: GraphSpec, pieces: Sequence[OnnxRuntimeEngine]) -> None:
-        self.spec, self._pieces = spec, pieces
-
-    def prepare(
-        self, profile: Profile, tensors: Mapping[str, DeviceTensor]
-    ) -> OnnxRuntimeLaunch | ChunkedLaunch:
-        """Bind a profile of a piece to addresses; the other pieces' tensors have no elements."""
-        piece = next(piece for piece in self._pieces if profile in piece.spec.profiles)
-        return piece.prepare(profile, {tensor.name: tensors[tensor.name] for tensor in piece.spec.tensors})
-
-    def close(self) -> None:
-        """Close all sessions."""
-        for piece in self._pieces:
-            piece.close()
 
 
 @final

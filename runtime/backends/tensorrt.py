@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from trio_edge.runtime.backends.interface import selected_graphs
+from trio_edge.runtime.backends.pieced_engine import PiecedEngine
 from trio_edge.runtime.bundle.errors import BackendError, DataError
 from trio_edge.runtime.bundle.files import write_output
 from trio_edge.runtime.bundle.graph_io import CANDIDATES
@@ -87,7 +88,8 @@ class TensorRTBackend:
         specs = bundle.manifest.graphs if names is None else selected_graphs(bundle, names)
         tensorrt = self._tensorrt
         engines = open_engines(bundle, backend=tensorrt.backend, version=tensorrt.version, host=find_host())
-        sizes = [engines.path(spec.name).stat().st_size for spec in specs]
+        parts = {spec.name: engines.engine_set.parts_of(spec) for spec in specs}
+        sizes = [engines.path(part.name).stat().st_size for one in parts.values() for part in one]
         device = CudaDevice(load_cuda())
         loaded = LoadedGraphs(device=device, engines={}, notes=list(engines.notes))
         try:
@@ -96,7 +98,8 @@ class TensorRTBackend:
             workspace, errors = Workspace(device), engine_errors(tensorrt.module)
             runtime = _new_runtime(tensorrt, errors)
             kernels = CompiledKernels(engines.folder / _KERNELS_NAME) if tensorrt.compiles_on_device else None
-            for spec in specs:
+
+            def opened(spec: GraphSpec) -> TensorRTEngine:
                 engine = _read_engine(runtime, engines.path(spec.name), device, errors)
                 layers = None
                 if self._layer_times is not None:
@@ -104,9 +107,13 @@ class TensorRTBackend:
                     layers = EngineLayerTimes(tensorrt.module, engine, times)
                 # A layer profiler waits after every run, which a CUDA graph cannot do.
                 may_capture = self._cuda_graph and layers is None
-                loaded.engines[spec.name] = TensorRTEngine(
+                return TensorRTEngine(
                     engine, spec, tensorrt, device.stream, workspace, errors, kernels, layers, may_capture
                 )
+
+            for spec in specs:
+                own = [opened(part) for part in parts[spec.name]]
+                loaded.engines[spec.name] = own[0] if own[0].spec == spec else PiecedEngine(spec, own)
             loaded.memory["workspace"] = workspace.allocate()
         except BaseException:
             loaded.close()

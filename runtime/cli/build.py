@@ -57,6 +57,12 @@ if TYPE_CHECKING:
     help="Number of blocks that the lm_head is split into; small Jetsons need 4. [default: 1]",
 )
 @click.option(
+    "--separate",
+    is_flag=True,
+    default=None,
+    help="Build the pieces of a graph as engines of their own, without axes of 0; weights are held once for each.",
+)
+@click.option(
     "--verbose-layers", is_flag=True, default=None, help="Keep layer names and shapes, for profiling."
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be built and what it needs; build nothing.")
@@ -83,6 +89,7 @@ def command(
     if chosen.get("backend") == "onnxruntime":
         given = {"--compute-capability": capabilities, "--graphs": graphs, "--verbose-layers": verbose_layers}
         given |= {"--dry-run": dry_run, "--split-lm-head": settings["split_lm_head"]}
+        given |= {"--separate": settings["separate"]}
         return _prepare_for_cpu(bundle, given, console, force=bool(settings["force"]))
     options = BuildOptions(
         compute_capabilities=() if capabilities is None else _capabilities(capabilities),
@@ -160,9 +167,10 @@ def _report(needs: dict[str, Any], manifest: Manifest, *, as_json: bool) -> int:
         print(json.dumps(needs, indent=1))
     else:
         table = whole_table("graph", "profiles", "weights MB", "engine MB", "peak memory MB")
+        specs = {spec.name: spec for graph in manifest.graphs for spec in (graph, *graph.split())}
         for graph in needs["graphs"]:
             sizes = (f"{graph[name] / 1e6:.1f}" for name in ("weight_bytes", "engine_bytes", "peak_bytes"))
-            table.add_row(graph["name"], profile_list(manifest.graph(graph["name"])), *sizes)
+            table.add_row(graph["name"], profile_list(specs[graph["name"]]), *sizes)
         wide_console().print(table)
         for name, text in _lines(needs).items():
             print(printable(f"{name:14}{text}"))

@@ -63,6 +63,8 @@ class BuildOptions:
     """Names of the graphs to build; empty for all."""
     force: bool = False
     """Replace engines that exist."""
+    separate: bool = False
+    """Build each piece of a graph into an engine of its own, which holds the weights again."""
     split_lm_head: int = 1
     """Number of blocks that the lm_head is split into."""
     detailed_layers: bool = False
@@ -135,16 +137,16 @@ class BuildProgress:
 
 
 def planned_graphs(
-    bundle: Bundle, names: Sequence[str], *, tensorrt: TensorRT | None = None, num_architectures: int = 1
+    bundle: Bundle, options: BuildOptions, *, tensorrt: TensorRT | None = None, num_architectures: int = 1
 ) -> tuple[PlannedGraph, ...]:
-    """Return the graphs called ``names``, or all if there are none, in the bundle's order, with estimates.
+    """Return the graphs of ``options``, or their pieces, in the bundle's order, with estimates.
 
     The estimates are for ``num_architectures`` compute capabilities and ``tensorrt``, by default tensorrt-rtx.
 
     Raises:
         BackendError: If there is no such graph.
     """
-    known = [spec.name for spec in bundle.manifest.graphs]
+    names, known = options.graphs, [spec.name for spec in bundle.manifest.graphs]
     if unknown := [name for name in names if name not in known]:
         raise BackendError(
             f"--graphs: expected some of {', '.join(known)}, got {unknown[0]!r}; choose among them"
@@ -153,8 +155,9 @@ def planned_graphs(
     streams = tensorrt is None or tensorrt.streams_engines
     return tuple(
         planned_graph(spec, backend=backend, streams_engines=streams, num_architectures=num_architectures)
-        for spec in bundle.manifest.graphs
-        if not names or spec.name in names
+        for graph in bundle.manifest.graphs
+        if not names or graph.name in names
+        for spec in (graph.split() if options.separate else (graph,))
     )
 
 
@@ -184,7 +187,7 @@ def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = Non
     host = find_host() if host is None else host
     if (blocks := options.split_lm_head) < 1:
         raise BackendError(f"--split-lm-head: expected 1 or more blocks, got {blocks}; 4 is usual")
-    graphs = planned_graphs(bundle, options.graphs)
+    graphs = planned_graphs(bundle, options)
     if options.split_lm_head > 1 and not any(holds_head(graph.spec) for graph in graphs):
         raise BackendError(
             f"--split-lm-head: expected head or gradient in --graphs, got {', '.join(options.graphs)};"
@@ -202,7 +205,7 @@ def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = Non
         host=host,
         folder=folder,
         compute_capabilities=capabilities,
-        graphs=planned_graphs(bundle, options.graphs, tensorrt=tensorrt, num_architectures=len(capabilities)),
+        graphs=planned_graphs(bundle, options, tensorrt=tensorrt, num_architectures=len(capabilities)),
         options=options,
     )
     return replace(plan, kept=_kept_engines(plan))
@@ -280,9 +283,10 @@ def _kept_engines(plan: BuildPlan) -> tuple[files.EngineEntry, ...]:
     if old is not None and fits and options.graphs:
         sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
         kept = [entry for entry in old.engines if sizes.get(entry.file) == entry.num_bytes]
-    if not options.force and (not kept or any(entry.graph in options.graphs for entry in kept)):
+    others = tuple(entry for entry in kept if entry.graph.partition(".")[0] not in options.graphs)
+    if not options.force and (not kept or len(others) < len(kept)):
         raise BackendError(f"{folder}: expected no engines, they exist; add --force to replace them")
-    return tuple(entry for entry in kept if entry.graph not in options.graphs)
+    return others
 
 
 def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress()) -> files.EngineSet:
@@ -301,6 +305,7 @@ def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress())
         built = [_build_graph(plan, graph, folder, progress) for graph in plan.graphs]
         (folder / LOG_NAME).unlink(missing_ok=True)  # only needed for the message of a failed build
         order = [spec.name for spec in plan.bundle.manifest.graphs]
+        engines = sorted((*plan.kept, *built), key=lambda entry: order.index(entry.graph.partition(".")[0]))
         engine_set = files.EngineSet(
             schema_version=files.ENGINES_SCHEMA_VERSION,
             backend=plan.tensorrt.backend,
@@ -312,7 +317,7 @@ def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress())
             manifest_sha256=digest,
             detailed_layers=plan.options.detailed_layers,
             split_lm_head=plan.options.split_lm_head,
-            engines=tuple(sorted((*plan.kept, *built), key=lambda entry: order.index(entry.graph))),
+            engines=tuple(engines),
         )
         files.write_engine_set(folder, engine_set)
     return engine_set

@@ -22,6 +22,7 @@ from trio_edge.runtime.bundle.reader import Bundle, file_problem, read_regular, 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from trio_edge.runtime.bundle.manifest import GraphSpec
     from trio_edge.runtime.devices.machine import Host
     from trio_edge.runtime.engines.package import EngineBackend
 
@@ -81,6 +82,10 @@ class EngineSet(_Spec, frozen=True):
     def entry(self, graph: str) -> EngineEntry | None:
         """Return the engine of ``graph``, or None if it was not built."""
         return next((entry for entry in self.engines if entry.graph == graph), None)
+
+    def parts_of(self, spec: GraphSpec) -> tuple[GraphSpec, ...]:
+        """Return the graphs whose engines run ``spec``: itself, or its pieces if each was built separately."""
+        return (spec,) if self.entry(spec.name) is not None else spec.split()
 
     @property
     def num_bytes(self) -> int:
@@ -214,12 +219,13 @@ def check_files(folder: Path, engine_set: EngineSet, *, bundle: Bundle) -> None:
     ``engine_set`` is the content of ``engines.json``. Files above ``LARGEST_HASHED_BYTES`` are not hashed.
     """
     root = folder.resolve()
-    for spec in bundle.manifest.graphs:
+    for spec in (part for graph in bundle.manifest.graphs for part in engine_set.parts_of(graph)):
         entry = engine_set.entry(spec.name)
         if entry is None:
+            graph = spec.name.partition(".")[0]  # a piece is called graph.piece
             raise BackendError(
-                f"{folder}: expected an engine of {spec.name}, got none;"
-                f" run trio-build {bundle.folder} --backend {engine_set.backend} --graphs {spec.name}"
+                f"{folder}: expected an engine of {graph}, got none;"
+                f" run trio-build {bundle.folder} --backend {engine_set.backend} --graphs {graph}"
             )
         file = folder / entry.file
         problem = file_problem(file, entry, root=root, hash_all=False)

@@ -39,7 +39,7 @@ def build_needs(bundle: Bundle, options: BuildOptions, *, host: Host | None = No
     """
     host = find_host() if host is None else host
     num_architectures = max(1, len(options.compute_capabilities))
-    graphs = planned_graphs(bundle, options.graphs, num_architectures=num_architectures)
+    graphs = planned_graphs(bundle, options, num_architectures=num_architectures)
     plan, problems, warnings = None, [], []
     try:
         plan = plan_build(bundle, options, host=host)
@@ -102,7 +102,8 @@ def _command(bundle: Bundle, options: BuildOptions) -> str:
         "--split-lm-head": "" if options.split_lm_head == 1 else str(options.split_lm_head),
     }
     words = [word for name, value in values.items() if value for word in (name, value)]
-    words += ["--verbose-layers"] * options.detailed_layers + ["--force"] * options.force
+    words += ["--separate"] * options.separate + ["--verbose-layers"] * options.detailed_layers
+    words += ["--force"] * options.force
     return shlex.join(["trio-build", str(bundle.folder), *words])
 
 

@@ -31,7 +31,7 @@ from trio_edge.runtime.bundle.graph_io import (
 from trio_edge.runtime.devices.interface import DeviceTensor
 from trio_edge.runtime.devices.memory import copy_tensor
 from trio_edge.runtime.model.answers.sampling import TopTokens
-from trio_edge.runtime.model.host_selection import HostSelection
+from trio_edge.runtime.model.host_selection import HostSelection, drop_all
 from trio_edge.runtime.model.programs import Timeline
 from trio_edge.runtime.model.question_rows import QuestionRows
 
@@ -167,7 +167,7 @@ class Decoder:
             ShapeError: If the prompt does not fit its bucket.
             BackendError: If a graph fails.
         """
-        rows = prompt.rows(self._manifest)
+        rows = prompt.rows(self._manifest, keep_none=override is drop_all)
         launches = self._programs.at("prefill", {"N": prompt.max_visual, "T": prompt.text_bucket})
         self.timeline.recorded.clear()
         self.prefix_was_kept = False

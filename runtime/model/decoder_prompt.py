@@ -97,8 +97,8 @@ class DecoderPrompt:
     key: bytes = b""
     """Digest of the prompt up to its last visual token; empty if no rows are kept."""
 
-    def rows(self, manifest: Manifest) -> PromptRows:
-        """Return what follows from the rows.
+    def rows(self, manifest: Manifest, *, keep_none: bool = False) -> PromptRows:
+        """Return what follows from the rows. With ``keep_none`` no visual token passes a stage.
 
         Raises:
             ShapeError: If the rows do not fit each other or the bundle.
@@ -110,7 +110,7 @@ class DecoderPrompt:
         spans = [Span(num_visual, self.max_visual, length)]
         for stage in manifest.schedule.stages:
             last = spans[-1]
-            kept = min(stage.keep, last.num_visual)
+            kept = 0 if keep_none else min(stage.keep, last.num_visual)
             spans.append(Span(kept, stage.keep, last.length - last.num_visual + kept))
         starts = np.flatnonzero(np.diff(self.visual_rows, prepend=-2) > 1)
         firsts, counts = self.visual_rows[starts], np.diff(starts, append=num_visual)

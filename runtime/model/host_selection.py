@@ -24,6 +24,11 @@ SelectorOverride: TypeAlias = "Callable[[int, NDArray[np.int32], int], NDArray[n
 returns the kept tokens as ascending indices into the entering tokens."""
 
 
+def drop_all(_stage: int, _entering: NDArray[np.int32], _num_keep: int) -> NDArray[np.int32]:
+    """A ``SelectorOverride`` that keeps no visual token, a control: later layers see text only."""
+    return np.empty(0, np.int32)
+
+
 @final
 class HostSelection:
     """Does the work of a select graph on the host, between two layer ranges of a prefill."""

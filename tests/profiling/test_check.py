@@ -124,6 +124,38 @@ def test_a_process_that_is_killed_fails_its_backend_alone(
     assert found[0].text == "its process was ended by signal 9: out of memory"
 
 
+def test_a_joined_engine_that_crashes_is_tried_in_separate_pieces(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ok = msgspec.json.encode(
+        checks.CheckResult("tensorrt --separate", "answers", "pass", "3 questions")
+    ).decode()
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!/bin/sh\nif grep -q '\"separate\":true'; then echo '{ok}' > \"$3\"; else echo no axis of 0; kill -11 $$; fi\n"
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(checks, "ORDER", ("tensorrt",))
+    monkeypatch.setattr(checks, "absent_reason", lambda _backend: None)
+    asked = {"questions": answers.QUESTIONS, "stored": answers.stored_answers()}
+    (tmp_path / "work folder").mkdir()
+    found = list(checks.check_backends(bundle, tmp_path / "work folder", **asked))
+    assert [(one.backend, one.status) for one in found] == [
+        ("tensorrt", "fail"),
+        ("tensorrt --separate", "pass"),
+    ]
+    assert "signal 11: no axis of 0" in found[0].text
+
+
+def test_separate_pieces_are_told_by_their_own_name(on_gpu: tuple[WorkerJob, CudaOnHost]) -> None:
+    job, _ = on_gpu
+    shutil.rmtree(Path(job.bundle) / "engines")
+    write_engines(Path(job.bundle), host=HOST, separate=True)
+    first, *_ = run_worker(msgspec.structs.replace(job, separate=True))
+    assert (first.backend, first.check, first.status) == ("tensorrt --separate", "answers", "pass")
+
+
 @pytest.fixture
 def on_gpu(
     reduced_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -129,6 +129,23 @@ def test_adding_a_graph_keeps_the_engines_that_are_there(copy: Path) -> None:
     assert [entry.graph for entry in read_engine_set(engine_folder(copy)).engines] == ["prefix", "head"]
 
 
+def test_separate_builds_an_engine_of_each_piece_and_joined_ones_replace_them(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = open_bundle(copy)
+    (graph,) = [graph.name for graph in bundle.manifest.graphs if graph.name == "segment_1"]
+    parts = [part.name for part in bundle.manifest.graph(graph).split()]
+    assert len(parts) > 1
+    assert cli_build.main([str(copy), *AHEAD, "--graphs", graph, "--separate", "--dry-run"]) == 0
+    assert f"{parts[1]} " in capsys.readouterr().out
+    assert cli_build.main([str(copy), *AHEAD, "--graphs", graph, "--separate"]) == 0
+    engines = read_engine_set(engine_folder(copy))
+    assert [entry.graph for entry in engines.engines] == parts
+    assert [part.name for part in engines.parts_of(bundle.manifest.graph(graph))] == parts
+    assert cli_build.main([str(copy), *AHEAD, "--graphs", f"{graph},head", "--force"]) == 0
+    assert [entry.graph for entry in read_engine_set(engine_folder(copy)).engines] == [graph, "head"]
+
+
 def test_force_replaces_one_graph_and_keeps_the_others(built_copy: Path) -> None:
     folder = engine_folder(built_copy)
     before = {path.name: path.stat().st_ino for path in folder.iterdir()}

@@ -267,6 +267,26 @@ def test_another_bucket_switches_the_prefill_contexts_and_never_those_of_decode(
     assert switched == [name for name in CHAIN[:-1] if name not in ("vision", "head")] + ["head"]
 
 
+def test_separate_pieces_answer_as_joined_ones_do(
+    reduced_bundle: Path, folder: Path, tmp_path: Path, cuda: CudaOnHost
+) -> None:
+    apart = copy_bundle(reduced_bundle, tmp_path / "apart")
+    write_engines(apart, host=HOST, separate=True)
+    found = []
+    for bundle in (folder, apart):
+        with Pipeline.from_bundle(bundle, backend="tensorrt") as pipeline:
+            answers = [answer(pipeline, tokens=4, prompt=prompt) for prompt in (PROMPT, LONG_PROMPT)]
+            assert len(cuda.engines) > 7 or bundle == folder
+            assert named(cuda.calls, "cudaGraphLaunch")
+        found.append(
+            [(one.token_ids, [kept.tolist() for kept in one.kept], one.first_logits) for one in answers]
+        )
+        cuda.calls.clear()
+    for theirs, ours in zip(*found):
+        assert ours[:2] == theirs[:2]
+        np.testing.assert_allclose(ours[2], theirs[2], **LOGITS_FLOAT32)
+
+
 @pytest.fixture
 def rtx(keep_all_bundle: Path, tmp_path: Path, cuda: CudaOnHost, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle with engines of tensorrt-rtx."""
