@@ -14,11 +14,17 @@ import msgspec
 from parts.arguments import errors_in_one_line, parser_for
 
 from trio_edge.export.cli import main as trio_export
-from trio_edge.profiling.check.answers import EXPECTED, QUESTIONS, AnswerRecord, answer, exact_difference
+from trio_edge.profiling.check.answers import (
+    EXPECTED,
+    EXPORT_OPTIONS,
+    QUESTIONS,
+    AnswerRecord,
+    answer,
+    exact_difference,
+)
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.pipeline import Pipeline
 
-OPTIONS = ("--max-text", "64", "--max-new-tokens", "16")  # as the Makefile exports it
 DIGITS = 5
 
 
@@ -38,7 +44,7 @@ def main() -> None:
 
 
 def answers(bundle: Path, dtype: str) -> list[AnswerRecord]:
-    if trio_export(["tiny", "--out", str(bundle), "--dtype", dtype, *OPTIONS]) != 0:
+    if trio_export(["tiny", "--out", str(bundle), "--dtype", dtype, *EXPORT_OPTIONS]) != 0:
         raise SystemExit(1)
     with Pipeline.from_bundle(bundle, backend="onnxruntime") as pipeline:
         return [

@@ -1,1 +1,1 @@
-"""Checkpoint to bundle. Needs torch, transformers and onnx (``pip install "trio-edge[export]"``)."""
+"""Checkpoint to bundle. Needs torch, transformers and onnx (the extra ``export``)."""

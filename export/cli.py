@@ -16,10 +16,16 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 
 from trio_edge.export.options import ExportOptions, LevelRequest
 from trio_edge.export.options import Progress as Callbacks
-from trio_edge.export.quantize.plan import parse_plan
-from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError, ShapeError, printable
+from trio_edge.export.quantize.plan import FORMATS, parse_plan
+from trio_edge.runtime.bundle.errors import (
+    CheckpointError,
+    ScheduleError,
+    ShapeError,
+    install_command,
+    printable,
+)
 from trio_edge.runtime.bundle.schedule import Budget, Positions, ProbeRows, Schedule
-from trio_edge.runtime.cli.console import run
+from trio_edge.runtime.cli.console import run, usage_line
 from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
 from trio_edge.trio import budgets, methods
 
@@ -37,10 +43,18 @@ _PRESET: tuple[_Level, ...] = (
     ("full", KEEP_ALL, None),
 )
 """The levels of ``--level preset``."""
+_DTYPES = ("auto", "float16", "float32")
 _DEFAULTS = {
     **{field.name: field.default for field in dataclasses.fields(ExportOptions)},
     **msgspec.structs.asdict(Schedule()),
 }
+
+
+def _dtype(text: str) -> str:
+    if text not in _DTYPES:
+        advice = f"write --quantize {text}" if text in FORMATS else "choose one of them"
+        raise click.UsageError(f"--dtype: expected one of {', '.join(_DTYPES)}, got {text!r:.80}; {advice}")
+    return text
 
 
 def _image_size(text: str) -> tuple[int, int]:
@@ -250,8 +264,9 @@ _OPTIONS = (
     _option("--max-new-tokens", int, "Longest answer, in tokens."),
     _option(
         "--dtype",
-        click.Choice(["auto", "float16", "float32"]),
+        _dtype,
         "Element type of weights and activations; 'auto' is float32 for a float32 checkpoint, else float16.",
+        f"[{'|'.join(_DTYPES)}]",
     ),
     _option(
         "--quantize",
@@ -376,7 +391,7 @@ def options_from(model: str, arguments: Sequence[str]) -> ExportOptions:
         found = command.make_context("trio-export", [*arguments, "--", model]).params
         return _options(**{name: found[name] for name in found.keys() - {"list_models", "quiet"}})
     except click.ClickException as error:
-        raise ShapeError(f"trio-export: {error.format_message()}") from None
+        raise ShapeError(f"trio-export: {usage_line(error, 'trio-export')}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -397,7 +412,7 @@ def _import_exporter(*, quiet: bool) -> None:
         import trio_edge.export.bundle  # noqa: F401
     except ModuleNotFoundError as error:
         raise CheckpointError(
-            f"export: expected its packages to be installed, got no {error.name}; pip install 'trio-edge[export]'"
+            f"export: expected its packages to be installed, got no {error.name}; {install_command('export')}"
         ) from None
     transformers.logging.set_verbosity_error()  # our line says what is wrong
     if quiet:

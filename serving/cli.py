@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.errors import BackendError, install_command
 from trio_edge.runtime.cli.console import run
 from trio_edge.serving.fleet.cluster import fleet_app
 from trio_edge.serving.options import fleet_of, named_bundles, server_options, settings_from_options
@@ -75,7 +75,7 @@ def _check_installed() -> None:
     for name in ("llguidance", "prometheus_client", "starlette", "uvicorn"):
         if find_spec(name) is None:
             raise BackendError(
-                f'server: expected {name} to be installed, it is not; run pip install "trio-edge[serve]"'
+                f"server: expected {name} to be installed, it is not; run {install_command('serve')}"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +19,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES, *OTHERS]
 _BLOCK = re.compile(
     r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```", re.M | re.S
 )
+_TABLE = re.compile(r"^<!-- printed by: python (?P<arguments>.+) -->\n\n?(?P<text>(?:\|.*\n)+)", re.M)
 _COMMAND = re.compile(r"(?:^|[;|&]\s*|\bdo\s+|^\$ )((?:trio-\w+|python \S+\.py|pip|make)\b[^;|&]*)")
 
 
@@ -42,6 +44,30 @@ def blocks(document: Path) -> list[Block]:
     return [
         Block(document, found["language"], found["text"], found["reason"]) for found in _BLOCK.finditer(text)
     ]
+
+
+class Table(NamedTuple):
+    """A table whose rows a script prints, as the comment before it says."""
+
+    arguments: list[str]
+    """The script and its options."""
+    rows: list[Counter[str]]
+    """The cells of each row below the header, without bold type."""
+
+
+def tables(document: Path) -> list[Table]:
+    """Return the tables of a document that have such a comment."""
+    text = document.read_text(encoding="utf-8")
+    return [
+        Table(shlex.split(found["arguments"]), printed_rows(found["text"])[1:])
+        for found in _TABLE.finditer(text)
+    ]
+
+
+def printed_rows(text: str) -> list[Counter[str]]:
+    """Return the cells of each row of all Markdown tables in a text, headers included."""
+    lines = [line.replace("**", "") for line in text.splitlines() if re.match(r"\|(?!-)", line)]
+    return [Counter(cell.strip() for cell in line.strip().strip("|").split("|")) for line in lines]
 
 
 def commands(document: Path) -> Iterator[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import shutil
 import subprocess
@@ -10,13 +11,16 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import trio_edge
 import trio_edge.runtime
 from tests.check_dist import FOLDERS, problems
+from tests.documents import DOCUMENTS
 from tests.shared_folder import made_once
+from trio_edge.runtime.bundle.errors import install_command
 
 ROOT = Path(__file__).parents[1]
 BLOCKED = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "jaxtyping")
@@ -105,6 +109,49 @@ def test_a_jetson_installs_everything_from_wheels(
     found = re.search(r"\bonnxruntime-1\.(\d+)\.", result.stdout)
     assert found is not None
     assert int(found[1]) >= 20  # the extra's bound
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ({"url": "file:///home/me/my%20clone", "dir_info": {}}, 'pip install ".[ort]" in /home/me/my clone'),
+        (
+            {"url": "file:///home/me/clone", "dir_info": {"editable": True}},
+            'pip install -e ".[ort]" in /home/me/clone',
+        ),
+        ({"url": "WHEEL", "archive_info": {}}, 'pip install "FOLDER/trio_edge-9.8-py3-none-any.whl[ort]"'),
+        (
+            {"url": "file:///gone/a.whl", "archive_info": {}},
+            'pip install "./trio_edge-9.8-py3-none-any.whl[ort]"',
+        ),
+        (None, 'pip install "./trio_edge-9.8-py3-none-any.whl[ort]"'),
+    ],
+    ids=["clone", "editable clone", "wheel", "deleted wheel", "unknown"],
+)
+def test_the_install_command_names_what_this_copy_was_installed_from(
+    source: dict[str, Any] | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the files that pip writes, in the only folder that is searched."""
+    wheel = tmp_path / "trio_edge-9.8-py3-none-any.whl"
+    wheel.touch()
+    info = tmp_path / "trio_edge-9.8.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.4\nName: trio-edge\nVersion: 9.8\n")
+    if source is not None:
+        text = json.dumps(source).replace("WHEEL", wheel.as_uri())
+        (info / "direct_url.json").write_text(text)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert install_command("ort") == expected.replace("FOLDER", str(tmp_path))
+
+
+def test_no_message_and_no_page_installs_trio_edge_from_an_index() -> None:
+    """It is on none; another project could take the name."""
+    folders = ("trio", "export", "runtime", "profiling", "calibration", "serving", "trio_edge", "examples")
+    code = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    pages = [*DOCUMENTS, *(ROOT / "examples").rglob("*.md")]
+    wrong = re.compile(r"pip install (?:-\S+ )*[\"']?trio-edge")
+    found = [str(path.relative_to(ROOT)) for path in (*code, *pages) if wrong.search(path.read_text())]
+    assert found == []
 
 
 def test_the_version_is_that_of_the_installed_package() -> None:

@@ -1,7 +1,8 @@
 """The README and the documents: links point at things that exist, commands exist, and printed output is what a command prints.
 
 ``console`` blocks are run and their output is compared, "…" standing for anything. One that cannot be run has a comment before it
-that says why. ``bash`` blocks need a released checkpoint, a device or hours: their commands and options must exist.
+that says why. ``bash`` blocks need a released checkpoint, a device or hours: their commands and options must exist. A table after
+the comment ``printed by: python SCRIPT OPTIONS`` is compared with what the script prints: a page may choose its rows and columns.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import importlib
 import importlib.metadata
 import re
 import shlex
+import subprocess
+import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
 import pytest
 
-from tests.documents import DOCUMENTS, PAGES, ROOT, Block, blocks, commands
+from tests.documents import DOCUMENTS, PAGES, ROOT, Block, blocks, commands, printed_rows, tables
 from tests.shared_traces import shared_traces
 
 if TYPE_CHECKING:
@@ -170,6 +173,31 @@ def _main(name: str) -> Callable[[list[str]], int]:
 def _pattern(output: str) -> str:
     lines = output.rstrip("\n").split("\n")
     return "".join(r"(?:.*\n)*?" if line == "…" else re.escape(line) + r" *\n" for line in lines)
+
+
+def _stale_rows(document: Path) -> list[list[str]]:
+    """Return the rows of a document's tables that their scripts do not print."""
+    stale = []
+    for table in tables(document):
+        command = [sys.executable, *table.arguments]
+        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        found = printed_rows(printed)
+        stale += [list(row) for row in table.rows if not any(row <= other for other in found)]
+    return stale
+
+
+def test_tables_have_the_rows_that_their_scripts_print() -> None:
+    assert {str(path): rows for path in DOCUMENTS if (rows := _stale_rows(path))} == {}
+
+
+def test_a_row_that_its_script_does_not_print_is_found(tmp_path: Path) -> None:
+    script, page = tmp_path / "script.py", tmp_path / "page.md"
+    script.write_text("print('| a | b | c |\\n|---|---|---|\\n| x | 1.5 | 2 |\\n| y | 2.5 | 3 |')")
+    table = "| name | c | b |\n|---|---|---|\n| **x** | 2 | 1.5 |\n| y | 3 | {} |\n"
+    marked = f"<!-- printed by: python {script} -->\n"
+    for value, stale in (("2.5", []), ("2.6", [["y", "3", "2.6"]])):
+        page.write_text("Text\n\n" + marked + table.format(value))
+        assert _stale_rows(page) == stale
 
 
 def test_python_examples_compile() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from trio_edge.runtime.bundle.errors import install_command
 from trio_edge.runtime.bundle.files import check_outputs
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def check_plot(path: Path, *, decide: bool) -> None:
         raise click.UsageError(f"--reliability: expected a .svg file and --decide, got {got}; correct it")
     if find_spec("matplotlib") is None:
         raise click.UsageError(
-            '--reliability: expected matplotlib to be installed, got none; run pip install "trio-edge[profile]"'
+            f"--reliability: expected matplotlib to be installed, got none; run {install_command('profile')}"
         )
     check_outputs({"--reliability": path})
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from trio_edge.calibration.quantize.sections import block_of
 from trio_edge.export.quantize.numerics import quantize_weight, rounded_activations
-from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.errors import CheckpointError, install_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,6 +170,6 @@ def modelopt() -> Any:
         except ModuleNotFoundError as error:
             raise CheckpointError(
                 f"--quantize: expected nvidia-modelopt to be installed, got no {error.name};"
-                " pip install 'trio-edge[quantize]'"
+                f" {install_command('quantize')}"
             ) from None
     return mtq

@@ -11,7 +11,7 @@ import msgspec
 
 from trio_edge.calibration.progress import progress_bars
 from trio_edge.calibration.search.options import CalibrationOptions
-from trio_edge.runtime.bundle.errors import CheckpointError, DataError, printable
+from trio_edge.runtime.bundle.errors import CheckpointError, DataError, install_command, printable
 from trio_edge.runtime.bundle.files import atomic_folder, check_place
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
@@ -211,7 +211,7 @@ def command(
         except ModuleNotFoundError as error:
             raise CheckpointError(
                 f"trio-calibrate: expected its packages to be installed, got no {error.name};"
-                " pip install 'trio-edge[calibrate]'"
+                f" {install_command('calibrate')}"
             ) from None
         options, expected_samples = read_given(model, config, given)
         check_place(out, num_bytes=_REPORT_BYTES, error=DataError, way_out=_WAY_OUT)

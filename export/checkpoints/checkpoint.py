@@ -7,7 +7,6 @@ or a Hub id (``export/checkpoints/hub.py``). Only safetensors are read, and no c
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import stat
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from trio_edge.export.checkpoints.hub import SAFETENSORS_WAY_OUT, download_description, download_weights
 from trio_edge.export.checkpoints.packed import PACKING, PackedWeight, packed_format, with_packed
 from trio_edge.export.checkpoints.weights import SourceTensor, read_safetensors_header
-from trio_edge.runtime.bundle.errors import CheckpointError, TrioEdgeError
+from trio_edge.runtime.bundle.errors import CheckpointError, TrioEdgeError, did_you_mean
 from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
 from trio_edge.runtime.bundle.reader import read_regular
 
@@ -230,10 +229,9 @@ def _repository(model: str, path: Path) -> str:
     if repository is None or model.startswith((".", "/", "~")):
         raise CheckpointError(f"{model}: expected a checkpoint folder, got nothing there; check the path")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        near = difflib.get_close_matches(model.lower(), ALIASES, n=1)
+        advice = did_you_mean(model, ALIASES, otherwise="check the spelling")
         raise CheckpointError(
-            f"{model}: expected a folder, a Hub id (owner/name) or one of {', '.join(ALIASES)}, got none of them;"
-            f" {f'did you mean {near[0]}?' if near else 'check the spelling'}"
+            f"{model}: expected a folder, a Hub id (owner/name) or one of {', '.join(ALIASES)}, got none of them; {advice}"
         )
     return repository
 

@@ -6,7 +6,10 @@ checkpoint's, so the package has it only once.
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
 GRAPHS = Path(__file__).parent / "bundle"
 EXPECTED = Path(__file__).parent / "expected.json"
 _WEIGHTS = "model.safetensors"
+EXPORT_OPTIONS = ("--max-text", "64", "--max-new-tokens", "16")
+"""Options with which the Makefile exports the packaged graphs, in float16."""
+# a file in the working directory must not pass for a package
+SAFE_ENVIRONMENT = {**os.environ, "PYTHONSAFEPATH": "1"}
 NEW_TOKENS = 8
 """Tokens per answer: the second decode step is captured as a CUDA graph, and later ones replay it."""
 LOGITS_RTOL = LOGITS_ATOL = 5e-2
@@ -74,19 +81,32 @@ def put_together(target: Path, *, graphs: Path | None = None) -> Path:
         target: The new folder.
         graphs: Folder of graphs and manifest; None for the package's.
 
+    A clone has no graphs: it exports the packaged model, which needs torch.
+
     Raises:
-        BundleError: If the package has no bundle.
+        BundleError: If there are no graphs and the export fails.
     """
     source = GRAPHS if graphs is None else graphs
     if not (source / MANIFEST_NAME).is_file():
-        raise BundleError(
-            f"{source}: expected the packaged bundle, which releases have, got none; run make check in a clone, or"
-            " trio-export tiny --out tiny on a machine with torch and trio-check --bundle tiny"
-        )
+        return _exported(target)
     shutil.copytree(source, target)
     weights = files("trio_edge.export").joinpath("tiny", _WEIGHTS)
     (target / "weights").mkdir(exist_ok=True)
     (target / "weights" / _WEIGHTS).write_bytes(weights.read_bytes())
+    return target
+
+
+def _exported(target: Path) -> Path:
+    code = "import sys; from trio_edge.export.cli import main; sys.exit(main())"
+    options = ["tiny", "--out", str(target), "--dtype", "float16", *EXPORT_OPTIONS]
+    command = [sys.executable, "-c", code, *options]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=SAFE_ENVIRONMENT)
+    if ended.returncode:
+        problem = (ended.stderr.splitlines() or ["it printed nothing"])[-1]
+        raise BundleError(
+            f"{GRAPHS}: expected the graphs of a wheel, or trio-export to make them, got: {problem}; or name a bundle with"
+            " --bundle"
+        )
     return target
 
 

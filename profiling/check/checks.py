@@ -7,7 +7,6 @@ the check has ended: a crash loses none.
 from __future__ import annotations
 
 import gc
-import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import numpy as np
 
 from trio_edge.profiling.check.answers import (
     LOGITS_ATOL,
+    SAFE_ENVIRONMENT,
     AnswerRecord,
     CheckQuestion,
     answer,
@@ -32,7 +32,7 @@ from trio_edge.profiling.check.answers import (
 )
 from trio_edge.profiling.measure.measuring import PROMPT, measured_sizes
 from trio_edge.runtime.backends.registry import BACKENDS, make_backend
-from trio_edge.runtime.bundle.errors import BackendError, TrioEdgeError
+from trio_edge.runtime.bundle.errors import BackendError, TrioEdgeError, install_command
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
 from trio_edge.runtime.devices.machine import cuda_problem, find_host, process_bytes
@@ -51,8 +51,6 @@ ORDER = (CPU, *(name for name in BACKENDS if name != CPU))
 """The CPU is first, because other backends are compared with it where no results are stored."""
 _LIMIT_SECONDS = 1800
 """Limit per backend, to end a hang; building engines on a small Jetson takes minutes."""
-# a file in the working directory must not pass for a package
-_ENVIRONMENT = {**os.environ, "PYTHONSAFEPATH": "1"}
 CHECKS = (ANSWERS, CUDA_GRAPH, LOADS) = ("answers", "CUDA graph", "load and close")
 """The checks in their order; building engines comes before them."""
 HOURS = "hours"
@@ -148,7 +146,7 @@ def absent_reason(backend: str) -> str | None:
             return "not installed"
     else:
         if find_spec("onnxruntime") is None:
-            return 'not installed; pip install "trio-edge[ort]"'
+            return f"not installed; {install_command('ort')}"
         from trio_edge.runtime.backends.onnxruntime import has_provider
 
         if not has_provider(cast("OnnxRuntimeName", backend)):
@@ -170,7 +168,7 @@ def run_backend(job: WorkerJob, folder: Path) -> list[CheckResult]:
                 stderr=output,
                 timeout=_LIMIT_SECONDS + job.seconds,
                 check=False,
-                env=_ENVIRONMENT,
+                env=SAFE_ENVIRONMENT,
             ).returncode
         except subprocess.TimeoutExpired:
             code, failure = 0, f"no end after {_LIMIT_SECONDS + job.seconds:.0f} s"

@@ -14,7 +14,7 @@ from rich.console import Console
 from trio_edge.profiling.check.answers import QUESTIONS, put_together, stored_answers
 from trio_edge.profiling.check.checks import CheckResult, check_backends
 from trio_edge.profiling.measure.machine_info import find_machine, find_power_mode, find_versions
-from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.errors import BackendError, install_command
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.interruption import interruptible
@@ -45,20 +45,20 @@ def command(bundle: Path | None, hours: float | None, as_json: bool) -> int:
     The exit code is 0 if no check failed, 1 if one failed, and 2 if nothing could be checked.
     """
     facts, results = machine_facts(), []
-    if not as_json:
-        for name, text in facts_in_words(facts).items():
-            print(f"{name:14}{text}")
     console = Console(stderr=True)
     with (
         interruptible(),
         tempfile.TemporaryDirectory(prefix="trio-check-") as folder,
-        console.status("") as status,
+        console.status("making the packaged model's graphs") as status,
     ):
         place, settings = Path(folder), dict[str, Any](questions=(), stored=())
         if bundle is None:
             bundle = put_together(place / "bundle")
             settings = {"questions": QUESTIONS, "stored": stored_answers()}
-        open_bundle(bundle)
+        open_bundle(bundle)  # refused before anything is printed
+        if not as_json:
+            for name, text in facts_in_words(facts).items():
+                print(f"{name:14}{text}")
         settings["seconds"] = 3600 * (hours or 0.0)
 
         def starting(backend: str) -> None:
@@ -73,7 +73,7 @@ def command(bundle: Path | None, hours: float | None, as_json: bool) -> int:
         print(json.dumps(as_dict(facts, results), indent=1))
     if all(result.status == "not here" for result in results):
         raise BackendError(
-            'backend: expected one that runs here, got none; run pip install "trio-edge[ort]" for the CPU'
+            f"backend: expected one that runs here, got none; for the CPU, run {install_command('ort')}"
         )
     return int(any(result.status == "fail" for result in results))
 

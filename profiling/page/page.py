@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jinja2
 import msgspec
 
-from trio_edge.runtime.bundle.errors import DataError
+from trio_edge.runtime.bundle.errors import DataError, install_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -226,7 +226,7 @@ def check_matplotlib() -> None:
     """Raise DataError, with the extra to install, unless figures can be drawn."""
     if find_spec("matplotlib") is None:
         raise DataError(
-            '--html: expected matplotlib to be installed, got none; run pip install "trio-edge[profile]"'
+            f"--html: expected matplotlib to be installed, got none; run {install_command('profile')}"
         )
 
 

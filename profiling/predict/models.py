@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from trio_edge.runtime.bundle.errors import TargetError
+from trio_edge.runtime.bundle.errors import TargetError, did_you_mean
 from trio_edge.runtime.bundle.manifest import Dimensions, LinearAttention, Manifest, VisionDimensions
 from trio_edge.runtime.images.interface import ImageProcessing, image_processing
 from trio_edge.runtime.images.llava import ONEVISION_PINPOINTS, LlavaImages
@@ -46,8 +45,7 @@ def find_model(name: str) -> Model:
     """
     if name in MODELS:
         return MODELS[name]
-    near = difflib.get_close_matches(name, MODELS, n=1)
-    hint = f"did you mean {near[0]}?" if near else "choose one of these, or predict from a bundle"
+    hint = did_you_mean(name, MODELS, otherwise="choose one of these, or predict from a bundle")
     raise TargetError(f"--model: expected one of {', '.join(MODELS)}, got {name!r}; {hint}")
 
 

@@ -6,7 +6,7 @@ import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.errors import BackendError, install_command
 from trio_edge.runtime.bundle.limits import is_whole
 from trio_edge.runtime.devices import machine
 from trio_edge.runtime.engines.package import ENGINE_BACKENDS, installed_backend
@@ -78,7 +78,7 @@ def make_backend(
         )
     if find_spec("onnxruntime") is None:
         raise BackendError(
-            'backend: expected onnxruntime to be installed, it is not; run pip install "trio-edge[ort]"'
+            f"backend: expected onnxruntime to be installed, it is not; run {install_command('ort')}"
         )
     from trio_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 

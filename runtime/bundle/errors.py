@@ -17,7 +17,15 @@ A message reads ``<where>: expected <rule>, got <value>; <what to do>``.
 
 from __future__ import annotations
 
+import json
 import unicodedata
+from importlib.metadata import distributions, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _MOST_CHARACTERS = 2000
 
@@ -68,6 +76,33 @@ class DataError(TrioEdgeError, ValueError):
 
 class BackendError(TrioEdgeError, RuntimeError):
     """A backend is missing, or cannot load or run a graph."""
+
+
+def install_command(extra: str) -> str:
+    """Return the command that adds the packages of ``extra`` to this installation: from its clone, or from its wheel file.
+
+    No package index has trio-edge, so its bare name would install nothing, or a package of somebody else.
+    """
+    # A clone in which something was built also has an .egg-info, without the installer's file (PEP 610).
+    found = [copy.read_text("direct_url.json") for copy in distributions(name="trio-edge")]
+    source = json.loads(next(filter(None, found), "{}"))
+    place = unquote(urlsplit(source.get("url", "")).path)
+    if "dir_info" in source:
+        editable = "-e " * bool(source["dir_info"].get("editable"))
+        return f'pip install {editable}".[{extra}]" in {place}'
+    if not Path(place).is_file():  # the wheel was deleted, or came from elsewhere
+        place = f"./trio_edge-{version('trio-edge')}-py3-none-any.whl"
+    return f'pip install "{place}[{extra}]"'
+
+
+def did_you_mean(name: str, names: Iterable[str], *, otherwise: str) -> str:
+    """Return a question after the names that begin with ``name``, or after the nearest one; ``otherwise`` if there is none."""
+    from difflib import get_close_matches  # only errors need it
+
+    known, wanted = list(names), name.lower()
+    near = [known_name for known_name in known if wanted and known_name.startswith(wanted)]
+    near = near or get_close_matches(wanted, known, n=1)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
 def message_line(text: str) -> str:

@@ -127,8 +127,10 @@ def _no_bundle(folder: Path, problem: str) -> BundleError:
             return BundleError(f"{folder}: expected a bundle folder, got none; make one with trio-export")
         path.lstat()
     except FileNotFoundError:
-        text = f"{folder}: expected {MANIFEST_NAME}, got none; the export did not finish, run it again"
-        return BundleError(text)
+        advice = "this is no bundle, name a folder that trio-export wrote"
+        if any(folder.glob("*.onnx")):
+            advice = "the export or the copy did not finish, run it again"
+        return BundleError(f"{folder}: expected {MANIFEST_NAME}, got none; {advice}")
     except OSError as error:  # no permission, or a name that is too long
         return BundleError(f"{path}: cannot be read ({error.strerror}); export the bundle again")
     return BundleError(f"{problem}; export the bundle again")

@@ -14,7 +14,7 @@ import click
 from rich import progress as rich_progress
 from rich.console import Console
 
-from trio_edge.runtime.bundle.errors import BackendError, printable
+from trio_edge.runtime.bundle.errors import BackendError, install_command, printable
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.console import EXIT_USER_ERROR, run
 from trio_edge.runtime.cli.interruption import interruptible
@@ -109,7 +109,7 @@ def _prepare_for_cpu(bundle: Path, given: dict[str, Any], console: Console, *, f
         rule = "expected --backend tensorrt or tensorrt-rtx, got onnxruntime"
         raise click.UsageError(f"{odd}: {rule}; remove the option")
     if find_spec("onnxruntime") is None:
-        remedy = 'run pip install "trio-edge[ort]"'
+        remedy = f"run {install_command('ort')}"
         raise BackendError(f"backend: expected onnxruntime to be installed, it is not; {remedy}")
     from trio_edge.runtime.engines.cpu import CPU_TARGET, prepare_graphs
 

@@ -61,7 +61,7 @@ def _run(command: click.Command, arguments: list[str]) -> int:
         print(f"{command.name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except click.ClickException as error:
-        return _fail(command, error.format_message())
+        return _fail(command, usage_line(error, command.name))
     except TrioEdgeError as error:
         return _fail(command, str(error))
     except MemoryError:
@@ -69,6 +69,31 @@ def _run(command: click.Command, arguments: list[str]) -> int:
     except OSError as error:
         return _fail_with_files(command, error)
     return result if isinstance(result, int) else 0
+
+
+def usage_line(error: click.ClickException, name: str | None) -> str:
+    """Return the message of an error of command ``name`` in the form of ours; click's own messages have another one."""
+    message, advice = error.format_message(), f"see {name} --help"
+    if isinstance(error, click.NoSuchOption):
+        near = f"did you mean {error.possibilities[0]}?" if error.possibilities else advice
+        return f"{error.option_name}: expected an option of {name}, got another; {near}"
+    if isinstance(error, click.BadOptionUsage):
+        rule = "no value, got one" if "not take" in message else "a value, got none"
+        return f"{error.option_name}: expected {rule}; {advice}"
+    if isinstance(error, click.BadParameter) and error.param is not None:
+        is_option = isinstance(error.param, click.Option)
+        where = error.param.opts[0] if is_option else error.param.human_readable_name
+        value, is_clicks, rule = error.message.rstrip(".").rpartition(" is not ")
+        rule = re.sub("^a valid (integer|float).*", "a number", rule.replace("in the range", "a number in"))
+        text = f"expected {rule}, got {value}" if is_clicks else error.message
+        if isinstance(error, click.MissingParameter):
+            text = "expected a value, got none"
+        return f"{where}: {text}; {advice}"
+    if found := re.fullmatch(r"Got unexpected extra arguments? \((.*)\)\.?", message):
+        return (
+            f"arguments: expected none after the last one, got {found[1]}; put a text with spaces in quotes"
+        )
+    return message
 
 
 def _is_text(argument: str) -> bool:

@@ -18,7 +18,7 @@ from trio_edge.runtime.cli.decide import OPTIONS as DECISION_OPTIONS
 from trio_edge.runtime.cli.decide import decide, described_level, question_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from PIL import Image
 
@@ -114,6 +114,8 @@ def command(
     """
     from trio_edge.runtime.pipeline import Pipeline  # slow to import, and --help needs none of it
 
+    if not prompt.strip():
+        raise click.UsageError("--prompt: expected a question, got no words; write one")
     if show_kept is not None:
         _check_drawing_target(show_kept, is_seen=bool(images) or settings["video"] is not None)
     full_level = None if compare_full is None else _keep_all_level(Path(compare_full or bundle))
@@ -147,7 +149,7 @@ def command(
         repaired = f"; {redone} stages redone on the host" if redone else ""
         level = f", {described_level(statistics)}" if pipeline.manifest.levels else ""
         print(f"{pipeline.backend_name}: {times}, {kept}{repaired}{level}", file=sys.stderr)
-        for note in pipeline.notes:  # after the answer, which may add some
+        for note in (*pipeline.notes, *_remarks(pipeline, prompt, answer)):  # the answer may add notes
             print(f"trio-run: {printable(note)}", file=sys.stderr)
         if show_kept is not None:
             _draw(pipeline, answer.images, answer, show_kept)
@@ -171,6 +173,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _shown(text: str) -> str:
     """Return a piece of an answer, escaped for a terminal; files and pipes get it unchanged."""
     return printable(text, but="\n\t") if sys.stdout.isatty() else text
+
+
+def _remarks(pipeline: Pipeline, prompt: str, answer: Generation) -> Iterator[str]:
+    """Yield what explains an answer that helps nobody."""
+    if pipeline.tokenizer.has_only_unknown(prompt):
+        num_known = pipeline.tokenizer.num_tokens
+        yield f"--prompt: expected some of the {num_known} words that the model knows, got none of them; ask in its words"
+    if not answer.text.strip():
+        yield f"the answer has no words, {len(answer.token_ids)} tokens; ask in other words, or add --min-new-tokens"
 
 
 _KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from trio_edge.runtime.bundle.errors import install_command
+
 _CUDA_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _TEGRA = Path("/etc/nv_tegra_release")
@@ -107,7 +109,7 @@ def cuda_problem() -> str | None:
     if find_gpu() is None:
         return "expected an NVIDIA GPU and its driver on this machine, got none; use --backend onnxruntime"
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
-        return 'expected cuda-python to be installed, it is not; run pip install "trio-edge[gpu]"'
+        return f"expected cuda-python to be installed, it is not; run {install_command('gpu')}"
     return None
 
 

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
 
-from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.errors import BackendError, install_command
 from trio_edge.runtime.devices.machine import is_jetson
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _spec(name: str, folders: Sequence[Path]) -> ModuleSpec | None:
 
 
 def _missing(backend: EngineBackend) -> BackendError:
-    remedy = 'run pip install "trio-edge[rtx]"'
+    remedy = f"run {install_command('rtx')}"
     if backend == "tensorrt":
         jetson = "on a Jetson it comes with JetPack (sudo apt install python3-libnvinfer)"
         remedy = f"{jetson}, elsewhere pip install tensorrt"

@@ -121,8 +121,10 @@ def file_of(source: str | Path, *, kind: str) -> Path:
         ImageError: If it is a URL, missing, or no regular file.
     """
     name = f"{kind} {short_name(source)}"
-    if isinstance(source, str) and re.match(r"[a-z0-9+]{2,}://|data:", source):
-        raise ImageError(f"{name}: expected a local file, got a URL; download it first")
+    if re.match(r"[a-z0-9+]{2,}:/|data:", str(source), re.IGNORECASE):  # a Path has lost one of two slashes
+        raise ImageError(
+            f"{name}: expected a local file, got a URL, and no address is read; download it first"
+        )
     try:
         path = Path(source)
         if path.is_dir():

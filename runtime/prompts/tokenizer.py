@@ -236,6 +236,20 @@ class Tokenizer:
         _check_unicode(text)
         return self._encode(text, add_special_tokens=False)
 
+    @property
+    def num_tokens(self) -> int:
+        """Size of the vocabulary."""
+        return self._tokenizer.get_vocab_size()
+
+    def has_only_unknown(self, text: str) -> bool:
+        """Return whether the tokenizer knows nothing of ``text``, so that all its tokens are the unknown one.
+
+        Raises:
+            ShapeError: If the text is not valid Unicode.
+        """
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        return unknown is not None and set(self.plain_ids(text)) == {self._tokenizer.token_to_id(unknown)}
+
     def _encode(self, text: str, *, add_special_tokens: bool) -> NDArray[np.int32]:
         if (1 + len(text)) * self._growth > MAX_CHARACTERS:
             raise BundleError(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol, final
 import numpy as np
 from PIL import Image
 
-from trio_edge.runtime.bundle.errors import ImageError
+from trio_edge.runtime.bundle.errors import ImageError, install_command
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, is_number, is_whole
 from trio_edge.runtime.images.reading import file_of, one_line, open_image, short_name
 
@@ -221,7 +221,7 @@ def import_av() -> ModuleType:
         import av
     except ImportError as error:
         raise ImageError(
-            'video: expected PyAV to be installed, it is not; run pip install "trio-edge[video]"'
+            f"video: expected PyAV to be installed, it is not; run {install_command('video')}"
         ) from error
     module: ModuleType = av
     return module

@@ -13,7 +13,7 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trio_edge.runtime.bundle.errors import BackendError, ShapeError
+from trio_edge.runtime.bundle.errors import BackendError, ShapeError, install_command
 from trio_edge.runtime.bundle.reader import open_bundle
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _imported(*, is_local: bool) -> tuple[Any, Any]:
         from ray import serve
     except ImportError as error:
         raise BackendError(
-            f'--replicas: expected {error.name} to be installed, it is not; run pip install "trio-edge[ray]"'
+            f"--replicas: expected {error.name} to be installed, it is not; run {install_command('ray')}"
         ) from None
     return ray, serve
 

@@ -55,7 +55,11 @@ class MediaReader:
             return self._local(url, where=where)
         if scheme in ("http", "https") and self._settings.allowed_media_domains:
             return self._remote.fetch(url, where=where)
-        raise refused_media(where, f"expected data:{kind}/…;base64,…, got {url[:40]!r}; send a data URL")
+        options = {"file": "--allowed-local-media-path", "http": "--allowed-media-domains"}
+        option = options.get(scheme.removesuffix("s"))
+        advice = f", or start trio-serve with {option}" if option else ""
+        problem = f"expected data:{kind}/…;base64,…, got {url[:40]!r}; send a data URL{advice}"
+        raise refused_media(where, problem)
 
     def check_image(self, data: bytes, *, where: str, pixels_left: int) -> int:
         """Return the number of pixels in an image's header. It decodes nothing.

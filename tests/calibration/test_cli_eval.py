@@ -168,7 +168,7 @@ def test_a_damaged_image_in_the_middle_loses_no_other_answer(
 
 
 REQUESTS: dict[str, tuple[list[str], str]] = {
-    "no_bundle": ([], "Missing argument"),
+    "no_bundle": ([], "BUNDLE...: expected a value, got none"),
     "not_a_bundle": (["nowhere"], "expected a bundle folder"),
     "twice": (["B", "B"], "each bundle once"),
     "reference_that_selects": (["B", "--reference", "B"], "keep-all bundle"),
@@ -177,7 +177,7 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     "unknown_selection": (["B", "--selection", "best"], "--selection"),
     "unknown_metric": (["B", "--metric", "bleu"], "--metric"),
     "metric_that_does_not_fit": (["B", "--data", "Q", "--metric", "vqa"], "expected 10 answers"),
-    "no_data": (["B", "--data"], "'--data' requires an argument"),
+    "no_data": (["B", "--data"], "--data: expected a value, got none"),
     "missing_data": (["B", "--data", "nowhere.jsonl"], "JSON-lines file"),
     "count_zero": (["B", "--count", "0"], "--count"),
     "unknown_split": (["B", "--data", "Q", "--split", "val"], "of split 'val'"),

@@ -137,6 +137,7 @@ def test_list_is_an_aligned_table_of_aliases(capsys: pytest.CaptureFixture[str])
     ("model", "message"),
     [
         ("llava-next-mistal-7b", "did you mean llava-next-mistral-7b"),
+        ("Qwen3-VL", "did you mean qwen3-vl-2b or qwen3-vl-4b or qwen3-vl-8b"),
         ("Qwen2.5-VL-7B", "did you mean qwen2.5-vl-7b"),
         ("something else", "check the spelling"),
         ("./checkpoints", "check the path"),

@@ -78,6 +78,10 @@ FLAGS = {
     "opset_too_new": (["M", "--opset", "20"], "--opset: expected 18 or 19, got 20"),
     "opset_too_old": (["M", "--opset", "17"], "--opset: expected 18 or 19, got 17"),
     "unknown_option": (["M", "--nonsense"], "--nonsense"),
+    "dtype_is_a_weight_format": (
+        ["M", "--dtype", "int4"],
+        "--dtype: expected one of auto, float16, float32, got 'int4'; write --quantize int4",
+    ),
     "dtype_unknown": (["M", "--dtype", "int3"], "--dtype"),
     "threshold_out_of_range": (["M", "--keep", "50%", "--nms-threshold", "1.5"], "nms_threshold"),
     "rounds_zero": (["M", "--keep", "50%", "--nms-rounds", "0"], "nms_rounds"),

@@ -13,6 +13,7 @@ import pytest
 
 from trio_edge.export.cli import command as trio_export
 from trio_edge.export.cli import optimum_command as command
+from trio_edge.runtime.bundle.errors import install_command
 
 PLUG_IN = Path(__file__).parents[2] / "optimum_plugin" / "register_trio_edge.py"
 RUN = """
@@ -120,7 +121,7 @@ def test_two_installations_give_one_command(tmp_path: Path) -> None:
 def test_missing_packages_are_named_when_the_command_runs(tmp_path: Path) -> None:
     result = optimum_cli("export", "trio", "--model", "tiny", tmp_path / "b", blocked=("torch",))
     assert result.returncode == 2
-    assert "got no torch; pip install 'trio-edge[export]'" in result.stderr
+    assert f"got no torch; {install_command('export')}" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -22,6 +22,7 @@ from trio_edge.profiling.check import answers, checks
 from trio_edge.profiling.check.answers import close_difference, exact_difference
 from trio_edge.profiling.check.checks import WorkerJob, judge_growth, run_backend, run_worker
 from trio_edge.profiling.check.cli import main
+from trio_edge.runtime.bundle.errors import install_command
 from trio_edge.runtime.bundle.reader import sha256_of
 
 if TYPE_CHECKING:
@@ -82,12 +83,24 @@ def test_another_answer_than_stored_fails_in_one_line(
     assert failed[0].endswith("'what color is the square ?': stage 3 keeps 3 of the 4 expected tokens")
 
 
-def test_a_package_without_the_bundle_says_what_to_do(
+def test_a_clone_exports_the_graphs_that_only_wheels_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(answers, "GRAPHS", tmp_path / "none")
+    assert main([]) == 0
+    assert "pass      onnxruntime, answers              3 questions" in capsys.readouterr().out
+
+
+def test_a_clone_without_torch_says_what_to_install_before_any_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "transformers.py").write_text("raise ModuleNotFoundError(name='torch')")
+    monkeypatch.setitem(answers.SAFE_ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(answers, "GRAPHS", tmp_path / "none")
     assert main([]) == 2
-    assert capsys.readouterr().err.endswith("trio-check --bundle tiny\n")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"got no torch; {install_command('export')}; or name a bundle with --bundle" in captured.err
 
 
 def test_a_bundle_of_the_users_is_checked_without_stored_results(

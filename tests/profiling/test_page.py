@@ -37,6 +37,7 @@ from trio_edge.profiling.report.profile import (
     SizePoint,
 )
 from trio_edge.profiling.statistics import distribution, line_fit, median_ratio
+from trio_edge.runtime.bundle.errors import install_command
 
 PHONE_WIDTH = 360
 LEAST_TEXT = 8.0
@@ -325,7 +326,7 @@ def test_a_page_without_matplotlib_is_refused_with_the_extra_to_install(
     assert main(["BUNDLE", "--html", str(tmp_path / "page.html")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(
-        '--html: expected matplotlib to be installed, got none; run pip install "trio-edge[profile]"'
+        f"--html: expected matplotlib to be installed, got none; run {install_command('profile')}"
     )
 
 

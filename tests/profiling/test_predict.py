@@ -225,7 +225,7 @@ def test_a_bundle_fills_its_own_buffers_whatever_is_asked(reduced_bundle: Path) 
 
 MODEL = ["--model", "llava-1.5-7b", "--predict", "agx-orin-64"]
 WRONG = {
-    "device": (["--model", "llava-1.5-7b", "--predict", "orin-nx"], "did you mean orin-nx-16"),
+    "device": (["--model", "llava-1.5-7b", "--predict", "orin-nx"], "did you mean orin-nx-16?"),
     "model": (["--model", "llava-1.5-8b", "--predict", "all"], "did you mean llava-1.5-7b"),
     "neither bundle nor model": (["--predict", "all"], "expected a BUNDLE or --model NAME, got none"),
     "both": (["bundle", *MODEL], "expected a BUNDLE or --model NAME, got both"),

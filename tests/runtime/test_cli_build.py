@@ -209,10 +209,10 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
         ["--compute-capability", "86", "--split-lm-head", "0"],
         "--split-lm-head: expected 1 or more",
     ),
-    "blocks_are_a_word": (["--split-lm-head", "many"], "'many' is not a valid integer"),
+    "blocks_are_a_word": (["--split-lm-head", "many"], "--split-lm-head: expected a number, got 'many'"),
     "empty_graph": (["--graphs", ""], "got ''; choose among them"),
     "split_without_head": (["--split-lm-head", "2", "--graphs", "prefix"], "expected head or gradient"),
-    "unknown_option": (["--turbo"], "No such option"),
+    "unknown_option": (["--turbo"], "--turbo: expected an option of trio-build, got another"),
 }
 
 

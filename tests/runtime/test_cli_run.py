@@ -14,6 +14,7 @@ from trio_edge.runtime import pipeline as pipeline_module
 from trio_edge.runtime.cli import inspect as cli_inspect
 from trio_edge.runtime.cli import run as cli_run
 from trio_edge.runtime.images import reading
+from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,8 +124,13 @@ def test_compare_full_of_a_bundle_with_itself_has_no_divergence(
 
 REQUESTS: dict[str, tuple[list[str], str]] = {
     "missing_picture": (["--image", "nowhere.png", "--prompt", "w1"], "nowhere.png"),
+    "address": (
+        ["--image", "https://a.example/b.png", "--prompt", "w1"],
+        "got a URL, and no address is read",
+    ),
     "two_pictures": (["--image", "P", "--image", "P", "--prompt", "w1"], "images: expected at most"),
     "no_prompt": (["--image", "P"], "--prompt"),
+    "empty_prompt": (["--image", "P", "--prompt", " "], "--prompt: expected a question, got no words"),
     "empty_text_picture": (["--image", "EMPTY", "--prompt", "w1"], "expected"),
     "not_a_picture": (["--image", "TEXT", "--prompt", "w1"], "expected"),
     "prompt_too_long": (["--prompt", "w1 " * 100], "largest bucket"),
@@ -179,6 +185,11 @@ def edit_manifest(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def link_elsewhere(folder: Path) -> None:
     outside = folder.parent / "outside.onnx"
     (folder / "head.onnx").rename(outside)
@@ -191,6 +202,27 @@ def escape_by_manifest(folder: Path) -> None:
     (folder / "trio.json").write_text(json.dumps(manifest))
 
 
+def test_an_answer_without_words_says_so(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bundle ends an answer at the token that was the first one of another."""
+    with Pipeline.from_bundle(copy) as pipeline:
+        answer = pipeline.generate((), "w1", max_new_tokens=1)
+        assert answer.text
+    text = json.loads((copy / "trio.json").read_text())["text"]
+    edit_manifest(copy, text={**text, "stop_token_ids": answer.token_ids})
+    assert cli_run.main([str(copy), "--prompt", "w1"]) == 0
+    assert "trio-run: the answer has no words" in capsys.readouterr().err
+
+
+def test_a_prompt_of_unknown_words_is_told_with_the_size_of_the_vocabulary(
+    reduced_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remark = "--prompt: expected some of the"
+    assert cli_run.main([str(reduced_bundle), "--prompt", "what is this"]) == 0
+    assert f"{remark} 100 words that the model knows, got none" in capsys.readouterr().err
+    assert cli_run.main([str(reduced_bundle), "--prompt", "what is w1"]) == 0
+    assert remark not in capsys.readouterr().err
+
+
 BREAKAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no_folder": (shutil.rmtree, "expected a bundle folder"),
     "no_manifest": (lambda folder: (folder / "trio.json").unlink(), "did not finish"),
@@ -199,6 +231,7 @@ BREAKAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other_schema": (lambda folder: edit_manifest(folder, schema_version=9), "schema_version 9"),
     "unknown_key": (lambda folder: edit_manifest(folder, surprise=1), "surprise"),
     "wrong_type": (lambda folder: edit_manifest(folder, max_visual="many"), "max_visual"),
+    "another_folder": (empty, "this is no bundle, name a folder that trio-export wrote"),
     "missing_graph": (lambda folder: (folder / "head.onnx").unlink(), "head.onnx"),
     "changed_byte_in_graph": (lambda folder: flip_byte(folder / "prefix.onnx"), "SHA-256"),
     "changed_byte_in_weights": (

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+
+from trio_edge.runtime.cli.console import lookup_option, run
 
 _PRINTS = """
 import sys, click
@@ -16,6 +19,36 @@ from trio_edge.runtime.cli.console import run
 sys.exit(run(click.Command("speak", callback=lambda: print("word " * {count})), []))
 """
 _FULL = Path("/dev/full")
+CLICKS_ERRORS = (
+    ([], "BUNDLE: expected a value, got none; see walk --help"),
+    (["B", "C D"], "arguments: expected none after the last one, got C D; put a text with spaces in quotes"),
+    (["B", "--steps"], "--steps: expected a value, got none; see walk --help"),
+    (["B", "--fast=1"], "--fast: expected no value, got one; see walk --help"),
+    (["B", "--steps", "9"], "--steps: expected a number in 1<=x<=3, got 9; see walk --help"),
+    (["B", "--steps", "two"], "--steps: expected a number, got 'two'; see walk --help"),
+    (["B", "--gait", "hop"], "--gait: expected one of 'trot', 'run', got 'hop'; see walk --help"),
+    (["B", "--lookup", "few"], "--lookup: expected a number or auto, got 'few'; see walk --help"),
+    (["B", "--step", "2"], "--step: expected an option of walk, got another; did you mean --steps?"),
+    (["B", "--qqq"], "--qqq: expected an option of walk, got another; see walk --help"),
+)
+
+
+@pytest.mark.parametrize(("arguments", "expected"), CLICKS_ERRORS, ids=lambda value: str(value)[:20])
+def test_an_error_that_click_finds_says_where_what_was_expected_and_what_came(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = click.command("walk")(lambda **_given: None)
+    command.params = [
+        click.Argument(["bundle"]),
+        click.Option(["--steps"], type=click.IntRange(1, 3)),
+        click.Option(["--fast"], is_flag=True),
+        click.Option(["--gait"], type=click.Choice(["trot", "run"])),
+    ]
+    lookup_option()(command)
+    assert run(command, arguments) == 2
+    assert capsys.readouterr().err == f"walk: {expected}\n"
+
+
 COUNTS = pytest.mark.parametrize("count", [1, 100_000], ids=["a line", "more than a buffer"])
 
 

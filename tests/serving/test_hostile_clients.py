@@ -195,8 +195,9 @@ IMAGES: dict[str, tuple[str, str]] = {
     "text": ("data:text/html;base64,PGh0bWw+", "expected data:image/…;base64"),
     "a_video": ("data:video/mp4;base64,AAAA", "expected a data URL of the type image"),
     "a_path": ("/etc/passwd", "expected data:image"),
-    "a_file": ("file:///etc/passwd", "expected data:image"),
-    "over_http": ("http://images.example/a.png", "expected data:image"),
+    "a_file": ("file:///etc/passwd", "send a data URL, or start trio-serve with --allowed-local-media-path"),
+    "over_http": ("http://images.example/a.png", "or start trio-serve with --allowed-media-domains"),
+    "over_https": ("https://images.example/a.png", "or start trio-serve with --allowed-media-domains"),
     "postscript": (
         f"data:image/png;base64,{base64.b64encode(b'%!PS-Adobe-3.0 EPSF-3.0').decode()}",
         "no known format",

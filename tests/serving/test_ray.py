@@ -26,7 +26,7 @@ from tests.pictures import random_picture
 from tests.serving.server import image_url, question, until
 from tests.serving.test_decisions import PICTURE
 from tests.serving.test_levels import DOUBTFUL
-from trio_edge.runtime.bundle.errors import ShapeError
+from trio_edge.runtime.bundle.errors import ShapeError, install_command
 from trio_edge.runtime.decisions.questions import Question
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.serving import cli
@@ -37,7 +37,7 @@ from trio_edge.serving.settings import ServerSettings
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytest.importorskip("ray", reason='Ray is not installed; pip install "trio-edge[ray]"')
+pytest.importorskip("ray", reason=f"Ray is not installed; {install_command('ray')}")
 if (os.cpu_count() or 1) < 2:
     pytest.skip("two replicas need two cores", allow_module_level=True)
 

@@ -6,11 +6,10 @@ sparse) peaks of the GPU alone, without a Jetson's DLAs.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from trio_edge.runtime.bundle.errors import TargetError
+from trio_edge.runtime.bundle.errors import TargetError, did_you_mean
 from trio_edge.runtime.bundle.fp8 import fp8_refusal
 
 if TYPE_CHECKING:
@@ -184,6 +183,6 @@ def find_device(name: str, *, option: str = "--target") -> DeviceSpec:
     if known is not None:
         return known
     names = sorted(DEVICES)
-    near = difflib.get_close_matches(name, [*names, *(entry.removeprefix("jetson-") for entry in names)], n=1)
-    hint = f"did you mean {near[0]}?" if near else "choose one of these"
+    known_names = [*names, *(entry.removeprefix("jetson-") for entry in names)]
+    hint = did_you_mean(name, known_names, otherwise="choose one of these")
     raise TargetError(f"{option}: expected one of {', '.join(names)}, got {name!r}; {hint}")

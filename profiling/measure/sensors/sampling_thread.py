@@ -20,6 +20,7 @@ import numpy as np
 
 from trio_edge.profiling.measure.sensors.cpu import CpuClock, Rapl, ThermalZones
 from trio_edge.profiling.measure.sensors.tegrastats import Tegrastats
+from trio_edge.runtime.bundle.errors import install_command
 from trio_edge.runtime.devices.machine import find_gpu, is_jetson
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _gpu() -> Sensor:
     if find_gpu() is None:
         raise OSError("this machine has no NVIDIA GPU")
     if find_spec("pynvml") is None:
-        raise OSError('nvidia-ml-py is missing; pip install "trio-edge[profile]"')
+        raise OSError(f"nvidia-ml-py is missing; {install_command('profile')}")
     from trio_edge.profiling.measure.sensors.nvml import Nvml
 
     return Nvml()

@@ -17,7 +17,7 @@ from transformers.video_utils import read_video_pyav
 
 from tests.pictures import random_picture
 from tests.videos import write_video
-from trio_edge.runtime.bundle.errors import ImageError
+from trio_edge.runtime.bundle.errors import ImageError, install_command
 from trio_edge.runtime.videos import reading
 from trio_edge.runtime.videos.qwen import Qwen3Videos, Qwen25Videos
 from trio_edge.runtime.videos.reading import Video, open_video
@@ -320,6 +320,5 @@ def test_without_pyav_one_line_says_what_to_install(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
     )
     assert (
-        result.stdout
-        == 'video: expected PyAV to be installed, it is not; run pip install "trio-edge[video]"\n'
+        result.stdout == f"video: expected PyAV to be installed, it is not; run {install_command('video')}\n"
     )
