@@ -13,7 +13,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -191,26 +194,7 @@ class Fitted:
         return text
 
 
-FITTED: dict[str, Fitted] = {
-    "jetson": Fitted(
-        efficiency=Efficiency(
-            plateau=0.603, rows_for_half=54.4, attention=0.781, bandwidth=0.830, launch_s=6.40e-6
-        ),
-        num_figures=114,
-        new_model=Errors(median=0.08, nine_in_ten=0.16),
-        new_runtime=Errors(median=0.12, nine_in_ten=0.23),
-        devices=("jetson-agx-orin-64", "jetson-orin-nx-16", "jetson-orin-nano-8"),
-    ),
-    "rtx": Fitted(
-        efficiency=Efficiency(
-            plateau=0.953, rows_for_half=35.4, attention=0.867, bandwidth=0.930, launch_s=4.84e-6
-        ),
-        num_figures=29,
-        new_model=Errors(median=0.06, nine_in_ten=0.16),
-        new_runtime=Errors(median=0.13, nine_in_ten=0.27),
-        devices=("rtx-4090",),
-    ),
-}
+FITTED = msgspec.json.decode(Path(__file__).with_name("fitted.json").read_bytes(), type=dict[str, Fitted])
 """By the first part of a device's name. ``benchmarks/predict_validation.py`` fits them and prints each figure's error; a test
 compares its result with these figures."""
 
