@@ -231,6 +231,11 @@ _OPTIONS = (
         " (InternVL, LLaVA-OneVision, SmolVLM2). [default: 1280 for Qwen-VL, else the checkpoint's]",
     ),
     _option(
+        "--min-visual",
+        int,
+        "Least visual tokens of an image; smaller images are enlarged (Qwen-VL). [default: the checkpoint's]",
+    ),
+    _option(
         "--max-images",
         int,
         "Most images of the largest size in a prompt; --keep is a share of all their tokens.",

@@ -48,6 +48,8 @@ class ExportOptions:
     """Element type of weights and activations; "auto" is float32 for a float32 checkpoint, else float16."""
     image_sizes: tuple[tuple[int, int], ...] = ()
     """(width, height) of images that get exact shapes, without padding; the schedule fits the largest."""
+    min_visual: int | None = None
+    """Least visual tokens of an image, in Qwen-VL; smaller images are enlarged."""
     pad_images: bool = False
     """Pad images to squares with the mean colour before they are resized, as LLaVA-1.5's own evaluation does; its Hugging Face
     processor crops them instead."""

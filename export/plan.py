@@ -28,6 +28,7 @@ from trio_edge.runtime.bundle.graph_io import text_buckets
 from trio_edge.runtime.bundle.manifest import Dimensions, LinearAttention
 from trio_edge.runtime.images.interface import at_form
 from trio_edge.runtime.images.llava import LlavaImages
+from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages
 from trio_edge.trio.budgets import MAX_TOPK, ScheduleRequest, check_stage_layers
 from trio_edge.trio.methods import StageMethod, all_methods, stage_method, token_method
 
@@ -213,6 +214,17 @@ def _processing(
                 f"--pad-images: expected a model that takes one tile of an image (LLaVA-1.5), got {family.model_type}; leave it out"
             )
         images = msgspec.structs.replace(images, do_pad=True)
+    if (least := options.min_visual) is not None:
+        if not isinstance(images, (QwenImages, Qwen3Images)):
+            raise ScheduleError(
+                f"--min-visual: expected a Qwen-VL model, got {family.model_type}; leave it out"
+            )
+        most = images.max_pixels // images.token_size**2
+        if not 1 <= least <= most:
+            raise ScheduleError(
+                f"--min-visual: expected 1..{most} (--max-visual), got {least}; choose such a number"
+            )
+        images = msgspec.structs.replace(images, min_pixels=least * images.token_size**2)
     if image_form is not None:
         images = at_form(images, image_form)
     videos = family.video_processing(source.checkpoint, images)

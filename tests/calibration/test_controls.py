@@ -168,3 +168,23 @@ def test_padded_images_show_what_a_crop_cuts_off(tmp_path: Path) -> None:
 def test_a_model_with_a_grid_is_not_padded(checkpoint: Path) -> None:
     with pytest.raises(ScheduleError, match="--pad-images: expected a model that takes one tile"):
         export(checkpoint, pad_images=True)
+
+
+def test_small_images_of_qwen_are_enlarged(tmp_path: Path) -> None:
+    checkpoint = save_qwen3_vl_checkpoint(tmp_path / "ck")
+    counts = {}
+    for least in (None, 12):
+        sizes = {"min_visual": least, "max_visual": 12, "max_text": 128}
+        bundle = export(checkpoint, schedule=Schedule(positions="preserved"), **sizes)
+        with Pipeline.from_bundle(bundle, threads=1) as pipeline:
+            generation = pipeline.generate(random_picture(48, 32), "w1", max_new_tokens=1)
+            assert generation.text is not None
+            counts[least] = generation.statistics.visual_tokens
+    assert counts[12] >= 12 > (counts[None] or 0)
+
+
+def test_min_visual_is_for_qwen_and_at_most_the_largest(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ScheduleError, match="--min-visual: expected a Qwen-VL model"):
+        export(checkpoint, min_visual=4)
+    with pytest.raises(ScheduleError, match=r"--min-visual: expected 1..12 \(--max-visual\), got 13"):
+        export(save_qwen3_vl_checkpoint(tmp_path / "ck"), min_visual=13, max_visual=12)

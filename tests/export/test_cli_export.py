@@ -262,7 +262,7 @@ def test_the_option_list_changes_only_on_purpose() -> None:
     assert options == {
         "--out", "--revision", "--keep", "--schedule", "--level", "--method", "--probe-rows", "--num-probe-rows",
         "--token-method", "--token-keep", "--clip", "--nms-threshold", "--nms-rounds", "--positions", "--encoder-keep",
-        "--image-size", "--only-image-sizes", "--pad-images", "--max-visual", "--max-images",
+        "--image-size", "--only-image-sizes", "--pad-images", "--min-visual", "--max-visual", "--max-images",
         "--max-frames", "--budget", "--follow-ups", "--max-text", "--text-buckets", "--max-new-tokens", "--decode-rows",
         "--batch", "--outputs",
         "--dtype", "--quantize", "--opset", "--target", "--force", "--list", "--quiet",
