@@ -16,6 +16,7 @@ from trio_edge.calibration.reproduce.cli import TABLES, PublishedTables, main
 from trio_edge.export.cli import options_from
 from trio_edge.profiling.predict.models import MODELS
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
+from trio_edge.runtime.prompts.chat import VICUNA_TEMPLATE, render_chat
 from trio_edge.trio.budgets import ScheduleRequest
 
 if TYPE_CHECKING:
@@ -55,6 +56,14 @@ def test_trios_rows_have_exactly_the_published_average(kind: str, tokens: int, s
     table = KNOWN.tables["trio-llava-1.5"]
     (row,) = (row for row in table.rows if row.name == f"{kind} {tokens}")
     assert averaged(table, row) == pytest.approx(share, abs=1e-3)
+
+
+def test_the_system_prompt_stands_where_the_reference_has_it() -> None:
+    system = KNOWN.models["llava-1.5-7b"].system
+    content = [{"type": "image"}, {"type": "text", "text": "Is there a dog?"}]
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+    text = render_chat(messages, template=VICUNA_TEMPLATE)
+    assert text == f"{system} USER: <image>\nIs there a dog? ASSISTANT:"
 
 
 def test_the_dry_run_prints_exports_builds_and_runs_of_the_harness(
@@ -164,3 +173,19 @@ def test_a_harness_that_fails_is_told_in_one_line(
     monkeypatch.setattr(cli.sys, "executable", "/bin/false")
     assert main(small) == 2
     assert "TRIO, made: expected lmms-eval's results, got none, code 1" in capsys.readouterr().err
+
+
+def test_the_harness_knows_every_task() -> None:
+    pytest.importorskip("lmms_eval", reason="needs pip install lmms-eval")
+    from lmms_eval.tasks import TaskManager
+    from lmms_eval.utils import load_yaml_config
+
+    known = TaskManager(include_path=str(TABLES.parent / "tasks")).all_tasks
+    assert {one.task for one in KNOWN.benchmarks.values()} <= {*known}
+    config = load_yaml_config(yaml_path=str(TABLES.parent / "tasks" / "textvqa_val_ocr.yaml"))
+    doc = {"question": "what is written ?", "ocr_tokens": ["stop", "42"]}
+    asked = config["doc_to_text"](doc, config["lmms_eval_specific_kwargs"]["default"])
+    assert asked.splitlines()[1:] == [
+        "Reference OCR token: stop, 42",
+        "Answer the question using a single word or phrase.",
+    ]
