@@ -41,7 +41,7 @@ def settings(whole: Setting, share: float) -> dict[str, Setting]:
     for name, method in INSIDE.items():
         try:
             schedule = ScheduleRequest(method=method, average=share).schedule(
-                num_layers=decoder.num_layers, num_visual=num_visual
+                num_layers=decoder.num_layers, num_visual=num_visual, linear_layers=decoder.linear_layers
             )
         except ScheduleError:
             continue
@@ -55,7 +55,10 @@ def row(name: str, setting: Setting, device: str) -> tuple[str, ...]:
     prefill = [
         timed for timed in prediction.runs if timed.run.phase == "prefill" and timed.run.name != "vision"
     ]
-    rows = sum(len(layers) * (rows + setting.num_text) for layers, rows in setting.ranges)
+    rows = sum(
+        setting.model.decoder.num_cached(layers) * (rows + setting.num_text)
+        for layers, rows in setting.ranges
+    )
     stages = ", ".join(f"{stage.layer}:{stage.keep}" for stage in setting.schedule.stages)
     row_bytes = kv_row_bytes(setting.model.decoder, bytes_per_cached=setting.formats.bytes_per_cached)
     return (

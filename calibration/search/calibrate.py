@@ -43,12 +43,13 @@ from trio_edge.calibration.search.measuring import RecordKey, opened_measurement
 from trio_edge.calibration.search.samples import read_samples, split_samples
 from trio_edge.calibration.search.schedules.search import Setup, cheapest_within, search
 from trio_edge.calibration.search.schedules.space import make_space, stages_of, usual_schedules, with_stages
+from trio_edge.export.plan import dimensions_of
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.profiling.measure.machine_info import find_versions
 from trio_edge.profiling.predict.speed import fitted_for
 from trio_edge.profiling.statistics import bootstrap_interval, paired_interval, score_interval
-from trio_edge.runtime.bundle.errors import TargetError
+from trio_edge.runtime.bundle.errors import ScheduleError, TargetError
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.cost.devices import find_device
 
@@ -166,12 +167,19 @@ def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: S
         progress.sample()
     visual, text = [one.sizes["N"] for one in samples], [one.num_text for one in samples]
     shape = bundle_shape(model, samples, dtype=options.dtype, max_new_tokens=options.max_new_tokens)
+    linear_layers = dimensions_of(model.parts).linear_layers
+    if linear_layers and options.gradients:
+        raise ScheduleError(
+            f"--gradients: expected a decoder whose layers all have full attention, got {len(linear_layers)} with linear"
+            " attention; leave it out"
+        )
     space = make_space(
         num_layers=model.num_layers,
         num_visual=shape.num_visual,
         layers=options.layers,
         keeps=options.keeps,
         max_stages=options.max_stages,
+        linear_layers=linear_layers,
     )
     cost = prefill_cost(model, shape, samples, target=options.target)
     setup = Setup(

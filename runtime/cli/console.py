@@ -84,7 +84,7 @@ def usage_line(error: click.ClickException, name: str | None) -> str:
         is_option = isinstance(error.param, click.Option)
         where = error.param.opts[0] if is_option else error.param.human_readable_name
         value, is_clicks, rule = error.message.rstrip(".").rpartition(" is not ")
-        rule = re.sub("^a valid (integer|float).*", "a number", rule.replace("in the range", "a number in"))
+        rule = re.sub("^a valid (integer|float).*", "a number", _range_in_words(rule))
         text = f"expected {rule}, got {value}" if is_clicks else error.message
         if isinstance(error, click.MissingParameter):
             text = "expected a value, got none"
@@ -94,6 +94,16 @@ def usage_line(error: click.ClickException, name: str | None) -> str:
             f"arguments: expected none after the last one, got {found[1]}; put a text with spaces in quotes"
         )
     return message
+
+
+def _range_in_words(rule: str) -> str:
+    """Return click's "in the range 0<=x<=9" or "in the range x>=1" as our messages say it, and other rules as they are."""
+    found = re.fullmatch(r"in the range (?:(\S+)<=)?x([<>]=?)(\S+)", rule)
+    if found is None:
+        return rule
+    low, sign, bound = found.groups()
+    words = {">=": "of at least", ">": "above", "<=": "of at most", "<": "below"}
+    return f"a number in {low}..{bound}" if low else f"a number {words[sign]} {bound}"
 
 
 def _is_text(argument: str) -> bool:

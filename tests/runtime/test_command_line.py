@@ -24,7 +24,7 @@ CLICKS_ERRORS = (
     (["B", "C D"], "arguments: expected none after the last one, got C D; put a text with spaces in quotes"),
     (["B", "--steps"], "--steps: expected a value, got none; see walk --help"),
     (["B", "--fast=1"], "--fast: expected no value, got one; see walk --help"),
-    (["B", "--steps", "9"], "--steps: expected a number in 1<=x<=3, got 9; see walk --help"),
+    (["B", "--steps", "9"], "--steps: expected a number in 1..3, got 9; see walk --help"),
     (["B", "--steps", "two"], "--steps: expected a number, got 'two'; see walk --help"),
     (["B", "--gait", "hop"], "--gait: expected one of 'trot', 'run', got 'hop'; see walk --help"),
     (["B", "--lookup", "few"], "--lookup: expected a number or auto, got 'few'; see walk --help"),

@@ -365,7 +365,7 @@ def test_metrics_count_questions_by_level(levelled_bundle: Path) -> None:
     ("options", "message"),
     [
         (["--busy-queue", "16"], "--busy-queue: expected less than --max-queue (16), got 16; choose less"),
-        (["--busy-queue", "0"], "'--busy-queue': 0 is not in the range x>=1"),
+        (["--busy-queue", "0"], "--busy-queue: expected a number of at least 1, got 0"),
     ],
 )
 def test_a_number_that_can_never_wait_is_refused(

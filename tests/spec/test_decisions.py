@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from tests.spec.whole_answers import generate
 from trio_edge.runtime.decisions.questions import Question
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -58,13 +59,13 @@ def ways_of(pipeline: Pipeline, words: str) -> list[list[int]]:
     return [list(tokens) for tokens in ways]
 
 
-def forced_log(pipeline: Pipeline, messages: Any, words: str) -> tuple[float, Any]:
-    """Return the logarithm of the probability of an answer, and one that was forced to be it."""
+def forced_log(pipeline: Pipeline, ask: Callable[..., Any], words: str) -> tuple[float, Any]:
+    """Return the logarithm of the probability of an answer, and one that was forced to be it; ``ask`` asks the question."""
     logs = []
     for ids in ways_of(pipeline, words):
         forced = Forced(ids, pipeline.manifest.dimensions.vocab_size)
         how: dict[str, Any] = {"max_new_tokens": len(ids), "num_logprobs": 0, "temperature": 0}
-        answer = pipeline.chat(messages, constraint=forced, **how)
+        answer = ask(constraint=forced, **how)
         assert answer.text is not None
         logs.append(sum(token.chosen for token in answer.logprobs))
     return float(np.logaddexp.reduce(logs)), answer
@@ -131,7 +132,7 @@ def test_reduced_bundle_gives_the_probabilities_of_its_own_answers(subject: Subj
     for question, decision in zip([WORDS, ONE_TOKEN, LEVELS], decisions):
         logs = []
         for option in question.options:
-            log, answer = forced_log(pipeline, PRODUCT[name], option.name)
+            log, answer = forced_log(pipeline, partial(pipeline.chat, PRODUCT[name]), option.name)
             logs.append(log)
         np.testing.assert_allclose(np.log(decision.probabilities), shares(logs), **LOG_PROBABILITY)
         assert [kept.tolist() for kept in decision.kept] == [kept.tolist() for kept in answer.kept]
@@ -142,8 +143,8 @@ def test_reduced_bundle_gives_the_probabilities_of_its_own_answers(subject: Subj
 def test_a_question_without_an_image(subject: Subject) -> None:
     for pipeline in (subject.keep_all, subject.reduced):
         (decision,) = pipeline.decide(None, ONE_TOKEN)
-        messages = [{"role": "user", "content": TEXT}]
-        logs = [forced_log(pipeline, messages, option.name)[0] for option in ONE_TOKEN.options]
+        ask = partial(pipeline.generate, None, TEXT)
+        logs = [forced_log(pipeline, ask, option.name)[0] for option in ONE_TOKEN.options]
         np.testing.assert_allclose(np.log(decision.probabilities), shares(logs), **LOG_PROBABILITY)
         assert [len(kept) for kept in decision.kept] == [0] * len(pipeline.manifest.schedule.stages)
 

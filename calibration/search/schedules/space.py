@@ -10,7 +10,7 @@ import msgspec
 
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.trio.budgets import MAX_TOPK, ScheduleRequest, default_layers
+from trio_edge.trio.budgets import MAX_TOPK, ScheduleRequest, default_layers, stage_layers
 from trio_edge.trio.methods import DEFAULT_METHOD
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ class Space:
     """Candidate numbers of kept visual tokens, descending."""
     max_stages: int
     only_these_layers: bool = False
-    """Whether the user named ``layers``; otherwise refining may use the layers between them too."""
+    """Whether the user named ``layers``, or no others have attention; otherwise refining may use those between them too."""
+    linear_layers: tuple[int, ...] = ()
+    """Layers with linear attention."""
 
     def allows(self, schedule: Schedule) -> bool:
         """Return whether the space allows the number and the layers of a schedule's stages."""
@@ -91,9 +93,17 @@ class Space:
 
 
 def make_space(
-    *, num_layers: int, num_visual: int, layers: Sequence[int], keeps: Sequence[float], max_stages: int
+    *,
+    num_layers: int,
+    num_visual: int,
+    layers: Sequence[int],
+    keeps: Sequence[float],
+    max_stages: int,
+    linear_layers: Sequence[int] = (),
 ) -> Space:
     """Return the space for a decoder. Without ``layers`` it has ``MAX_LAYERS`` evenly spread ones and those of the presets.
+
+    ``linear_layers`` have linear attention: then it has all others.
 
     Raises:
         ScheduleError: If a layer or budget is impossible.
@@ -102,11 +112,15 @@ def make_space(
         raise ScheduleError(
             f"schedule: expected a decoder of at least 2 layers, got {num_layers}; choose another model"
         )
+    known = stage_layers(DEFAULT_METHOD, num_layers, linear_layers)
     for layer in layers:
-        if not 1 <= layer < num_layers:
+        if layer not in known:
+            which = ", ".join(map(str, known)) if linear_layers else f"1..{num_layers - 1}"
             raise ScheduleError(
-                f"--layers: expected layers in 1..{num_layers - 1} ({num_layers} decoder layers), got {layer}; leave it out"
+                f"--layers: expected layers in {which} ({num_layers} decoder layers), got {layer}; leave it out"
             )
+    if linear_layers and not layers:
+        layers = known
     for keep in keeps:
         if not 0.0 < keep < 1.0:
             raise ScheduleError(f"--keeps: expected shares between 0 and 100%, got {100 * keep:g}%")
@@ -123,6 +137,7 @@ def make_space(
         keeps=tuple(sorted(counts, reverse=True)),
         max_stages=max_stages,
         only_these_layers=bool(layers),
+        linear_layers=tuple(linear_layers),
     )
 
 
@@ -156,7 +171,7 @@ def usual_schedules(space: Space, settings: Schedule, averages: Sequence[float])
     for average in averages:
         try:
             made = ScheduleRequest(average=average).schedule(
-                num_layers=space.num_layers, num_visual=space.num_visual
+                num_layers=space.num_layers, num_visual=space.num_visual, linear_layers=space.linear_layers
             )
         except ScheduleError:
             continue
