@@ -78,7 +78,7 @@ def doc_to_visual(doc):
 
 def write_tasks(folder: Path, count: int = 6) -> None:
     """Write images, questions and tasks."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     generator, lines = np.random.default_rng(0), []
     for number, size in enumerate(
         [(640, 480), (480, 640), (500, 375), (336, 336), (1008, 336), (1008, 1008)][:count]
@@ -126,8 +126,7 @@ def run() -> int:
     parser.add_argument("--limit", type=int, default=2)
     options = parser.parse_args()
     folder = options.folder.resolve()
-    if not (folder / "tasks").exists():
-        write_tasks(folder / "tasks")
+    write_tasks(folder)
     tables, code = write_tables(folder / "tables.json"), 0
     for name, table in tables["tables"].items():
         if options.table and name not in options.table:

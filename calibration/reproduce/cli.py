@@ -162,7 +162,7 @@ class Cell:
 @click.option("--model", help="Checkpoint folder in place of the table's model.")
 @click.option("--work", type=PATH, help="Folder for bundles and results. [default: TABLE]")
 @click.option(
-    "--tables", type=PATH, default=TABLES, help="File of other tables, with a folder 'tasks' next to it."
+    "--tables", type=PATH, default=TABLES, help="File of other tables; tasks of lmms-eval may lie next to it."
 )
 @click.option("--json", "json_file", type=PATH, help="Write the results to this JSON file.")
 @backend_options()
@@ -184,7 +184,7 @@ def command(
         names = ", ".join(known.tables)
         raise DataError(f"TABLE: expected one of {names}, got {table or 'none'}; see --list")
     settings["work"] = settings["work"] or Path(table)
-    cells = _cells(known, known.tables[table], tasks=tables.parent / "tasks", **settings)
+    cells = _cells(known, known.tables[table], tasks=tables.parent, **settings)
     if dry_run:
         print("\n".join(dict.fromkeys(shlex.join(text) for cell in cells for text in cell.commands)))
         return 0

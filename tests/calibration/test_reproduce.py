@@ -119,12 +119,9 @@ def test_without_the_harness_nothing_is_exported(
 @pytest.fixture
 def small(checkpoint: Path, tmp_path: Path) -> list[str]:
     """Arguments for a table of one row on made questions, whose bundle is there already."""
-    (tmp_path / "tasks").mkdir()
-    data = write_questions(
-        tmp_path / "tasks", [{**line, "images": [line.pop("image")]} for line in questions_about(4)]
-    )
-    (tmp_path / "tasks" / "local.yaml").write_text(TASK.replace("DATA", str(data)))
-    (tmp_path / "tasks" / "functions.py").write_text(FUNCTIONS)
+    data = write_questions(tmp_path, [{**line, "images": [line.pop("image")]} for line in questions_about(4)])
+    (tmp_path / "local.yaml").write_text(TASK.replace("DATA", str(data)))
+    (tmp_path / "functions.py").write_text(FUNCTIONS)
     row = {"name": "TRIO", "export": ["--schedule", "1:14,2:6"], "published": {"made": 50.0, "total_s": 9.0}}
     tables: dict[str, Any] = {
         "benchmarks": {"made": {"task": "trio_edge_local", "metrics": ["exact_match"]}},
@@ -180,9 +177,9 @@ def test_the_harness_knows_every_task() -> None:
     from lmms_eval.tasks import TaskManager
     from lmms_eval.utils import load_yaml_config
 
-    known = TaskManager(include_path=str(TABLES.parent / "tasks")).all_tasks
+    known = TaskManager(include_path=str(TABLES.parent)).all_tasks
     assert {one.task for one in KNOWN.benchmarks.values()} <= {*known}
-    config = load_yaml_config(yaml_path=str(TABLES.parent / "tasks" / "textvqa_val_ocr.yaml"))
+    config = load_yaml_config(yaml_path=str(TABLES.parent / "textvqa_val_ocr.yaml"))
     doc = {"question": "what is written ?", "ocr_tokens": ["stop", "42"]}
     asked = config["doc_to_text"](doc, config["lmms_eval_specific_kwargs"]["default"])
     assert asked.splitlines()[1:] == [
