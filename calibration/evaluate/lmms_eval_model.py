@@ -93,11 +93,8 @@ class TrioEdge(lmms):  # type: ignore[misc]  # lmms-eval has no types
         if self._report:
             Path(self._report).write_text(json.dumps({"answers": len(costs), **found}))
         if found:
-            console.print(
-                "visual tokens: {visual_tokens:.1f} in, {processed_tokens:.1f} kept on average".format(
-                    **found
-                )
-            )
+            text = "visual tokens: {visual_tokens:.1f} in, {processed_tokens:.1f} kept on average"
+            console.print(text.format(**found))
         return answers
 
     def _costs(self, generation: Generation, *, is_video: bool) -> dict[str, float]:
@@ -132,9 +129,7 @@ def _images(shown: Sequence[Any], *, but: Sequence[dict[str, Any]]) -> list[Imag
     images = [one for one in shown if isinstance(one, Image.Image)]
     if len(images) + len(but) != len(shown):
         kinds = ", ".join(type(one).__name__ for one in shown)
-        raise ShapeError(
-            f"task: expected images and video files in a question, got {kinds}; choose another task"
-        )
+        raise ShapeError(f"task: expected images and video files, got {kinds}; choose another task")
     return images
 
 

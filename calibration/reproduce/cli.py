@@ -140,9 +140,7 @@ class Cell:
         self.out.mkdir(exist_ok=True)
         code = 0 if self.results() else subprocess.run(harness, check=False).returncode
         if code or not self.results():
-            raise DataError(
-                f"{where}: expected lmms-eval's results, got none, code {code}; its message is above"
-            )
+            raise DataError(f"{where}: expected results of lmms-eval, got none, code {code}; see above")
         scores = json.loads(max(self.results()).read_bytes())["results"][self.benchmark.task]
         score = self.benchmark.scale * sum(scores[f"{metric},none"] for metric in self.benchmark.metrics)
         found = {"row": self.row.name, "benchmark": self.name, "limit": self.limit, "score": score}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trio_edge.calibration.search.calibration_file import BUNDLE_NAME, CALIBRATION_NAME, json_of
 from trio_edge.export import bundle
@@ -31,19 +31,16 @@ def write_calibration(calibrated: Calibrated, folder: Path, progress: StepProgre
 
 def _export_options(calibration: Calibration, out: Path) -> ExportOptions:
     options, shapes = calibration.options, calibration.shapes
+    names = ("model", "revision", "dtype", "only_image_sizes", "max_visual", "max_new_tokens")
+    same: dict[str, Any] = {name: getattr(options, name) for name in names}
     return ExportOptions(
-        model=options.model,
         out=out,
         schedule=calibration.schedule,
-        revision=options.revision,
-        dtype=options.dtype,
         image_sizes=shapes.image_sizes,
-        only_image_sizes=options.only_image_sizes,
-        max_visual=options.max_visual,
         max_text=shapes.text_buckets[-1],
         text_buckets=shapes.text_buckets,
-        max_new_tokens=options.max_new_tokens,
         quantize=parse_plan(options.quantize),
+        **same,
     )
 
 

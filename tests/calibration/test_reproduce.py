@@ -169,7 +169,7 @@ def test_a_harness_that_fails_is_told_in_one_line(
     monkeypatch.setattr(cli, "find_spec", lambda _name: True)
     monkeypatch.setattr(cli.sys, "executable", "/bin/false")
     assert main(small) == 2
-    assert "TRIO, made: expected lmms-eval's results, got none, code 1" in capsys.readouterr().err
+    assert "TRIO, made: expected results of lmms-eval, got none, code 1" in capsys.readouterr().err
 
 
 def test_the_harness_knows_every_task() -> None:
