@@ -53,8 +53,17 @@ def test_vision_decoder_and_head_have_the_flops_of_the_written_formulas(name: st
         decoder.num_kv_heads * decoder.head_size,
         decoder.hidden_size,
     )
-    layer = 2 * rows * D * (2 * Q + 2 * K + 3 * decoder.intermediate_size) + 4 * rows**2 * Q
-    assert range_work(decoder, layers=range(3), rows=rows).flops == 3 * layer
+    mlp, projected_queries = 3 * decoder.intermediate_size, 2 * Q if decoder.has_attention_gate else Q
+    layer = 2 * rows * D * (projected_queries + Q + 2 * K + mlp) + 4 * rows**2 * Q
+    (last,) = {decoder.num_layers - 1} - {*decoder.linear_layers}
+    assert range_work(decoder, layers=(last,) * 3, rows=rows).flops == 3 * layer
+    if (linear := decoder.linear) is not None:
+        key, value, chunk = linear.key_size, linear.value_size, 64
+        keys, values = linear.num_key_heads * key, linear.num_value_heads * value
+        products = 2 * rows * D * (2 * keys + values + values + 2 * linear.num_value_heads + values + mlp)
+        rule = 2 * rows * (3 * key * value + chunk * (3 * key + 2 * value + 2 * 6 * chunk))
+        wanted = 3 * (products + linear.num_value_heads * rule)
+        assert range_work(decoder, layers=range(3), rows=rows).flops == wanted
     assert head_work(decoder).flops == 2 * D * decoder.vocab_size
     full = tower.num_layers if tower.patches_per_window is None else tower.num_full_layers
     attended = full * P + (tower.num_layers - full) * (tower.patches_per_window or 0)
