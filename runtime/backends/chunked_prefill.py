@@ -2,7 +2,7 @@
 
 The scores of S rows are H S S numbers, of which ONNX Runtime holds several copies: 1.2 GB each for LLaVA-NeXT's 3,136 rows. A
 chunk attends to the rows before it as a decode step does, through the inputs for cached rows. They read the buffers that
-receive the new keys and values.
+receive the new keys and values. States of linear attention go from chunk to chunk.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class _Chunk(NamedTuple):
     position_ids: NDArray[np.int32]
     past_length: NDArray[np.int32]
     """Kept alive: the binding has its address."""
+    num_rows: NDArray[np.int32]
+    """Real rows, for states."""
 
 
 @final
@@ -74,6 +76,14 @@ class ChunkedLaunch:
             for name, tensor in tensors.items()
             if name.startswith(graph_io.PRESENT_PREFIX)
         }
+        self._num_rows = _array(tensors[graph_io.NUM_ROWS]) if graph_io.NUM_ROWS in tensors else None
+        self._states = {
+            name: _array(tensor)
+            for name, tensor in tensors.items()
+            if name.startswith(graph_io.PRESENT_STATES)
+        }
+        self._past_states = {name: np.zeros_like(state) for name, state in self._states.items()}
+        """Of the chunk before; a graph may not write over what it reads."""
         num_rows = self._position_ids.shape[-1]
         self._new = {
             name: np.empty((*whole.shape[:2], min(CHUNK_ROWS, num_rows), whole.shape[3]), whole.dtype)
@@ -85,9 +95,16 @@ class ChunkedLaunch:
 
     def enqueue(self) -> None:
         """Run all chunks."""
+        for past in self._past_states.values():
+            past[...] = 0
         for chunk in self._chunks:
             chunk.position_ids[...] = self._position_ids[..., chunk.rows]
+            if self._num_rows is not None:
+                start, stop = chunk.rows.start, chunk.rows.stop
+                chunk.num_rows[...] = np.clip(self._num_rows - start, 0, stop - start)
             self._run(chunk.binding)
+            for name, past in self._past_states.items():
+                past[...] = self._states[name]
             for name, whole in self._present.items():
                 place = whole[:, :, chunk.rows]
                 place[...] = self._new[name].reshape(-1)[: place.size].reshape(place.shape)
@@ -95,11 +112,15 @@ class ChunkedLaunch:
     def _bound(self, start: int, stop: int) -> _Chunk:
         count = stop - start
         position_ids = np.empty((*self._position_ids.shape[:-1], count), np.int32)
-        past_length = np.array([start], np.int32)
+        past_length, num_rows = np.array([start], np.int32), np.zeros(1, np.int32)
         special = {
             graph_io.POSITIONS: (position_ids.ctypes.data, position_ids.shape),
             graph_io.PAST_LENGTH: (past_length.ctypes.data, (1,)),
+            graph_io.NUM_ROWS: (num_rows.ctypes.data, (1,)),
         }
+        for name, state in self._past_states.items():
+            past = name.replace(graph_io.PRESENT_STATES, graph_io.PAST_STATES, 1)
+            special[past] = state.ctypes.data, state.shape
         for name, whole in self._present.items():
             shape = (*whole.shape[:2], count, whole.shape[3])
             special[name] = self._new[name].ctypes.data, shape
@@ -118,7 +139,7 @@ class ChunkedLaunch:
             else:  # of a probe in the same graph, without elements
                 address, shape = given.address, given.shape
             bind(tensor.name, "cpu", 0, np.dtype(tensor.dtype), shape, address)
-        return _Chunk(slice(start, stop), binding, position_ids, past_length)
+        return _Chunk(slice(start, stop), binding, position_ids, past_length, num_rows)
 
 
 def _array(tensor: DeviceTensor) -> NDArray[Any]:

@@ -10,7 +10,14 @@ import pytest
 
 from tests.bundles import export
 from tests.pictures import random_picture
-from tests.qwen_checkpoints import CAMERA, REDUCED, save_qwen3_vl_checkpoint
+from tests.qwen_checkpoints import (
+    CAMERA,
+    HYBRID,
+    KEEP_ALL,
+    REDUCED,
+    save_qwen3_5_checkpoint,
+    save_qwen3_vl_checkpoint,
+)
 from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.backends import chunked_prefill
@@ -32,7 +39,10 @@ BEFORE = Schedule(stages=(Stage(layer=2, keep=6),), method="fastv")
 
 @pytest.fixture(
     scope="module",
-    params=["keep-all", "reduced", "int8 cache", "quantized", "reads the layer before", "deepstack"],
+    params=[
+        *("keep-all", "reduced", "int8 cache", "quantized", "reads the layer before", "deepstack"),
+        *("states", "states, keep-all"),
+    ],
 )
 def bundle(
     request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
@@ -40,6 +50,9 @@ def bundle(
     if request.param == "deepstack":
         folder = save_qwen3_vl_checkpoint(tmp_path_factory.mktemp("qwen3") / "checkpoint")
         return export(folder, schedule=REDUCED, image_sizes=(CAMERA,))
+    if request.param.startswith("states"):
+        folder = save_qwen3_5_checkpoint(tmp_path_factory.mktemp("qwen3_5") / "checkpoint")
+        return export(folder, schedule=HYBRID if request.param == "states" else KEEP_ALL)
     if request.param == "quantized":
         return export(checkpoint, schedule=STAGES, quantize=parse_plan("all=int4"))
     if request.param == "reads the layer before":
