@@ -89,7 +89,7 @@ class Cell:
 
     row: TableRow
     name: str
-    """Of the benchmark."""
+    """The benchmark's name."""
     benchmark: Benchmark
     model: TableModel
     checkpoint: str

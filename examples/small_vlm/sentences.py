@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 KINDS = ("color", "shape", "digit", "existence")
 WORDS = {"color": COLOR_NAMES, "shape": SHAPES, "digit": DIGITS, "count": COUNT_WORDS[:6]}
-"""What may be the asked word, by kind; the other kinds ask for yes or no."""
+"""The words that are asked for, by kind of question; the other kinds ask for yes or no."""
 
 
 def in_words(kind: str, question: str, answer: str) -> tuple[str, str]:

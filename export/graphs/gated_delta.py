@@ -6,8 +6,8 @@ For each value head, with unit keys k and queries q, log decay g <= 0 and learni
 
 Rows are computed in chunks of up to 64, as in "Gated Delta Networks" (arXiv 2412.06464): within a chunk as products of matrices,
 from chunk to chunk by ONNX's Scan. A decode step is a chunk of one row. The triangular matrix of a chunk is inverted block by
-block, each level from the one before; that is as stable as substitution, row by row, and has no loop. The sum of powers, which
-other kernels use, is not: similar neighbours, as in an image of one colour, make them overflow.
+block, each level from the one before, without a loop over rows. A sum of its powers would be shorter, but where keys are alike,
+as in an image of one colour, its terms grow like binomial numbers and cancel.
 
 Padding rows have β = 0 and g = 0, so they leave the state as it is. States are float32, as in transformers.
 

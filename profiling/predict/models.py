@@ -50,9 +50,9 @@ class _Family(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Models with one vision tower, as ``models.json`` has them."""
 
     vision: dict[str, Any]
-    """Of ``VisionDimensions``, without the projector, whose weights depend on the decoder."""
+    """Fields of ``VisionDimensions``, without the projector's weights, which depend on the decoder."""
     images: dict[str, Any]
-    """Of ``ImageProcessing.to_dict``."""
+    """Fields of the image processing."""
     projector: tuple[int, int, int]
     """Its weights are a + b D + c D², with the decoder's hidden size D."""
     decoders: dict[str, Dimensions]

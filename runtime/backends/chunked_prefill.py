@@ -83,7 +83,7 @@ class ChunkedLaunch:
             if name.startswith(graph_io.PRESENT_STATES)
         }
         self._past_states = {name: np.zeros_like(state) for name, state in self._states.items()}
-        """Of the chunk before; a graph may not write over what it reads."""
+        """The states after the chunk before, apart from the new ones: a graph may not write over what it reads."""
         num_rows = self._position_ids.shape[-1]
         self._new = {
             name: np.empty((*whole.shape[:2], min(CHUNK_ROWS, num_rows), whole.shape[3]), whole.dtype)

@@ -87,9 +87,8 @@ class OnnxRuntimeBackend:
             # A session needs twice its memory while it is loaded: the largest first, so that it does not come on top of the others.
             for spec in sorted(specs, key=lambda spec: -spec.weight_bytes):
                 parts = cpu.sessions_of(bundle, spec, on_gpu=stream is not None)
-                if (
-                    self.name == "onnxruntime-tensorrt"
-                ):  # else the range would go from a piece without rows to all its rows
+                # with one engine the range would go from a piece without rows to all its rows
+                if self.name == "onnxruntime-tensorrt":
                     parts = spec.split()
                 engines = [self._engine(bundle, part, prepared, stream) for part in parts]
                 if stream is None and [spec] in last:

@@ -51,11 +51,8 @@ class Batch:
         self._slots = [self._memory.at(one.spec, 0)[2].get(str(one.spec.cache)) for one in ranges]
         """Of each layer range; None, as the new rows, where a range has states only."""
         self._capacities = programs.manifest.kv_capacities
-        self._states = [
-            (new, slots, self._memory.stack(slots_of.removeprefix("slot_")))
-            for launch in ranges
-            for (new, slots), slots_of in zip(launch.states, launch.spec.states.values())
-        ]
+        pairs = [pair for launch in ranges for pair in launch.states]
+        self._states = [(*pair, alone) for pair, alone in zip(pairs, programs.states)]
         """New states of a step, those of the slots, and those of an answer alone."""
         self._free = [*range(self.size)]
         self._done = self._device.event()

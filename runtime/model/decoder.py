@@ -178,6 +178,7 @@ class Decoder:
         self._memory.send(self._device, "prompt", rows.values | self._num_rows(rows))
         self._start = launches[0].spec.runs, launches[0].tensors, self.caches[0].capacity
         self._ranges = [launch for launch in launches if launch.cache is not None]
+        self._places.clear()  # those of a question that failed
         self._has_states_before = False
         if after is not None and self._start == after._start:
             self.caches[0].length = rows.spans[0].length
@@ -423,24 +424,19 @@ class Decoder:
                 self.timeline.enqueue(label, *(launch.launch for launch in together))
                 continue
             for launch in together:
-                stage = launch.spec.stage
-                if (
-                    launch.cache is self.caches[0]
-                    and self._question is not None
-                    and self._has_two_parts(rows)
-                ):
-                    self._run_in_two_parts(launch, self._question, prompt, rows)
+                if launch.cache is self.caches[0] and (question := self._question_of(rows)) is not None:
+                    self._run_in_two_parts(launch, question, prompt, rows)
                 else:
-                    self._run_range(launch, num_rows=rows.spans[stage].length)
+                    self._run_range(launch, num_rows=rows.spans[launch.spec.stage].length)
 
-    def _has_two_parts(self, rows: PromptRows) -> bool:
-        """Return whether the first range runs the rows up to the last visual token first."""
-        return self._question is not None and 0 < rows.num_before < rows.length
+    def _question_of(self, rows: PromptRows) -> QuestionRows | None:
+        """Return what runs the rows after the last visual token in the first range, if it runs those before them first."""
+        return self._question if 0 < rows.num_before < rows.length else None
 
     def _num_rows(self, rows: PromptRows) -> dict[str, NDArray[np.int32]]:
         """Return the real rows of each layer range, which states stop at."""
         counts = [rows.spans[stage].length for stage in self._stages]
-        if self._has_two_parts(rows):
+        if self._question_of(rows) is not None:
             counts[0] = rows.num_before
         return {f"prompt.num_rows.{index}": np.array([count], np.int32) for index, count in enumerate(counts)}
 
