@@ -46,8 +46,8 @@ def key_norm(attention: Any) -> Any | None:
     return getattr(attention, "k_norm", None)
 
 
-def head_normed(rows: Tensor, norm: Any | None) -> Tensor:
-    """Return queries or keys [..., E] after ``norm`` of each head, if there is one, without rounding."""
+def rms_norm(rows: Float[Tensor, "*rows D"], norm: Any | None) -> Float[Tensor, "*rows D"]:
+    """Return rows, or each head of queries and keys, after ``norm``, if there is one, in the type of the rows."""
     return rows if norm is None else normalize(rows, norm)[0] * norm_weight(norm, rows.dtype)
 
 

@@ -56,12 +56,12 @@ from torch import Tensor, nn
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.trio.cost.selections import ProbeSizes, SaliencyForm, cheapest_form
 from trio_edge.trio.decoder_layers import (
-    head_normed,
     key_norm,
     norm_weight,
     normalize,
     normalize_backward,
     num_heads,
+    rms_norm,
     rotate,
     rotate_back,
     scaled_queries,
@@ -280,18 +280,17 @@ class ProxySaliency(nn.Module):
         is_real_S = index_S < length.to(torch.int64).reshape(1)
         hidden_SD = torch.where(is_real_S[:, None], hidden_SD, 0.0).to(dtype)
         cos_SE, sin_SE = cos_SE.to(dtype), sin_SE.to(dtype)
-        scaled_SD, _, _ = normalize(hidden_SD, self.layer.input_layernorm)
-        normed_SD = (scaled_SD * norm_weight(self.layer.input_layernorm, dtype)).to(weight_dtype)
+        normed_SD = rms_norm(hidden_SD, self.layer.input_layernorm).to(weight_dtype)
 
         key_SGE = _unflatten(F.linear(normed_SD, attention.k_proj.weight).to(dtype), -1, (-1, self.head_size))
-        ready_SGE = head_normed(_add_bias(key_SGE, attention.k_proj), key_norm(attention))
+        ready_SGE = rms_norm(_add_bias(key_SGE, attention.k_proj), key_norm(attention))
         rotated_SGE = rotate(ready_SGE, cos_SE[:, None], sin_SE[:, None])
         query_RF = F.linear(normed_SD.index_select(0, probe_R), attention.q_proj.weight).to(dtype)
         query_RHE, gate_RHE = split_gate(
             _add_bias(_unflatten(query_RF, -1, (self.num_heads, -1)), attention.q_proj), attention
         )
         query_RHE = rotate(
-            head_normed(query_RHE, getattr(attention, "q_norm", None)),
+            rms_norm(query_RHE, getattr(attention, "q_norm", None)),
             cos_SE.index_select(0, probe_R)[:, None],
             sin_SE.index_select(0, probe_R)[:, None],
         )
@@ -430,8 +429,7 @@ class ProxySaliency(nn.Module):
 
     def _mlp(self, middle_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mlp: Any = self.layer.mlp
-        norm = self.layer.post_attention_layernorm
-        normed_RD = normalize(middle_RD, norm)[0] * norm_weight(norm, middle_RD.dtype)
+        normed_RD = rms_norm(middle_RD, self.layer.post_attention_layernorm)
         gate_RI = _forward_product(normed_RD, mlp.gate_proj)
         # TensorRT would fuse two products of the same rows into one and store both weights again, next to those of the
         # backward half. Halving the rows is exact and prevents that; a quantized layer has no such backward half.

@@ -38,10 +38,6 @@ CONTROLS = ("wrong-image", "none")
 """The bundle's own selection for another image, and no visual token from the first stage on."""
 
 
-_ASKED = "index sample_id kind image_id answers"
-_COST = "visual_tokens text_tokens new_tokens level levels_below ttft_ms decode_ms kv_bytes repaired_stages"
-
-
 class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A bundle's answer to one question, with its cost."""
 
@@ -190,15 +186,26 @@ def _outcome(
     is_video = sample.video is not None
     counts = image_tokens(level, images, is_video=is_video)
     reading = metric.read(text, sample)
-    same = {name: getattr(sample, name) for name in _ASKED.split()}
-    same |= {name: getattr(statistics, name) for name in _COST.split()}
     return Outcome(
+        index=sample.index,
+        sample_id=sample.sample_id,
+        kind=sample.kind,
+        image_id=sample.image_id,
+        answers=sample.answers,
         text=text,
         reading=reading,
         score=metric.score(reading, sample),
+        visual_tokens=statistics.visual_tokens,
         processed_tokens=processed_tokens(level.manifest, image_tokens=counts, kept=statistics.kept_tokens),
+        text_tokens=statistics.text_tokens,
+        new_tokens=statistics.new_tokens,
         flops=answer_flops(pipeline, statistics, images, select=select, is_video=is_video),
-        **same,
+        level=statistics.level,
+        levels_below=statistics.levels_below,
+        ttft_ms=statistics.ttft_ms,
+        decode_ms=statistics.decode_ms,
+        kv_bytes=statistics.kv_bytes,
+        repaired_stages=statistics.repaired_stages,
         **more,
     )
 

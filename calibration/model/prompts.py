@@ -50,13 +50,7 @@ def sample_shape(model: TorchModel, question: Sample) -> SampleShape:
         raise DataError(
             f"{question.where}: expected an image of at least 2 visual tokens, got {sizes['N']}; leave it out"
         )
-    return SampleShape(
-        where=question.where,
-        width=width,
-        height=height,
-        sizes=sizes,
-        num_text=ids.num_tokens,
-    )
+    return SampleShape(where=question.where, width=width, height=height, sizes=sizes, num_text=ids.num_tokens)
 
 
 def make_prompt(model: TorchModel, question: Sample) -> Sequence:

@@ -102,13 +102,15 @@ class Cell:
 
     @property
     def bundle(self) -> Path:
-        """Folder of the row's bundle."""
-        return self.work / re.sub(r"[^a-z0-9.]+", "-", self.row.name.lower()).strip("-")
+        """Folder of the row's bundle; tables of one model share it."""
+        name = f"{Path(self.checkpoint).name} {self.row.name}"
+        return self.work / re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
     @property
     def out(self) -> Path:
         """Folder of the harness's results."""
-        return self.bundle.with_name(f"{self.bundle.name}--{self.name}--{self.limit or 'all'}")
+        parts = self.bundle.name, self.name, self.backend["backend"], str(self.limit or "all")
+        return self.bundle.with_name("--".join(parts))
 
     @property
     def commands(self) -> list[list[str]]:
@@ -135,7 +137,8 @@ class Cell:
         where = f"{self.row.name}, {self.name}"
         if not self.bundle.exists() and trio_export([*export[1:], "--quiet"]):
             raise DataError(f"{where}: expected an export, got the error above; correct it")
-        if build and not engine_sets(self.bundle) and trio_build(build[0][1:]):
+        built = {engines.backend for engines in engine_sets(self.bundle).values()}
+        if build and self.backend["backend"] not in built and trio_build(build[0][1:]):
             raise DataError(f"{where}: expected engines, got the error above; correct it")
         self.out.mkdir(exist_ok=True)
         code = 0 if self.results() else subprocess.run(harness, check=False).returncode

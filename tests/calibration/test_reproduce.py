@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -73,11 +75,30 @@ def test_the_dry_run_prints_exports_builds_and_runs_of_the_harness(
     assert main([*asked, "--work", "w", "--limit", "3", "--model", "ck"]) == 0
     first, second, third = capsys.readouterr().out.splitlines()
     assert first.startswith("trio-export ck --max-text 512")
-    assert first.endswith("--schedule 1:436,10:255,15:173 --out w/trio-11.1")
-    assert second == "trio-build w/trio-11.1 --backend tensorrt"
+    assert first.endswith("--schedule 1:436,10:255,15:173 --out w/ck-trio-11.1")
+    assert second == "trio-build w/ck-trio-11.1 --backend tensorrt"
     assert "-m lmms_eval --model trio_edge" in third
     assert '"A chat between a curious user and' in third
-    assert third.endswith("--output_path w/trio-11.1--POPE--3 --limit 3")
+    assert third.endswith("--output_path w/ck-trio-11.1--POPE--tensorrt--3 --limit 3")
+
+
+def test_no_run_takes_the_bundle_or_the_results_of_another_for_its_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tables, backends, limits = (
+        ("efficiency-llava-1.5", "efficiency-llava-next"),
+        ("onnxruntime", "tensorrt"),
+        "34",
+    )
+    bundles, results = set(), set()
+    for table, backend, limit in itertools.product(tables, backends, limits):
+        asked = ["--dry-run", "--work", "w", "--row", "all tokens", "--backend", backend, "--limit", limit]
+        assert main([table, *asked]) == 0
+        printed = capsys.readouterr().out
+        bundles |= {*re.findall(r"--out (\S+)", printed)}
+        results |= {*re.findall(r"--output_path (\S+)", printed)}
+    assert len(bundles) == len(tables)
+    assert len(results) == len(tables) * len(backends) * len(limits)
 
 
 def test_the_list_has_every_row_with_its_source(capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +155,7 @@ def small(checkpoint: Path, tmp_path: Path) -> list[str]:
     work = tmp_path / "work"
     work.mkdir()
     schedule = Schedule(stages=(Stage(layer=1, keep=14), Stage(layer=2, keep=6)))
-    export(checkpoint, work / "trio", schedule=schedule)
+    export(checkpoint, work / "m-trio", schedule=schedule)
     return [
         "t",
         "--tables",

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 pytest.importorskip("ray", reason=f"Ray is not installed; {install_command('ray')}")
 if (os.cpu_count() or 1) < 2:
-    pytest.skip("two replicas need two cores", allow_module_level=True)
+    pytest.skip("two replicas need two cores; runs on machines that have them", allow_module_level=True)
 
 COMMAND = Path(sys.executable).parent / "trio-serve"
 NUM_QUEUED = 4

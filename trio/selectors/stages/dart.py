@@ -30,6 +30,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trio_edge.trio.cost.selections import NUM_DART_PIVOTS as NUM_PIVOTS
+from trio_edge.trio.decoder_layers import rms_norm
 from trio_edge.trio.selectors import interface
 from trio_edge.trio.selectors.stages import row_attention
 
@@ -79,9 +80,7 @@ class Dart(interface.KeepingModule):
         return key_SGE.abs().sum((1, 2))
 
     def _unit_rows(self, inputs: interface.StageInputs) -> Float[Tensor, "S D"]:
-        normed_SD = row_attention.rms_norm(
-            row_attention.real_rows(inputs.hidden_SD, inputs.length), self.final_norm
-        )
+        normed_SD = rms_norm(row_attention.real_rows(inputs.hidden_SD, inputs.length), self.final_norm)
         square_S1 = (normed_SD * normed_SD).sum(-1, keepdim=True)
         return normed_SD * torch.rsqrt(torch.where(square_S1 > 0, square_S1, 1.0))
 

@@ -22,9 +22,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trio_edge.trio.decoder_layers import (
-    head_normed,
     key_norm,
     num_heads,
+    rms_norm,
     rotate,
     scaled_queries,
     sliding_window,
@@ -72,7 +72,7 @@ class RowAttention(nn.Module):
         cos_SE, sin_SE = cos_SE.to(normed_SD.dtype), sin_SE.to(normed_SD.dtype)
         key_SGE = rotated_keys(self.layer, normed_SD, cos_SE, sin_SE)
         query_RHX = _projected(attention.q_proj, normed_SD.index_select(0, rows_R), num_heads(attention))
-        query_RHE = head_normed(split_gate(query_RHX, attention)[0], getattr(attention, "q_norm", None))
+        query_RHE = rms_norm(split_gate(query_RHX, attention)[0], getattr(attention, "q_norm", None))
         tables = (table.index_select(0, rows_R)[:, None] for table in (cos_SE, sin_SE))
         query_RHE = rotate(query_RHE, *tables)
         query_RHE = scaled_queries(query_RHE, attention, position_S, rows_R)
@@ -190,11 +190,6 @@ def real_rows(hidden_SD: Float[Tensor, "S D"], length: Int[Tensor, "*one"]) -> F
     return torch.where((index_S < length.reshape(1))[:, None], hidden_SD, 0.0)
 
 
-def rms_norm(rows_SD: Float[Tensor, "*rows D"], norm: Any) -> Float[Tensor, "*rows D"]:
-    """Return the RMS norm of float32 or float64 rows, in their type."""
-    return head_normed(rows_SD, norm)
-
-
 def normed_rows(
     layer: Any, hidden_SD: Float[Tensor, "S D"], length: Int[Tensor, "*one"]
 ) -> Float[Tensor, "S D"]:
@@ -209,7 +204,7 @@ def rotated_keys(
     attention: Any = layer.self_attn
     groups = attention.k_proj.weight.shape[0] // int(attention.head_dim)
     key_SGE = _projected(attention.k_proj, normed_SD, groups)
-    return rotate(head_normed(key_SGE, key_norm(attention)), cos_ST[:, None], sin_ST[:, None])
+    return rotate(rms_norm(key_SGE, key_norm(attention)), cos_ST[:, None], sin_ST[:, None])
 
 
 def _projected(linear: Any, rows_RD: Tensor, heads: int) -> Tensor:
