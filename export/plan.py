@@ -437,7 +437,8 @@ def dimensions_of(model: FamilyModel) -> Dimensions:
         # configurations omit these two, or set them to None, if they follow from the others
         num_kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
         head_size=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
-        intermediate_size=int(text.intermediate_size),
+        # LFM2 adjusts the configured size
+        intermediate_size=int(model.layers[0].mlp.up_proj.weight.shape[0]),
         vocab_size=int(text.vocab_size),
         linear=_linear_attention(model),
         has_attention_gate=any(_has_gate(layer) for layer in model.layers),
@@ -456,6 +457,8 @@ def _linear_attention(model: FamilyModel) -> LinearAttention | None:
     text, layers = model.text_config, tuple(i for i, layer in enumerate(model.layers) if is_linear(layer))
     if not layers:
         return None
+    if hasattr(model.layers[layers[0]], "conv"):
+        return LinearAttention(layers=layers, width=int(text.hidden_size), kernel_size=int(text.conv_L_cache))
     return LinearAttention(
         layers=layers,
         num_key_heads=int(text.linear_num_key_heads),

@@ -9,10 +9,28 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 _ZERO_CENTERED = ("Qwen3_5RMSNorm",)
 """Norms whose weight is the difference to 1."""
+_LLAMA_NAMES = {
+    "Lfm2Model": {"norm": "embedding_norm"},
+    "Lfm2DecoderLayer": {
+        "mlp": "feed_forward",
+        "input_layernorm": "operator_norm",
+        "post_attention_layernorm": "ffn_norm",
+    },
+    "Lfm2MLP": {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+    "Lfm2Attention": {"o_proj": "out_proj", "q_norm": "q_layernorm", "k_norm": "k_layernorm"},
+}
+
+
+def name_as_llama(model: nn.Module) -> None:
+    """Give the parts of LFM2's modules the names of Llama's and Qwen3's, next to their own; other modules stay as they are."""
+    for module in model.modules():
+        for name, own in _LLAMA_NAMES.get(type(module).__name__, {}).items():
+            # past nn.Module, so that parameters keep their one name
+            vars(module)[name] = getattr(module, own)
 
 
 def num_heads(attention: Any) -> int:

@@ -69,7 +69,8 @@ from trio_edge.trio.decoder_layers import (
     split_gate,
 )
 
-_SILU = {"SiLU", "SiLUActivation"}
+_SILU = {"SiLU", "SiLUActivation", "NoneType"}
+"""LFM2's MLP has no module for it."""
 
 
 class ProbeState(NamedTuple):
@@ -180,7 +181,7 @@ class ProxySaliency(nn.Module):
         """Choose the cheapest exact form for the layer's shapes.
 
         Args:
-            layer: A Llama, Mistral, Ministral 3, Qwen2, Qwen3 or Qwen3.5 decoder layer with full attention (q, k and v may have
+            layer: A Llama, Mistral, Ministral 3, Qwen2, Qwen3, Qwen3.5 or LFM2 decoder layer with full attention (q, k and v may have
                 biases; the MLP is SwiGLU).
             final_norm: The decoder's final RMS norm.
             lm_head: The decoder's head, a linear layer.
@@ -195,7 +196,7 @@ class ProxySaliency(nn.Module):
             CheckpointError: If the MLP's activation is not SiLU.
         """
         super().__init__()
-        activation = type(layer.mlp.act_fn).__name__
+        activation = type(getattr(layer.mlp, "act_fn", None)).__name__
         if activation not in _SILU:
             raise CheckpointError(
                 f"mlp.act_fn: expected SiLU, got {activation}; TRIO's saliency needs a SwiGLU decoder, choose another --method"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.runtime.bundle.schedule import Positions, Schedule
 
-    KeysAndValues = tuple[Tensor, Tensor]
+    KeysAndValues = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def run_layer(
         with torch.device(model.device):
             num_rows = torch.tensor([len(hidden_SD)])
             hidden = module(hidden_SD[None], num_rows=num_rows, past=past, present=present)
-        return hidden[0], (present[0], present[1])
+        return hidden[0], tuple(present)
     cos, sin = model.rotary(positions_AS)
     num_past = past[0].shape[2]
     with torch.device(model.device):
@@ -170,8 +170,8 @@ def _no_past(model: TorchModel, hidden_SD: Tensor, layer: int) -> KeysAndValues:
     """Return empty keys and values, or states of 0."""
     sizes = dimensions_of(model.parts)
     if sizes.linear is not None and layer in sizes.linear_layers:
-        conv, delta = sizes.linear.shapes().values()
-        return hidden_SD.new_zeros(*conv), hidden_SD.new_zeros(*delta, dtype=torch.float32)
+        conv, *delta = sizes.linear.shapes().values()
+        return hidden_SD.new_zeros(*conv), *(hidden_SD.new_zeros(*one, dtype=torch.float32) for one in delta)
     empty = hidden_SD.new_empty((1, sizes.num_kv_heads, 0, sizes.head_size))
     return empty, empty
 

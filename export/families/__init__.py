@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from trio_edge.export.checkpoints.packed import PACKING, packed_format
 from trio_edge.export.families.internvl import InternVl
+from trio_edge.export.families.lfm2 import Lfm2Vl
 from trio_edge.export.families.llava import Llava, LlavaNext, LlavaOnevision
 from trio_edge.export.families.mistral import Mistral3
 from trio_edge.export.families.qwen import Qwen3Vl, Qwen25Vl, Qwen35
@@ -21,7 +22,7 @@ __all__ = ["FAMILIES", "family_of"]
 
 _ALL = (
     *(Llava(), LlavaNext(), LlavaOnevision(), Qwen25Vl(), Qwen3Vl(), Qwen35()),
-    *(InternVl(), SmolVlm(), Mistral3()),
+    *(InternVl(), SmolVlm(), Mistral3(), Lfm2Vl()),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

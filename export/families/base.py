@@ -33,10 +33,11 @@ from transformers.initialization import no_init_weights
 
 from trio_edge.export.checkpoints.checkpoint import HEAD_NAME, read_json, settings_of
 from trio_edge.export.graphs.attention import ATTENTION_NAME, TILE_ATTENTION_NAME, register_attention
-from trio_edge.export.graphs.gated_delta import gated_delta_layer, is_linear
+from trio_edge.export.graphs.gated_delta import is_linear, state_layer
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.manifest import TensorSpec
 from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.trio.decoder_layers import name_as_llama
 from trio_edge.trio.methods import TokenMethod, all_methods
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ _FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _GROWING_ROPE_TYPES = ("dynamic", "longrope")
 _WINDOWED = "sliding_attention"
 _LAYER_TYPES = ("full_attention", _WINDOWED)
-_LINEAR = "linear_attention"
+_LINEAR = ("linear_attention", "conv")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -242,8 +243,9 @@ class Family(ABC):
             root.model, config, processing=processing, dtype=dtype, with_features=with_features
         )
         decoder = root.get_decoder()
+        name_as_llama(decoder)
         for layer in filter(is_linear, decoder.layers):
-            layer.forward = MethodType(gated_delta_layer, layer)
+            layer.forward = MethodType(state_layer, layer)
         with unset_fake_temporarily():  # the graphs hold the frequencies, so they need values
             rotary: Any = type(decoder.rotary_emb)(decoder.config)
             inv_freq = rotary.inv_freq.to(torch.float32).numpy()
@@ -357,7 +359,7 @@ def check_decoder(text_config: Any, *, folder: Path, is_hybrid: bool = False) ->
 
     ``is_hybrid`` is that of ``Family``.
     """
-    layer_types = (*_LAYER_TYPES, _LINEAR) if is_hybrid else _LAYER_TYPES
+    layer_types = (*_LAYER_TYPES, *_LINEAR) if is_hybrid else _LAYER_TYPES
     rope, known = _rope(text_config), (*_FIXED_ROPE_TYPES, *_GROWING_ROPE_TYPES)
     theta = rope.get("rope_theta", 1.0)
     rope_type, rotary = rope.get("rope_type"), rope.get("partial_rotary_factor", 1.0)

@@ -16,7 +16,7 @@ A range has the layers [first, last), for prefill and decode alike.
 | out present.{i}.value          | [B, G, S, E] | model |                                                            |
 
 A layer with linear attention has two states in place of keys and values: ``past_states.{i}.conv`` and ``.delta``, 0 in prefill,
-and ``present_states.{i}.conv`` and ``.delta``, which replace them; see ``gated_delta.py``.
+and ``present_states.{i}.conv`` and ``.delta``, which replace them; see ``gated_delta.py``. A short convolution has the first.
 
 Prefill runs with C = 0 and padding on the right; decode with S = 1. ``export/quantize/cache.py`` makes keys and values int8.
 B is 1. With --batch, and with linear attention, it is an axis: the answers that decode together, each with its own KV buffers;
@@ -34,12 +34,13 @@ copied. It uses MatMul and Softmax only, because TensorRT 10.3 reads no other at
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from trio_edge.export.graphs.gated_delta import is_linear
+from trio_edge.export.graphs.gated_delta import is_linear, num_kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -128,11 +129,13 @@ def tile_attention(
     """Return attention within each tile, [B, R, H, E] in the query's dtype, and None for the weights.
 
     transformers' own attention scales after the product, which may overflow in float16, and computes InternVL's softmax in
-    the model's type, which loses digits. ``query``, ``key`` and ``value`` are [B, H, R, E]; ``attention_mask`` is always
-    None, as tiles have no padding; ``module`` is part of transformers' interface.
+    the model's type, which loses digits. ``query``, ``key`` and ``value`` are [B, H, R, E]; ``attention_mask``, float32, is
+    added to the scores of tiles with padding; ``module`` is part of transformers' interface.
     """
-    scores_BHRR = torch.matmul(query * scaling, key.transpose(-1, -2))
-    weights_BHRR = torch.softmax(scores_BHRR.float(), dim=-1).to(value.dtype)
+    scores_BHRR = torch.matmul(query * scaling, key.transpose(-1, -2)).float()
+    if attention_mask is not None:
+        scores_BHRR = scores_BHRR + attention_mask
+    weights_BHRR = torch.softmax(scores_BHRR, dim=-1).to(value.dtype)
     return torch.matmul(weights_BHRR, value).transpose(1, 2), None
 
 
@@ -206,7 +209,8 @@ class DecoderRange(nn.Module):
         ``others`` are key and value buffers, or states, of each layer; before them ``num_rows``, if there are states.
         """
         B, S, D = hidden_states.shape
-        num_rows, past = (others[0], others[1:]) if len(others) % 2 else (None, others)
+        num_rows = others[0]  # without states it is not read
+        past = iter(others[len(others) - sum(map(num_kept, self.layers)) :])
         if has_answers := position_ids.ndim > 2:
             hidden_states = hidden_states.reshape(1, B * S, D)
             position_ids = position_ids.reshape(-1, B * S)
@@ -214,7 +218,8 @@ class DecoderRange(nn.Module):
         cos, sin = self.rotary(position_ids)
         tables = cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
         present: list[Tensor] = []
-        for layer, layer_past in zip(self.layers, zip(past[::2], past[1::2])):
+        for layer in self.layers:
+            layer_past = tuple(itertools.islice(past, num_kept(layer)))
             if is_linear(layer):
                 apart = hidden_states.reshape(B, S, D)
                 hidden_states = layer(apart, num_rows=num_rows, past=layer_past, present=present)

@@ -1,4 +1,6 @@
-"""Qwen3.5's linear attention, GatedDeltaNet: a state of fixed size in place of keys and values.
+"""Layers with states of fixed size in place of keys and values: LFM2's short convolution, and Qwen3.5's GatedDeltaNet.
+
+A short convolution keeps the last rows that entered it. GatedDeltaNet also has a state of the delta rule.
 
 For each value head, with unit keys k and queries q, log decay g <= 0 and learning rate β of each row:
 
@@ -35,28 +37,44 @@ _NEVER = -1e30
 
 def is_linear(layer: nn.Module) -> bool:
     """Return whether a decoder layer has states in place of keys and values."""
-    return hasattr(layer, "linear_attn")
+    return hasattr(layer, "linear_attn") or hasattr(layer, "conv")
 
 
-def gated_delta_layer(
-    layer: Any, hidden_ASD: Tensor, *, num_rows: Tensor, past: tuple[Tensor, Tensor], present: list[Tensor]
+def num_kept(layer: nn.Module) -> int:
+    """Return the tensors that a layer keeps of earlier rows: keys and values, or its states."""
+    return 1 if hasattr(layer, "conv") else 2
+
+
+def state_layer(
+    layer: Any, hidden_ASD: Tensor, *, num_rows: Tensor, past: tuple[Tensor, ...], present: list[Tensor]
 ) -> Tensor:
-    """Return the output of a decoder layer with linear attention, and append its new states to ``present``.
+    """Return the output of a decoder layer with states, and append its new ones to ``present``.
 
     It takes the place of the layer's own ``forward``.
 
     Args:
-        layer: transformers' Qwen3_5DecoderLayer.
+        layer: transformers' Qwen3_5DecoderLayer, or Lfm2DecoderLayer with ``name_as_llama``.
         hidden_ASD: What enters it; rows from ``num_rows`` on are padding.
         num_rows: [A], real rows of each answer.
-        past: Its states before the first row; see ``gated_delta_net``.
+        past: Its states before the first row; see ``gated_delta_net`` and ``short_convolution``.
         present: Receives the states after the last real row, with the shapes of ``past``.
     """
-    mixed_ASD, *states = gated_delta_net(layer.linear_attn, layer.input_layernorm(hidden_ASD), num_rows, past)
+    mix: Any = short_convolution if hasattr(layer, "conv") else gated_delta_net
+    module = layer.conv if hasattr(layer, "conv") else layer.linear_attn
+    mixed_ASD, *states = mix(module, layer.input_layernorm(hidden_ASD), num_rows, past)
     present += states
     hidden_ASD = hidden_ASD + mixed_ASD
     output_ASD: Tensor = hidden_ASD + layer.mlp(layer.post_attention_layernorm(hidden_ASD))
     return output_ASD
+
+
+def short_convolution(
+    module: Any, hidden_ASD: Tensor, num_rows_A: Tensor, past: tuple[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the output [A, S, D] of a Lfm2ShortConv, and the last real rows [A, 1, kernel - 1, D] that entered it."""
+    before_ASD, after_ASD, rows_ASD = module.in_proj(hidden_ASD).chunk(3, dim=-1)
+    mixed_ASD, conv = _convolution(module.conv, before_ASD * rows_ASD, num_rows_A, past[0])
+    return module.out_proj(after_ASD * mixed_ASD), conv
 
 
 def gated_delta_net(
@@ -69,13 +87,13 @@ def gated_delta_net(
     """
     A, S, _ = hidden_ASD.shape
     is_real_AS = torch.arange(S)[None, :] < num_rows_A.to(torch.int64)[:, None]
-    mixed_ASW, conv = _convolution(module, module.in_proj_qkv(hidden_ASD), num_rows_A, past[0])
+    mixed_ASW, conv = _convolution(module.conv1d, module.in_proj_qkv(hidden_ASD), num_rows_A, past[0])
     # all sizes are given: with S = 0, while a probe runs in the same graph, none can be inferred
     H, V, keys = module.num_v_heads, module.head_v_dim, (module.num_k_heads, module.head_k_dim)
     widths = [module.key_dim, module.key_dim, module.value_dim]
     query, key, value = (
         rows.reshape(A, S, *sizes).float()
-        for rows, sizes in zip(torch.split(mixed_ASW, widths, dim=-1), (keys, keys, (H, V)))
+        for rows, sizes in zip(torch.split(F.silu(mixed_ASW), widths, dim=-1), (keys, keys, (H, V)))
     )
     repeats = H // module.num_k_heads
     query, key = (_by_head(_unit(rows), repeats=repeats) for rows in (query, key))
@@ -93,19 +111,21 @@ def gated_delta_net(
     return module.out_proj(normed_ASHV.reshape(A, S, H * V)), conv, state_XKV.reshape(past[1].shape)
 
 
-def _convolution(module: Any, rows_ASW: Tensor, num_rows_A: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows after the causal convolution of each channel and SiLU, and the last real rows before it."""
+def _convolution(
+    conv: nn.Conv1d, rows_ASW: Tensor, num_rows_A: Tensor, past: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the rows after the causal convolution of each channel, and the last real rows before it."""
     A, S, W = rows_ASW.shape
-    before = module.conv_kernel_size - 1
+    before = conv.kernel_size[0] - 1
     joined = torch.cat([past.reshape(A, before, W), rows_ASW], dim=1)
-    weight = module.conv1d.weight[:, 0]
+    weight = conv.weight[:, 0]
     result = joined[:, before:] * weight[:, before]
     for tap in range(before):
         result = result + joined[:, tap : tap + S] * weight[:, tap]
     last = num_rows_A.to(torch.int64)[:, None] + torch.arange(before)
     rows = (torch.arange(A)[:, None] * (before + S) + last).reshape(-1)
     kept = joined.reshape(A * (before + S), W).index_select(0, rows)
-    return F.silu(result), kept.reshape(A, 1, before, W)
+    return result, kept.reshape(A, 1, before, W)
 
 
 def _unit(rows: Tensor) -> Tensor:

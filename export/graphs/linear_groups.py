@@ -52,7 +52,13 @@ class LinearGroup:
 def decoder_groups(layer: Any, *, index: int) -> tuple[LinearGroup, ...]:
     """Return the groups of a Llama-like decoder layer, or of one with linear attention."""
     norm, mlp = layer.input_layernorm, layer.post_attention_layernorm
-    if is_linear(layer):
+    if hasattr(layer, "conv"):
+        module = layer.conv
+        attention = (
+            LinearGroup(name="in", layer=index, linears=(module.in_proj,), before=norm),
+            LinearGroup(name="out", layer=index, linears=(module.out_proj,), before=None),
+        )
+    elif is_linear(layer):
         module = layer.linear_attn
         products, out = (module.in_proj_qkv, module.in_proj_z), (module.out_proj,)
         attention = (

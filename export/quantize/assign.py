@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _LAYER = re.compile(r"language_model\.layers\.(\d+)\.")
 DECODER_LINEAR = re.compile(
-    r"language_model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight|lm_head\.weight"
+    r"language_model\.layers\.\d+\.(?:self_attn\.(?:[qkvo]|out)_proj|mlp\.(?:gate|up|down)_proj|feed_forward\.w[123])\.weight|lm_head\.weight"
 )
 """Weights of linear layers that probes also read."""
 _RATES = re.compile(r"language_model\.layers\.\d+\.linear_attn\.in_proj_[ab]\.weight")

@@ -13,6 +13,7 @@ from trio_edge.export.checkpoints.weights import StoredName
 from trio_edge.export.graphs.assembly.copies import Traceable, first_past, stack_layers
 from trio_edge.export.graphs.assembly.onnx_graph import TracedGraph, dynamic_axes, example_input, trace_graph
 from trio_edge.export.graphs.attention import DecoderRange
+from trio_edge.export.graphs.gated_delta import num_kept
 from trio_edge.export.graphs.probe import Probe, Saliency
 
 if TYPE_CHECKING:
@@ -92,9 +93,10 @@ class Tracer:
         """Return the trace of a layer of a range; the layers of one structure share that of the first."""
         layer = module.layers[index]
         if (kind := _structure(layer)) not in self._known:
-            first = first_past(spec)
-            inputs = *spec.inputs[:first], *spec.inputs[first + 2 * index :][:2]
-            outputs = spec.outputs[0], *spec.outputs[1 + 2 * index :][:2]
+            first, count = first_past(spec), num_kept(layer)
+            before = sum(map(num_kept, module.layers[:index]))
+            inputs = *spec.inputs[:first], *spec.inputs[first + before :][:count]
+            outputs = spec.outputs[0], *spec.outputs[1 + before :][:count]
             one = msgspec.structs.replace(spec, inputs=inputs, outputs=outputs)
             self._known[kind] = self._traced(DecoderRange([layer], module.rotary), one)
         return self._known[kind]

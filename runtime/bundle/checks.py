@@ -497,8 +497,8 @@ class _Run:
         """Dtypes and shapes of a layer's states."""
         if (linear := self.manifest.dimensions.linear) is None:
             return []
-        conv, delta = linear.shapes(self.program.sizes[self.index].get("B", 1)).values()
-        return [(self.manifest.dtype, conv), ("float32", delta)]
+        conv, *delta = linear.shapes(self.program.sizes[self.index].get("B", 1)).values()
+        return [(self.manifest.dtype, conv), *(("float32", shape) for shape in delta)]
 
     @property
     def _cache(self) -> str:

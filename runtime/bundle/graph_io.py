@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 # Graphs before the decoder.
 PIXEL_VALUES = "pixel_values"
 TOKEN_INDEX = "token_index"
+SPATIAL_SHAPES = "spatial_shapes"
 TOKEN_WEIGHTS = "token_weights"
 """[N], the row of each visual token in what the vision encoder returns."""
 PATCH_POSITIONS = "patch_positions"

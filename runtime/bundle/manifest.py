@@ -264,32 +264,36 @@ class FileEntry(_Spec, frozen=True):
 
 
 class LinearAttention(_Spec, frozen=True):
-    """Sizes of the layers that have states of fixed size in place of keys and values: Qwen3.5's GatedDeltaNet."""
+    """Sizes of the layers that have states of fixed size in place of keys and values.
+
+    They are Qwen3.5's GatedDeltaNet, or LFM2's short convolution, which has a width and no heads.
+    """
 
     layers: tuple[Layer, ...]
-    num_key_heads: Axis
-    num_value_heads: Axis
-    key_size: Axis
-    value_size: Axis
     kernel_size: Axis
-    """Rows that the convolution of queries, keys and values reaches."""
+    """Rows that the convolution reaches."""
+    width: Extent = 0
+    """Channels of a short convolution."""
+    num_key_heads: Extent = 0
+    num_value_heads: Extent = 0
+    key_size: Extent = 0
+    value_size: Extent = 0
 
     @property
     def channels(self) -> int:
-        """Width of queries, keys and values together, which pass the convolution."""
-        return 2 * self.num_key_heads * self.key_size + self.num_value_heads * self.value_size
+        """Width of what passes the convolution; in GatedDeltaNet queries, keys and values together."""
+        return self.width + 2 * self.num_key_heads * self.key_size + self.num_value_heads * self.value_size
 
     def shapes(self, batch: int = 1) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a layer's states for ``batch`` answers: rows before the convolution, and the delta rule's."""
-        return {
-            "conv": (batch, 1, self.kernel_size - 1, self.channels),
-            "delta": (batch, self.num_value_heads, self.key_size, self.value_size),
-        }
+        conv = {"conv": (batch, 1, self.kernel_size - 1, self.channels)}
+        delta = {"delta": (batch, self.num_value_heads, self.key_size, self.value_size)}
+        return conv if self.width else conv | delta
 
     def state_bytes(self, *, element_bytes: int) -> int:
         """Return the bytes of a layer's states; those of the delta rule are float32."""
-        conv, delta = map(math.prod, self.shapes().values())
-        return conv * element_bytes + 4 * delta
+        conv, *delta = map(math.prod, self.shapes().values())
+        return conv * element_bytes + 4 * sum(delta)
 
 
 class Dimensions(_Spec, frozen=True):

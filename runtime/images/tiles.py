@@ -190,39 +190,46 @@ class InternVlImages(TileImages, frozen=True, kw_only=True, tag_field="kind", ta
         return 1 / self.tokens_per_side
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Return the grid with the nearest aspect ratio; arguments and errors are those of ``TileImages.grid``.
-
-        Of grids with the same ratio, a larger one is chosen if the image has more than half of its pixels.
-        Source: get_optimal_tiled_canvas.
-        """
+        """Return the grid with the nearest aspect ratio; arguments and errors are those of ``TileImages.grid``."""
         processing.check_not_empty(width, height)
-        best, smallest = (1, 1), float("inf")
-        for columns, rows in _grids(self.min_tiles, self.max_tiles):
-            difference = abs(width / height - columns / rows)
-            has_pixels = width * height > 0.5 * self.tile_size**2 * columns * rows
-            if difference < smallest or (difference == smallest and has_pixels):
-                best, smallest = (rows, columns), difference
-        return best
+        return nearest_grid(width, height, grids(self.min_tiles, self.max_tiles), tile_size=self.tile_size)
 
     def counts(self) -> Sequence[int]:
         """Return all possible numbers of tiles of an image, ascending."""
-        return sorted({_with_overview(*grid) for grid in _grids(self.min_tiles, self.max_tiles)})
+        return sorted({_with_overview(*grid) for grid in grids(self.min_tiles, self.max_tiles)})
 
     def stretched(self, image: Image.Image, size: tuple[int, int]) -> tuple[NDArray[np.uint8], Image.Image]:
         """Return the image at (height, width), and the image itself for the last tile."""
         return resize(image, size, resample=self.resample), image
 
 
+def nearest_grid(
+    width: int, height: int, candidates: Sequence[tuple[int, int]], *, tile_size: int
+) -> tuple[int, int]:
+    """Return the rows and columns of the grid with the nearest aspect ratio; ``candidates`` are (columns, rows).
+
+    Of grids with the same ratio, a larger one is chosen if the image has more than half of its pixels.
+    Source: get_optimal_tiled_canvas, and find_closest_aspect_ratio of Lfm2VlImageProcessor.
+    """
+    best, smallest = (1, 1), float("inf")
+    for columns, rows in candidates:
+        difference = abs(width / height - columns / rows)
+        has_pixels = width * height > 0.5 * tile_size**2 * columns * rows
+        if difference < smallest or (difference == smallest and has_pixels):
+            best, smallest = (rows, columns), difference
+    return best
+
+
 @lru_cache
-def _grids(least: int, most: int) -> tuple[tuple[int, int], ...]:
+def grids(least: int, most: int) -> tuple[tuple[int, int], ...]:
     """Return (columns, rows) of every grid, by number of tiles. Source: get_all_supported_aspect_ratios."""
-    grids = [
+    found = [
         (columns, rows)
         for columns in range(1, most + 1)
         for rows in range(max(1, -(-least // columns)), most // columns + 1)
     ]
     # The sort is stable: grids with equally many tiles keep the original's order, which decides ties.
-    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+    return tuple(sorted(found, key=lambda grid: grid[0] * grid[1]))
 
 
 @final

@@ -108,6 +108,16 @@ SMOLVLM_TEMPLATE = (
 )
 """``<|im_start|>User:<image>…<end_of_utterance>\\nAssistant:`` of SmolVLM2, for checkpoints without a template."""
 
+LFM2_VL_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""``<|startoftext|><|im_start|>user\\n<image>…<|im_end|>\\n<|im_start|>assistant\\n``, for checkpoints without a template."""
+
 MISTRAL_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['content'] is string %}{% set text = message['content'] %}{% else %}"

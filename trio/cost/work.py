@@ -141,11 +141,13 @@ def flops_of(products: Iterable[Product]) -> float:
 def layer_matrices(decoder: Dimensions, linear: LinearAttention | None = None) -> tuple[tuple[int, int], ...]:
     """Return inputs and outputs of a decoder layer's matrices: queries, keys, values, output, gate, up, down.
 
-    With ``linear``, of a layer with linear attention: queries, keys and values in one, gate, two of a number for each head, and
+    With ``linear``, of a layer with a short convolution: its two, and then the MLP's; or with linear attention: queries, keys and values in one, gate, two of a number for each head, and
     from the output on the same.
     """
     hidden, inner = decoder.hidden_size, decoder.intermediate_size
     mlp = (hidden, inner), (hidden, inner), (inner, hidden)
+    if linear is not None and linear.width:
+        return (hidden, 3 * linear.width), (linear.width, hidden), *mlp
     if linear is not None:
         heads, width = linear.num_value_heads, linear.num_value_heads * linear.value_size
         return (hidden, linear.channels), (hidden, width), *(((hidden, heads),) * 2), (width, hidden), *mlp
@@ -183,7 +185,7 @@ def range_work(decoder: Dimensions, *, layers: Sequence[int], rows: int, past: i
         for kind, count in counts.items()
         for inner, columns in layer_matrices(decoder, kind)
     )
-    if decoder.linear is not None:
+    if decoder.linear is not None and not decoder.linear.width:
         products += _delta_rule(decoder.linear, rows=rows, count=num_layers - cached)
     attention = Attention(
         rows=rows,

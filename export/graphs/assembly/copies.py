@@ -6,6 +6,7 @@ are copied. Nodes that are the same in all copies, such as masks, rotary tables 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -94,13 +95,14 @@ def stack_layers(layers: Sequence[ir.Model], spec: GraphSpec) -> ir.Model:
     kinds = list({id(layer): layer for layer in layers}.values())
     planes = [value for value in graph.inputs if str(value.name).startswith(DEEPSTACK)]
     present: list[ir.Value] = []
+    past = iter(graph.inputs[first:])
     for index, layer in enumerate(layers):
-        enters_last, past = hidden, graph.inputs[first + 2 * index :][:2]
+        enters_last, own = hidden, range(first, len(layer.graph.inputs))
         number = kinds.index(layer)
         hidden, *new_rows = graph.add(
             layer,
-            [hidden, *shared, *past],
-            varying=(0, first, first + 1),
+            [hidden, *shared, *itertools.islice(past, len(own))],
+            varying=(0, *own),
             weights=f"layers.{index}.",
             own_suffix=f".{index}",
             shared_suffix=f".kind{number}" * (number > 0),
