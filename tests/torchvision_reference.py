@@ -96,8 +96,15 @@ def _pixtral(longest_edge: int, token_size: int, **settings: Any) -> dict[str, A
     return {"image_processor_type": "PixtralImageProcessor", **sizes, **settings}
 
 
+def _lfm2(tile_size: int, patch_size: int, **settings: Any) -> dict[str, Any]:
+    sizes = {"tile_size": tile_size, "encoder_patch_size": patch_size, "return_row_col_info": True}
+    return {"image_processor_type": "Lfm2VlImageProcessor", **sizes, **settings}
+
+
 # where there is no AVX, torch repeats the first pixel of a column that is one pixel wide
 _NO_COLUMN = tuple(size for size in SIZES if size != (1, 400))
+_NAFLEX = tuple(size for size in _NO_COLUMN if max(size) < 12 * min(size))
+"""Of others the processor makes more tokens than a tile has."""
 PROCESSORS = {
     "LLaVA-NeXT": Processor(
         config={
@@ -180,6 +187,14 @@ PROCESSORS = {
     "Pixtral bilinear": Processor(
         config=_pixtral(45, 6, resample=2, image_mean=[0.1, 0.2, 0.3], image_std=[0.3, 0.2, 0.1]),
         sizes=((601, 673), (333, 77)),
+    ),
+    "LFM2-VL": Processor(config=_lfm2(512, 16, use_thumbnail=False), sizes=((601, 673), (901, 700))),
+    "LFM2-VL small": Processor(
+        config=_lfm2(24, 4, min_image_tokens=4, max_image_tokens=12, max_tiles=7), sizes=_NAFLEX
+    ),
+    "LFM2-VL without tiles": Processor(
+        config=_lfm2(24, 4, min_image_tokens=5, max_image_tokens=20, do_image_splitting=False, resample=3),
+        sizes=_NAFLEX,
     ),
     "SmolVLM2": Processor(config=_smolvlm(1536, 384), sizes=((601, 673),)),
     "SmolVLM2 small": Processor(config=_smolvlm(100, 20), sizes=_NO_COLUMN),

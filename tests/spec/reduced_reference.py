@@ -22,8 +22,8 @@ def causal_layer(model: Any, index: int, hidden: torch.Tensor, positions: torch.
     """Run one Hugging Face decoder layer with an additive causal mask."""
     text = model.get_decoder()
     rows = hidden.shape[1]
-    mask = None  # layers with linear attention take none
-    if not hasattr(text.layers[index], "linear_attn"):
+    mask = None  # layers with states take none
+    if hasattr(text.layers[index], "self_attn"):
         mask = torch.full((1, 1, rows, rows), float("-inf"), dtype=hidden.dtype).triu(1)
     tables = text.rotary_emb(hidden, positions)
     options = {"position_embeddings": tables, "position_ids": positions}
@@ -39,12 +39,17 @@ def autograd_saliency(
     """
     leaf = hidden.detach().requires_grad_(True)
     out = causal_layer(model, layer, leaf, positions)
-    logits = model.lm_head(model.get_decoder().norm(out))[0]
+    logits = model.lm_head(_final_norm(model)(out))[0]
     last = logits.shape[0] - schedule.last_probe_offset
     rows = logits[torch.arange(last - schedule.num_probe_rows + 1, last + 1).clamp(min=after)]
     torch.nn.functional.cross_entropy(rows, rows.argmax(-1)).backward()
     assert leaf.grad is not None
     return leaf.grad[0].norm(dim=-1)
+
+
+def _final_norm(model: Any) -> Any:
+    decoder = model.get_decoder()
+    return getattr(decoder, "norm", None) or decoder.embedding_norm  # LFM2's
 
 
 class ReducedRows(NamedTuple):
@@ -110,7 +115,7 @@ def reduced_rows(
             if layer < len(planes):
                 hidden[0, here] += planes[layer][original]
     with torch.no_grad():
-        values = model.get_decoder().norm(hidden)[0]
+        values = _final_norm(model)(hidden)[0]
     return ReducedRows(values, positions.reshape(-1, len(values)), here.tolist(), kept_all)
 
 
