@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from trio_edge.runtime.prompts.chat import (
     INTERNVL_TEMPLATE,
+    LFM2_VL_TEMPLATE,
     LLAVA_ONEVISION_TEMPLATE,
     MISTRAL3_TEMPLATE,
     MISTRAL_TEMPLATE,
@@ -42,6 +43,7 @@ _TEMPLATES = {
     "internvl": INTERNVL_TEMPLATE,
     "smolvlm": SMOLVLM_TEMPLATE,
     "mistral3": MISTRAL3_TEMPLATE,
+    "lfm2_vl": LFM2_VL_TEMPLATE,
 }
 # From a parameter of transformers' model to the name in released files, which are older than these classes.
 _LLAVA_NAMES = (
@@ -60,6 +62,7 @@ _OLD_NAMES = {
     "internvl": _LLAVA_NAMES[1:],
     "smolvlm": (),
     "mistral3": _LLAVA_NAMES[1:],
+    "lfm2_vl": ((r"^model\.vision_tower\.", "model.vision_tower.vision_model."),),
 }
 _DTYPES = {
     "float16": ("F16", torch.float16),
@@ -115,10 +118,10 @@ def write_files(folder: Path, description: dict[str, Any]) -> Path:
 def _tokenizer(special: dict[int, str]) -> Tokenizer:
     """Return a byte-level BPE tokenizer, or one like Llama's where there is an ``<s>``.
 
-    Mistral's has both, and a thousand special tokens before the first letter.
+    Mistral's has both, and a thousand special tokens before the first letter; LFM2's has hundreds.
     """
     is_tekken, adds_begin = special.get(10) == "[IMG]", special.get(1) == "<s>"
-    begin, first = adds_begin and not is_tekken, 1000 if is_tekken else 3 * (1 in special)
+    begin, first = adds_begin and not is_tekken, 1000 if is_tekken or 396 in special else 3 * (1 in special)
     letters = [f"<0x{byte:02X}>" for byte in range(256)] if begin else pre_tokenizers.ByteLevel.alphabet()
     words = {word: index + first for index, word in enumerate([*sorted(letters), *["▁"] * begin])}
     tokenizer = Tokenizer(

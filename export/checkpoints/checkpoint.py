@@ -67,6 +67,8 @@ ALIASES = {
     "ministral-3-8b": Alias("mistralai/Ministral-3-8B-Instruct-2512-BF16", "Ministral 3"),
     "ministral-3-14b": Alias("mistralai/Ministral-3-14B-Instruct-2512-BF16", "Ministral 3"),
     "mistral-small-3.1-24b": Alias("mistralai/Mistral-Small-3.1-24B-Instruct-2503", "Mistral Small 3.1"),
+    "lfm2.5-vl-450m": Alias("LiquidAI/LFM2.5-VL-450M", "LFM2.5-VL"),
+    "lfm2.5-vl-1.6b": Alias("LiquidAI/LFM2.5-VL-1.6B", "LFM2.5-VL"),
     "smolvlm2-256m": Alias("HuggingFaceTB/SmolVLM2-256M-Video-Instruct", "SmolVLM2"),
     "smolvlm2-500m": Alias("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "SmolVLM2"),
     "smolvlm2-2.2b": Alias("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "SmolVLM2"),

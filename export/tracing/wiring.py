@@ -632,8 +632,7 @@ class Wiring:
         inputs, outputs = (self._tensors(rows, has, stage=stage, state=state) for rows in tables.HALVES[name])
         constants = {}
         if probe.form != "direct" and not is_forward:
-            norm = probe.layer.input_layernorm
-            constants["saliency.key_value_gram"] = _gram(self._plan.source.checkpoint, layer, norm)
+            constants["saliency.key_value_gram"] = _gram(self._plan.source.checkpoint, layer, probe.layer)
         letter, num_rows = "P" if is_forward else "G", schedule.num_probe_rows
         profiles, at_sizes = self._prefills(
             stage,
@@ -770,12 +769,13 @@ def _outline(
     return Outline(spec, places, at_sizes, module, piece, constants)
 
 
-def _gram(checkpoint: Checkpoint, layer: int, norm: nn.Module) -> NDArray[Any]:
-    prefix = f"language_model.layers.{layer}"
+def _gram(checkpoint: Checkpoint, index: int, layer: Any) -> NDArray[Any]:
+    prefix, norm = f"language_model.layers.{index}", layer.input_layernorm
+    norm_name = next(name for name, part in layer.named_children() if part is norm)
     with unset_fake_temporarily():
         key, value, weight = (
             read_weight(checkpoint, f"{prefix}.{name}.weight")
-            for name in ("self_attn.k_proj", "self_attn.v_proj", "input_layernorm")
+            for name in ("self_attn.k_proj", "self_attn.v_proj", norm_name)
         )
         if is_zero_centered(norm):
             weight = 1.0 + weight.to(torch.promote_types(weight.dtype, torch.float32))
