@@ -181,8 +181,8 @@ class ProxySaliency(nn.Module):
         """Choose the cheapest exact form for the layer's shapes.
 
         Args:
-            layer: A Llama, Mistral, Ministral 3, Qwen2, Qwen3, Qwen3.5 or LFM2 decoder layer with full attention (q, k and v may have
-                biases; the MLP is SwiGLU).
+            layer: A Llama, Mistral, Ministral 3, Qwen2, Qwen3 or Qwen3.5 decoder layer with full attention, or LFM2's after
+                ``name_as_llama`` (q, k and v may have biases; the MLP is SwiGLU).
             final_norm: The decoder's final RMS norm.
             lm_head: The decoder's head, a linear layer.
             max_visual: Largest N, with padding; the form is chosen for it.

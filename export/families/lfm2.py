@@ -82,8 +82,15 @@ class Lfm2Vl(Family):
         self, inner: Any, config: Any, *, processing: NaflexImages, dtype: FloatType, with_features: bool
     ) -> tuple[VisionGraph, VisionDimensions]:
         """Return the graph of the tiles; see ``Family``."""
-        vision, width, most = config.vision_config, config.text_config.hidden_size, processing.patches_per_tile
-        module, merged = NaflexVision(inner.vision_tower, inner.multi_modal_projector), config.downsample_factor**2
+        vision, width, most = (
+            config.vision_config,
+            config.text_config.hidden_size,
+            processing.patches_per_tile,
+        )
+        module, merged = (
+            NaflexVision(inner.vision_tower, inner.multi_modal_projector),
+            config.downsample_factor**2,
+        )
         patch_values = vision.num_channels * vision.patch_size**2
         graph = VisionGraph(
             module=module,

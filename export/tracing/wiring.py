@@ -419,7 +419,10 @@ class Wiring:
         prompts = sorted(self._prompts, key=lambda prompt: prompt[1]) if is_reduced else self._prompts
         for rows, bucket in prompts:
             name = f"{label}_{rows}+{bucket}" if by_rows else f"{label}_{bucket}"
-            found.setdefault(name, Profile(name=name, sizes=sizes(rows, entering or rows, bucket)))
+            made = sizes(rows, entering or rows, bucket)
+            # few visual rows and a long text may be as many rows as others
+            if made not in (one.sizes for one in found.values()):
+                found[name] = Profile(name=name, sizes=made)
         wanted = [sizes(rows, entering or rows, bucket) for rows, bucket in self._prompts]
         at_sizes = [next(one.name for one in found.values() if one.sizes == given) for given in wanted]
         return list(found.values()), at_sizes

@@ -39,7 +39,9 @@ _NAMES = {
 
 
 @final
-class NaflexImages(processing.ImageConstants, frozen=True, kw_only=True, tag_field="kind", tag="naflex_tiles"):
+class NaflexImages(
+    processing.ImageConstants, frozen=True, kw_only=True, tag_field="kind", tag="naflex_tiles"
+):
     """Image processing with named tiles, and a tile with the whole image at its own shape."""
 
     patch_size: processing.Size = 16
@@ -205,10 +207,10 @@ class NaflexImages(processing.ImageConstants, frozen=True, kw_only=True, tag_fie
         )
 
     def prepare(self, image: Image.Image, sizes: Mapping[str, int] | None = None) -> dict[str, NDArray[Any]]:
-        """Return ``pixel_values`` float32 [B, P, F] padded with zeros, ``spatial_shapes`` int32 [B, 2] with the rows and
-        columns of patches, padded with 1, and ``token_index`` int32 [N, M], the patches of each token, padded with 0.
+        """Return ``pixel_values`` float32 [B, P, F], ``spatial_shapes`` int32 [B, 2] and ``token_index`` int32 [N, M].
 
-        Arguments and errors are those of ``ImageProcessing.prepare``.
+        They are the patches, padded with 0, the rows and columns of patches in each tile, padded with 1, and the patches of each
+        token, padded with 0. Arguments and errors are those of ``ImageProcessing.prepare``.
         """
         own = self.sizes(*image.size)
         room = processing.room_for(own, sizes, image=image)

@@ -18,6 +18,7 @@ from tests.calibration.question_files import questions_about, write_questions
 from tests.calibration.smoothing import apply_smoothing
 from tests.checkpoints import save_checkpoint
 from tests.internvl_checkpoints import save_internvl_checkpoint
+from tests.lfm2_checkpoints import save_lfm2_vl_checkpoint
 from tests.mistral3_checkpoints import save_mistral3_checkpoint
 from tests.onevision_checkpoints import save_onevision_checkpoint
 from tests.qwen_checkpoints import save_qwen3_5_checkpoint, save_qwen3_vl_checkpoint, save_qwen_checkpoint
@@ -52,6 +53,7 @@ CHECKPOINTS: dict[str, Callable[..., Path]] = {
     "llava-onevision": save_onevision_checkpoint,
     "smolvlm": save_smolvlm_checkpoint,
     "mistral3": save_mistral3_checkpoint,
+    "lfm2-vl": save_lfm2_vl_checkpoint,
 }
 ATTENTION, GATED_MLP = ["qkv", "o"], ["gate_up", "down"]
 MOVABLE = {
@@ -65,6 +67,7 @@ MOVABLE = {
     "internvl": ([*ATTENTION, "fc1", "projector_1"], ["qkv", *GATED_MLP]),
     "llava-onevision": ([*ATTENTION, "fc1"], ["qkv", *GATED_MLP]),
     "smolvlm": ([*ATTENTION, "fc1"], ["qkv", *GATED_MLP]),
+    "lfm2-vl": ([*ATTENTION, "fc1", "projector_1"], ["in", *GATED_MLP]),
     "mistral3": (["projector_1", *ATTENTION, *GATED_MLP], ["qkv", *GATED_MLP]),
 }
 """Groups that factors can move out of, of the vision graph and of the decoder."""

@@ -9,7 +9,7 @@ import torch
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
 
-from trio_edge.export.graphs.gated_delta import delta_rule, gated_delta_layer
+from trio_edge.export.graphs.gated_delta import delta_rule, state_layer
 
 X, K, V = 3, 12, 20
 SIZES = [1, 2, 63, 64, 65, 130, 200]
@@ -72,9 +72,7 @@ def test_a_layer_equals_hugging_faces_whatever_its_padding_holds(layer: Any, row
     kept = []
     for padded in (hidden, torch.cat([hidden, padding], dim=1)):
         present: list[torch.Tensor] = []
-        found = gated_delta_layer(
-            layer, padded, num_rows=torch.tensor([rows]), past=states(1), present=present
-        )
+        found = state_layer(layer, padded, num_rows=torch.tensor([rows]), past=states(1), present=present)
         torch.testing.assert_close(found[:, :rows], expected, rtol=1e-3, atol=1e-3)
         kept.append(present)
     for alone, with_padding in zip(*kept):
@@ -85,11 +83,9 @@ def test_answers_of_a_batch_do_not_see_each_other_and_go_on_from_their_states(la
     hidden = torch.randn(2, 70, 48)
     present: list[torch.Tensor] = []
     counts = torch.tensor([70, 31])
-    gated_delta_layer(layer, hidden, num_rows=counts, past=states(2), present=present)
+    state_layer(layer, hidden, num_rows=counts, past=states(2), present=present)
     step = torch.randn(2, 1, 48)
-    after = gated_delta_layer(
-        layer, step, num_rows=torch.tensor([1, 1]), past=(present[0], present[1]), present=[]
-    )
+    after = state_layer(layer, step, num_rows=torch.tensor([1, 1]), past=(present[0], present[1]), present=[])
     for answer, count in enumerate(counts):
         whole = torch.cat([hidden[answer : answer + 1, :count], step[answer : answer + 1]], dim=1)
         expected = layer(whole, position_embeddings=None)[:, -1:]

@@ -98,7 +98,11 @@ SMALL: dict[str, dict[str, Any]] = {
         "vision_config": {**_TOWER, "head_dim": 16},
     },
     "lfm2.5-vl-450m": {
-        "text_config": {**_DECODER, "num_heads": 4, "layer_types": ["full_attention", "conv", "full_attention"]},
+        "text_config": {
+            **_DECODER,
+            "num_heads": 4,
+            "layer_types": ["full_attention", "conv", "full_attention"],
+        },
         "vision_config": _TOWER,
     },
     "smolvlm2-500m": {"text_config": {**_DECODER, "head_dim": 16}, "vision_config": _TOWER},

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from transformers.models.lfm2.modeling_lfm2 import Lfm2DecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 from transformers.models.ministral3.modeling_ministral3 import Ministral3DecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5RMSNorm
+
+from trio_edge.trio.decoder_layers import name_as_llama
 
 _FAMILIES = {
     "llama": (hf.LlamaConfig, LlamaDecoderLayer),
@@ -22,6 +25,7 @@ _FAMILIES = {
     "qwen2": (hf.Qwen2Config, Qwen2DecoderLayer),
     "qwen3": (hf.Qwen3Config, Qwen3DecoderLayer),
     "qwen3_5": (hf.Qwen3_5TextConfig, Qwen3_5DecoderLayer),
+    "lfm2": (hf.Lfm2Config, Lfm2DecoderLayer),
 }
 HIDDEN, HEADS, HEAD_SIZE, VOCAB = 64, 4, 16, 97
 SCALED = {
@@ -59,6 +63,7 @@ def random_decoder(
     )
     norm = Qwen3_5RMSNorm if family == "qwen3_5" else LlamaRMSNorm
     decoder = Decoder(layer_class(settings, 0), norm(HIDDEN), nn.Linear(HIDDEN, VOCAB, bias=False))
+    name_as_llama(decoder.layer)
     with torch.no_grad():
         for module in (decoder.layer, decoder.final_norm, decoder.lm_head):
             for name, parameter in module.named_parameters():

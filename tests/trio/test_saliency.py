@@ -79,6 +79,7 @@ DECODERS = {
         {"num_kv_heads": 2, "attention_bias": True, "rms_norm_eps": 0.1},
     ),
     "qwen3_5 with a gate and a partial rotation": ("qwen3_5", {"num_kv_heads": 2, **FULL}),
+    "lfm2": ("lfm2", {"num_kv_heads": 2, **FULL}),
     "qwen3_5 with biases": ("qwen3_5", {"num_kv_heads": HEADS, "attention_bias": True, **FULL}),
 }
 

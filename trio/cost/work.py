@@ -141,8 +141,8 @@ def flops_of(products: Iterable[Product]) -> float:
 def layer_matrices(decoder: Dimensions, linear: LinearAttention | None = None) -> tuple[tuple[int, int], ...]:
     """Return inputs and outputs of a decoder layer's matrices: queries, keys, values, output, gate, up, down.
 
-    With ``linear``, of a layer with a short convolution: its two, and then the MLP's; or with linear attention: queries, keys and values in one, gate, two of a number for each head, and
-    from the output on the same.
+    With ``linear``, of a layer with linear attention: queries, keys and values in one, gate, two of a number for each head, and
+    from the output on the same; or of one with a short convolution: the rows and their two gates in one, and the same.
     """
     hidden, inner = decoder.hidden_size, decoder.intermediate_size
     mlp = (hidden, inner), (hidden, inner), (inner, hidden)
