@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from trio_edge.runtime.prompts.chat import (
     INTERNVL_TEMPLATE,
+    LFM2_VL_TEMPLATE,
     LLAVA_ONEVISION_TEMPLATE,
     MISTRAL3_TEMPLATE,
     MISTRAL_TEMPLATE,
@@ -230,6 +231,35 @@ def ministral_3_3b() -> Any:
     )  # fmt: skip
 
 
+def lfm2_5_vl(*, text: dict[str, Any], vision: dict[str, Any]) -> Any:
+    """Return the configuration of one LFM2.5-VL; only six of 16 decoder layers have attention."""
+    text_sizes = {
+        "model_type": "lfm2", "num_hidden_layers": 16, "num_key_value_heads": 8, "vocab_size": 65536, "eos_token_id": 7,
+        "layer_types": ["full_attention" if layer in (2, 5, 8, 10, 12, 14) else "conv" for layer in range(16)],
+    }  # fmt: skip
+    vision_sizes = {"model_type": "siglip2_vision_model", "vision_use_head": False}
+    return hf.Lfm2VlConfig(
+        text_config={**text_sizes, **text}, vision_config={**vision_sizes, **vision}, projector_hidden_size=2048,
+        projector_use_layernorm=False,
+    )  # fmt: skip
+
+
+def lfm2_5_vl_450m() -> Any:
+    """The vision tower is transformers' default."""
+    return lfm2_5_vl(
+        text={"hidden_size": 1024, "intermediate_size": 6656, "num_attention_heads": 16}, vision={}
+    )
+
+
+def lfm2_5_vl_1_6b() -> Any:
+    vision = {
+        "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+    }  # fmt: skip
+    return lfm2_5_vl(
+        text={"hidden_size": 2048, "intermediate_size": 12288, "num_attention_heads": 32}, vision=vision
+    )
+
+
 def smolvlm2(*, text: dict[str, Any], vision: dict[str, Any] | None = None, scale_factor: int = 4) -> Any:
     """Return the configuration of one SmolVLM2; the two smaller models have the same vision tower."""
     text_sizes = {
@@ -344,6 +374,11 @@ INTERN_TOKENS = {
 MISTRAL_TOKENS = {
     0: "<unk>", 1: "<s>", 2: "</s>", 3: "[INST]", 4: "[/INST]", 10: "[IMG]", 11: "<pad>", 12: "[IMG_BREAK]", 13: "[IMG_END]",
 }  # fmt: skip
+LFM2_TOKENS = {
+    0: "<|pad|>", 1: "<|startoftext|>", 2: "<|endoftext|>", 6: "<|im_start|>", 7: "<|im_end|>", 396: "<image>",
+    **{397 + 10 * row + column: f"<|img_row_{row + 1}_col_{column + 1}|>" for row in range(10) for column in range(10)},
+    497: "<|img_thumbnail|>", 498: "<|image_start|>", 499: "<|image_end|>",
+}  # fmt: skip
 SMOLVLM_TOKENS = {
     0: "<|endoftext|>", 1: "<|im_start|>", 2: "<|im_end|>", 49152: "<global-img>",
     **{49153 + 6 * row + column: f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)},
@@ -384,6 +419,15 @@ def _smolvlm_family(config: Callable[[], Any], preprocessor: dict[str, Any] = SM
     return Family(
         config=config, model="SmolVLMForConditionalGeneration", renames=(), preprocessor=preprocessor,
         chat_template=SMOLVLM_TEMPLATE, special_tokens=SMOLVLM_TOKENS, end_token=49279,
+    )  # fmt: skip
+
+
+def _lfm2_family(config: Callable[[], Any]) -> Family:
+    return Family(
+        config=config, model="Lfm2VlForConditionalGeneration", chat_template=LFM2_VL_TEMPLATE, special_tokens=LFM2_TOKENS,
+        renames=((r"^model\.vision_tower\.", "model.vision_tower.vision_model."),), end_token=7,
+        # all else is transformers' default
+        preprocessor={"image_processor_type": "Lfm2VlImageProcessorFast", "processor_class": "Lfm2VlProcessor"},
     )  # fmt: skip
 
 
@@ -429,6 +473,8 @@ FAMILIES = {
         end_token=2,
         begin_token=1,
     ),
+    "lfm2.5-vl-450m": _lfm2_family(lfm2_5_vl_450m),
+    "lfm2.5-vl-1.6b": _lfm2_family(lfm2_5_vl_1_6b),
     "smolvlm2-256m": _smolvlm_family(smolvlm2_256m),
     "smolvlm2-500m": _smolvlm_family(smolvlm2_500m),
     "smolvlm2-2.2b": _smolvlm_family(

@@ -62,7 +62,7 @@ def test_forms_of_levels_have_fewer_tiles() -> None:
     assert base is not None
     assert base.sizes(60, 45) == {"B": 1, "N": 12}
     assert base.at_base() is None
-    for side, tiles in ((47, 1), (48, 5), (24, 1)):
+    for side, tiles in ((23, 1), (47, 3), (48, 5)):
         within = SMALL.within(side, 48)
         assert within is not None
         assert within.sizes(60, 60)["B"] == tiles
