@@ -430,6 +430,7 @@ def dimensions_of(model: FamilyModel) -> Dimensions:
     """Return the sizes of the decoder."""
     text = model.text_config
     heads = int(text.num_attention_heads)
+    first: Any = model.layers[0]
     return Dimensions(
         num_layers=len(model.layers),
         hidden_size=int(text.hidden_size),
@@ -438,7 +439,7 @@ def dimensions_of(model: FamilyModel) -> Dimensions:
         num_kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
         head_size=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
         # LFM2 adjusts the configured size
-        intermediate_size=int(model.layers[0].mlp.up_proj.weight.shape[0]),
+        intermediate_size=int(first.mlp.up_proj.weight.shape[0]),
         vocab_size=int(text.vocab_size),
         linear=_linear_attention(model),
         has_attention_gate=any(_has_gate(layer) for layer in model.layers),

@@ -213,7 +213,7 @@ class DecoderRange(nn.Module):
         past = iter(others[len(others) - sum(map(num_kept, self.layers)) :])
         if has_answers := position_ids.ndim > 2:
             hidden_states = hidden_states.reshape(1, B * S, D)
-            position_ids = position_ids.reshape(-1, B * S)
+            position_ids = position_ids.reshape(position_ids.shape[0], B * S)
             past_length = past_length[:, None, None, None, None]
         cos, sin = self.rotary(position_ids)
         tables = cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)

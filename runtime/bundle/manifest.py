@@ -286,9 +286,10 @@ class LinearAttention(_Spec, frozen=True):
 
     def shapes(self, batch: int = 1) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a layer's states for ``batch`` answers: rows before the convolution, and the delta rule's."""
-        conv = {"conv": (batch, 1, self.kernel_size - 1, self.channels)}
-        delta = {"delta": (batch, self.num_value_heads, self.key_size, self.value_size)}
-        return conv if self.width else conv | delta
+        found: dict[str, tuple[int, ...]] = {"conv": (batch, 1, self.kernel_size - 1, self.channels)}
+        if not self.width:
+            found["delta"] = (batch, self.num_value_heads, self.key_size, self.value_size)
+        return found
 
     def state_bytes(self, *, element_bytes: int) -> int:
         """Return the bytes of a layer's states; those of the delta rule are float32."""

@@ -12,6 +12,7 @@ import logging
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import mul
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -159,9 +160,12 @@ def _is_bool(value: ir.Value) -> bool:
 def _is_apart(node: torch.fx.Node, table: Any) -> bool:
     """Return whether torch has to take the operator of ``node`` apart.
 
-    It has no translation, writes to its input, holds a graph, or is a view whose translation may differ from that of its parts.
+    It has no translation, writes to its input, holds a graph, or is a view whose translation may differ from that of its parts. So
+    does a wildcard next to a product of sizes, the rows of all answers: it has no value where these are 0, while a probe runs.
     """
     operator = node.target
+    if operator is _aten.reshape.default and -1 in node.args[1]:
+        return any(getattr(size, "target", None) is mul for size in node.args[1])
     if not isinstance(operator, torch._ops.OpOverload):
         return isinstance(operator, torch._ops.HigherOrderOperator)
     if operator._schema.is_mutable:

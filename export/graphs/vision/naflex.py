@@ -52,7 +52,7 @@ class NaflexVision(nn.Module):
         for layer in self.layers:
             hidden_BPD = layer(hidden_BPD, mask_B11P)
         rows = self.norm(hidden_BPD).flatten(0, 1)
-        joined = rows.index_select(0, token_index.flatten()).reshape(len(token_index), -1)
+        joined = rows.index_select(0, token_index.flatten()).reshape(token_index.shape[0], -1)
         if self.projector.use_layer_norm:
             joined = self.projector.layer_norm(joined)
         tokens: Tensor = self.projector.linear_2(self.projector.act(self.projector.linear_1(joined)))

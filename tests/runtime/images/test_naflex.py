@@ -69,7 +69,7 @@ def test_forms_of_levels_have_fewer_tiles() -> None:
 
 
 def test_an_image_that_is_too_long_is_refused() -> None:
-    with pytest.raises(ImageError, match=r"at most 12 visual tokens .* 1x400 pixels with 13; crop it"):
+    with pytest.raises(ImageError, match=r"at most 12 visual tokens .* 1x400 pixels with 69; crop it"):
         SMALL.sizes(1, 400)
 
 
