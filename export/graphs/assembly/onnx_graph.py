@@ -164,8 +164,9 @@ def _is_apart(node: torch.fx.Node, table: Any) -> bool:
     does a wildcard next to a product of sizes, the rows of all answers: it has no value where these are 0, while a probe runs.
     """
     operator = node.target
-    if operator is _aten.reshape.default and -1 in node.args[1]:
-        return any(getattr(size, "target", None) is mul for size in node.args[1])
+    if operator is _aten.reshape.default:
+        sizes: Any = node.args[1]
+        return -1 in sizes and any(getattr(size, "target", None) is mul for size in sizes)
     if not isinstance(operator, torch._ops.OpOverload):
         return isinstance(operator, torch._ops.HigherOrderOperator)
     if operator._schema.is_mutable:
