@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.bundles import export
+from tests.lfm2_checkpoints import save_lfm2_vl_checkpoint
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import (
     CAMERA,
@@ -144,6 +145,7 @@ FOLLOW_UPS: dict[str, dict[str, Any]] = {
     "redone on the host": {"schedule": Schedule(stages=(Stage(layer=2, keep=14),), nms_rounds=1, nms_threshold=0.02)},
     "compares the question": {"token_method": "cdpruner", "token_keep": 15},
     "deepstack": {"schedule": REDUCED},
+    "short convolutions": {"schedule": Schedule(stages=(Stage(layer=2, keep=14), Stage(layer=4, keep=6))), "max_text": 128},
     "states": {"schedule": HYBRID, "max_text": 192, "text_buckets": (192,)},
     "states, keep-all": {"schedule": KEEP_ALL, "max_text": 192, "text_buckets": (192,)},
 }  # fmt: skip
@@ -152,6 +154,8 @@ FOLLOW_UPS: dict[str, dict[str, Any]] = {
 def checkpoint_of(name: str, checkpoint: Path, folder: Path) -> Path:
     if name == "deepstack":
         return save_qwen3_vl_checkpoint(folder)
+    if name == "short convolutions":
+        return save_lfm2_vl_checkpoint(folder)
     return save_qwen3_5_checkpoint(folder) if name.startswith("states") else checkpoint
 
 
