@@ -95,7 +95,11 @@ def main() -> None:
         for device in options.device:
             for keep in options.keep:
                 found = settings(whole, parse_keep(keep))
-                rows = [row(name, setting, device) for name, setting in found.items()]
+                label = keep.replace("%", " %")
+                rows = [
+                    row(name if name == "all tokens" else f"{label}, {name}", setting, device)
+                    for name, setting in found.items()
+                ]
                 print(
                     f"\n**{options.model}, {keep}, {device}, {options.dtype}**\n\n{markdown(HEADS, rows)}",
                     flush=True,

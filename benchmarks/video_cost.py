@@ -30,16 +30,16 @@ def settings(whole: Setting, *, share: float, evs_share: float) -> dict[str, Set
     cost = token_method("evs").cost(sizes)
     reduced = sum_of([counted_work(cost.flops, rows=num_visual)] * whole.num_images)
     evs = dataclasses.replace(whole, entering=kept, before=(("reduce", reduced),))
-    found = {"all tokens": whole, f"EVS {evs_share:.0%}": evs}
-    for name, setting in (("", whole), (f"EVS {evs_share:.0%} and ", evs)):
+    found = {"all tokens": whole, f"EVS {100 * evs_share:.0f} %": evs}
+    for name, setting in (("", whole), (f"EVS {100 * evs_share:.0f} % and ", evs)):
         entering = setting.num_images * (setting.entering or num_visual)
         schedule = ScheduleRequest(average=share).schedule(num_layers=decoder.num_layers, num_visual=entering)
-        found[f"{name}TRIO {share:.1%}"] = dataclasses.replace(setting, schedule=schedule)
+        found[f"{name}TRIO {100 * share:.1f} %"] = dataclasses.replace(setting, schedule=schedule)
     return found
 
 
 def main() -> None:
-    """Print a table for each number of frames."""
+    """Print a table."""
     parser = parser_for(__doc__)
     parser.add_argument("--model", default="qwen3-vl-4b", help="alias of a released model that takes videos")
     parser.add_argument("--frame-size", type=parse_size, default=(448, 256), metavar="WxH")
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     options = parser.parse_args()
     with errors_in_one_line(parser):
+        rows: list[tuple[str, ...]] = []
         for frames in options.frames:
             whole = plan_for(
                 model=options.model,
@@ -64,9 +65,8 @@ def main() -> None:
                 num_images=-(-frames // 2),
             )
             found = settings(whole, share=parse_keep(options.keep), evs_share=parse_keep(options.evs_keep))
-            rows = [row(name, setting, options.device) for name, setting in found.items()]
-            title = f"{options.model}, {frames} frames of {'x'.join(map(str, options.frame_size))}"
-            print(f"\n**{title}, {options.device}, {options.dtype}**\n\n{markdown(HEADS, rows)}", flush=True)
+            rows += [(str(frames), *row(name, one, options.device)) for name, one in found.items()]
+        print(markdown(("frames", *HEADS), rows))
 
 
 if __name__ == "__main__":
