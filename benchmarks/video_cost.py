@@ -14,7 +14,7 @@ from parts.arguments import errors_in_one_line, parser_for
 from parts.tables import markdown
 from reduction_places import HEADS, row
 
-from trio_edge.profiling.predict.answer import Setting
+from trio_edge.profiling.predict.answer import PRECISIONS, Setting
 from trio_edge.profiling.predict.plan import parse_size, plan_for
 from trio_edge.trio.budgets import ScheduleRequest, parse_keep
 from trio_edge.trio.cost.selections import TokenSizes
@@ -49,9 +49,7 @@ def main() -> None:
         "--evs-keep", default="25%", metavar="PERCENT", help="keep of EVS, per pair of frames"
     )
     parser.add_argument("--device", default="jetson-orin-nx-16")
-    parser.add_argument(
-        "--dtype", choices=["float16", "int8", "int4"], default="int4", help="format of the decoder"
-    )
+    parser.add_argument("--quantize", choices=PRECISIONS, default="int4", help="format of the decoder")
     parser.add_argument("--new-tokens", type=int, default=32)
     options = parser.parse_args()
     with errors_in_one_line(parser):
@@ -60,7 +58,7 @@ def main() -> None:
             whole = plan_for(
                 model=options.model,
                 image_size=options.frame_size,
-                precision=options.dtype,
+                precision=PRECISIONS[options.quantize],
                 num_new=options.new_tokens,
                 num_images=-(-frames // 2),
             )
