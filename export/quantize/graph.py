@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from trio_edge.export.quantize.plan import Format
     from trio_edge.export.quantize.store import StoredForm
 
-SUFFIXES = ("", ".scale", ".columns", ".outliers")
+SCALE_SUFFIX = ".scale"
+SUFFIXES = ("", SCALE_SUFFIX, ".columns", ".outliers")
 """Suffixes of the names of a quantized weight's initializers, in the order of ``StoredForm.array_names``."""
 _IR_FROM_FORMAT = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
@@ -98,7 +99,7 @@ def _dequantized(graph: ir.Graph, name: str, form: StoredForm) -> ir.Value:
         name=name, shape=ir.Shape((num_inputs, num_outputs)), type=ir.TensorType(_IR_FROM_FORMAT[form.kind])
     )
     shape = (num_outputs,) if form.block is None else (num_inputs // form.block, num_outputs)
-    scales = _initializer(graph, name + SUFFIXES[1], shape, old.dtype)
+    scales = _initializer(graph, name + SCALE_SUFFIX, shape, old.dtype)
     graph.initializers[name] = values
     axes = {"axis": 1} if form.block is None else {"axis": 0, "block_size": form.block}
     read = [values, scales]
