@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from trio_edge.trio.cost.devices import DeviceSpec
 
 Precision = Literal["float16", "int8", "fp8", "int4"]
-PRECISIONS: tuple[Precision, ...] = ("float16", "int8", "fp8", "int4")
+PRECISIONS: dict[str, Precision] = {"none": "float16", "int8": "int8", "fp8": "fp8", "int4": "int4"}
+"""Formats of the decoder's weights, by ``--quantize``."""
 """The most exact one first."""
 
 
