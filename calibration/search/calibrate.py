@@ -315,17 +315,21 @@ def _gradients(setup: Setup, schedule: Schedule) -> tuple[list[LayerAgreement], 
         with torch.no_grad():
             prompt = make_prompt(model, question)
             whole = keep_all(model, prompt, num_tokens=setup.options.answer_tokens)
-            given = {"max_tokens": len(whole.tokens), "given": whole.tokens}
             own, other = (
-                divergence(
-                    whole.log_probs_TV,
-                    whole.tokens,
-                    greedy_answer(model, prompt, schedule, score=score, **given).logits_TV,
-                    rounds=0,
-                ).kl
+                greedy_answer(
+                    model,
+                    prompt,
+                    schedule,
+                    max_tokens=len(whole.tokens),
+                    given=whole.tokens,
+                    score=score,
+                ).logits_TV
                 for score in (saliency, whole_gradient)
             )
-        changes.append(other - own)
+        one, two = (
+            divergence(whole.log_probs_TV, whole.tokens, logits_TV, rounds=0) for logits_TV in (own, other)
+        )
+        changes.append(two.kl - one.kl)
         found.append(agreements(model, prompt, schedule))
         setup.progress.sample()
     images = [question.image_id for question in samples]

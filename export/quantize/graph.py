@@ -165,7 +165,7 @@ def _add_outliers(
     """
     assert weight.shape is not None and weight.dtype is not None
     columns = _initializer(graph, name + SUFFIXES[2], (len(columns_K),), ir.DataType.INT64)
-    shape = (len(columns_K), weight.shape[1])
+    shape = (len(columns_K), *weight.shape.numpy()[1:])
     outliers = _initializer(graph, name + SUFFIXES[3], shape, weight.dtype)
     whole: ir.Value | None = None
     for node, index in list(weight.uses()):

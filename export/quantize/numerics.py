@@ -43,7 +43,7 @@ class QuantizedWeight:
         """Return the values [O, I] in the type of the scales, as a graph computes them."""
         blocks = self.values_OI.reshape(*self.scales_OB.shape, -1).to(self.scales_OB.dtype)
         result: Tensor = (blocks * self.scales_OB[..., None]).flatten(1)
-        if self.columns_K is not None:
+        if self.columns_K is not None and self.outliers_OK is not None:
             result[:, self.columns_K] = self.outliers_OK
         return result
 
