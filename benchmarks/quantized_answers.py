@@ -55,10 +55,10 @@ class Variant:
 
 
 CALIBRATION_SEED = 1000
-BASE, WHOLE = Variant("float32", dtype="float32"), Variant("float16")
+BASE = Variant("float32", dtype="float32")
 VARIANTS = (
     BASE,
-    WHOLE,
+    Variant("float16"),
     Variant("float16, KV caches int8", "kv=int8", is_calibrated=True),
     Variant("int8 decoder", "int8"),
     Variant("int8 all graphs", "all=int8"),
@@ -71,6 +71,7 @@ VARIANTS = (
     Variant("int4 decoder", "int4"),
     Variant("int4 decoder, suffix int8", "int4,suffix=int8"),
     Variant("int4 decoder, AWQ", "int4", is_calibrated=True),
+    Variant("int4 decoder, AWQ, 10 % of columns float16", "int4,outliers=10%", is_calibrated=True),
     Variant("int4 decoder, AWQ, int8 vision, SmoothQuant", "int4,vision=int8", is_calibrated=True),
     Variant("int4 all graphs but select", "all=int4,select=none"),
     Variant("int4 all graphs", "all=int4"),
@@ -150,15 +151,12 @@ def overlaps(theirs: list[list[set[int]]], ours: list[list[set[int]]]) -> list[f
     return [float(mean) for mean in np.mean(shares, axis=0)]
 
 
-def cells_of(
-    variant: Variant, bundle: Path, report: RunReport, kept: list[float], *, whole: int
-) -> tuple[str, ...]:
+def cells_of(variant: Variant, bundle: Path, report: RunReport, kept: list[float]) -> tuple[str, ...]:
     against = report.against_reference
     assert against is not None
-    size = weight_bytes(bundle)
     return (
         variant.name,
-        f"{size / 1e6:.2f} ({size / whole:.2f}×)",
+        f"{weight_bytes(bundle) / 1e6:.2f}",
         per_cent(report.accuracy),
         per_cent(against.difference, signed=True),
         f"{100 * against.agreement.value:.1f}",
@@ -174,14 +172,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", choices=["tiny", SMALL_VLM], default="tiny")
     parser.add_argument("--keep", default="11.1%", help='"all" or a share')
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only float32, float16 and these rows")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only float32 and these rows")
     parser.add_argument("--samples", type=int, default=64, help="for calibrations")
     parser.add_argument("--cpu-accuracy", choices=CPU_ACCURACIES, default="auto", help="trio-run's option")
     parser.add_argument("--out", type=Path, default=Path("out/quantized"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
 
-    wanted = {BASE.name, WHOLE.name, *(arguments.rows or [variant.name for variant in VARIANTS])}
+    wanted = {BASE.name, *(arguments.rows or [variant.name for variant in VARIANTS])}
     if arguments.keep == "all":
         wanted.remove(BASE.name)  # it is what the others are compared with
     variants = [variant for variant in VARIANTS if variant.name in wanted]
@@ -198,7 +196,6 @@ def main() -> None:
         questions_for(arguments.model, arguments.count, seed=arguments.seed), count=arguments.kept_count
     )
     base_kept = kept_sets(full if arguments.keep == "all" else bundles[0], looked_at)
-    whole = weight_bytes(bundles[variants.index(WHOLE)])
 
     print(
         f"{arguments.model}, {arguments.keep} of the visual tokens, {arguments.count} held-out questions (seed {arguments.seed}),"
@@ -211,7 +208,6 @@ def main() -> None:
             bundle,
             report,
             overlaps(base_kept, kept_sets(bundle, looked_at, cpu_accuracy=accuracy)),
-            whole=whole,
         )
         for variant, bundle, report in zip(variants, bundles, reports, strict=True)
     ]
