@@ -46,6 +46,7 @@ def quantized_model(
     graphs, rounded to nearest where that differs.
     """
     names = model.tensor_names()
+    rounded = partial(_rounded_parameters, names=names, dtype=dtype)
     shares = stage_method(schedule.method).has_probe
     in_probes = plan if shares else QuantizePlan(formats=dict.fromkeys(PARTS, plan.of_part("select")))
     own = {section.module: section for section in quantized_sections(model, schedule, plan)}
@@ -54,18 +55,12 @@ def quantized_model(
     with ExitStack() as stack:
         for module in dict.fromkeys((*own, *probed)):
             section, probe = own.get(module), probes.get(module)
-            inside = _rounded_parameters(section, scales, names=names, dtype=dtype)
+            inside = rounded(section, scales)
             outside: Values = {}
             # a probe uses the layer's weights while the layer itself does not run
             if module in probed:
                 is_shared = (section and section.kind) == (probe and probe.kind)
-                outside = (
-                    inside
-                    if is_shared
-                    else _rounded_parameters(
-                        probe, CalibratedScales(outliers=scales.outliers), names=names, dtype=dtype
-                    )
-                )
+                outside = inside if is_shared else rounded(probe, CalibratedScales())
             stack.enter_context(_exchanged(module, inside=inside, outside=outside))
             if section is not None:
                 stack.enter_context(products_of(module, _rounded_inputs(section, scales, names=names)))
