@@ -6,7 +6,6 @@ All files are written into a temporary folder next to the target, which is renam
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -279,7 +278,7 @@ def record(
     image_sizes, files = _image_sizes(plan), _file_entries(folder, known=weights.sha256)
     path, stored, clip = Path(options.model), weights.tensors, plan.source.clip
     embedding, rows = contents.embedding, contents.head_rows
-    num_values = sum(math.prod(tensor.shape) for tensor in plan.source.checkpoint.tensors.values())
+    num_values = sum(parameter.numel() for parameter in model.root.parameters())
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         family=plan.source.family.model_type,
