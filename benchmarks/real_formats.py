@@ -81,7 +81,6 @@ VARIANTS = (
         Variant(f"int4 decoder, {share} % of columns float16", f"int4,outliers={share}%", is_calibrated=True)
         for share in (1, 3, 10)
     ),
-    Variant("the same, layers 16 to 29 int8", "int4,suffix=int8,outliers=10%", is_calibrated=True),
     Variant("smolvlm, float32", dtype="float32", shape="smolvlm"),
 )
 
