@@ -4,8 +4,9 @@
     python benchmarks/quantized_answers.py --count 160 --model out/small-vlm --out out/quantized-small    # --keep all
 
 Exports each bundle once into the output folder, asks all of them the same held-out questions through `trio-eval`'s code, and
-prints one Markdown table; the same command continues an interrupted run. "Kept too" is the share of the float32 bundle's kept
-tokens that a bundle keeps, by stage. The lines with only ``select`` quantized show the effect of the probe's precision.
+prints one Markdown table; the same command continues an interrupted run. "Minus float32" compares with float32 at the same budget.
+"Kept too" is the share of the float32 bundle's kept tokens that a bundle keeps, by stage. The lines with only ``select`` quantized
+show the effect of the probe's precision.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from ablation import against_default
 from parts.arguments import parser_for
 from parts.asking import METRIC, answers_of
 from parts.drawn_questions import SMALL_VLM, questions_for
@@ -151,14 +153,17 @@ def overlaps(theirs: list[list[set[int]]], ours: list[list[set[int]]]) -> list[f
     return [float(mean) for mean in np.mean(shares, axis=0)]
 
 
-def cells_of(variant: Variant, bundle: Path, report: RunReport, kept: list[float]) -> tuple[str, ...]:
-    against = report.against_reference
+def cells_of(
+    variant: Variant, bundle: Path, report: RunReport, other: RunReport, kept: list[float]
+) -> tuple[str, ...]:
+    against, exact = report.against_reference, other.against_reference
     assert against is not None
     return (
         variant.name,
         f"{weight_bytes(bundle) / 1e6:.2f}",
         per_cent(report.accuracy),
         per_cent(against.difference, signed=True),
+        "" if exact is None else per_cent(exact.difference, signed=True),
         f"{100 * against.agreement.value:.1f}",
         "" if against.first_token_kl is None else f"{against.first_token_kl:.4f}",
         " / ".join(f"{100 * share:.1f}" for share in kept),
@@ -192,6 +197,7 @@ def main() -> None:
     accuracy = arguments.cpu_accuracy
     answers = answers_of(runs, count=arguments.count, seed=arguments.seed, cpu_accuracy=accuracy, **made)
     keep_all, *reports = compare(answers, metric=METRIC)
+    others = reports if arguments.keep == "all" else against_default(answers)[1]
     looked_at = read_questions(
         questions_for(arguments.model, arguments.count, seed=arguments.seed), count=arguments.kept_count
     )
@@ -201,15 +207,16 @@ def main() -> None:
         f"{arguments.model}, {arguments.keep} of the visual tokens, {arguments.count} held-out questions (seed {arguments.seed}),"
         f" ONNX Runtime CPU (1 thread, {accuracy}), {platform.machine()}; keep-all in float32: {per_cent(keep_all.accuracy)}\n"
     )
-    figures = ("accuracy %", "minus keep-all", "same answer %", "KL, nats", "kept too %")
+    figures = ("accuracy %", "minus keep-all", "minus float32", "same answer %", "KL, nats", "kept too %")
     rows = [
         cells_of(
             variant,
             bundle,
             report,
+            other,
             overlaps(base_kept, kept_sets(bundle, looked_at, cpu_accuracy=accuracy)),
         )
-        for variant, bundle, report in zip(variants, bundles, reports, strict=True)
+        for variant, bundle, report, other in zip(variants, bundles, reports, others, strict=True)
     ]
     print(markdown(("quantized", "weights MB", *figures), rows))
 
