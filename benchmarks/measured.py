@@ -1,10 +1,10 @@
-"""Turns users' reports into the table of docs/results/measured.md, and refuses what cannot be true.
+"""Turns users' reports into the table of docs/reproduce.md, and refuses what cannot be true.
 
 A report is one file with what ``trio-check --json``, ``trio-profile --json`` and ``trio-reproduce --json`` have written, one after
 the other (``cat check.json profile.json > report.json``).
 
     python benchmarks/measured.py report.json ...                                        # prints the rows
-    python benchmarks/measured.py report.json ... --page docs/results/measured.md        # and writes them into the page
+    python benchmarks/measured.py report.json ... --page docs/reproduce.md        # and writes them into the page
 
 Without a file for ``--page`` nothing is written. The exit code is 2 if a report is implausible; each reason is one line.
 """

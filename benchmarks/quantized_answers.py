@@ -73,6 +73,7 @@ VARIANTS = (
     Variant("int4 decoder", "int4"),
     Variant("int4 decoder, suffix int8", "int4,suffix=int8"),
     Variant("int4 decoder, AWQ", "int4", is_calibrated=True),
+    Variant("int4 decoder, AWQ, 10 % of columns float16", "int4,outliers=10%", is_calibrated=True),
     Variant("int4 decoder, AWQ, int8 vision, SmoothQuant", "int4,vision=int8", is_calibrated=True),
     Variant("int4 all graphs but select", "all=int4,select=none"),
     Variant("int4 all graphs", "all=int4"),

@@ -24,7 +24,7 @@ from real_reduction import SEEDS, prompt_of
 from real_weights.checkpoints import checkpoint
 from real_weights.passages import passages
 
-from trio_edge.calibration.model.gradients import agreements, whole_gradients
+from trio_edge.calibration.model.gradients import agreements, whole_gradient
 from trio_edge.calibration.model.greedy import divergence, greedy_answer, keep_all
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.sequence import saliency
@@ -36,8 +36,6 @@ from trio_edge.trio.budgets import ScheduleRequest, parse_keep
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from torch import Tensor
 
     from trio_edge.calibration.model.sequence import Sequence as Rows
     from trio_edge.calibration.model.torch_model import TorchModel
@@ -87,16 +85,7 @@ def by_layer(model: TorchModel, every: list[Asked]) -> str:
     )
 
 
-def whole(model: TorchModel, layer: int, schedule: Schedule, sequence: Rows) -> Tensor:
-    return whole_gradients(model, sequence, schedule, layer)[0]
-
-
-def own(model: TorchModel, layer: int, schedule: Schedule, sequence: Rows) -> Tensor:
-    with torch.no_grad():
-        return saliency(model, layer, schedule, sequence)
-
-
-RANKINGS = {"saliency": own, "whole gradient": whole}
+RANKINGS = {"saliency": saliency, "whole gradient": whole_gradient}
 
 
 def answers(model: TorchModel, every: list[Asked], keeps: list[str], num_tokens: int) -> str:

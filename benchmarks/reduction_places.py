@@ -13,7 +13,7 @@ import dataclasses
 from parts.arguments import errors_in_one_line, parser_for
 from parts.tables import markdown
 
-from trio_edge.profiling.predict.answer import Setting, predict
+from trio_edge.profiling.predict.answer import PRECISIONS, Setting, predict
 from trio_edge.profiling.predict.plan import parse_size, plan_for
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.budgets import ScheduleRequest, parse_keep
@@ -80,24 +80,26 @@ def main() -> None:
     parser.add_argument("--image-size", type=parse_size, default=(1024, 1024), metavar="WxH")
     parser.add_argument("--keep", nargs="+", default=["22.2%", "11.1%"], metavar="PERCENT")
     parser.add_argument("--device", nargs="+", default=["jetson-orin-nx-16"])
-    parser.add_argument(
-        "--dtype", choices=["float16", "int8", "int4"], default="int4", help="format of the decoder"
-    )
+    parser.add_argument("--quantize", choices=PRECISIONS, default="int4", help="format of the decoder")
     parser.add_argument("--new-tokens", type=int, default=32)
     options = parser.parse_args()
     with errors_in_one_line(parser):
         whole = plan_for(
             model=options.model,
             image_size=options.image_size,
-            precision=options.dtype,
+            precision=PRECISIONS[options.quantize],
             num_new=options.new_tokens,
         )
         for device in options.device:
             for keep in options.keep:
                 found = settings(whole, parse_keep(keep))
-                rows = [row(name, setting, device) for name, setting in found.items()]
+                label = keep.replace("%", " %")
+                rows = [
+                    row(name if name == "all tokens" else f"{label}, {name}", setting, device)
+                    for name, setting in found.items()
+                ]
                 print(
-                    f"\n**{options.model}, {keep}, {device}, {options.dtype}**\n\n{markdown(HEADS, rows)}",
+                    f"\n**{options.model}, {keep}, {device}, {options.quantize}**\n\n{markdown(HEADS, rows)}",
                     flush=True,
                 )
 

@@ -2,7 +2,7 @@
 
     python benchmarks/several_questions.py BUNDLE …
     python benchmarks/several_questions.py BUNDLE … --accuracy 400      # --questions FILE: others than the packaged model's
-    python benchmarks/several_questions.py --predict jetson-agx-orin-64,orin-nx-16 --model qwen3-vl-4b --dtype int4
+    python benchmarks/several_questions.py --predict jetson-agx-orin-64,orin-nx-16 --model qwen3-vl-4b --quantize int4
 
 Each round asks about a new image of random pixels in memory; ways and numbers alternate. Times are processor milliseconds, medians
 over the rounds, on one thread of ONNX Runtime. "joint" needs bundles exported with --follow-ups.
@@ -67,14 +67,14 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, metavar="FILE", help="of trio-eval, with options")
     parser.add_argument("--predict", metavar="DEVICE,…")
     parser.add_argument("--model", default="qwen3-vl-4b")
-    parser.add_argument("--dtype", choices=PRECISIONS, default="int4")
+    parser.add_argument("--quantize", choices=PRECISIONS, default="int4")
     parser.add_argument("--keep", default="11.1%", help="average keep of the reduced bundle")
     options = parser.parse_args()
     rows: list[tuple[str, ...]] = []
     with errors_in_one_line(parser):
         if options.predict is not None:
             for name, keep in itertools.product(options.predict.split(","), ("all", options.keep)):
-                rows += predicted(name, options.model, keep, options.dtype)
+                rows += predicted(name, options.model, keep, PRECISIONS[options.quantize])
             print(markdown(("device", "keep", "selection", *(f"{number}, ms" for number in NUMBERS)), rows))
             return
         for bundle in options.bundles:
@@ -111,13 +111,15 @@ def measure(
     return times
 
 
-def predicted(device: str, model: str, keep: str, dtype: Precision) -> list[tuple[str, ...]]:
+def predicted(device: str, model: str, keep: str, precision: Precision) -> list[tuple[str, ...]]:
     """Return a line for each way on a device."""
     spec = find_device(device)
 
     def seconds(text: int, *, rows: int = 0) -> tuple[float, float]:
         """Return those of a prefill with ``text`` tokens without the vision graph, or of ``rows`` rows after it; and of vision."""
-        setting = plan_for(model=model, keep=None if keep == "all" else keep, precision=dtype, num_text=text)
+        setting = plan_for(
+            model=model, keep=None if keep == "all" else keep, precision=precision, num_text=text
+        )
         times = {
             run.run.name: run.time.seconds
             for run in predict(setting, spec).runs

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     import argparse
     from contextlib import AbstractContextManager
 
+    from trio_edge.profiling.predict.answer import Precision
     from trio_edge.runtime.answer import Generation
     from trio_edge.runtime.model.answers.drafts import LookupTokens
 
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--predict", metavar="DEVICE,…")
     parser.add_argument("--model", default="qwen3-vl-4b")
-    parser.add_argument("--dtype", choices=PRECISIONS, default="int4")
+    parser.add_argument("--quantize", choices=PRECISIONS, default="int4")
     parser.add_argument("--peers", type=Path, metavar="FOLDER")
     parser.add_argument("--install", type=Path, help="folder of virtual environments, as of peers.py")
     parser.add_argument("--int4", action="store_true")
@@ -107,7 +108,11 @@ def main() -> None:
         elif options.peers is not None:
             print(by_runtime(options))
         elif options.predict is not None:
-            print(predicted(options.predict.split(","), model=options.model, dtype=options.dtype))
+            print(
+                predicted(
+                    options.predict.split(","), model=options.model, precision=PRECISIONS[options.quantize]
+                )
+            )
         elif options.together:
             sizes = {"threads": options.threads, "rounds": options.rounds, "new_tokens": options.new_tokens}
             print(by_answers(options.bundles, **sizes))
@@ -355,13 +360,13 @@ def tokens_a_second(answers: list[Generation]) -> tuple[float, float]:
     return count / (time.perf_counter() - start), count / (time.process_time() - spent)
 
 
-def predicted(devices: list[str], *, model: str, dtype: Any) -> str:
+def predicted(devices: list[str], *, model: str, precision: Precision) -> str:
     """Return a table: predicted times of a step by its rows, and by the answers that run side by side."""
     lines = []
     for name in devices:
         device = find_device(name)
         for keep in ("11.1%", None):
-            plan = plan_for(model=model, keep=keep, precision=dtype, num_text=40)
+            plan = plan_for(model=model, keep=keep, precision=precision, num_text=40)
             decoder = plan.model.decoder
             how = {
                 "formats": plan.formats,

@@ -14,7 +14,7 @@ from parts.arguments import errors_in_one_line, parser_for
 from parts.tables import markdown
 from reduction_places import HEADS, row
 
-from trio_edge.profiling.predict.answer import Setting
+from trio_edge.profiling.predict.answer import PRECISIONS, Setting
 from trio_edge.profiling.predict.plan import parse_size, plan_for
 from trio_edge.trio.budgets import ScheduleRequest, parse_keep
 from trio_edge.trio.cost.selections import TokenSizes
@@ -30,16 +30,16 @@ def settings(whole: Setting, *, share: float, evs_share: float) -> dict[str, Set
     cost = token_method("evs").cost(sizes)
     reduced = sum_of([counted_work(cost.flops, rows=num_visual)] * whole.num_images)
     evs = dataclasses.replace(whole, entering=kept, before=(("reduce", reduced),))
-    found = {"all tokens": whole, f"EVS {evs_share:.0%}": evs}
-    for name, setting in (("", whole), (f"EVS {evs_share:.0%} and ", evs)):
+    found = {"all tokens": whole, f"EVS {100 * evs_share:.0f} %": evs}
+    for name, setting in (("", whole), (f"EVS {100 * evs_share:.0f} % and ", evs)):
         entering = setting.num_images * (setting.entering or num_visual)
         schedule = ScheduleRequest(average=share).schedule(num_layers=decoder.num_layers, num_visual=entering)
-        found[f"{name}TRIO {share:.1%}"] = dataclasses.replace(setting, schedule=schedule)
+        found[f"{name}TRIO {100 * share:.1f} %"] = dataclasses.replace(setting, schedule=schedule)
     return found
 
 
 def main() -> None:
-    """Print a table for each number of frames."""
+    """Print a table."""
     parser = parser_for(__doc__)
     parser.add_argument("--model", default="qwen3-vl-4b", help="alias of a released model that takes videos")
     parser.add_argument("--frame-size", type=parse_size, default=(448, 256), metavar="WxH")
@@ -49,24 +49,22 @@ def main() -> None:
         "--evs-keep", default="25%", metavar="PERCENT", help="keep of EVS, per pair of frames"
     )
     parser.add_argument("--device", default="jetson-orin-nx-16")
-    parser.add_argument(
-        "--dtype", choices=["float16", "int8", "int4"], default="int4", help="format of the decoder"
-    )
+    parser.add_argument("--quantize", choices=PRECISIONS, default="int4", help="format of the decoder")
     parser.add_argument("--new-tokens", type=int, default=32)
     options = parser.parse_args()
     with errors_in_one_line(parser):
+        rows: list[tuple[str, ...]] = []
         for frames in options.frames:
             whole = plan_for(
                 model=options.model,
                 image_size=options.frame_size,
-                precision=options.dtype,
+                precision=PRECISIONS[options.quantize],
                 num_new=options.new_tokens,
                 num_images=-(-frames // 2),
             )
             found = settings(whole, share=parse_keep(options.keep), evs_share=parse_keep(options.evs_keep))
-            rows = [row(name, setting, options.device) for name, setting in found.items()]
-            title = f"{options.model}, {frames} frames of {'x'.join(map(str, options.frame_size))}"
-            print(f"\n**{title}, {options.device}, {options.dtype}**\n\n{markdown(HEADS, rows)}", flush=True)
+            rows += [(str(frames), *row(name, one, options.device)) for name, one in found.items()]
+        print(markdown(("frames", *HEADS), rows))
 
 
 if __name__ == "__main__":

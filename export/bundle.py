@@ -6,7 +6,6 @@ All files are written into a temporary folder next to the target, which is renam
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -27,8 +26,8 @@ from trio_edge.export.model_cost import cost_of
 from trio_edge.export.options import Progress
 from trio_edge.export.plan import build, read, resolve, without_values
 from trio_edge.export.quantize import assign
-from trio_edge.export.quantize.cache import check_cache, quantize_caches
-from trio_edge.export.quantize.scales import CalibratedScales
+from trio_edge.export.quantize.cache import quantize_caches
+from trio_edge.export.quantize.scales import CalibratedScales, check_calibrated
 from trio_edge.export.quantize.store import quantized_bytes, store_quantized
 from trio_edge.export.tracing.graphs import trace_graphs
 from trio_edge.export.tracing.levels import wire
@@ -84,7 +83,7 @@ def export_bundle(
     """
     # Before the checkpoint is read, because that may download it.
     check_output(options.out, force=options.force)
-    check_cache(options.quantize, scales)
+    check_calibrated(options.quantize, scales)
     progress.step("reading the checkpoint")
     source = read(options)
     with source.checkpoint.guarded():
@@ -279,7 +278,7 @@ def record(
     image_sizes, files = _image_sizes(plan), _file_entries(folder, known=weights.sha256)
     path, stored, clip = Path(options.model), weights.tensors, plan.source.clip
     embedding, rows = contents.embedding, contents.head_rows
-    num_values = sum(math.prod(tensor.shape) for tensor in plan.source.checkpoint.tensors.values())
+    num_values = sum(parameter.numel() for parameter in model.root.parameters())
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         family=plan.source.family.model_type,

@@ -101,7 +101,10 @@ def _wish(name: str, parameter: str, text: str, **settings: Any) -> Callable[[An
     "--images", "num_images",
     "images per prompt, or pairs of video frames. [default: as many as BUNDLE allows]", type=click.IntRange(1),
 )  # fmt: skip
-@_wish("--dtype", "precision", "format of the decoder's weights.", type=click.Choice(PRECISIONS))
+@_wish(
+    "--quantize", "precision", "weight format of the decoder. [default: BUNDLE's, or none]",
+    type=click.Choice([*PRECISIONS]), callback=lambda _context, _option, name: PRECISIONS.get(name),
+)  # fmt: skip
 @_wish("--text", "num_text", "text tokens of the prompt.", type=click.IntRange(1), default=40)
 def command(
     bundle: Path | None,

@@ -9,24 +9,19 @@ print(answer.statistics.visual_tokens, answer.statistics.kept_tokens)
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
-import numpy as np
-
-from trio_edge.runtime.answer import Generation, Statistics
+from trio_edge.runtime.answer import Generation
 from trio_edge.runtime.backends.registry import make_backend
-from trio_edge.runtime.bundle.errors import BackendError, BundleError, ShapeError
+from trio_edge.runtime.bundle.errors import BundleError, ShapeError
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS, is_whole
 from trio_edge.runtime.bundle.manifest import AUTO
 from trio_edge.runtime.bundle.reader import Bundle, TokenTable, open_bundle
-from trio_edge.runtime.decisions.labels import log_probabilities, normalized
-from trio_edge.runtime.decisions.questions import Decision, Question, check_questions
+from trio_edge.runtime.decisions.decider import Decider, Subject, surest
+from trio_edge.runtime.decisions.questions import Question, check_questions
 from trio_edge.runtime.decisions.wording import Wording
 from trio_edge.runtime.devices.memory import Memory
 from trio_edge.runtime.images.reading import load_common_formats, open_image
@@ -65,24 +60,24 @@ from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, Tokenizer
 from trio_edge.runtime.videos.reading import open_video
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from numpy.typing import NDArray
     from PIL import Image
 
     from trio_edge.runtime.backends.interface import Backend
     from trio_edge.runtime.bundle.generation import GenerationSettings
     from trio_edge.runtime.bundle.manifest import Manifest
-    from trio_edge.runtime.decisions.wording import Asked, Plan, Sharing
+    from trio_edge.runtime.decisions.questions import Decision
+    from trio_edge.runtime.decisions.wording import Sharing
     from trio_edge.runtime.engines.cpu import CpuAccuracy
     from trio_edge.runtime.images.reading import ImageSource
     from trio_edge.runtime.model.answers.drafts import LookupTokens
     from trio_edge.runtime.model.answers.running import Running
     from trio_edge.runtime.model.answers.sampling import TokenConstraint
-    from trio_edge.runtime.model.decoder import Decoder, HiddenStates, PrefillResult
+    from trio_edge.runtime.model.decoder import HiddenStates
     from trio_edge.runtime.model.host_selection import SelectorOverride
-    from trio_edge.runtime.model.vision import PreparedImage, VisualInput
+    from trio_edge.runtime.model.vision import PreparedImage
     from trio_edge.runtime.prompts.chat import Message
     from trio_edge.runtime.prompts.tokenizer import Inset, PromptIds
     from trio_edge.runtime.videos.reading import Video
@@ -109,21 +104,6 @@ class _Request(NamedTuple):
     """By level."""
     override: SelectorOverride | None
     prepare_ms: float
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What questions about the same images share."""
-
-    level: Level
-    override: SelectorOverride | None
-    visual: VisualInput | None = None
-    result: PrefillResult | None = None
-    """The last prefill's, whose rows are in the KV caches."""
-    plan: Plan | None = None
-    """The plan that has run last, at this level or the one below."""
-    after: Level | None = None
-    """The level below, if it has just run the same prompt."""
 
 
 @final
@@ -187,14 +167,10 @@ class Pipeline:
         load_common_formats()
         with suppress(BundleError):
             compile_template(self._template)
-        self._level = self._last = self._levels[manifest.level]
-        """The default level, and the one whose rows are in the KV caches."""
+        self._level = self._levels[manifest.level]
+        """The default level."""
         self.images = self._level.images
-        self._answers = RunningAnswers()
-        self._is_open = True
-        self._process = os.getpid()
-        self._lock = threading.Lock()
-        """Held while the graphs run, because all answers share the graphs' memory, which ``close`` releases."""
+        self._answers = RunningAnswers(self._graphs, self._level)
 
     @classmethod
     def from_bundle(
@@ -320,7 +296,7 @@ class Pipeline:
             ShapeError: If the messages or an argument do not fit the bundle.
             BackendError: If the pipeline is closed; while streaming also if a graph fails.
         """
-        self._check_open()
+        self._answers.check_open()
         start = time.perf_counter()
         limit = self.manifest.max_new_tokens if max_new_tokens is None else max_new_tokens
         if not is_whole(limit) or not 1 <= limit <= self.manifest.max_new_tokens:
@@ -411,12 +387,11 @@ class Pipeline:
             ShapeError: If prompt or images do not fit the bundle, or it was exported without --outputs hidden.
             BackendError: If the pipeline is closed, or a graph fails.
         """
-        self._check_open()
+        self._answers.check_open()
         (attempt,) = self._attempts(messages, self._decode(messages), one_level(self.manifest, level))
-        with self._lock:
-            self._check_open()
+        with self._answers.turn():
             self._answers.make_way()
-            self._last = attempt.level
+            self._answers.last = attempt.level
             visual = attempt.level.see(attempt.ids, attempt.prepared)
             result = attempt.level.prefill(attempt.ids, visual, attempt.prepared, override=override)
             return attempt.level.decoder.hidden_states(result)
@@ -472,76 +447,19 @@ class Pipeline:
         The last turn is evidence: its images and its text come before each question. All is checked before a graph runs.
         With the level "auto", questions that leave doubt are asked again together at the next level.
         """
-        self._check_open()
+        self._answers.check_open()
         start = time.perf_counter()
         check_messages(messages)
         if override is not None:
             _check_own_code(override, None)
         asked, parts = check_questions(questions), self._decode(messages)
-        plan = partial(self._plan, messages, parts, sharing=sharing, both_orders=both_orders)
+        subject = Subject(self.wording, messages, parts, sharing, both_orders, override)
         chain = chain_of(self.manifest, level, self._margins)
-        seen = [_Seen(self._levels[name], override) for name in chain]
-        plans = [plan(one.level, asked) for one in seen]
+        deciders = [Decider(subject, self._levels[name], self._answers) for name in chain]
+        first, *_ = [decider.ready(asked) for decider in deciders]
         prepare_ms = 1e3 * (time.perf_counter() - start)
-        answers = self._decisions(*plans[0], seen[0], prepare_ms=prepare_ms)
-        return answers if len(chain) == 1 else self._surest(answers, asked, plan, seen, [*chain.values()])
-
-    def _plan(
-        self,
-        messages: Sequence[Message],
-        parts: Sequence[Image.Image | Video],
-        level: Level,
-        questions: Sequence[Question],
-        *,
-        sharing: Sharing,
-        both_orders: bool,
-    ) -> tuple[Plan, dict[str, list[PreparedImage]]]:
-        """Return the plan of ``questions`` at a level, and the images for each question's text."""
-        shown = level.show(parts, self.wording.text_of(questions, messages))
-        plan = self.wording.plan(
-            questions,
-            messages,
-            [part.inset for part in shown],
-            sharing=sharing,
-            both_orders=both_orders,
-            can_branch=level.decoder.can_branch,
-        )
-        prepared = [image for part in shown for image in part.prepared]
-        level.vision.rows_for(prepared)  # refuses too many
-        images = {asked.text: prepared for orders in plan.rounds for asked in orders}
-        if level.vision.reads_question and plan.joint is None:
-            for text in images:
-                images[text] = [image for part in level.show(parts, text) for image in part.prepared]
-        return plan, images
-
-    def _surest(
-        self,
-        answers: Iterator[Decision],
-        asked: Sequence[Question],
-        plan: Callable[[Level, Sequence[Question]], tuple[Plan, dict[str, list[PreparedImage]]]],
-        seen: Sequence[_Seen],
-        margins: Sequence[float],
-    ) -> Iterator[Decision]:
-        """Yield ``answers``, the lowest level's; those whose margin is too small come from the next level."""
-        found = [*answers]
-        doubtful = [*range(len(found))]
-        for before, own, margin in zip(seen, seen[1:], margins):
-            doubtful = [index for index in doubtful if found[index].margin < margin]
-            if not doubtful:
-                break
-            start = time.perf_counter()
-            again = plan(own.level, [asked[index] for index in doubtful])
-            if own.level.vision is before.level.vision:
-                own.visual, own.plan = before.visual, before.plan
-                is_one = len(found) == 1 and len(again[0].rounds[0]) == 1
-                own.after = before.level if is_one else None  # it has run the same prompt
-            prepare_ms = 1e3 * (time.perf_counter() - start)
-            for index, answer in zip(doubtful, self._decisions(*again, own, prepare_ms=prepare_ms)):
-                below = found[index].statistics
-                answer.statistics.ttft_ms += below.ttft_ms
-                answer.statistics.levels_below = (*below.levels_below, below.level)
-                found[index] = answer
-        yield from found
+        answers = deciders[0].decisions(first, prepare_ms=prepare_ms)
+        return answers if len(chain) == 1 else surest(answers, asked, deciders, [*chain.values()])
 
     @cached_property
     def wording(self) -> Wording:
@@ -578,32 +496,21 @@ class Pipeline:
         """
         if not is_whole(count) or not is_whole(skip):
             raise ShapeError(f"tokens: expected whole numbers, got {count!r:.80} and {skip!r:.80}; give some")
-        with self._lock:
-            self._check_open()
+        with self._answers.turn():
             self._answers.make_way()
-            self._last.decoder.skip(skip)
+            decoder = self._answers.last.decoder
+            decoder.skip(skip)
             chooser, times = TokenChooser(Sampler()), []
             for token in range(count):  # any tokens, because the time does not depend on them
                 start = time.perf_counter()
-                (top,) = self._last.decoder.decode(self._embedding[[token]])
-                chooser.choose(top, self._last.decoder.logits)
+                (top,) = decoder.decode(self._embedding[[token]])
+                chooser.choose(top, decoder.logits)
                 times.append(1e3 * (time.perf_counter() - start))
             return times
 
     def close(self) -> None:
         """Release all graphs and device memory; closing again does nothing."""
-        with self._lock:
-            self._is_open = False
-            self._graphs.close()
-
-    def _check_open(self) -> None:
-        if not self._is_open:
-            raise BackendError("pipeline: expected an open one, got a closed one; load the bundle again")
-        # A fork lacks the threads of the graphs and would wait for them forever.
-        if os.getpid() != self._process:
-            raise BackendError(
-                "pipeline: expected the process that loaded it, got a fork of it; load the bundle in each process"
-            )
+        self._answers.close()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -662,7 +569,7 @@ class Pipeline:
     def _steps(self, request: _Request, generation: Generation) -> Iterator[str]:
         """Yield the pieces of an answer."""
         generation.statistics.ttft_ms = request.prepare_ms
-        with self._lock:
+        with self._answers.turn():
             running, tokens = self._first_tokens(request, generation)
         chooser, limit, statistics = running.answer.chooser, running.answer.limit, generation.statistics
         stream, stop_ids = DetokenizeStream(self.tokenizer), self.manifest.text.stop_token_ids
@@ -678,8 +585,7 @@ class Pipeline:
                         break
                 if token in stop_ids or statistics.new_tokens >= limit or generation.is_cancelled:
                     break
-                with self._lock:
-                    self._check_open()  # the caller may have closed the pipeline in the meantime
+                with self._answers.turn():  # fails if the caller has closed the pipeline in the meantime
                     tokens = self._answers.next(running)
         finally:  # also if the reader drops the answer; without the lock, which its thread may hold then
             running.has_reader = False
@@ -688,7 +594,6 @@ class Pipeline:
 
     def _first_tokens(self, request: _Request, generation: Generation) -> tuple[Running, list[int]]:
         """Run the prompt, level by level, up to one that is sure; return the answer and its first tokens."""
-        self._check_open()
         self._answers.make_way()
         statistics = generation.statistics
         start, visual = time.perf_counter(), None
@@ -705,7 +610,7 @@ class Pipeline:
                 statistics.add_times(level.vision.graph_ms)
             level.count(statistics, visual, result, num_images=len(prepared))
             statistics.margin = margin_of(result.logits) if attempt.margin else None
-            before = self._last = level
+            before = self._answers.last = level
             is_sure = statistics.margin is None or statistics.margin >= attempt.margin
             if is_sure or generation.is_cancelled:
                 break
@@ -722,90 +627,6 @@ class Pipeline:
         statistics.ttft_ms += 1e3 * (time.perf_counter() - start)
         tokens = answer.first(token, statistics)
         return self._answers.start(level, answer, generation), tokens
-
-    def _decisions(
-        self,
-        plan: Plan,
-        images: Mapping[str, Sequence[PreparedImage]],
-        seen: _Seen,
-        *,
-        prepare_ms: float,
-    ) -> Iterator[Decision]:
-        """Yield the answers to the questions of a plan; ``images`` are those for each question's text."""
-        for number, orders in enumerate(plan.rounds):
-            statistics, start = Statistics(ttft_ms=prepare_ms * (number == 0)), time.perf_counter()
-            with self._lock:
-                self._check_open()
-                if number > 0 and self._answers.owner is not plan:
-                    raise ShapeError(
-                        "questions: expected no answer between them, one was started; ask the questions again"
-                    )
-                if number == 0 and self._answers.owner is not seen.plan:
-                    seen.visual = seen.after = None
-                self._answers.make_way(plan)
-                seen.plan = plan
-                self._last = seen.level
-                if plan.joint is not None and seen.visual is not None:
-                    statistics.cached_tokens = plan.joint.text_before[-1] + seen.visual.num_visual
-                reads = []
-                for asked in orders:
-                    logits = self._first_logits(asked, plan.joint, images[asked.text], seen, statistics)
-                    reads.append(self._probabilities(asked, logits, seen.level.decoder))
-                assert seen.result is not None, "the questions have run"
-                shown = tuple(seen.result.kept), seen.level.vision.layouts
-            statistics.ttft_ms += 1e3 * (time.perf_counter() - start)
-            # The second of two orders has the options reversed.
-            shares = np.mean([shares[:: -1 if turn else 1] for turn, (shares, _) in enumerate(reads)], axis=0)
-            mass = float(np.mean([mass for _, mass in reads]))
-            answer = orders[0].question, tuple(shares.tolist()), mass
-            yield Decision(*answer, statistics, *shown)
-
-    def _first_logits(
-        self,
-        asked: Asked,
-        joint: PromptIds | None,
-        prepared: Sequence[PreparedImage],
-        seen: _Seen,
-        statistics: Statistics,
-    ) -> NDArray[np.float32]:
-        """Return the logits [V] of a question's first answer token; ``seen`` has what earlier questions left."""
-        start, ids, level = time.perf_counter(), joint or asked.ids, seen.level
-        is_own = joint is None and level.vision.reads_question
-        statistics.image_was_kept = seen.visual is not None and not is_own
-        if seen.visual is None or is_own:
-            seen.visual = level.see(ids, prepared)
-            statistics.image_was_kept = seen.visual.was_kept
-        if seen.result is None or joint is None:
-            after, seen.after = seen.after, None
-            seen.result = level.prefill(ids, seen.visual, prepared, override=seen.override, after=after)
-            statistics.add_times(level.vision.graph_ms)
-        level.count(statistics, seen.visual, seen.result, num_images=len(prepared))
-        logits = seen.result.logits
-        if joint is not None and asked.ids is not joint:
-            logits = level.decoder.branch(self._embedding[asked.ids.after])
-        statistics.text_tokens += asked.ids.num_tokens
-        statistics.prefill_ms += 1e3 * (time.perf_counter() - start)
-        return logits
-
-    def _probabilities(
-        self, asked: Asked, logits: NDArray[np.float32], decoder: Decoder
-    ) -> tuple[NDArray[np.float64], float]:
-        """Return the options' probabilities, whose sum is 1, and their share of the whole, from the first token's logits."""
-
-        def step(tokens: Sequence[int]) -> list[NDArray[np.float32]]:
-            decoder.remember()
-            return [decoder.logits(row) for row, _ in enumerate(decoder.decode(self._embedding[[*tokens]]))]
-
-        logs = log_probabilities(
-            asked.labels,
-            logits,
-            stop_ids=self.manifest.text.stop_token_ids,
-            step=step,
-            back=decoder.back,
-            most_rows=decoder.max_rows,
-        )
-        mass = float(np.exp(np.logaddexp.reduce(logs)))
-        return normalized(logs, temperature=self.wording.temperature(asked.question)), mass
 
 
 def _messages(

@@ -56,6 +56,7 @@ _OLD_NAMES = {
     "llava_onevision": _LLAVA_NAMES,
     "qwen2_5_vl": ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
     "qwen3_vl": (),
+    "cosmos3_omni": ((r"^model\.visual\.", ""), (r"^model\.language_model\.", "")),
     "qwen3_5": (),
     "internvl": _LLAVA_NAMES[1:],
     "smolvlm": (),

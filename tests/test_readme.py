@@ -7,11 +7,13 @@ the comment ``printed by: python SCRIPT OPTIONS`` is compared with what the scri
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
+import io
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -176,12 +178,16 @@ def _pattern(output: str) -> str:
 
 
 def _stale_rows(document: Path) -> list[list[str]]:
-    """Return the rows of a document's tables that their scripts do not print."""
+    """Return the rows of a document's tables that their scripts, run in this process, do not print."""
     stale = []
     for table in tables(document):
-        command = [sys.executable, *table.arguments]
-        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        found = printed_rows(printed)
+        script, printed = ROOT / table.arguments[0], io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            patch.setattr(sys, "argv", table.arguments)
+            patch.syspath_prepend(script.parent)
+            with contextlib.suppress(SystemExit):  # a script that fails does not print the rows
+                runpy.run_path(str(script), run_name="__main__")
+        found = printed_rows(printed.getvalue())
         stale += [list(row) for row in table.rows if not any(row <= other for other in found)]
     return stale
 

@@ -55,6 +55,7 @@ ALIASES = {
     "qwen3.5-9b": Alias("Qwen/Qwen3.5-9B", "Qwen3.5"),
     "cosmos-reason2-2b": Alias("nvidia/Cosmos-Reason2-2B", "Qwen3-VL, Cosmos-Reason2"),
     "cosmos-reason2-8b": Alias("nvidia/Cosmos-Reason2-8B", "Qwen3-VL, Cosmos-Reason2"),
+    "cosmos3-nano": Alias("nvidia/Cosmos3-Nano", "Cosmos3, its reasoner"),
     "internvl3-1b": Alias("OpenGVLab/InternVL3-1B-hf", "InternVL3"),
     "internvl3-2b": Alias("OpenGVLab/InternVL3-2B-hf", "InternVL3"),
     "internvl3-8b": Alias("OpenGVLab/InternVL3-8B-hf", "InternVL3"),
@@ -100,8 +101,20 @@ _CANONICAL_RULES = (
     (re.compile(r"^(?:model\.)?multi_modal_projector\."), "multi_modal_projector."),
     (re.compile(r"^(?:model\.)?image_newline$"), "image_newline"),
     (re.compile(r"^(?:model\.)?visual\."), "visual."),
-    (re.compile(r"^model\.(?=layers\.|embed_tokens\.|norm\.)"), "language_model."),
+    # Cosmos3's checkpoints have them without "model.", and its tower's without a prefix
+    (re.compile(r"^(?:model\.)?(?=layers\.|embed_tokens\.|norm\.)"), "language_model."),
+    (re.compile(r"^(?=(?:blocks|merger|patch_embed|pos_embed|deepstack_merger_list)\.)"), "visual."),
 )
+_DIFFUSERS_NAMES = {
+    "to_q": "q_proj",
+    "to_k": "k_proj",
+    "to_v": "v_proj",
+    "to_out": "o_proj",
+    "norm_q": "q_norm",
+    "norm_k": "k_norm",
+}
+"""Names in attention as Cosmos3's newer checkpoints have them."""
+_DIFFUSERS = re.compile(rf"(?<=\.self_attn\.)({'|'.join(_DIFFUSERS_NAMES)})(?=\.)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,6 +206,7 @@ def settings_of(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def canonical_name(name: str) -> str:
     """Return the common name of a tensor that checkpoints and transformers releases name differently."""
+    name = _DIFFUSERS.sub(lambda found: _DIFFUSERS_NAMES[found[0]], name)
     for pattern, replacement in _CANONICAL_RULES:
         renamed, count = pattern.subn(replacement, name, count=1)
         if count:
@@ -328,9 +342,11 @@ def _names_of_shards(index: Path) -> list[str]:
         raise CheckpointError(f"{index}: expected a 'weight_map' of file names, got none; download it again")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if PurePosixPath(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+        path = PurePosixPath(name)
+        is_inside = not path.is_absolute() and ".." not in path.parts and "\\" not in name
+        if not is_inside or not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index}: expected plain names of safetensors files, got {name!r}; download it again"
+                f"{index}: expected safetensors files inside the checkpoint, got {name!r}; download it again"
             )
     return names
 

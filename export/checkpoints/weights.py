@@ -36,11 +36,20 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import FloatType, StoredType
 
 WEIGHTS_FOLDER = "weights"
-_FILE_TYPES = {"float32": "F32", "float16": "F16", "int8": "I8", "int4": "U8", "float8_e4m3fn": "F8_E4M3"}
+_FILE_TYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "int64": "I64",
+    "int8": "I8",
+    "int4": "U8",
+    "float8_e4m3fn": "F8_E4M3",
+}
 """Safetensors' names; it has no INT4, whose bytes are written as U8."""
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _READABLE = {**_FLOATS, "I32": torch.int32, "U8": torch.uint8}
 _PIECE_BYTES = 8 << 20  # a multiple of all element sizes; limits the memory of an export
+_MOST_BYTES_A_BYTE = 1.5
+"""Bytes of files that are copied whole, per byte that is used: some hold another model, too."""
 _FICLONE = 0x40049409  # Linux: share a whole file's extents
 
 
@@ -100,6 +109,10 @@ class Change(Enum):
     FP8 = "fp8"
     SCALE = "scale"
     """The scales instead of the values."""
+    COLUMNS = "columns"
+    """The places of the outliers."""
+    OUTLIERS = "outliers"
+    """The columns that are not rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +127,14 @@ class StoredName:
     changes: tuple[Change, ...] = ()
     """In the order of ``Change``; empty for the checkpoint's own values."""
 
+    def part(self, change: Change) -> StoredName:
+        """Return the name of another array of the same weight."""
+        return StoredName(self.tensor, (*self.changes, change))
+
     @property
     def scales(self) -> StoredName:
         """Name of this array's scales."""
-        return StoredName(self.tensor, (*self.changes, Change.SCALE))
+        return self.part(Change.SCALE)
 
     def __str__(self) -> str:
         """Return the name in the safetensors file."""
@@ -145,10 +162,18 @@ def bytes_to_write(sources: Mapping[str, SourceTensor], *, dtype: FloatType, who
 
 
 def _need_no_change(sources: Mapping[str, SourceTensor], dtype: FloatType) -> bool:
+    """Return whether the files can be copied: all values are right as they are, and most of them are used."""
+    files = {source.file for source in sources.values()}
+    used = sum(source.num_bytes for source in sources.values())
+    is_most = sum(file.stat().st_size for file in files) <= _MOST_BYTES_A_BYTE * used
     # A piece of a file divides no number whose place is a multiple of its size.
     size = np.dtype(dtype).itemsize
-    return all(
-        source.dtype == _FILE_TYPES[dtype] and source.offset % size == 0 for source in sources.values()
+    return (
+        len({file.name for file in files}) == len(files)  # the bundle has one folder for them
+        and is_most
+        and all(
+            source.dtype == _FILE_TYPES[dtype] and source.offset % size == 0 for source in sources.values()
+        )
     )
 
 

@@ -8,7 +8,7 @@ from trio_edge.export.checkpoints.packed import PACKING, packed_format
 from trio_edge.export.families.internvl import InternVl
 from trio_edge.export.families.llava import Llava, LlavaNext, LlavaOnevision
 from trio_edge.export.families.mistral import Mistral3
-from trio_edge.export.families.qwen import Qwen3Vl, Qwen25Vl, Qwen35
+from trio_edge.export.families.qwen import Cosmos3, Qwen3Vl, Qwen25Vl, Qwen35
 from trio_edge.export.families.smolvlm import SmolVlm
 from trio_edge.runtime.bundle.errors import CheckpointError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["FAMILIES", "family_of"]
 
 _ALL = (
-    *(Llava(), LlavaNext(), LlavaOnevision(), Qwen25Vl(), Qwen3Vl(), Qwen35()),
+    *(Llava(), LlavaNext(), LlavaOnevision(), Qwen25Vl(), Qwen3Vl(), Cosmos3(), Qwen35()),
     *(InternVl(), SmolVlm(), Mistral3()),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}

@@ -173,6 +173,14 @@ class Qwen3Vl(_QwenVl):
 
 
 @final
+class Cosmos3(Qwen3Vl):
+    """The reasoner of Cosmos3, which is a Qwen3-VL; the generator's tensors in the same files are left out."""
+
+    model_type = "cosmos3_omni"
+    architecture = "Cosmos3OmniForConditionalGeneration"
+
+
+@final
 class Qwen35(Qwen3Vl):
     """Qwen3.5, dense sizes: Qwen3-VL's tower without DeepStack, and a decoder with linear attention in most layers."""
 

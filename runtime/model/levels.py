@@ -89,7 +89,7 @@ class Level:
             BackendError: If the device has too little memory.
         """
         self.manifest: Manifest = programs.manifest
-        self.images, self._embedding = images, embedding
+        self.images, self.embedding = images, embedding
         videos = self.manifest.video_processing
         self.videos = None if videos is None else video_processing(videos, images=self.images)
         self.vision: Vision = next(
@@ -127,7 +127,7 @@ class Level:
 
     def see(self, ids: PromptIds, prepared: Sequence[PreparedImage]) -> VisualInput:
         """Enqueue the graphs before the decoder for a prompt's images."""
-        after = self._embedding[ids.after] if self.vision.reads_embeddings else None
+        after = self.embedding[ids.after] if self.vision.reads_embeddings else None
         return self.vision.encode_images(prepared, after=after, text_bucket=self._bucket(ids))
 
     def prefill(
@@ -144,7 +144,7 @@ class Level:
             ids,
             visual,
             manifest=self.manifest,
-            embedding=self._embedding,
+            embedding=self.embedding,
             text_bucket=self._bucket(ids),
             kept_images=() if self.vision.reads_question else prepared,
         )

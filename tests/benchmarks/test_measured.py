@@ -61,7 +61,7 @@ def written(tmp_path: Path, *found: dict[str, Any]) -> str:
 def test_one_file_with_all_three_becomes_rows_of_the_page(
     reports: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = shutil.copyfile(ROOT / "docs" / "results" / "measured.md", tmp_path / "measured.md")
+    page = shutil.copyfile(ROOT / "docs" / "reproduce.md", tmp_path / "reproduce.md")
     assert measured.main([written(tmp_path, *reports.values()), "--page", str(page)]) == 0
     rows = [line for line in page.read_text().splitlines() if line.endswith("| report |")][1:]
     assert any("onnxruntime | check: answers | pass: 1 question" in row for row in rows)
@@ -133,7 +133,7 @@ def test_what_cannot_be_true_is_refused(
 ) -> None:
     found = copy.deepcopy(reports[kind])
     change(found)
-    page = shutil.copyfile(ROOT / "docs" / "results" / "measured.md", tmp_path / "measured.md")
+    page = shutil.copyfile(ROOT / "docs" / "reproduce.md", tmp_path / "reproduce.md")
     before = page.read_text()
     assert measured.main([written(tmp_path, found), "--page", str(page)]) == 2
     assert message in capsys.readouterr().err

@@ -174,7 +174,7 @@ BREAKAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: (folder / "model.safetensors.index.json").write_text(
             '{"weight_map": {"a": "../b.safetensors"}}'
         ),
-        "expected plain names of safetensors files",
+        "expected safetensors files inside the checkpoint",
     ),
     "no_tokenizer": (
         lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],

@@ -9,15 +9,21 @@ ready. So no caller needs to know of the others, and an answer is at most one st
 
 from __future__ import annotations
 
+import os
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, final
 
-from trio_edge.runtime.bundle.errors import ShapeError
+from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from trio_edge.runtime.answer import Generation
+    from trio_edge.runtime.devices.interface import LoadedGraphs
     from trio_edge.runtime.model.answers.next_tokens import NextTokens
     from trio_edge.runtime.model.batch import Batch, Seat
     from trio_edge.runtime.model.levels import Level
@@ -53,12 +59,44 @@ class Running:
 
 @final
 class RunningAnswers:
-    """The answers under way, oldest first. Not thread-safe."""
+    """The answers under way, oldest first, and the graphs that they share. Only ``turn`` and ``close`` are thread-safe."""
 
-    def __init__(self) -> None:
-        self._running: list[Running] = []
+    def __init__(self, graphs: LoadedGraphs, level: Level) -> None:
+        self._graphs, self._running = graphs, list[Running]()
         self.owner: object = None
         """Whose rows are in the decoder's KV caches: a ``Running``, or the plan of questions."""
+        self.last = level
+        """The level whose rows these are."""
+        self._is_open, self._process = True, os.getpid()
+        self._lock = threading.Lock()
+        """Held while the graphs run, because all answers share the graphs' memory, which ``close`` releases."""
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait until no other answer runs the graphs.
+
+        Raises:
+            BackendError: As ``check_open``.
+        """
+        with self._lock:
+            self.check_open()
+            yield
+
+    def check_open(self) -> None:
+        """Raise BackendError if the graphs are closed, or were loaded by another process."""
+        if not self._is_open:
+            raise BackendError("pipeline: expected an open one, got a closed one; load the bundle again")
+        # A fork lacks the threads of the graphs and would wait for them forever.
+        if os.getpid() != self._process:
+            raise BackendError(
+                "pipeline: expected the process that loaded it, got a fork of it; load the bundle in each process"
+            )
+
+    def close(self) -> None:
+        """Release all graphs and device memory; closing again does nothing."""
+        with self._lock:
+            self._is_open = False
+            self._graphs.close()
 
     def make_way(self, owner: object = None) -> None:
         """Give the decoder's KV caches to a new owner. The answer that has them takes a seat, or cannot go on."""
