@@ -1,7 +1,8 @@
-"""Effect of each of TRIO's settings on the packaged model: probe rows, threshold, stage layers, stages, shapes, positions.
+"""Effect of each of TRIO's settings on a small model: probe rows, threshold, stage layers, stages, shapes, positions.
 
     python benchmarks/ablation.py --count 1000 --out out/ablation
     python benchmarks/ablation.py --count 2000 --groups rows positions --budgets 33.3 22.2 11.1
+    python benchmarks/ablation.py --count 160 --groups positions tau --model out/small-vlm --out out/ablation-small
 
 Each line differs from the default export only in what it names. Bundles and answers are stored in the output folder, so the same
 command continues an interrupted run. One Markdown table is printed per budget: accuracy with Wilson's interval, and the
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from parts.arguments import parser_for, positive
 from parts.asking import METRIC, answers_of
+from parts.drawn_questions import SMALL_VLM
 from parts.tables import markdown
 
 from trio_edge.calibration.evaluate.comparison import RunReport, compare
@@ -96,7 +98,7 @@ def bundle_for(variant: Variant | None, budget: str, arguments: argparse.Namespa
         make = ShapedRequest if "shape" in variant.schedule else ScheduleRequest
         request = make(average=BUDGETS[budget], **variant.schedule)
     options = ExportOptions(
-        model=arguments.model, out=path, schedule=request, dtype="float32", max_text=32, max_new_tokens=8
+        model=arguments.model, out=path, schedule=request, dtype="float32", max_text=64, max_new_tokens=24
     )
     export_bundle(options)
     return path
@@ -193,7 +195,7 @@ def table(
 
 def options_of() -> argparse.Namespace:
     parser = parser_for(__doc__)
-    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--model", choices=["tiny", SMALL_VLM], default="tiny")
     parser.add_argument("--count", type=positive, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/ablation"))
@@ -218,7 +220,8 @@ def main() -> None:
         runs = plan_runs([], reference=full)
         for bundle, (_, name) in zip(bundles, names):  # one by one: two choices may give the same bundle
             runs += plan_runs([bundle], labels=[f"{name} {budget} %"])
-        answers = answers_of(runs, count=arguments.count, seed=arguments.seed, out=arguments.out)
+        asked = {"count": arguments.count, "seed": arguments.seed, "model": arguments.model}
+        answers = answers_of(runs, out=arguments.out, **asked)
         reports = against_default(answers)
         written[budget] = [msgspec.to_builtins(run) for run in reports[0]]
         print(f"{budget} %; all visual tokens: {per_cent(compare(answers[:1], metric=METRIC)[0].accuracy)}\n")

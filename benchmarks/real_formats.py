@@ -77,6 +77,10 @@ VARIANTS = (
     Variant("int4 decoder", "int4"),
     Variant("int4 decoder, layers 16 to 29 int8", "int4,suffix=int8"),
     Variant("int4 decoder, AWQ", "int4", is_calibrated=True),
+    *(
+        Variant(f"int4 decoder, {share} % of columns float16", f"int4,outliers={share}%", is_calibrated=True)
+        for share in (1, 3, 10)
+    ),
     Variant("smolvlm, float32", dtype="float32", shape="smolvlm"),
 )
 

@@ -186,6 +186,18 @@ def weights_of(group: LinearGroup) -> list[Parameter]:
     return [linear.get_parameter("weight") for linear in group.linears]
 
 
+def spread_of(group: LinearGroup) -> Tensor:
+    """Return what the layer before a group says about the size of its inputs."""
+    if group.before is None:
+        return torch.ones(group.num_inputs)
+    weight = group.before.get_parameter("weight").data[group.start :]
+    if weight.dim() == 1:
+        return weight.abs()
+    # Several query heads read one head of v.
+    heads = weight.norm(dim=1).reshape(-1, 64) if group.name == "o" else weight.norm(dim=1)[None]
+    return heads.repeat_interleave(group.num_inputs // heads.numel(), dim=0).flatten()
+
+
 def int4_row(
     name: str, model: TorchModel, exact: Text, length: int, weights: Mapping[Parameter, Any]
 ) -> tuple[str, ...]:
@@ -225,13 +237,26 @@ def by_columns(model: TorchModel, exact: Text, length: int) -> list[tuple[str, .
             advanced(model, as_sequence(model, chat), range(model.num_layers))
     torch.manual_seed(0)
     by_rule: dict[str, dict[Parameter, Tensor]] = {
-        rule: {} for rule in ("largest input", "mean square of the input times the weights'", "random")
+        rule: {}
+        for rule in (
+            "largest input",
+            "mean square of the input times the weights'",
+            "weights alone",
+            "weights and the layer before",
+            "random",
+        )
     }
     for group in groups:
         first, *_ = weights = weights_of(group)
         rows_SI = torch.cat(inputs[first])
-        square_I = rows_SI.square().mean(0) * sum(weight.data.square().sum(0) for weight in weights)
-        scores = (rows_SI.abs().amax(0), square_I, torch.rand(group.num_inputs))
+        norm_I = sum(weight.data.square().sum(0) for weight in weights)
+        scores = (
+            rows_SI.abs().amax(0),
+            rows_SI.square().mean(0) * norm_I,
+            norm_I,
+            norm_I * spread_of(group) ** 2,
+            torch.rand(group.num_inputs),
+        )
         for chosen, score_I in zip(by_rule.values(), scores):
             chosen.update(dict.fromkeys(weights, score_I.argsort(descending=True)))
     found = [int4_row("int4", model, exact, length, {w: [] for w in by_rule["random"]})]

@@ -1,14 +1,14 @@
 """Processor time of 1, 4 and 16 questions about one image, with a selection for each question or one for all.
 
     python benchmarks/several_questions.py BUNDLE …
-    python benchmarks/several_questions.py BUNDLE … --accuracy 400
+    python benchmarks/several_questions.py BUNDLE … --accuracy 400      # --questions FILE: others than the packaged model's
     python benchmarks/several_questions.py --predict jetson-agx-orin-64,orin-nx-16 --model qwen3-vl-4b --quantize int4
 
 Each round asks about a new image of random pixels in memory; ways and numbers alternate. Times are processor milliseconds, medians
 over the rounds, on one thread of ONNX Runtime. "joint" needs bundles exported with --follow-ups.
 
-With ``--accuracy`` the packaged model answers that many held-out questions about drawn images, two for each image, with further
-questions in view while tokens are selected.
+With ``--accuracy`` a model answers that many held-out questions about drawn images, two for each image, with further questions in
+view while tokens are selected.
 
 ``--predict`` measures nothing: it counts the graphs' work for questions of 24 text tokens, and times it as
 ``trio-profile --predict`` does.
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument(
         "--accuracy", type=positive, metavar="COUNT", help="answer questions instead of timing"
     )
+    parser.add_argument("--questions", type=Path, metavar="FILE", help="of trio-eval, with options")
     parser.add_argument("--predict", metavar="DEVICE,…")
     parser.add_argument("--model", default="qwen3-vl-4b")
     parser.add_argument("--quantize", choices=PRECISIONS, default="int4")
@@ -79,7 +80,8 @@ def main() -> None:
         for bundle in options.bundles:
             with Pipeline.from_bundle(bundle, threads=1) as pipeline:
                 if options.accuracy is not None:
-                    rows.append((bundle.name, *accuracies(pipeline, count=options.accuracy)))
+                    questions = options.questions or drawn_questions(options.accuracy)
+                    rows.append((bundle.name, *accuracies(pipeline, questions, options.accuracy)))
                     continue
                 times = measure(pipeline, image_size=options.image_size, rounds=options.rounds)
             for way in ("each", "joint"):
@@ -147,9 +149,9 @@ def predicted(device: str, model: str, keep: str, precision: Precision) -> list[
     ]
 
 
-def accuracies(pipeline: Pipeline, *, count: int) -> list[str]:
+def accuracies(pipeline: Pipeline, questions: Path, count: int) -> list[str]:
     """Return the share of right answers with a selection for each question, and with ``IN_VIEW`` questions in view."""
-    samples = with_options(read_questions(drawn_questions(count)))
+    samples = with_options(read_questions(questions, count=count))
     right: dict[int, list[bool]] = defaultdict(list)
     for _, group in itertools.groupby(samples, key=lambda sample: sample.image_id):
         asked = list(group)

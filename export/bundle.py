@@ -26,8 +26,8 @@ from trio_edge.export.model_cost import cost_of
 from trio_edge.export.options import Progress
 from trio_edge.export.plan import build, read, resolve, without_values
 from trio_edge.export.quantize import assign
-from trio_edge.export.quantize.cache import check_cache, quantize_caches
-from trio_edge.export.quantize.scales import CalibratedScales
+from trio_edge.export.quantize.cache import quantize_caches
+from trio_edge.export.quantize.scales import CalibratedScales, check_calibrated
 from trio_edge.export.quantize.store import quantized_bytes, store_quantized
 from trio_edge.export.tracing.graphs import trace_graphs
 from trio_edge.export.tracing.levels import wire
@@ -83,7 +83,7 @@ def export_bundle(
     """
     # Before the checkpoint is read, because that may download it.
     check_output(options.out, force=options.force)
-    check_cache(options.quantize, scales)
+    check_calibrated(options.quantize, scales)
     progress.step("reading the checkpoint")
     source = read(options)
     with source.checkpoint.guarded():

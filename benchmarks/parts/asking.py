@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from parts.drawn_questions import drawn_questions
+from parts.drawn_questions import SMALL_VLM, questions_for
 from rich.console import Console
 
 from trio_edge.calibration.evaluate.answering import AnswerSettings
@@ -29,11 +29,13 @@ def answers_of(
     count: int,
     seed: int,
     out: Path,
+    model: str = "tiny",
     cpu_accuracy: CpuAccuracy = "auto",
 ) -> list[tuple[RunInfo, dict[int, Outcome]]]:
     """Ask ``count`` questions about drawn images; outcomes are stored below ``out``."""
-    questions = read_questions(drawn_questions(count, seed=seed))
-    settings = AnswerSettings(metric=METRIC, answer_tokens=8, cpu_accuracy=cpu_accuracy)
+    questions = read_questions(questions_for(model, count, seed=seed))
+    answer_tokens = 24 if model == SMALL_VLM else 8
+    settings = AnswerSettings(metric=METRIC, answer_tokens=answer_tokens, cpu_accuracy=cpu_accuracy)
     console = Console(stderr=True)
     return answer_runs(
         runs,

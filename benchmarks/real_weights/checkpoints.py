@@ -198,7 +198,7 @@ def _tokenizer(reader: GGUFReader) -> Tokenizer:
     return made
 
 
-def _llava(text: Any, folder: Path) -> Any:
+def llava(text: Any, folder: Path) -> Any:
     """Return a model of LLaVA-1.5's shape, with 144 visual tokens in place of 576, and write its image processor."""
     import transformers as hf
 
@@ -241,7 +241,7 @@ def _llama(text: Any, _folder: Path) -> Any:
     return hf.LlamaForCausalLM(text)
 
 
-_SHAPES: dict[str, Callable[[Any, Path], Any]] = {"llava": _llava, "smolvlm": _smolvlm, "llama": _llama}
+_SHAPES: dict[str, Callable[[Any, Path], Any]] = {"llava": llava, "smolvlm": _smolvlm, "llama": _llama}
 
 if __name__ == "__main__":
     try:

@@ -53,6 +53,11 @@ def whole_gradients(
     return [gradient_SD[sequence.visual_rows_N].norm(dim=-1).to(torch.float32) for gradient_SD in found]
 
 
+def whole_gradient(model: TorchModel, layer: int, schedule: Schedule, sequence: Sequence) -> Tensor:
+    """Return the scores of the visual tokens at ``layer``, in place of its saliency."""
+    return whole_gradients(model, sequence, schedule, layer)[0]
+
+
 def agreements(
     model: TorchModel, sequence: Sequence, schedule: Schedule, *, keep: float = 1 / 9
 ) -> list[Agreement]:

@@ -49,10 +49,12 @@ def greedy_answer(
     max_tokens: int,
     given: list[int] | None = None,
     caches: tuple[CacheRange, ...] = (),
+    score: Callable[[TorchModel, int, Schedule, Sequence], Tensor] = saliency,
 ) -> Greedy:
     """Return the answer's first ``max_tokens`` tokens.
 
     The answer is ``given``, as many tokens, or the likeliest ones. ``caches`` has the ranges of INT8 KV caches, one per layer.
+    ``score`` ranks the tokens of a stage, before the NMS.
     """
     stages = {stage.layer: stage.keep for stage in schedule.stages}
     sequence = prompt
@@ -61,7 +63,7 @@ def greedy_answer(
     kept, rounds = [], []
     for layer in range(model.num_layers):
         if layer in stages:
-            scores_N = saliency(model, layer, schedule, sequence)
+            scores_N = score(model, layer, schedule, sequence)
             order = order_of(sequence, scores_N, threshold=schedule.nms_threshold)
             sequence = with_kept(sequence, order.kept(stages[layer]), positions=schedule.positions)
             kept.append(sequence.original_N)

@@ -87,7 +87,7 @@ def calibrate_quantization(
     if sections:
         progress.step("quantizing layer by layer", sum(len(section.groups) for section in sections))
     names = model.tensor_names()
-    search = _Search(names, dtype, progress)
+    search = _Search(names, dtype, plan.outliers, progress)
     for section, inputs in zip(sections, collected):
         search.add(section, inputs)
     caches = tuple(
@@ -101,6 +101,7 @@ def calibrate_quantization(
         scales=CalibratedScales(
             smoothing=search.smoothing,
             activation_max=search.ranges,
+            outliers=search.outliers,
             cache_max=caches,
             method=method,
             num_samples=len(questions),
@@ -120,10 +121,13 @@ def calibrate_quantization(
 class _Search:
     """Factors, ranges and errors found so far."""
 
-    def __init__(self, names: Mapping[nn.Parameter, str], dtype: FloatType, progress: StepProgress) -> None:
-        self._names, self._dtype, self._progress = names, dtype, progress
+    def __init__(
+        self, names: Mapping[nn.Parameter, str], dtype: FloatType, share: float, progress: StepProgress
+    ) -> None:
+        self._names, self._dtype, self._share, self._progress = names, dtype, share, progress
         self.smoothing: dict[str, Smoothing] = {}
         self.ranges: dict[str, float] = {}
+        self.outliers: dict[str, Tensor] = {}
         self.errors: list[GroupError] = []
 
     def add(self, section: Section, inputs: list[Inputs]) -> None:
@@ -137,8 +141,13 @@ class _Search:
         self.smoothing |= smoothing_of(found, names=self._names)
 
     def _group(self, section: Section, group: LinearGroup, inputs: Inputs) -> Tensor | None:
-        """Return the best factors, and note ranges and errors."""
-        rounding = GroupRounding.of(group, inputs.all_rows(), kind=section.kind, dtype=self._dtype)
+        """Return the best factors, and note ranges, outliers and errors."""
+        rounding = GroupRounding.of(
+            group, inputs.all_rows(), kind=section.kind, dtype=self._dtype, outliers=self._share
+        )
+        weights = [self._names[linear.get_parameter("weight")] for linear in group.linears]
+        if rounding.columns_K is not None:
+            self.outliers |= dict.fromkeys(weights, rounding.columns_K)
         best, error = rounding.best(rounding.candidates() if group.can_smooth else [])
         self.errors.append(
             GroupError(
@@ -153,7 +162,7 @@ class _Search:
         )
         if section.kind != "int4":
             largest = rounding.activation_max(best)
-            self.ranges |= {self._names[linear.get_parameter("weight")]: largest for linear in group.linears}
+            self.ranges |= dict.fromkeys(weights, largest)
         return best
 
 

@@ -15,6 +15,7 @@ from trio_edge.calibration.quantize.collecting import products_of
 from trio_edge.calibration.quantize.sections import block_of, quantized_sections
 from trio_edge.export.quantize.numerics import quantize_weight, rounded_activations
 from trio_edge.export.quantize.plan import PARTS, QuantizePlan
+from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.trio.methods import stage_method
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from trio_edge.calibration.quantize.sections import Section
     from trio_edge.calibration.questions import Sample
     from trio_edge.export.quantize.numerics import QuantizedWeight
-    from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Schedule
 
@@ -46,6 +46,7 @@ def quantized_model(
     graphs, rounded to nearest where that differs.
     """
     names = model.tensor_names()
+    rounded = partial(_rounded_parameters, names=names, dtype=dtype)
     shares = stage_method(schedule.method).has_probe
     in_probes = plan if shares else QuantizePlan(formats=dict.fromkeys(PARTS, plan.of_part("select")))
     own = {section.module: section for section in quantized_sections(model, schedule, plan)}
@@ -54,12 +55,12 @@ def quantized_model(
     with ExitStack() as stack:
         for module in dict.fromkeys((*own, *probed)):
             section, probe = own.get(module), probes.get(module)
-            inside = _rounded_parameters(section, scales.smoothing, names=names, dtype=dtype)
+            inside = rounded(section, scales)
             outside: Values = {}
             # a probe uses the layer's weights while the layer itself does not run
             if module in probed:
                 is_shared = (section and section.kind) == (probe and probe.kind)
-                outside = inside if is_shared else _rounded_parameters(probe, {}, names=names, dtype=dtype)
+                outside = inside if is_shared else rounded(probe, CalibratedScales())
             stack.enter_context(_exchanged(module, inside=inside, outside=outside))
             if section is not None:
                 stack.enter_context(products_of(module, _rounded_inputs(section, scales, names=names)))
@@ -75,12 +76,12 @@ def quantized_model(
 
 def _rounded_parameters(
     section: Section | None,
-    smoothing: Mapping[str, Smoothing],
+    scales: CalibratedScales,
     *,
     names: Mapping[nn.Parameter, str],
     dtype: FloatType,
 ) -> Values:
-    """Return the values of a section's parameters that quantization and ``smoothing`` change."""
+    """Return the values of a section's parameters that quantization and smoothing change."""
     if section is None:
         return {}
     blocks = {
@@ -90,10 +91,16 @@ def _rounded_parameters(
     }
     result: dict[nn.Parameter, Callable[[], Tensor]] = {}
     for parameter in section.module.parameters():
-        factors = smoothing.get(names[parameter])
+        factors = scales.smoothing.get(names[parameter])
         values = parameter.detach() if factors is None else factors.apply(parameter.detach())
         if parameter in blocks:
-            rounded = quantize_weight(values, kind=section.kind, dtype=dtype, block=blocks[parameter])
+            rounded = quantize_weight(
+                values,
+                kind=section.kind,
+                dtype=dtype,
+                block=blocks[parameter],
+                columns_K=scales.outliers.get(names[parameter]) if section.kind == "int4" else None,
+            )
             result[parameter] = partial(_dequantized, rounded, parameter.dtype)
         elif factors is not None:
             result[parameter] = partial(values.to, parameter.dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from trio_edge.calibration.quantize.sections import block_of
-from trio_edge.export.quantize.numerics import quantize_weight, rounded_activations
+from trio_edge.export.quantize.numerics import outlier_columns, quantize_weight, rounded_activations
 from trio_edge.runtime.bundle.errors import CheckpointError, install_command
 
 if TYPE_CHECKING:
@@ -46,18 +46,25 @@ class GroupRounding:
     kind: Format
     dtype: FloatType
     block: int | None
+    columns_K: Tensor | None = None
+    """Inputs that stay in floating point."""
 
     @staticmethod
-    def of(group: LinearGroup, rows_TI: Tensor, *, kind: Format, dtype: FloatType) -> GroupRounding:
+    def of(
+        group: LinearGroup, rows_TI: Tensor, *, kind: Format, dtype: FloatType, outliers: float = 0.0
+    ) -> GroupRounding:
         """Return the rounding of ``group`` to ``kind`` on ``rows_TI``, with scales in ``dtype``."""
         weights = [linear.get_parameter("weight").detach() for linear in group.linears]
         step = -(-sum(len(weight) for weight in weights) // MAX_OUTPUTS)
+        weight_OI = torch.cat([weight[::step].to("cpu", torch.float32) for weight in weights])
+        rows_TI, has_outliers = rows_TI.to("cpu"), kind == "int4" and outliers > 0
         return GroupRounding(
-            weight_OI=torch.cat([weight[::step].to("cpu", torch.float32) for weight in weights]),
-            rows_TI=rows_TI.to("cpu"),
+            weight_OI=weight_OI,
+            rows_TI=rows_TI,
             kind=kind,
             dtype=dtype,
             block=block_of(group) if kind == "int4" else None,
+            columns_K=outlier_columns(rows_TI[:-1], weight_OI, share=outliers) if has_outliers else None,
         )
 
     def candidates(self) -> list[Tensor]:
@@ -67,6 +74,8 @@ class GroupRounding:
         are almost 0, or that no output reads, have the factor 1.
         """
         alive_I = _matters(self.rows_TI[-1]) & _matters(self.weight_OI.abs().amax(0))
+        if self.columns_K is not None:
+            alive_I[self.columns_K] = False
         if self.kind == "fp8" or alive_I.sum() < 2:
             return []
         if self.block is not None:
@@ -92,7 +101,9 @@ class GroupRounding:
         if with_activations and self.kind != "int4":
             largest = self.activation_max(factors_I)
             inputs_TI = rounded_activations(inputs_TI, largest=largest, kind=self.kind)
-        rounded = quantize_weight(weight_OI, kind=self.kind, dtype=self.dtype, block=self.block)
+        rounded = quantize_weight(
+            weight_OI, kind=self.kind, dtype=self.dtype, block=self.block, columns_K=self.columns_K
+        )
         wrong_TO = inputs_TI @ rounded.dequantized().to(torch.float32).T - exact_TO
         return float(wrong_TO.square().sum() / exact_TO.square().sum().clamp(min=1e-30))
 

@@ -12,10 +12,11 @@ import msgspec
 import torch
 
 from trio_edge.calibration.metrics import METRICS, exact_normal
-from trio_edge.calibration.model.gradients import agreements
-from trio_edge.calibration.model.greedy import greedy_answer
+from trio_edge.calibration.model.gradients import agreements, whole_gradient
+from trio_edge.calibration.model.greedy import divergence, greedy_answer, keep_all
 from trio_edge.calibration.model.prompts import make_prompt, sample_shape
 from trio_edge.calibration.model.ranges import float16_warning, listening_to_ranges
+from trio_edge.calibration.model.sequence import saliency
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
 from trio_edge.calibration.quantize.collecting import answer_samples
@@ -54,7 +55,7 @@ from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.cost.devices import find_device
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from trio_edge.calibration.model.greedy import MeasuredSchedule
@@ -112,6 +113,7 @@ def calibrate(
     scores = accuracy(setup.model, split.held_out, schedule, progress)
     quantized, quantized_held_out, quantized_rounds = _quantize(setup, schedule) or (None, None, 0)
     rounds, whole = max(rounds, quantized_rounds), setup.cost.of_stages([])
+    gradients, whole_gradient_kl = _gradients(setup, schedule)
     calibration = Calibration(
         schema_version=SCHEMA_VERSION,
         options=options,
@@ -137,7 +139,8 @@ def calibrate(
             SingleStage(layer=layer, keep=keep, kl=kl) for (layer, keep), kl in found.single.items()
         ],
         largest_values=_largest_values(setup),
-        gradients=_gradients(setup, schedule),
+        gradients=gradients,
+        whole_gradient=whole_gradient_kl,
         num_measured=len(found.candidates),
         revision=setup.model.checkpoint.revision,
         compute_dtype=str(setup.model.dtype).removeprefix("torch."),
@@ -298,25 +301,47 @@ def _largest_values(setup: Setup) -> dict[str, float]:
     return largest
 
 
-def _gradients(setup: Setup, schedule: Schedule) -> list[LayerAgreement]:
-    """Return by layer how well its saliency agrees with the whole model's gradient on the first search samples."""
-    samples = setup.split.search[: setup.options.gradients]
-    if samples:
-        setup.progress.step("comparing saliency with the whole gradient", len(samples))
-    found = []
+def _gradients(setup: Setup, schedule: Schedule) -> tuple[list[LayerAgreement], Measure | None]:
+    """Return by layer how well its saliency agrees with the whole model's gradient, and the KL of ``schedule`` by this one.
+
+    The first search samples are looked at.
+    """
+    model, samples = setup.model, setup.split.search[: setup.options.gradients]
+    if not samples:
+        return [], None
+    setup.progress.step("comparing saliency with the whole gradient", len(samples))
+    found, changes = [], list[float]()
     for question in samples:
         with torch.no_grad():
-            prompt = make_prompt(setup.model, question)
-        found.append(agreements(setup.model, prompt, schedule))
+            prompt = make_prompt(model, question)
+            whole = keep_all(model, prompt, num_tokens=setup.options.answer_tokens)
+            own, other = (
+                greedy_answer(
+                    model,
+                    prompt,
+                    schedule,
+                    max_tokens=len(whole.tokens),
+                    given=whole.tokens,
+                    score=score,
+                ).logits_TV
+                for score in (saliency, whole_gradient)
+            )
+        one, two = (
+            divergence(whole.log_probs_TV, whole.tokens, logits_TV, rounds=0) for logits_TV in (own, other)
+        )
+        changes.append(two.kl - one.kl)
+        found.append(agreements(model, prompt, schedule))
         setup.progress.sample()
-    return [
+    images = [question.image_id for question in samples]
+    by_layer = [
         LayerAgreement(
             layer=layer,
-            spearman=_mean([one.spearman for one in of_layer]),
-            overlap=_mean([one.overlap for one in of_layer]),
+            spearman=_measure([one.spearman for one in of_layer], images),
+            overlap=_measure([one.overlap for one in of_layer], images),
         )
         for layer, of_layer in enumerate(zip(*found))
     ]
+    return by_layer, _measure(changes, images)
 
 
 def _warn_above(
@@ -350,8 +375,8 @@ def fidelity(results: Sequence[MeasuredSchedule], questions: Sequence[Sample]) -
     kls = [result.kl for result in results]
     return Fidelity(
         samples=len(results),
-        kl=Measure(value=_mean(kls), interval_95=bootstrap_interval(kls, images)),
-        agreement=_measure([float(result.agrees) for result in results], images),
+        kl=_measure(kls, images),
+        agreement=_measure([float(result.agrees) for result in results], images, score_interval),
     )
 
 
@@ -374,18 +399,18 @@ def accuracy(
     images = [question.image_id for question in with_answers]
     return Accuracy(
         samples=len(with_answers),
-        keep_all=_measure(whole_scores, images),
-        chosen=_measure(scores_of_chosen, images),
+        keep_all=_measure(whole_scores, images, score_interval),
+        chosen=_measure(scores_of_chosen, images, score_interval),
         difference=Measure(
-            value=_mean(scores_of_chosen) - _mean(whole_scores),
+            value=(sum(scores_of_chosen) - sum(whole_scores)) / len(images),
             interval_95=paired_interval(scores_of_chosen, whole_scores, images),
         ),
     )
 
 
-def _measure(scores: list[float], images: list[str]) -> Measure:
-    return Measure(value=_mean(scores), interval_95=score_interval(scores, images))
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _measure(
+    values: list[float],
+    images: list[str],
+    interval: Callable[[list[float], list[str]], tuple[float, float]] = bootstrap_interval,
+) -> Measure:
+    return Measure(value=sum(values) / len(values), interval_95=interval(values, images))

@@ -95,9 +95,9 @@ class LayerAgreement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """A layer's saliency against the whole model's gradient of the same loss, mean over samples without reduction."""
 
     layer: int
-    spearman: float
+    spearman: Measure
     """Rank correlation."""
-    overlap: float
+    overlap: Measure
     """Share of the best ninth of the tokens by the gradient that the saliency has among its own best ninth."""
 
 
@@ -145,6 +145,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     largest_values: dict[str, float]
     """Largest absolute value into or out of each module on a few samples; empty if the bundle is not in float16."""
     gradients: list[LayerAgreement]
+    whole_gradient: Measure | None
+    """The chosen schedule's KL when the whole gradient ranks the tokens, minus its own, on the same samples."""
     num_measured: int
     revision: str | None
     compute_dtype: str

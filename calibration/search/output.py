@@ -96,8 +96,12 @@ def _gradient_lines(calibration: Calibration) -> list[str]:
         return []
     stages = [stage.layer for stage in calibration.schedule.stages]
     shown = [one for one in calibration.gradients if one.layer in stages] or calibration.gradients
-    by_layer = ", ".join(f"layer {one.layer}: {one.spearman:.2f}" for one in shown)
-    return [f"rank correlation of the saliency with the whole model's gradient: {by_layer}"]
+    by_layer = ", ".join(f"layer {one.layer}: {one.spearman.value:.2f}" for one in shown)
+    lines = [f"rank correlation of the saliency with the whole model's gradient: {by_layer}"]
+    if (kl := calibration.whole_gradient) is not None:
+        low, high = kl.interval_95
+        lines.append(f"KL if the whole gradient chose: {kl.value:+.4f} ({low:+.4f} to {high:+.4f}) nats")
+    return lines
 
 
 def _quantized_lines(calibration: Calibration) -> list[str]:

@@ -130,7 +130,8 @@ class Remedy:
 def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
     """Return the bytes of every category by the formulas above, next to ``usable_bytes``."""
     plan, size, before = inputs.quantize, inputs.element_bytes, 0
-    per_weight: dict[Format, float] = {"none": size, "int4": 2 * INT4_SHARE, "int8": 1.0, "fp8": 1.0}
+    int4 = 2 * INT4_SHARE + plan.outliers * size
+    per_weight: dict[Format, float] = {"none": size, "int4": int4, "int8": 1.0, "fp8": 1.0}
     if inputs.token_selection is not None:
         rows = inputs.image.num_visual
         before = memory.scratch_before(
@@ -219,7 +220,7 @@ def _with_float16(inputs: FitInputs) -> FitInputs:
 
 def _with_int4(inputs: FitInputs) -> FitInputs:
     formats = {**inputs.quantize.formats, **parse_plan(_INT4).formats}
-    return dataclasses.replace(inputs, quantize=QuantizePlan(formats=formats))
+    return dataclasses.replace(inputs, quantize=dataclasses.replace(inputs.quantize, formats=formats))
 
 
 def _with_keep(inputs: FitInputs) -> FitInputs | None:

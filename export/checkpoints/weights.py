@@ -36,7 +36,14 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import FloatType, StoredType
 
 WEIGHTS_FOLDER = "weights"
-_FILE_TYPES = {"float32": "F32", "float16": "F16", "int8": "I8", "int4": "U8", "float8_e4m3fn": "F8_E4M3"}
+_FILE_TYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "int64": "I64",
+    "int8": "I8",
+    "int4": "U8",
+    "float8_e4m3fn": "F8_E4M3",
+}
 """Safetensors' names; it has no INT4, whose bytes are written as U8."""
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _READABLE = {**_FLOATS, "I32": torch.int32, "U8": torch.uint8}
@@ -102,6 +109,10 @@ class Change(Enum):
     FP8 = "fp8"
     SCALE = "scale"
     """The scales instead of the values."""
+    COLUMNS = "columns"
+    """The places of the outliers."""
+    OUTLIERS = "outliers"
+    """The columns that are not rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +127,14 @@ class StoredName:
     changes: tuple[Change, ...] = ()
     """In the order of ``Change``; empty for the checkpoint's own values."""
 
+    def part(self, change: Change) -> StoredName:
+        """Return the name of another array of the same weight."""
+        return StoredName(self.tensor, (*self.changes, change))
+
     @property
     def scales(self) -> StoredName:
         """Name of this array's scales."""
-        return StoredName(self.tensor, (*self.changes, Change.SCALE))
+        return self.part(Change.SCALE)
 
     def __str__(self) -> str:
         """Return the name in the safetensors file."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME
-from trio_edge.export.quantize.graph import SCALE_SUFFIX, is_linear, quantize_graph
+from trio_edge.export.quantize.graph import SUFFIXES, is_linear, quantize_graph
 from trio_edge.export.quantize.numerics import BLOCK_SIZE, block_size
 from trio_edge.export.quantize.plan import OPSETS, PARTS
 from trio_edge.export.quantize.store import StoredForm
@@ -114,7 +114,14 @@ def _form(
     block = int4_block(checkpoint.tensor(tensor).shape) if kind == "int4" else None
     if kind == "none" or not may or (kind == "int4" and block is None):
         kind, block = "none", None
-    return StoredForm(name=tensor, kind=kind, block=block, smoothing=smoothing, is_packed=packed is not None)
+    return StoredForm(
+        name=tensor,
+        kind=kind,
+        block=block,
+        columns_K=scales.outliers.get(tensor) if kind == "int4" else None,
+        smoothing=smoothing,
+        is_packed=packed is not None,
+    )
 
 
 def _is_decoder_linear(tensor: str) -> bool:
@@ -133,7 +140,8 @@ def _rewritten(graph: TracedGraph, forms: Mapping[str, StoredForm], scales: Cali
     weights = {name: form.stored_name for name, form in forms.items()}
     if not quantized:
         return replace(graph, weights=weights)
-    weights |= {name + SCALE_SUFFIX: form.stored_name.scales for name, form in quantized.items()}
+    for name, form in quantized.items():
+        weights |= {name + suffix: array for suffix, array in zip(SUFFIXES, form.array_names)}
     # A probe's forward half shares the layer's own products.
     rounds_inputs = graph.piece == "probe" or not (graph.spec.role == "select" or is_probe(graph.spec))
     ranges = scales.activation_max if rounds_inputs else {}
@@ -196,6 +204,7 @@ def quantization_of(
         method="checkpoint" if taken else scales.method,
         block_size=BLOCK_SIZE if BLOCK_SIZE in blocks else max(blocks, default=None),
         num_samples=scales.num_samples,
+        outliers=plan.outliers,
         inputs=_with_inputs(graphs),
     )
 

@@ -21,7 +21,6 @@ import onnx_ir as ir
 from trio_edge.export.graphs.assembly.onnx_graph import add_constants, add_node, raise_opset
 from trio_edge.export.quantize.numerics import activation_scale
 from trio_edge.export.quantize.plan import OPSETS
-from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import PAST_PREFIX, PRESENT_PREFIX
 
 if TYPE_CHECKING:
@@ -30,18 +29,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trio_edge.export.graphs.assembly.onnx_graph import TracedGraph
-    from trio_edge.export.quantize.plan import QuantizePlan
-    from trio_edge.export.quantize.scales import CacheRange, CalibratedScales
+    from trio_edge.export.quantize.scales import CacheRange
     from trio_edge.runtime.bundle.manifest import TensorSpec
-
-
-def check_cache(plan: QuantizePlan, scales: CalibratedScales) -> None:
-    """Raise ScheduleError if ``plan`` has an INT8 KV cache and there are no calibrated scales of keys and values."""
-    if plan.has_cache and not scales.cache_max:
-        raise ScheduleError(
-            "--quantize: expected kv=int8 with scales of keys and values from a calibration, got none; run trio-calibrate with"
-            " the same --quantize"
-        )
 
 
 def quantize_caches(graphs: Iterable[TracedGraph], ranges: Sequence[CacheRange]) -> list[TracedGraph]:

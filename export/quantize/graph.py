@@ -7,7 +7,10 @@
     x ── QuantizeLinear ── DequantizeLinear ──┐
     values [I, O] INT8 ── DequantizeLinear ── MatMul                       INT8 with activation ranges
 
-FP8 (E4M3) is handled as INT8.
+FP8 (E4M3) is handled as INT8. Columns of an INT4 weight that are not rounded are 0 in its values and have a product of their
+own:
+
+    x ── Gather(columns) ── MatMul(outliers [K, O]) ── Add ── the product above
 
 A weight is stored with its inputs first, as the product reads it, so the trace's transposes disappear. Other nodes, as g W in
 a probe's backward half, get a transposed weight.
@@ -24,15 +27,17 @@ from trio_edge.export.graphs.assembly.onnx_graph import add_constants, add_node,
 from trio_edge.export.quantize.numerics import activation_scale
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from trio_edge.export.quantize.plan import Format
     from trio_edge.export.quantize.store import StoredForm
 
 SCALE_SUFFIX = ".scale"
-"""Suffix of the name of the initializer that holds another one's scales."""
+SUFFIXES = ("", SCALE_SUFFIX, ".columns", ".outliers")
+"""Suffixes of the names of a quantized weight's initializers, in the order of ``StoredForm.array_names``."""
 _IR_FROM_FORMAT = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
@@ -59,14 +64,17 @@ def quantize_graph(
 
     The inputs of a product are quantized, too, if ``activation_max`` has their largest absolute value, by the weight's tensor;
     not for INT4.
-    The initializer of a weight keeps its name and becomes [I, O] in its format; its scales are an initializer of that name
-    with ``SCALE_SUFFIX``. All new initializers still need their values. The graph gets at least ``opset``.
+    The initializer of a weight keeps its name and becomes [I, O] in its format; its other initializers are of that name with
+    ``SUFFIXES``. All new initializers still need their values. The graph gets at least ``opset``.
     """
     raise_opset(model, opset)
     constants: dict[str, NDArray[Any]] = {}
     quantized_inputs: dict[ir.Value, ir.Value] = {}
+    gathered: dict[tuple[ir.Value, int], ir.Value] = {}
     for name, form in forms.items():
         weight = _dequantized(model.graph, name, form)
+        if form.columns_K is not None:
+            _add_outliers(model.graph, name, weight, form.columns_K, gathered)
         largest = None if form.kind == "int4" else activation_max.get(form.name)
         if largest is None:
             continue
@@ -91,8 +99,8 @@ def _dequantized(graph: ir.Graph, name: str, form: StoredForm) -> ir.Value:
         name=name, shape=ir.Shape((num_inputs, num_outputs)), type=ir.TensorType(_IR_FROM_FORMAT[form.kind])
     )
     shape = (num_outputs,) if form.block is None else (num_inputs // form.block, num_outputs)
-    scales = ir.Value(name=name + SCALE_SUFFIX, shape=ir.Shape(shape), type=ir.TensorType(old.dtype))
-    graph.initializers[name], graph.initializers[name + SCALE_SUFFIX] = values, scales
+    scales = _initializer(graph, name + SCALE_SUFFIX, shape, old.dtype)
+    graph.initializers[name] = values
     axes = {"axis": 1} if form.block is None else {"axis": 0, "block_size": form.block}
     read = [values, scales]
     weight = add_node(graph, "DequantizeLinear", read, f"{name}.dequantized", old.dtype, values.shape, **axes)
@@ -128,11 +136,56 @@ def _as_matmul(graph: ir.Graph, gemm: ir.Node) -> None:
     bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
     gemm.resize_inputs(2)
     if bias is not None:
-        product = gemm.outputs[0]
-        name = f"{product.name}.biased"
-        biased = add_node(graph, "Add", [product, bias], name, product.dtype, product.shape)
-        ir.convenience.replace_all_uses_with(product, biased, replace_graph_outputs=True)
-        graph[-1].replace_input_with(0, product)
+        _add(graph, gemm.outputs[0], bias, "unbiased")
+
+
+def _add(graph: ir.Graph, product: ir.Value, other: ir.Value, suffix: str) -> None:
+    """Give all readers of ``product`` its sum with ``other``, which takes its name; ``product`` gets a suffix."""
+    name, product.name = str(product.name), f"{product.name}.{suffix}"
+    total = add_node(graph, "Add", [product, other], name, product.dtype, product.shape)
+    ir.convenience.replace_all_uses_with(product, total, replace_graph_outputs=True)
+    graph[-1].replace_input_with(0, product)
+
+
+def _initializer(graph: ir.Graph, name: str, shape: Sequence[int], dtype: ir.DataType) -> ir.Value:
+    graph.initializers[name] = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    return graph.initializers[name]
+
+
+def _add_outliers(
+    graph: ir.Graph,
+    name: str,
+    weight: ir.Value,
+    columns_K: Tensor,
+    gathered: dict[tuple[ir.Value, int], ir.Value],
+) -> None:
+    """Add the product of the columns that ``weight`` [I, O] leaves out; weights of one input share what they gather.
+
+    Other readers get the whole weight.
+    """
+    assert weight.shape is not None and weight.dtype is not None
+    columns = _initializer(graph, name + SUFFIXES[2], (len(columns_K),), ir.DataType.INT64)
+    shape = (len(columns_K), *weight.shape.numpy()[1:])
+    outliers = _initializer(graph, name + SUFFIXES[3], shape, weight.dtype)
+    whole: ir.Value | None = None
+    for node, index in list(weight.uses()):
+        source = node.inputs[0]
+        if node.op_type == "MatMul" and index == 1 and source is not None:
+            product, key = node.outputs[0], (source, id(columns_K))
+            if key not in gathered:
+                few = f"{product.name}.gathered"
+                gathered[key] = add_node(graph, "Gather", [source, columns], few, source.dtype, axis=-1)
+            more = f"{product.name}.outliers"
+            added = add_node(graph, "MatMul", [gathered[key], outliers], more, product.dtype, product.shape)
+            _add(graph, product, added, "rounded")
+            continue
+        if whole is None:
+            axes = _initializer(graph, f"{name}.axes", (1,), ir.DataType.INT64)
+            axes.const_value = ir.tensor(np.array([1]), name=axes.name)
+            rows = add_node(graph, "Unsqueeze", [columns, axes], f"{name}.rows", columns.dtype)
+            parts, whole_name = [weight, rows, outliers], f"{name}.whole"
+            whole = add_node(graph, "ScatterND", parts, whole_name, weight.dtype, weight.shape)
+        node.replace_input_with(index, whole)
 
 
 def _quantized(

@@ -35,11 +35,16 @@ class QuantizedWeight:
     """int8, for INT4 within -8..7; float8_e4m3fn for FP8."""
     scales_OB: Tensor
     """In the graph's element type; B is 1 except for INT4."""
+    columns_K: Tensor | None = None
+    """Inputs whose values are 0, because ``outliers_OK`` has them in the graph's element type; ascending."""
+    outliers_OK: Tensor | None = None
 
     def dequantized(self) -> Tensor:
         """Return the values [O, I] in the type of the scales, as a graph computes them."""
         blocks = self.values_OI.reshape(*self.scales_OB.shape, -1).to(self.scales_OB.dtype)
         result: Tensor = (blocks * self.scales_OB[..., None]).flatten(1)
+        if self.columns_K is not None and self.outliers_OK is not None:
+            result[:, self.columns_K] = self.outliers_OK
         return result
 
 
@@ -52,13 +57,29 @@ def block_size(num_inputs: int) -> int | None:
     return next((size for size in sizes if num_inputs % size == 0), None)
 
 
+def outlier_columns(rows_TI: Tensor, weight_OI: Tensor, *, share: float) -> Tensor:
+    """Return the ``share`` of the inputs that add most to the outputs, a multiple of 8 of them, int64 [K], ascending."""
+    most_I = rows_TI.square().sum(0) * weight_OI.square().sum(0)
+    count = min(max(round(share * len(most_I) / 8), 1) * 8, len(most_I))
+    return most_I.topk(count).indices.sort().values
+
+
 def quantize_weight(
-    weight_OI: Tensor, *, kind: Format, dtype: FloatType, block: int | None = None
+    weight_OI: Tensor,
+    *,
+    kind: Format,
+    dtype: FloatType,
+    block: int | None = None,
+    columns_K: Tensor | None = None,
 ) -> QuantizedWeight:
     """Return ``weight_OI`` rounded to the nearest values, computed in float32.
 
-    ``block`` inputs share a scale of type ``dtype``; None means that all inputs do.
+    ``block`` inputs share a scale of type ``dtype``; None means that all inputs do. ``columns_K`` are not rounded.
     """
+    outliers_OK = None
+    if columns_K is not None:
+        outliers_OK = weight_OI[:, columns_K].to(getattr(torch, dtype))
+        weight_OI = weight_OI.index_fill(1, columns_K, 0.0)
     blocks_OBK = weight_OI.to(torch.float32).reshape(len(weight_OI), -1, block or weight_OI.shape[1])
     scales_OB = blocks_OBK.abs().amax(-1) / _LARGEST[kind]
     if kind == "fp8":
@@ -67,7 +88,9 @@ def quantize_weight(
     scales_OB = scales_OB.to(getattr(torch, dtype))
     scales_OB = torch.where(scales_OB > 0, scales_OB, 1.0)  # a block of zeros
     values = _nearest(blocks_OBK / scales_OB.to(torch.float32)[..., None], kind)
-    return QuantizedWeight(values_OI=values.flatten(1), scales_OB=scales_OB)
+    return QuantizedWeight(
+        values_OI=values.flatten(1), scales_OB=scales_OB, columns_K=columns_K, outliers_OK=outliers_OK
+    )
 
 
 def _nearest(scaled: Tensor, kind: Format) -> Tensor:
@@ -92,15 +115,21 @@ def activation_scale(largest: float, *, kind: Format = "int8") -> float:
     return max(largest, 1e-4) / _LARGEST[kind]
 
 
-def stored_bytes(weight: QuantizedWeight, *, kind: Format) -> tuple[Tensor, Tensor]:
+def stored_bytes(weight: QuantizedWeight, *, kind: Format) -> tuple[Tensor, ...]:
     """Return values [I, O] (INT4: two per byte, the first in the low half) and scales [B, O] or [O], contiguous.
+
+    With outliers their columns [K] and values [K, O] follow.
 
     Inputs come first, because a matrix product reads the weight so, and TensorRT and ONNX Runtime recognize INT4
     products by this layout.
     """
     values_IO = weight.values_OI.T.contiguous()
     scales = weight.scales_OB.T.contiguous()
-    return (pack_int4(values_IO), scales) if kind == "int4" else (values_IO, scales[0])
+    if kind != "int4":
+        return values_IO, scales[0]
+    if weight.columns_K is None or weight.outliers_OK is None:
+        return pack_int4(values_IO), scales
+    return pack_int4(values_IO), scales, weight.columns_K, weight.outliers_OK.T.contiguous()
 
 
 def pack_int4(values: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -27,6 +28,8 @@ _ONLY_INT8: dict[Part, str] = {
     "embedding": "its rows are read by the host, one scale each",
     "kv": "INT4 is for weights only, and FP8 caches are not supported",
 }
+_MOST_OUTLIERS = 25
+"""In per cent; with more, INT8 is smaller."""
 OPSETS: dict[Format, int] = {"int4": 21, "int8": 19, "fp8": 19}
 """First ONNX opset with INT4; with float16 in QuantizeLinear; with FP8."""
 
@@ -36,6 +39,8 @@ class QuantizePlan:
     """The weight format of every part; other parts stay in floating point."""
 
     formats: Mapping[Part, Format] = field(default_factory=dict)
+    outliers: float = 0.0
+    """Share of the inputs of an INT4 weight that stay in floating point."""
 
     def of_part(self, part: Part) -> Format:
         """Return the format of ``part``."""
@@ -75,13 +80,18 @@ def parse_plan(text: str) -> QuantizePlan:
     """Return the plan in the text of ``--quantize``: FORMAT for the decoder, or PART=FORMAT,…; later entries win.
 
     PART is one of ``PARTS``, "decoder" (prefix, segments, suffix) or "all" (every graph); "kv" means the KV caches.
+    "outliers" has a percentage in place of a format.
 
     Raises:
         ScheduleError: If the text has another form.
     """
     formats: dict[Part, Format] = {}
+    outliers = 0.0
     for entry in text.split(","):
         name, equals, kind = entry.strip().rpartition("=")
+        if name == "outliers":
+            outliers = _share(kind)
+            continue
         if kind not in FORMATS:
             raise ScheduleError(
                 f"--quantize: expected {', '.join(FORMATS)}, got {kind!r}; write it as int4 or suffix=int4,head=int8"
@@ -96,7 +106,21 @@ def parse_plan(text: str) -> QuantizePlan:
             raise ScheduleError(
                 f"--quantize: expected {part}=int8 or none, got {kind} ({reason}); choose one of these"
             )
-    return QuantizePlan(formats=formats)
+    if outliers and "int4" not in formats.values():
+        raise ScheduleError(
+            "--quantize: expected outliers with a part in int4, got none; write it as int4,outliers=10%"
+        )
+    return QuantizePlan(formats=formats, outliers=outliers)
+
+
+def _share(text: str) -> float:
+    """Return the share in a text such as "10%"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)%", text)
+    if match is None or not 0 < float(match[1]) <= _MOST_OUTLIERS:
+        raise ScheduleError(
+            f"--quantize: expected outliers above 0% and up to {_MOST_OUTLIERS}%, got {text!r}; write it as int4,outliers=10%"
+        )
+    return float(match[1]) / 100
 
 
 def check_packed(checkpoint: Checkpoint, plan: QuantizePlan) -> None:

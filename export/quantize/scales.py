@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from trio_edge.runtime.bundle.errors import ScheduleError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
+
+    from trio_edge.export.quantize.plan import QuantizePlan
 
 Calibrated = Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant", "checkpoint"]
 """The method that chose the integers."""
@@ -57,7 +61,19 @@ class CalibratedScales:
     """Factors for weights, norms and biases."""
     activation_max: Mapping[str, float] = field(default_factory=dict)
     """Largest absolute input of each linear layer after smoothing, by its weight; for parts in INT8 and FP8."""
+    outliers: Mapping[str, Tensor] = field(default_factory=dict)
+    """Columns of INT4 weights that stay in floating point, int64 [K]."""
     cache_max: tuple[CacheRange, ...] = ()
     """Ranges of all decoder layers, for an INT8 KV cache."""
     method: Calibrated = "round-to-nearest"
     num_samples: int = 0
+
+
+def check_calibrated(plan: QuantizePlan, scales: CalibratedScales) -> None:
+    """Raise ScheduleError if ``plan`` has an INT8 KV cache or outliers, and there was no calibration."""
+    found = scales.cache_max if plan.has_cache else not plan.outliers or scales.num_samples
+    if not found:
+        what = "kv=int8 with scales of keys and values" if plan.has_cache else "outliers with columns"
+        raise ScheduleError(
+            f"--quantize: expected {what} from a calibration, got none; run trio-calibrate with the same --quantize"
+        )

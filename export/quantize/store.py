@@ -33,6 +33,8 @@ class StoredForm:
     name: str
     kind: Format
     block: int | None = None
+    columns_K: Tensor | None = None
+    """Inputs that stay in floating point."""
     smoothing: Smoothing | None = None
     is_table: bool = False
     """Whether it is a table of rows, which is not transposed."""
@@ -54,6 +56,12 @@ class StoredForm:
         elif self.is_packed:
             changes.append(weights.Change.UNPACKED)
         return weights.StoredName(self.name, tuple(changes))
+
+    @property
+    def array_names(self) -> tuple[weights.StoredName, ...]:
+        """Names of values and scales, and of the outliers' places and values if there are any."""
+        name, more = self.stored_name, (weights.Change.COLUMNS, weights.Change.OUTLIERS)
+        return name, name.scales, *(name.part(change) for change in more if self.columns_K is not None)
 
 
 def store_quantized(
@@ -102,7 +110,11 @@ def _described(
     num_outputs, num_inputs = shape
     scales = (num_outputs,) if form.block is None else (num_inputs // form.block, num_outputs)
     values = shape if form.is_table else (num_inputs, num_outputs)
-    return {name: (_STORED[form.kind], values), name.scales: (dtype, scales)}
+    arrays: list[tuple[StoredType, tuple[int, ...]]] = [(_STORED[form.kind], values), (dtype, scales)]
+    if form.columns_K is not None:
+        count = len(form.columns_K)
+        arrays += [("int64", (count,)), (dtype, (count, num_outputs))]
+    return dict(zip(form.array_names, arrays))
 
 
 def _arrays(checkpoint: Checkpoint, form: StoredForm, *, dtype: FloatType) -> Iterator[Tensor]:
@@ -117,7 +129,9 @@ def _arrays(checkpoint: Checkpoint, form: StoredForm, *, dtype: FloatType) -> It
     if form.kind == "none":
         yield weight.to(getattr(torch, dtype))
         return
-    quantized = quantize_weight(weight, kind=form.kind, dtype=dtype, block=form.block)
+    quantized = quantize_weight(
+        weight, kind=form.kind, dtype=dtype, block=form.block, columns_K=form.columns_K
+    )
     if form.is_table:
         # not transposed, as the host reads single rows of a table
         yield from (quantized.values_OI, quantized.scales_OB[:, 0])

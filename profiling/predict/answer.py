@@ -213,9 +213,7 @@ def memory_of(setting: Setting, *, usable: int) -> MemoryNeed:
         parts = {name.lower().replace(" ", "_"): count for name, count in setting.memory.items()}
         return MemoryNeed(**parts, usable=usable)
     decoder, tower, formats = setting.model.decoder, setting.model.vision, setting.formats
-    layer, head, vision = (
-        speed.BYTES_PER_WEIGHT[kind] for kind in (formats.layer, formats.head, formats.vision)
-    )
+    layer, head, vision = map(formats.bytes_of, (formats.layer, formats.head, formats.vision))
     count = setting.sizes.get("P", setting.sizes.get("B", 1))
     in_tower = 0 if tower is None else tower.workspace_bytes(count, element_bytes=2)
     bundle = memory.BundleSizes(

@@ -153,6 +153,7 @@ def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
             vision=formats.get("vision", "float16"),
             bytes_per_cached=1 if manifest.kv_dtype == "int8" else 2,
             inputs=_rounded_inputs(manifest, setting),
+            outliers=0.0 if manifest.quantization is None else manifest.quantization.outliers,
         ),
     }
     if manifest.vision is None:

@@ -81,6 +81,12 @@ class Formats:
     """Bytes of an element of the KV caches."""
     inputs: frozenset[WeightKind] = frozenset()
     """Kinds of weights whose products have inputs in the same format."""
+    outliers: float = 0.0
+    """Share of INT4 weights that are stored as activations are, too."""
+
+    def bytes_of(self, kind: WeightFormat) -> float:
+        """Return the bytes of a weight."""
+        return BYTES_PER_WEIGHT[kind] + (self.outliers * self.bytes_per_element if kind == "int4" else 0.0)
 
     def of(self, kind: WeightKind) -> WeightFormat:
         """Return the format of one kind of weights."""
@@ -151,7 +157,7 @@ def _product_compute(part: Product, formats: Formats, rates: Rates, efficiency: 
 def _product_bytes(part: Product, formats: Formats) -> float:
     matrix: float = formats.bytes_per_element
     if part.weights != "none":
-        matrix = BYTES_PER_WEIGHT[formats.of(part.weights)]
+        matrix = formats.bytes_of(formats.of(part.weights))
     return part.matrix_elements * matrix + part.row_elements * formats.bytes_per_element
 
 

@@ -250,6 +250,8 @@ class Quantization(_Spec, frozen=True):
     """Inputs per INT4 scale, in layers whose number of inputs is a multiple of it."""
     num_samples: Extent = 0
     """Samples that activations were collected from, without the tokens that the bundle's stages drop."""
+    outliers: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    """Share of the inputs of INT4 weights that stay in the bundle's element type."""
     inputs: tuple[Part, ...] = ()
     """Parts in INT8 or FP8 whose linear layers also have their inputs in that format."""
 

@@ -154,6 +154,12 @@ def test_a_calibration_reports_both(
     found = calibrate(options, progress=StepProgress(warn=warnings.append)).calibration
     assert found.largest_values["vision"] > 0
     assert [one.layer for one in found.gradients] == [0, 1, 2]
-    assert found.gradients[-1].spearman == pytest.approx(1.0, abs=1e-3)
+    assert found.gradients[-1].spearman.value == pytest.approx(1.0, abs=1e-3)
+    assert found.whole_gradient is not None
+    # One sample: its difference is the mean and both ends.
+    assert found.whole_gradient.interval_95 == pytest.approx(2 * (found.whole_gradient.value,))
+    assert abs(found.whole_gradient.value) > 0  # another choice of tokens
     assert sum("float16" in warning for warning in warnings) == 1
-    assert "rank correlation of the saliency" in summary_of(found, tmp_path, exported=True)
+    summary = summary_of(found, tmp_path, exported=True)
+    assert "rank correlation of the saliency" in summary
+    assert "KL if the whole gradient chose: " in summary

@@ -120,12 +120,13 @@ def test_changes_that_are_made_already_are_not_offered() -> None:
 
 
 def test_quantized_parts_are_smaller_and_leave_the_rest() -> None:
-    full, four, eight = (
+    full, four, outliers, eight = (
         estimate(llava_next_7b(quantize=parse_plan(plan)), usable_bytes=0).parts
-        for plan in ("none", "int4", "head=int8,vision=int8")
+        for plan in ("none", "int4", "int4,outliers=10%", "head=int8,vision=int8")
     )
     decoder = llava_next_7b().decoder
     assert four["decoder weights"] == pytest.approx(0.30 * full["decoder weights"])
+    assert outliers["decoder weights"] == pytest.approx(0.40 * full["decoder weights"])
     assert eight["head and vision weights"] == pytest.approx(0.5 * full["head and vision weights"])
     # probes share all but the attention of quantized layers, of which they read keys, values and output again
     assert full["repeated weights"] == 0

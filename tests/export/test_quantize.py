@@ -113,6 +113,9 @@ def test_a_plan_names_parts_and_formats(text: str, formats: dict[str, str]) -> N
         ("embedding=fp8", "embedding=int8 or none, got fp8"),
         ("kv=int4", "kv=int8 or none"),
         ("all=int8,kv=fp8", "kv=int8 or none, got fp8"),
+        ("int4,outliers=10", "outliers above 0% and up to 25%, got '10'"),
+        ("int4,outliers=60%", "outliers above 0% and up to 25%, got '60%'"),
+        ("fp8,outliers=10%", "expected outliers with a part in int4, got none"),
     ],
 )
 def test_a_plan_that_is_none_is_refused(text: str, message: str) -> None:

@@ -59,6 +59,15 @@ def test_more_rows_and_a_longer_context_never_take_less_time() -> None:
     assert by_context == sorted(by_context)
 
 
+def test_outlier_columns_are_read_next_to_the_int4_weights() -> None:
+    work, efficiency = range_work(LLAMA, layers=range(1), rows=1, past=0), fitted_for(ORIN).efficiency
+    plain, some, half = (
+        graph_time(work, formats=formats, rates=rates_of(ORIN), efficiency=efficiency).memory_seconds
+        for formats in (Formats(layer="int4"), Formats(layer="int4", outliers=0.1), HALF)
+    )
+    assert some - plain == pytest.approx(0.2 / (2 - 4.125 / 8) * (half - plain))
+
+
 @pytest.mark.parametrize("field", ["flops", "bandwidth"])
 def test_a_faster_device_never_takes_more_time(field: str) -> None:
     rates = rates_of(ORIN)
