@@ -41,9 +41,8 @@ class NaflexVision(nn.Module):
         height_B1, width_B1 = torch.split(spatial_shapes.to(torch.float32), 1, dim=1)
         patch_BP = torch.arange(pixel_values.shape[1], dtype=torch.float32)[None]
         real_BP = (patch_BP < height_B1 * width_B1).to(torch.float32)
-        patch_BP = (
-            patch_BP * real_BP
-        )  # padding is at the first place, as a table has no rows beyond its sides
+        # padding is at the first place, as a table has no rows beyond its sides
+        patch_BP = patch_BP * real_BP
         row_BP = torch.floor(patch_BP / width_B1)
         places = (row_BP, height_B1), (patch_BP - row_BP * width_B1, width_B1)
         hidden_BPD = embedding(pixel_values.to(embedding.weight.dtype)) + self._positions(*places)
