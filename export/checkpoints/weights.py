@@ -48,8 +48,6 @@ _FILE_TYPES = {
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _READABLE = {**_FLOATS, "I32": torch.int32, "U8": torch.uint8}
 _PIECE_BYTES = 8 << 20  # a multiple of all element sizes; limits the memory of an export
-_MOST_BYTES_A_BYTE = 1.5
-"""Bytes of files that are copied whole, per byte that is used: some hold another model, too."""
 _FICLONE = 0x40049409  # Linux: share a whole file's extents
 
 
@@ -162,18 +160,12 @@ def bytes_to_write(sources: Mapping[str, SourceTensor], *, dtype: FloatType, who
 
 
 def _need_no_change(sources: Mapping[str, SourceTensor], dtype: FloatType) -> bool:
-    """Return whether the files can be copied: all values are right as they are, and most of them are used."""
     files = {source.file for source in sources.values()}
-    used = sum(source.num_bytes for source in sources.values())
-    is_most = sum(file.stat().st_size for file in files) <= _MOST_BYTES_A_BYTE * used
+    has_names = len({file.name for file in files}) == len(files)  # the bundle has one folder for them
     # A piece of a file divides no number whose place is a multiple of its size.
     size = np.dtype(dtype).itemsize
-    return (
-        len({file.name for file in files}) == len(files)  # the bundle has one folder for them
-        and is_most
-        and all(
-            source.dtype == _FILE_TYPES[dtype] and source.offset % size == 0 for source in sources.values()
-        )
+    return has_names and all(
+        source.dtype == _FILE_TYPES[dtype] and source.offset % size == 0 for source in sources.values()
     )
 
 
