@@ -121,7 +121,8 @@ def file_of(source: str | Path, *, kind: str) -> Path:
         ImageError: If it is a URL, missing, or no regular file.
     """
     name = f"{kind} {short_name(source)}"
-    if re.match(r"[a-z0-9+]{2,}:/|data:", str(source), re.IGNORECASE):  # a Path has lost one of two slashes
+    if re.match(r"[a-z0-9+]{2,}:/|data:", str(source), re.IGNORECASE):
+        name = f"{kind} {short_name(re.sub(':/(?!/)', '://', str(source)))}"  # a Path has lost a slash
         raise ImageError(
             f"{name}: expected a local file, got a URL, and no address is read; download it first"
         )
