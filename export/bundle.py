@@ -22,7 +22,6 @@ from trio_edge.export.checkpoints.weights import StoredName, bytes_to_write, sto
 from trio_edge.export.families.base import max_positions
 from trio_edge.export.graphs.assembly.onnx_graph import attach_weights, save
 from trio_edge.export.graphs.assembly.pieces import join, with_pieces
-from trio_edge.export.model_cost import cost_of
 from trio_edge.export.options import Progress
 from trio_edge.export.plan import build, read, resolve, without_values
 from trio_edge.export.quantize import assign
@@ -36,6 +35,7 @@ from trio_edge.runtime.bundle.files import atomic_folder
 from trio_edge.runtime.bundle.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
+    Cost,
     FileEntry,
     GraphSpec,
     ImageSize,
@@ -46,7 +46,13 @@ from trio_edge.runtime.bundle.manifest import (
     json_from_manifest,
 )
 from trio_edge.runtime.bundle.reader import sha256_of
+from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.trio.cost.bundle_work import input_widths
 from trio_edge.trio.cost.devices import find_device
+from trio_edge.trio.cost.flops import count_prefill
+from trio_edge.trio.cost.selections import TokenSizes
+from trio_edge.trio.cost.work import ELEMENT_BYTES, vision_work
+from trio_edge.trio.methods import token_method
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -62,6 +68,8 @@ if TYPE_CHECKING:
 _LARGEST_INLINE_BYTES = 1 << 20  # ONNX files are read as a whole and have at most 2 GB
 _SPARE_BYTES = 64 << 20
 """Free disk space required for graphs, tokenizer and manifest."""
+_COST_TEXT_TOKENS = 40
+"""Text tokens of the prompt that the cost is given for: LLaVA's system prompt and a short question."""
 
 
 def export_bundle(
@@ -314,7 +322,7 @@ def record(
         levels=tuple(_level(other, graphs, program) for other, program in zip(plan.others, programs[1:])),
         files=files,
         model_bytes=np.dtype(resolved.dtype).itemsize * num_values,
-        cost=cost_of(plan, graphs),
+        cost=_cost(plan, graphs),
         vision=model.vision_dimensions,
         clip_text=None if clip is None else clip.spec,
         num_deepstack=model.vision.num_deepstack,
@@ -334,8 +342,50 @@ def _level(plan: ExportPlan, graphs: tuple[GraphSpec, ...], programs: tuple[Prog
         image_sizes=_image_sizes(plan),
         image_processing=plan.resolved.processing.to_dict(),
         video_processing=plan.resolved.video_processing,
-        cost=cost_of(plan, graphs),
+        cost=_cost(plan, graphs),
         programs=programs,
+    )
+
+
+def _cost(plan: ExportPlan, graphs: Sequence[GraphSpec]) -> Cost:
+    """Return the cost of the plan's largest prompt with ``_COST_TEXT_TOKENS`` text tokens; ``graphs`` are the bundle's."""
+    resolved, clip = plan.resolved, plan.source.clip
+    images, tower, whole = resolved.images, plan.model.vision_dimensions, resolved.image_tokens
+    num_visual = images.num_images * images.largest["N"]
+    counted = partial(
+        count_prefill,
+        plan.dimensions,
+        num_text=_COST_TEXT_TOKENS,
+        one_size=len(plan.layout.visual_sizes) == 1,
+        bytes_per_cached=ELEMENT_BYTES["int8" if plan.options.quantize.has_cache else resolved.dtype],
+    )
+    full = counted(Schedule(), num_visual=images.num_images * whole)
+    cost = counted(plan.layout.schedule, num_visual=min(resolved.entering, num_visual))
+    reduced = {
+        "vision": round(images.num_images * vision_work(tower, images.largest).flops),
+        "decoder": round(cost.decoder_flops),
+        "select": round(cost.select_flops),
+    }
+    if clip is not None:
+        reduced["clip_text"] = round(clip.flops(_COST_TEXT_TOKENS))
+    if (method := plan.options.token_method) is not None and resolved.token_keep is not None:
+        (graph,) = (graph for graph in graphs if graph.role == "reduce")
+        sizes = TokenSizes(images.largest["N"], resolved.token_keep, _COST_TEXT_TOKENS, input_widths(graph))
+        reduced["reduce"] = round(images.num_images * token_method(method).cost(sizes).flops)
+    # Without reduction the encoder merges no tokens either.
+    unmerged = msgspec.structs.replace(tower, merged_weights=0)
+    return Cost(
+        num_visual=num_visual,
+        num_images=images.num_images,
+        num_text=_COST_TEXT_TOKENS,
+        full_flops={
+            "vision": round(images.num_images * vision_work(unmerged, images.largest).flops),
+            "decoder": round(full.decoder_flops),
+        },
+        reduced_flops=reduced,
+        full_kv_bytes=full.kv_bytes,
+        reduced_kv_bytes=cost.kv_bytes,
+        image_tokens=None if whole == images.largest["N"] else images.num_images * whole,
     )
 
 

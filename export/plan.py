@@ -19,7 +19,7 @@ from trio_edge.export.checkpoints.text_files import read_generation, read_text_f
 from trio_edge.export.families import family_of
 from trio_edge.export.families.base import check_positions
 from trio_edge.export.families.clip import build_clip, read_clip, with_patches
-from trio_edge.export.graphs.gated_delta import is_linear
+from trio_edge.export.graphs.state_layers import is_linear
 from trio_edge.export.graphs.vision.clip import KEEP_MULTIPLE
 from trio_edge.export.options import LevelRequest
 from trio_edge.export.quantize.plan import check_packed

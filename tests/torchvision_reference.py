@@ -104,7 +104,7 @@ def _lfm2(tile_size: int, patch_size: int, **settings: Any) -> dict[str, Any]:
 # where there is no AVX, torch repeats the first pixel of a column that is one pixel wide
 _NO_COLUMN = tuple(size for size in SIZES if size != (1, 400))
 _NAFLEX = tuple(size for size in _NO_COLUMN if max(size) < 12 * min(size))
-"""Of others the processor makes more tokens than a tile has."""
+"""Not the longest: the processor gives them more tokens than a tile has room for."""
 PROCESSORS = {
     "LLaVA-NeXT": Processor(
         config={

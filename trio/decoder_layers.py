@@ -28,9 +28,12 @@ _LLAMA_NAMES = {
 def name_as_llama(model: nn.Module) -> None:
     """Give the parts of LFM2's modules the names of Llama's and Qwen3's, next to their own; other modules stay as they are."""
     for module in model.modules():
-        for name, own in _LLAMA_NAMES.get(type(module).__name__, {}).items():
+        kind = type(module).__name__
+        for name, own in _LLAMA_NAMES.get(kind, {}).items():
             # past nn.Module, so that parameters keep their one name
             vars(module)[name] = getattr(module, own)
+        if kind == "Lfm2MLP":
+            vars(module)["act_fn"] = nn.SiLU()  # transformers calls the function
 
 
 def num_heads(attention: Any) -> int:

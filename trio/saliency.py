@@ -69,8 +69,7 @@ from trio_edge.trio.decoder_layers import (
     split_gate,
 )
 
-_SILU = {"SiLU", "SiLUActivation", "NoneType"}
-"""LFM2's MLP has no module for it."""
+_SILU = {"SiLU", "SiLUActivation"}
 
 
 class ProbeState(NamedTuple):
@@ -196,7 +195,7 @@ class ProxySaliency(nn.Module):
             CheckpointError: If the MLP's activation is not SiLU.
         """
         super().__init__()
-        activation = type(getattr(layer.mlp, "act_fn", None)).__name__
+        activation = type(layer.mlp.act_fn).__name__
         if activation not in _SILU:
             raise CheckpointError(
                 f"mlp.act_fn: expected SiLU, got {activation}; TRIO's saliency needs a SwiGLU decoder, choose another --method"

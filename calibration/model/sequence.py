@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from trio_edge.export.graphs.attention import causal_mask, scale_positions
-from trio_edge.export.graphs.gated_delta import is_linear
+from trio_edge.export.graphs.state_layers import is_linear
 from trio_edge.export.plan import dimensions_of
 from trio_edge.trio.nms import similar_tokens
 from trio_edge.trio.selectors.interface import comes_before

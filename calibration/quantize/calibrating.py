@@ -16,7 +16,7 @@ from trio_edge.calibration.quantize.collecting import answer_samples, listening_
 from trio_edge.calibration.quantize.report import CacheReport, GroupError, QuantizationReport
 from trio_edge.calibration.quantize.rounding import GroupRounding, modelopt
 from trio_edge.calibration.quantize.sections import quantized_sections
-from trio_edge.export.graphs.gated_delta import is_linear
+from trio_edge.export.graphs.state_layers import is_linear
 from trio_edge.export.quantize.scales import NO_CACHE, CalibratedScales, Smoothing
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.progress import SILENT
-from trio_edge.export.graphs.gated_delta import is_linear
+from trio_edge.export.graphs.state_layers import is_linear
 from trio_edge.export.quantize.scales import CacheRange
 
 if TYPE_CHECKING:

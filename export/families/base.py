@@ -33,7 +33,7 @@ from transformers.initialization import no_init_weights
 
 from trio_edge.export.checkpoints.checkpoint import HEAD_NAME, read_json, settings_of
 from trio_edge.export.graphs.attention import ATTENTION_NAME, TILE_ATTENTION_NAME, register_attention
-from trio_edge.export.graphs.gated_delta import is_linear, state_layer
+from trio_edge.export.graphs.state_layers import is_linear, state_layer
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.manifest import TensorSpec
 from trio_edge.runtime.bundle.schedule import Schedule

@@ -1,6 +1,6 @@
 """LFM2-VL and LFM2.5-VL: SigLIP2 tiles of any shape, and a decoder with short convolutions in most layers.
 
-A short convolution keeps its last rows in place of keys and values (``export/graphs/gated_delta.py``). Stages stand before
+A short convolution keeps its last rows in place of keys and values (``export/graphs/state_layers.py``). Stages stand before
 layers with attention, where a probe has a closed form. The prompt names each tile's row and column (``ImageLayout.text``).
 """
 

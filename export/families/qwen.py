@@ -8,7 +8,7 @@ Qwen3-VL has interleaved M-RoPE, Qwen3 decoder layers with QK-norm, and DeepStac
 the visual rows after the first decoder layers, one plane of rows per layer. A stage drops its tokens from the remaining planes,
 too.
 
-Qwen3.5 has no DeepStack. Three of four decoder layers have linear attention (``export/graphs/gated_delta.py``); the others gate
+Qwen3.5 has no DeepStack. Three of four decoder layers have linear attention (``export/graphs/state_layers.py``); the others gate
 their attention and rotate a quarter of each head. Stages stand before layers with attention, where a probe has a closed form.
 """
 

@@ -16,7 +16,7 @@ A range has the layers [first, last), for prefill and decode alike.
 | out present.{i}.value          | [B, G, S, E] | model |                                                            |
 
 A layer with linear attention has two states in place of keys and values: ``past_states.{i}.conv`` and ``.delta``, 0 in prefill,
-and ``present_states.{i}.conv`` and ``.delta``, which replace them; see ``gated_delta.py``. A short convolution has the first.
+and ``present_states.{i}.conv`` and ``.delta``, which replace them; see ``state_layers.py``. A short convolution has the first.
 
 Prefill runs with C = 0 and padding on the right; decode with S = 1. ``export/quantize/cache.py`` makes keys and values int8.
 B is 1. With --batch, and with linear attention, it is an axis: the answers that decode together, each with its own KV buffers;
@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trio_edge.export.graphs.gated_delta import is_linear, num_kept
+from trio_edge.export.graphs.state_layers import is_linear, num_kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

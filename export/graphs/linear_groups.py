@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trio_edge.export.graphs.gated_delta import is_linear
+from trio_edge.export.graphs.state_layers import is_linear
 from trio_edge.trio.decoder_layers import is_zero_centered
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from trio_edge.export.checkpoints.weights import StoredName
 from trio_edge.export.graphs.assembly.copies import Traceable, first_past, stack_layers
 from trio_edge.export.graphs.assembly.onnx_graph import TracedGraph, dynamic_axes, example_input, trace_graph
 from trio_edge.export.graphs.attention import DecoderRange
-from trio_edge.export.graphs.gated_delta import num_kept
 from trio_edge.export.graphs.probe import Probe, Saliency
+from trio_edge.export.graphs.state_layers import num_kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -38,7 +38,7 @@ Ready: TypeAlias = "tuple[Plan, Mapping[str, Sequence[PreparedImage]]]"
 
 
 class Subject(NamedTuple):
-    """What questions are about, and how they are put; the fields are those of ``Pipeline.decide``."""
+    """A conversation, and how questions about it are put; see ``Pipeline.decide``."""
 
     wording: Wording
     messages: Sequence[Message]

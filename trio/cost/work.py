@@ -207,7 +207,7 @@ def range_work(decoder: Dimensions, *, layers: Sequence[int], rows: int, past: i
 
 
 def _delta_rule(linear: LinearAttention, *, rows: int, count: int) -> tuple[Product, ...]:
-    """Return the products of ``count`` gated delta rules, in chunks of C rows; see ``export/graphs/gated_delta.py``.
+    """Return the products of ``count`` gated delta rules, in chunks of C rows; see ``export/graphs/state_layers.py``.
 
     For each row and value head of sizes K and V: 3 K V with the state, which is read or written three times, C (3 K + 2 V) within
     the chunk, and 12 C² / 2 for the inverse of its triangular matrix, block by block.

@@ -9,7 +9,7 @@ import torch
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
 
-from trio_edge.export.graphs.gated_delta import delta_rule, state_layer
+from trio_edge.export.graphs.state_layers import delta_rule, state_layer
 
 X, K, V = 3, 12, 20
 SIZES = [1, 2, 63, 64, 65, 130, 200]
