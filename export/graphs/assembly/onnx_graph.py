@@ -20,6 +20,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset18, optimizer, version_converter
 from onnxscript.function_libs.torch_lib.ops import core
+from torch._higher_order_ops.scan import scan_op
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -146,7 +147,10 @@ def _captured_once() -> Iterator[None]:
         program: torch.export.ExportedProgram, table: Any
     ) -> torch.export.ExportedProgram:
         program.graph.eliminate_dead_code()
-        nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+        graphs = [
+            part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)
+        ]
+        nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
         return decompose(program, table) if any(_is_apart(node, table) for node in nodes) else program
 
     with mock.patch.object(program_type, "run_decompositions", decompose_if_needed):
@@ -160,15 +164,16 @@ def _is_bool(value: ir.Value) -> bool:
 def _is_apart(node: torch.fx.Node, table: Any) -> bool:
     """Return whether torch has to take the operator of ``node`` apart.
 
-    It has no translation, writes to its input, holds a graph, or is a view whose translation may differ from that of its parts. So
-    does a wildcard next to a product of sizes, the rows of all answers: it has no value where these are 0, while a probe runs.
+    It has no translation, writes to its input, holds a graph (a scan's has its translation), or is a view whose translation may
+    differ from that of its parts. So does a wildcard next to a product of sizes, the rows of all answers: it has no value where
+    these are 0, while a probe runs.
     """
     operator = node.target
     if operator is _aten.reshape.default:
         sizes: Any = node.args[1]
         return -1 in sizes and any(getattr(size, "target", None) is mul for size in sizes)
     if not isinstance(operator, torch._ops.OpOverload):
-        return isinstance(operator, torch._ops.HigherOrderOperator)
+        return isinstance(operator, torch._ops.HigherOrderOperator) and operator is not scan_op
     if operator._schema.is_mutable:
         return True
     if operator in _TRANSLATIONS or not node.users:  # checks of sizes have no users
