@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tests.checkpoints import save_checkpoint
 from tests.internvl_checkpoints import INTERNVL_TEMPLATE, TOKENS_PER_TILE, save_internvl_checkpoint
 from tests.lfm2_checkpoints import save_lfm2_vl_checkpoint
+from tests.minicpm_checkpoints import save_minicpm_checkpoint
 from tests.mistral3_checkpoints import save_mistral3_checkpoint
 from tests.onevision_checkpoints import ASPECT_RATIO, save_onevision_checkpoint
 from tests.pictures import random_picture
@@ -22,6 +23,7 @@ from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
 from trio_edge.runtime.bundle.schedule import Stage
 from trio_edge.runtime.prompts.chat import (
     LFM2_VL_TEMPLATE,
+    MINICPM_TEMPLATE,
     MISTRAL3_TEMPLATE,
     QWEN2_5_VL_TEMPLATE,
     QWEN3_VL_TEMPLATE,
@@ -85,6 +87,13 @@ FAMILIES = {
         options=(("max_text", 192),),
         layers=(2, 4),
         template=LFM2_VL_TEMPLATE,
+    ),
+    "minicpmv4_6": Family(
+        save_minicpm_checkpoint,
+        "MiniCPMV4_6ForConditionalGeneration",
+        layers=(3, 7),
+        options=(("max_text", 192),),
+        template=MINICPM_TEMPLATE,
     ),
     "qwen2_5_vl": Family(
         save_qwen_checkpoint,

@@ -93,12 +93,13 @@ def _read(model: TorchModel, question: Sample) -> tuple[Image.Image, PromptIds]:
         )
     try:
         image = open_image(question.images[0])
+        layout = model.images.layout(*image.size)
         ids = prompt_ids(
             build_messages(question.question, images=[image]),
             tokenizer=model.tokenizer,
             template=model.template,
             text=model.text,
-            insets=[Inset(model.images.layout(*image.size).text)],
+            insets=[Inset(layout.text, number_marks=layout.number_marks)],
         )
     except (ImageError, ShapeError) as error:
         raise DataError(f"{question.where}: {error}") from None

@@ -8,6 +8,7 @@ from trio_edge.export.checkpoints.packed import PACKING, packed_format
 from trio_edge.export.families.internvl import InternVl
 from trio_edge.export.families.lfm2 import Lfm2Vl
 from trio_edge.export.families.llava import Llava, LlavaNext, LlavaOnevision
+from trio_edge.export.families.minicpm import MiniCpmV46
 from trio_edge.export.families.mistral import Mistral3
 from trio_edge.export.families.qwen import Cosmos3, Qwen3Vl, Qwen25Vl, Qwen35
 from trio_edge.export.families.smolvlm import SmolVlm
@@ -22,7 +23,7 @@ __all__ = ["FAMILIES", "family_of"]
 
 _ALL = (
     *(Llava(), LlavaNext(), LlavaOnevision(), Qwen25Vl(), Qwen3Vl(), Cosmos3(), Qwen35()),
-    *(InternVl(), SmolVlm(), Mistral3(), Lfm2Vl()),
+    *(InternVl(), SmolVlm(), Mistral3(), Lfm2Vl(), MiniCpmV46()),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

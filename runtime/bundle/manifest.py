@@ -353,6 +353,8 @@ class VisionDimensions(_Spec, frozen=True):
     """Patches per token of the projector, if P patches are one tile."""
     merged_weights: Work = 0
     """Weights with the same cost per projector token as the encoder's own reduction."""
+    num_merged_layers: Layer = 0
+    """Layers after a merge of 2x2 patches inside the tower, the last ones."""
 
     def workspace_bytes(self, count: int, *, element_bytes: int) -> int:
         """Return the activations of the vision graph for ``count`` tiles, or patches of one tile, with fused attention."""

@@ -2,7 +2,8 @@
 
 The exporter and the pipeline know only ``ImageProcessing``. Its kinds are tiles with newlines (LLaVA), patches in windows
 (Qwen2.5-VL) or without windows (Qwen3-VL), a grid of tiles with a thumbnail (InternVL), such a grid with text between
-the tiles (SmolVLM2), patches with text between the rows (Ministral 3), and tiles of any shape (LFM2-VL).
+the tiles (SmolVLM2), patches with text between the rows (Ministral 3), tiles of any shape (LFM2-VL), and slices after an
+overview (MiniCPM-V).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from trio_edge.runtime.bundle.errors import ManifestError, ScheduleError
 from trio_edge.runtime.images.llava import LlavaImages
+from trio_edge.runtime.images.minicpm import MiniCpmImages
 from trio_edge.runtime.images.naflex import NaflexImages
 from trio_edge.runtime.images.pixtral import PixtralImages
 from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages
@@ -107,7 +109,15 @@ def image_processing(
     Raises:
         ManifestError: If it is of an unknown kind, a value is out of range, or a profile larger than an image can need.
     """
-    others = (QwenImages, Qwen3Images, InternVlImages, SmolVlmImages, PixtralImages, NaflexImages)
+    others = (
+        QwenImages,
+        Qwen3Images,
+        InternVlImages,
+        SmolVlmImages,
+        PixtralImages,
+        NaflexImages,
+        MiniCpmImages,
+    )
     kind = values.get("kind")
     family = next((family for family in others if family.__struct_config__.tag == kind), LlavaImages)
     if encoder_keep is not None and family not in (QwenImages, LlavaImages):

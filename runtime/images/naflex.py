@@ -189,12 +189,10 @@ class NaflexImages(
         def make_boxes() -> NDArray[np.float32]:
             side, parts = self.tokens_per_side, []
             if num_tiled:
-                boxes = _boxes(width, height, rows * side, columns * side)
-                boxes = boxes.reshape(rows, side, columns, side, 4).transpose(0, 2, 1, 3, 4)
-                parts.append(boxes.reshape(-1, 4))
+                parts.append(processing.tile_boxes(width, height, (rows, columns), (side, side)))
             if len(tiles) != len(named) or not num_tiled:
-                parts.append(_boxes(width, height, *tiles[-1]).reshape(-1, 4))
-            return np.concatenate(parts).astype(np.float32)
+                parts.append(processing.tile_boxes(width, height, (1, 1), tiles[-1]))
+            return np.concatenate(parts)
 
         return processing.ImageLayout(
             width=width,
@@ -239,8 +237,3 @@ class NaflexImages(
             SPATIAL_SHAPES: shapes,
             TOKEN_INDEX: processing.padded_index(np.concatenate(index), room["N"]),
         }
-
-
-def _boxes(width: int, height: int, rows: int, columns: int) -> NDArray[Any]:
-    x, y = np.arange(columns + 1) * width / columns, np.arange(rows + 1) * height / rows
-    return processing.boxes_between(x, y)

@@ -120,6 +120,8 @@ class ImageLayout:
     """Patches of a tile, if the vision graph drops some of each tile."""
     text: tuple[str, ...] = ("", "")
     """Text of the prompt before each run of visual tokens, and after the last run."""
+    number_marks: tuple[str, str] | None = None
+    """Text around the number of the image in the prompt, before ``text``; None for no number."""
 
     @property
     def boxes(self) -> NDArray[np.float32]:
@@ -209,6 +211,22 @@ def boxes_between(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
     left, top = np.meshgrid(x[:-1], y[:-1])
     right, bottom = np.meshgrid(x[1:], y[1:])
     return np.stack([left, top, right, bottom], axis=-1)
+
+
+def tile_boxes(
+    width: int, height: int, tiles: tuple[int, int], tokens: tuple[int, int]
+) -> NDArray[np.float32]:
+    """Return the boxes [N, 4] of an image's visual tokens, tile by tile.
+
+    ``tiles`` are rows and columns of tiles, and ``tokens`` those of visual tokens in each.
+    """
+    (rows, columns), (tall, wide) = tiles, tokens
+    x, y = (
+        np.arange(count + 1) * side / count
+        for count, side in ((columns * wide, width), (rows * tall, height))
+    )
+    boxes = boxes_between(x, y).reshape(rows, tall, columns, wide, 4).transpose(0, 2, 1, 3, 4)
+    return boxes.reshape(-1, 4).astype(np.float32)
 
 
 def normalized(levels: NDArray[np.uint8], constants: Processing) -> NDArray[np.float32]:

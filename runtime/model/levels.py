@@ -61,12 +61,13 @@ class Shown(NamedTuple):
     @property
     def inset(self) -> Inset:
         """The text that replaces its placeholder in the prompt, around all runs of visual tokens."""
+        layout = self.prepared[0].layout
         first, *rest = (image.layout.text for image in self.prepared)
         text = list(first)
         for start, *others in rest:
             text[-1] += start
             text += others
-        return Inset(text, self.is_video)
+        return Inset(text, self.is_video, layout.number_marks)
 
 
 @final

@@ -118,6 +118,17 @@ LFM2_VL_TEMPLATE = (
 )
 """``<|startoftext|><|im_start|>user\\n<image>…<|im_end|>\\n<|im_start|>assistant\\n``, for checkpoints without a template."""
 
+MINICPM_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if not loop.first %}{{ '\n' }}{% endif %}"
+    "{% if part['type'] == 'image' %}{{ '<|image_pad|>' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
+)
+"""ChatML of MiniCPM-V 4.6 with lines between parts and without thoughts, for checkpoints without a template."""
+
 MISTRAL_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['content'] is string %}{% set text = message['content'] %}{% else %}"

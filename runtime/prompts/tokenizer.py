@@ -57,6 +57,8 @@ class Inset(NamedTuple):
     text: Sequence[str] = ("", "")
     """Text before each run of visual tokens, and after the last run."""
     is_video: bool = False
+    number_marks: tuple[str, str] | None = None
+    """Text around the image's number in the prompt, from 0, before ``text``; None for no number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -333,7 +335,10 @@ def _with_insets(text: str, insets: Sequence[Inset], *, image_token: str, video_
                 f" {found.count(token)}; remove it from your text, or use a chat template that places all {kind}s"
             )
     first, *rest = places.split(text)
-    return first + "".join(image_token.join(inset.text) + piece for inset, piece in zip(insets, rest))
+    numbers = ((count, inset.number_marks) for count, inset in enumerate(insets))
+    named = ("" if marks is None else f"{marks[0]}{count}{marks[1]}" for count, marks in numbers)
+    runs = (image_token.join(inset.text) for inset in insets)
+    return first + "".join(name + run + piece for name, run, piece in zip(named, runs, rest))
 
 
 def _check_unicode(text: str) -> None:

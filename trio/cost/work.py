@@ -166,7 +166,8 @@ def tower_weights(tower: VisionDimensions) -> int:
     """Return the elements of the vision tower's and the projector's matrices."""
     width = tower.hidden_size
     layer = 4 * width**2 + tower.mlp_matrices * width * tower.intermediate_size
-    return tower.num_layers * layer + tower.projector_weights
+    merger = bool(tower.num_merged_layers) * (4 * width**2 + 20 * width * tower.intermediate_size)
+    return tower.num_layers * layer + merger + tower.projector_weights
 
 
 def tiles_and_patches(tower: VisionDimensions, sizes: Mapping[str, int]) -> tuple[int, int]:
@@ -236,12 +237,19 @@ def vision_work(tower: VisionDimensions, sizes: Mapping[str, int]) -> Work:
         projected = tiles * tower.projected_per_tile
     elif tower.patches_per_token is not None:
         projected = patches // tower.patches_per_token
-    layers, mlp = tower.num_layers, tower.mlp_matrices * tower.num_layers
-    products = [
-        Product(rows=rows, inner=width, columns=width, count=4 * layers, weights="vision"),
-        Product(rows=rows, inner=width, columns=inner, count=mlp, weights="vision"),
-        _square(projected, tower.projector_weights, weights="vision"),
-    ]
+    layers, merged = tower.num_layers, tower.num_merged_layers
+    products = [_square(projected, tower.projector_weights, weights="vision")]
+    for count, factor in ((layers - merged, 1), (merged, 4)):
+        mlp = tower.mlp_matrices * count
+        products += [
+            Product(rows=rows // factor, inner=width, columns=width, count=4 * count, weights="vision"),
+            Product(rows=rows // factor, inner=width, columns=inner, count=mlp, weights="vision"),
+        ]
+    if merged:  # a window's attention, and an MLP of four times the widths
+        products += [
+            Product(rows=rows, inner=width, columns=width, count=4, weights="vision"),
+            Product(rows=rows // 4, inner=4 * width, columns=5 * inner, count=1, weights="vision"),
+        ]
     if tower.merged_weights:
         products.append(_square(projected, tower.merged_weights, weights="none"))
     return Work(
@@ -253,20 +261,24 @@ def vision_work(tower: VisionDimensions, sizes: Mapping[str, int]) -> Work:
 
 
 def _vision_attention(tower: VisionDimensions, *, tiles: int, patches: int) -> tuple[Attention, ...]:
-    windows = tower.patches_per_window
-    full = tower.num_layers if windows is None else tower.num_full_layers
-    layers = {patches: full} if windows is None else {patches: full, windows: tower.num_layers - full}
+    windows, merged = tower.patches_per_window, tower.num_merged_layers
+    full = tower.num_layers - merged if windows is None else tower.num_full_layers
+    layers = {(patches, patches): full}
+    if windows is not None:
+        layers[patches, windows] = tower.num_layers - full
+    if merged:
+        layers |= {(patches // 4, patches // 4): merged, (patches, 4): 1}
     heads = max(1, tower.hidden_size // VISION_HEAD_SIZE)
     return tuple(
         Attention(
-            rows=patches,
+            rows=rows,
             context=context,
             num_heads=heads,
             num_kv_heads=heads,
             head_size=tower.hidden_size // heads,
             count=count * tiles,
         )
-        for context, count in layers.items()
+        for (rows, context), count in layers.items()
     )
 
 
