@@ -54,7 +54,7 @@ def example_feeds(spec: GraphSpec, profile: Profile) -> dict[str, NDArray[Any]]:
             values = np.array([sizes[counts[tensor.name]]])
         elif tensor.dtype == "int32":
             values = np.broadcast_to(np.arange(shape[-1]), shape)
-        if tensor.name in ("is_newline", "token_index"):
+        if tensor.name in ("is_newline", "token_index", "table_index"):
             values = np.zeros(shape)
         feeds[tensor.name] = values.astype(tensor.dtype)
     return feeds

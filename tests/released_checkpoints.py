@@ -20,6 +20,7 @@ from trio_edge.runtime.prompts.chat import (
     INTERNVL_TEMPLATE,
     LFM2_VL_TEMPLATE,
     LLAVA_ONEVISION_TEMPLATE,
+    MINICPM_TEMPLATE,
     MISTRAL3_TEMPLATE,
     MISTRAL_TEMPLATE,
     QWEN2_5_VL_TEMPLATE,
@@ -44,6 +45,7 @@ _TEMPLATES = {
     "smolvlm": SMOLVLM_TEMPLATE,
     "mistral3": MISTRAL3_TEMPLATE,
     "lfm2_vl": LFM2_VL_TEMPLATE,
+    "minicpm": MINICPM_TEMPLATE,
 }
 # From a parameter of transformers' model to the name in released files, which are older than these classes.
 _LLAVA_NAMES = (
@@ -64,6 +66,7 @@ _OLD_NAMES = {
     "smolvlm": (),
     "mistral3": _LLAVA_NAMES[1:],
     "lfm2_vl": ((r"^model\.vision_tower\.", "model.vision_tower.vision_model."),),
+    "minicpmv4_6": (),
 }
 _DTYPES = {
     "float16": ("F16", torch.float16),

@@ -101,6 +101,10 @@ def _lfm2(tile_size: int, patch_size: int, **settings: Any) -> dict[str, Any]:
     return {"image_processor_type": "Lfm2VlImageProcessor", **sizes, **settings}
 
 
+def _minicpm(**settings: Any) -> dict[str, Any]:
+    return {"image_processor_type": "MiniCPMV4_6ImageProcessor", **settings}
+
+
 # where there is no AVX, torch repeats the first pixel of a column that is one pixel wide
 _NO_COLUMN = tuple(size for size in SIZES if size != (1, 400))
 _NAFLEX = tuple(size for size in _NO_COLUMN if max(size) < 12 * min(size))
@@ -195,6 +199,17 @@ PROCESSORS = {
     "LFM2-VL without tiles": Processor(
         config=_lfm2(24, 4, min_image_tokens=5, max_image_tokens=20, do_image_splitting=False, resample=3),
         sizes=_NAFLEX,
+    ),
+    "MiniCPM-V": Processor(config=_minicpm(), sizes=((601, 673), (1700, 300))),
+    "MiniCPM-V small": Processor(config=_minicpm(scale_resolution=36, patch_size=3), sizes=_NAFLEX),
+    "MiniCPM-V merged once": Processor(
+        config=_minicpm(
+            scale_resolution=40, patch_size=5, max_slice_nums=3, downsample_mode="4x", resample=2
+        ),
+        sizes=_NAFLEX,
+    ),
+    "MiniCPM-V without slices": Processor(
+        config=_minicpm(scale_resolution=36, patch_size=3, slice_mode=False), sizes=_NAFLEX
     ),
     "SmolVLM2": Processor(config=_smolvlm(1536, 384), sizes=((601, 673),)),
     "SmolVLM2 small": Processor(config=_smolvlm(100, 20), sizes=_NO_COLUMN),

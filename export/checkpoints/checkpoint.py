@@ -70,6 +70,7 @@ ALIASES = {
     "mistral-small-3.1-24b": Alias("mistralai/Mistral-Small-3.1-24B-Instruct-2503", "Mistral Small 3.1"),
     "lfm2.5-vl-450m": Alias("LiquidAI/LFM2.5-VL-450M", "LFM2.5-VL"),
     "lfm2.5-vl-1.6b": Alias("LiquidAI/LFM2.5-VL-1.6B", "LFM2.5-VL"),
+    "minicpm-v-4.6": Alias("openbmb/MiniCPM-V-4.6", "MiniCPM-V 4.6"),
     "smolvlm2-256m": Alias("HuggingFaceTB/SmolVLM2-256M-Video-Instruct", "SmolVLM2"),
     "smolvlm2-500m": Alias("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "SmolVLM2"),
     "smolvlm2-2.2b": Alias("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "SmolVLM2"),

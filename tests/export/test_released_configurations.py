@@ -13,6 +13,7 @@ import torch
 
 from tests.bundles import export
 from tests.checkpoints import save_checkpoint
+from tests.minicpm_checkpoints import their_inputs as minicpm_inputs
 from tests.mistral3_checkpoints import whole_image
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import REDUCED, save_qwen_checkpoint
@@ -105,6 +106,20 @@ SMALL: dict[str, dict[str, Any]] = {
         },
         "vision_config": _TOWER,
     },
+    "minicpm-v-4.6": {
+        "insert_layer_id": 1,
+        "text_config": {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 4,
+            "layer_types": [*["linear_attention"] * 3, "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+        "vision_config": _TOWER,
+    },
     "smolvlm2-500m": {"text_config": {**_DECODER, "head_dim": 16}, "vision_config": _TOWER},
 }
 """Sizes of one model of each family, all else as released: also the vocabulary, image sizes and token ids."""
@@ -150,8 +165,8 @@ def test_an_alias_is_planned_at_its_full_size(alias: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("alias", [*SMALL, "smolvlm2-2.2b"])
 def test_a_family_is_planned_with_few_of_its_tokens(alias: str, tmp_path: Path) -> None:
-    # LFM2.5's two first layers of 16, which see all tokens, have no attention
-    plan = plan_of(files_of(alias, tmp_path), keep=0.2 if alias.startswith("lfm") else 0.111)
+    # the first layers, which see all tokens, have no attention: two of 16 in LFM2.5, three of 24 in MiniCPM-V
+    plan = plan_of(files_of(alias, tmp_path), keep=0.2 if alias.startswith(("lfm", "minicpm")) else 0.111)
     assert plan.layout.schedule.stages
 
 
@@ -180,8 +195,10 @@ def hugging_face_inputs(pipeline: Pipeline, model_type: str) -> dict[str, torch.
     """Return the model's inputs with the runtime's ids and pixels, which have tests of their own."""
     picture, image_id = random_picture(*CAMERA), pipeline.manifest.text.image_token_id
     processing: Any = pipeline.images  # type: ignore[attr-defined]
-    layout = processing.layout(*picture.size)
-    ids = pipeline._encode(build_messages(PROMPT, images=[picture]), [Inset(layout.text)])
+    layout, messages = processing.layout(*picture.size), build_messages(PROMPT, images=[picture])
+    if model_type == "minicpmv4_6":
+        return minicpm_inputs(pipeline, messages)
+    ids = pipeline._encode(messages, [Inset(layout.text)])
     prepared, count = processing.prepare(picture), layout.num_visual
     input_ids = ids.all_ids(layout.run_lengths).astype(np.int64)[None]
     pixels, inputs = torch.from_numpy(prepared["pixel_values"]), {"input_ids": torch.from_numpy(input_ids)}

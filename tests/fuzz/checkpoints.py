@@ -18,6 +18,7 @@ from tests.fuzz.subject import Outcome, Subject, judged
 from tests.fuzz.values import hostile, mutated, places
 from tests.internvl_checkpoints import save_internvl_checkpoint
 from tests.lfm2_checkpoints import save_lfm2_vl_checkpoint
+from tests.minicpm_checkpoints import save_minicpm_checkpoint
 from tests.mistral3_checkpoints import save_mistral3_checkpoint
 from tests.onevision_checkpoints import save_onevision_checkpoint
 from tests.qwen_checkpoints import save_qwen3_vl_checkpoint, save_qwen_checkpoint
@@ -40,6 +41,7 @@ FAMILIES: dict[str, Callable[[Path], object]] = {
     "smolvlm": save_smolvlm_checkpoint,
     "mistral3": save_mistral3_checkpoint,
     "lfm2_vl": save_lfm2_vl_checkpoint,
+    "minicpmv4_6": save_minicpm_checkpoint,
 }
 _FILES = ("config.json",) * 6 + (
     "processor_config.json",
