@@ -19,6 +19,7 @@ from tests.calibration.smoothing import apply_smoothing
 from tests.checkpoints import save_checkpoint
 from tests.internvl_checkpoints import save_internvl_checkpoint
 from tests.lfm2_checkpoints import save_lfm2_vl_checkpoint
+from tests.minicpm_checkpoints import save_minicpm_checkpoint
 from tests.mistral3_checkpoints import save_mistral3_checkpoint
 from tests.onevision_checkpoints import save_onevision_checkpoint
 from tests.qwen_checkpoints import save_qwen3_5_checkpoint, save_qwen3_vl_checkpoint, save_qwen_checkpoint
@@ -54,6 +55,7 @@ CHECKPOINTS: dict[str, Callable[..., Path]] = {
     "smolvlm": save_smolvlm_checkpoint,
     "mistral3": save_mistral3_checkpoint,
     "lfm2-vl": save_lfm2_vl_checkpoint,
+    "minicpm-v": save_minicpm_checkpoint,
 }
 ATTENTION, GATED_MLP = ["qkv", "o"], ["gate_up", "down"]
 MOVABLE = {
@@ -68,6 +70,7 @@ MOVABLE = {
     "llava-onevision": ([*ATTENTION, "fc1"], ["qkv", *GATED_MLP]),
     "smolvlm": ([*ATTENTION, "fc1"], ["qkv", *GATED_MLP]),
     "lfm2-vl": ([*ATTENTION, "fc1", "projector_1"], ["in", *GATED_MLP]),
+    "minicpm-v": ([*ATTENTION, "fc1", "merger_qkv", "merger_o", "merger_1", "projector_1"], ["down"]),
     "mistral3": (["projector_1", *ATTENTION, *GATED_MLP], ["qkv", *GATED_MLP]),
 }
 """Groups that factors can move out of, of the vision graph and of the decoder."""
@@ -111,7 +114,7 @@ def test_factors_move_where_the_model_stays_as_it_was(
                 movable[section.part].append(group.name)
     names = {part: list(dict.fromkeys(of_part)) for part, of_part in movable.items()}
     assert (names["vision"], names["decoder"]) == MOVABLE[family]
-    assert names["head"] == ([] if family == "qwen3.5" else ["lm_head"])
+    assert names["head"] == ([] if family in ("qwen3.5", "minicpm-v") else ["lm_head"])
     apply_smoothing(model, smoothing_of(found, names=model.tensor_names()))
     torch.testing.assert_close(first_logits(model, questions[0]), before, rtol=1e-3, atol=1e-3)
 

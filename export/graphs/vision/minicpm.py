@@ -14,7 +14,8 @@ both merges are reshapes. P is constant.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,6 @@ from trio_edge.export.graphs.linear_groups import (
     projector_groups,
 )
 from trio_edge.export.graphs.vision.clip import encoder_groups
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 WINDOW = 4
 """Patches that are merged to one."""
@@ -83,21 +81,18 @@ class MiniCpmVision(nn.Module):
 
     def linear_groups(self) -> tuple[LinearGroup, ...]:
         """Return the linear layers of the tower and the mergers."""
-        return tuple(self._linear_groups())
-
-    def _linear_groups(self) -> Iterator[LinearGroup]:
-        patches = self.embeddings.patch_embedding
-        yield LinearGroup(name="patches", layer=None, linears=(patches,), before=None)
-        yield from encoder_groups(self.layers)
-        if (merger := self.window_merger) is not None:
-            attention = merger.self_attn
-            for group in attention_groups(attention, attention.out_proj, norm=merger.layer_norm1, index=0):
-                yield LinearGroup(
-                    name=f"merger_{group.name}", layer=None, linears=group.linears, before=group.before
-                )
-            yield from projector_groups(merger.linear_1, merger.linear_2, norm=merger.pre_norm, name="merger")
-        last = self.last_merger
-        yield from projector_groups(last.linear_1, last.linear_2, norm=last.pre_norm)
+        merger, last = self.window_merger, self.last_merger
+        merged: tuple[LinearGroup, ...] = ()
+        if merger is not None:
+            attention = attention_groups(
+                merger.self_attn, merger.self_attn.out_proj, norm=merger.layer_norm1, index=0
+            )
+            merged = (
+                *(replace(group, name=f"merger_{group.name}", layer=None) for group in attention),
+                *projector_groups(merger.linear_1, merger.linear_2, norm=merger.pre_norm, name="merger"),
+            )
+        projector = projector_groups(last.linear_1, last.linear_2, norm=last.pre_norm)
+        return (*encoder_groups(self.layers), *merged, *projector)
 
 
 def _mask(num_real_B1: Tensor, *, num_rows: int, patches: int = 1) -> Tensor:
