@@ -24,6 +24,7 @@ from trio_edge.runtime.prompts.chat import (
     INTERNVL_TEMPLATE,
     LFM2_VL_TEMPLATE,
     LLAVA_ONEVISION_TEMPLATE,
+    MINICPM_TEMPLATE,
     MISTRAL3_TEMPLATE,
     MISTRAL_TEMPLATE,
     SMOLVLM_TEMPLATE,
@@ -386,6 +387,9 @@ SMOLVLM_TOKENS = {
 }  # fmt: skip
 
 
+MINICPM = json.loads((Path(__file__).parents[2] / "tests/released/minicpm_v_4_6.json").read_text())
+
+
 def _llava_next_family(config: Callable[[], Any], template: str = VICUNA_TEMPLATE) -> Family:
     return Family(
         config=config, model="LlavaNextForConditionalGeneration", renames=LLAVA_RENAMES,
@@ -475,6 +479,17 @@ FAMILIES = {
     ),
     "lfm2.5-vl-450m": _lfm2_family(lfm2_5_vl_450m),
     "lfm2.5-vl-1.6b": _lfm2_family(lfm2_5_vl_1_6b),
+    "minicpm-v-4.6": Family(
+        config=lambda: hf.AutoConfig.for_model(**MINICPM["files"]["config.json"]),
+        model="MiniCPMV4_6ForConditionalGeneration",
+        renames=(),
+        preprocessor={
+            "image_processor_type": "MiniCPMV4_6ImageProcessor"
+        },  # all else is transformers' default
+        chat_template=MINICPM_TEMPLATE,
+        special_tokens={int(number): token for number, token in MINICPM["tokens"].items()},
+        end_token=248046,
+    ),
     "smolvlm2-256m": _smolvlm_family(smolvlm2_256m),
     "smolvlm2-500m": _smolvlm_family(smolvlm2_500m),
     "smolvlm2-2.2b": _smolvlm_family(
