@@ -42,34 +42,35 @@ class MiniCpmVision(nn.Module):
         """
         super().__init__()
         core: Any = tower
+        mergers: Any = merger
         self.embeddings: Any = core.embeddings
-        self.layers: nn.ModuleList = core.encoder.layers
+        self.layers: Any = core.encoder.layers
         self.norm: nn.Module = core.post_layernorm
         self.window_merger: Any = None if merge_after is None else core.vit_merger
+        self.last_merger: Any = mergers.mlp[0]
         self.merge_after = merge_after
-        (self.last_merger,) = merger.mlp  # type: ignore[misc]
 
     def forward(
         self, pixel_values: Tensor, table_index: Tensor, num_patches: Tensor, token_index: Tensor
     ) -> Tensor:
         """Return the visual tokens [N, D]."""
-        patches, B = self.embeddings.patch_embedding, pixel_values.shape[0]
-        rows_BPD = nn.functional.linear(
-            pixel_values.to(patches.weight.dtype), patches.weight.flatten(1), patches.bias
-        )
+        patches = self.embeddings.patch_embedding
+        pixels_BPF = pixel_values.to(patches.weight.dtype)
+        rows_BPD = nn.functional.linear(pixels_BPF, patches.weight.flatten(1), patches.bias)
         rows_BPD = rows_BPD + self.embeddings.position_embedding(table_index)
+        B, P, D = rows_BPD.shape
         num_real = num_patches[:, None]
-        mask = _mask(num_real, num_rows=rows_BPD.shape[1])
+        mask = _mask(num_real, num_rows=P)
         for index, layer in enumerate(self.layers):
             rows_BPD = rows_BPD + _attended(layer.self_attn, layer.layer_norm1(rows_BPD), mask)
             rows_BPD = rows_BPD + layer.mlp(layer.layer_norm2(rows_BPD))
             if index == self.merge_after:
-                rows_BPD = self._merged(rows_BPD.reshape(-1, WINDOW, rows_BPD.shape[2])).reshape(
-                    B, rows_BPD.shape[1] // WINDOW, rows_BPD.shape[2]
-                )
-                mask = _mask(num_real, num_rows=rows_BPD.shape[1], patches=WINDOW)
-        rows = self.norm(rows_BPD).reshape(-1, WINDOW * rows_BPD.shape[2])
-        return self.last_merger(rows.index_select(0, token_index))
+                merged_XD = self._merged(rows_BPD.reshape(-1, WINDOW, D))
+                rows_BPD = merged_XD.reshape(B, P // WINDOW, D)
+                mask = _mask(num_real, num_rows=P // WINDOW, patches=WINDOW)
+        blocks = self.norm(rows_BPD).reshape(-1, WINDOW * D)
+        tokens: Tensor = self.last_merger(blocks.index_select(0, token_index))
+        return tokens
 
     def _merged(self, windows_X4D: Tensor) -> Tensor:
         """Return one row for each window, [X, D]. Source: MiniCPMV4_6ViTWindowAttentionMerger."""
