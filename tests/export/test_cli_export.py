@@ -144,6 +144,7 @@ BREAKAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config_is_no_json": (lambda folder: (folder / "config.json").write_text("{"), "JSON"),
     "config_is_a_list": (lambda folder: (folder / "config.json").write_text("[1]"), "JSON object"),
     "unknown_architecture": (lambda folder: edit_config(folder, model_type="bert"), "'bert'"),
+    "molmo2": (lambda folder: edit_config(folder, model_type="molmo2"), "'molmo2'; this"),
     "minicpm_v_4_7": (lambda folder: edit_config(folder, model_type="minicpmv4_7"), "'minicpmv4_7'; this"),
     "minicpm_ocr": (lambda folder: edit_config(folder, model_type="minicpm_ocr"), "'minicpm_ocr'; this"),
     "remote_code": (lambda folder: edit_config(folder, auto_map={"AutoModel": "x.Y"}), "remote code"),
