@@ -101,14 +101,10 @@ def tokenizer() -> Any:
 
 def their_inputs(pipeline: Any, messages: Any) -> dict[str, torch.Tensor]:
     """Return Hugging Face's inputs of the model with the runtime's ids and pixels, which have tests of their own."""
+    from trio_edge.runtime.prompts.chat import visual_parts
     from trio_edge.runtime.prompts.tokenizer import Inset
 
-    pictures = [
-        part["image"]
-        for turn in messages
-        for part in turn["content"]
-        if isinstance(part, dict) and part["type"] == "image"
-    ]
+    pictures = [part["image"] for part in visual_parts(messages)]
     images = pipeline.images
     layouts = [images.layout(*picture.size) for picture in pictures]
     insets = [Inset(layout.text, number_marks=layout.number_marks) for layout in layouts]

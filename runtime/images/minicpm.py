@@ -13,7 +13,7 @@ Letters: B slices and overview, P patches of a slice with padding, F numbers of 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 import msgspec
 import numpy as np
@@ -43,9 +43,9 @@ class MiniCpmImages(
     patch_size: processing.Size = 14
     merge_size: Literal[2, 4] = 4
     """Patches along a side of a visual token."""
-    tile_size: processing.Size = 448
+    tile_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 14)] = 448
     """Side in pixels of a square with the pixels of a slice."""
-    max_tiles: processing.Size = 9
+    max_tiles: processing.Count = 9
     """Most slices; 1 if images are not cut."""
     table_side: processing.Size
     """Rows and columns of the vision encoder's table of positions."""

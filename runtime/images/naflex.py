@@ -48,8 +48,8 @@ class NaflexImages(
     merge_size: processing.Size = 2
     """Patches along a side of a visual token."""
     tile_size: processing.Size = 512
-    min_tiles: processing.Size = 2
-    max_tiles: processing.Size = 10
+    min_tiles: processing.Count = 2
+    max_tiles: processing.Count = 10
     """Most tiles of a grid; 1 if images are not cut."""
     use_thumbnail: bool = True
     """Whether the whole image follows the tiles of a grid."""

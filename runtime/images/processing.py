@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Size: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
 """Pixels along a side or in all; the bound lies far above any image that fits a machine."""
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+"""Tiles of an image. All grids of so many are listed, so the bound keeps that short; released models have at most 40."""
 # The bounds refuse infinity and NaN, which Python's JSON files may hold; real values lie far inside.
 Level: TypeAlias = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
 Factor: TypeAlias = Annotated[float, msgspec.Meta(gt=0, le=1e6)]

@@ -142,9 +142,9 @@ class InternVlImages(TileImages, frozen=True, kw_only=True, tag_field="kind", ta
 
     tokens_per_side: processing.Size
     """Visual tokens along one side of a tile."""
-    min_tiles: processing.Size = 1
+    min_tiles: processing.Count = 1
     """Fewest tiles of a grid, without the thumbnail."""
-    max_tiles: processing.Size = 12
+    max_tiles: processing.Count = 12
     """Most tiles of a grid, without the thumbnail."""
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from tests.engine_bundles import build_here
 from tests.matmul_flops import example_feeds, matmul_flops
 from tests.minicpm_checkpoints import save_minicpm_checkpoint, their_inputs, write_processor
 from tests.pictures import random_picture
+from tests.released_checkpoints import merged
 from tests.spec.whole_answers import assert_same_answer, generate
 from tests.tolerances import LOGITS_FLOAT16
 from trio_edge.export.checkpoints.checkpoint import read_checkpoint
@@ -125,9 +126,7 @@ def test_configurations_that_cannot_be_followed_are_refused(
     tmp_path: Path, folder: Path, change: dict[str, Any], message: str
 ) -> None:
     copy = shutil.copytree(folder, tmp_path / "ck")
-    config = json.loads((copy / "config.json").read_text())
-    for name, value in change.items():
-        config[name] = {**config[name], **value} if isinstance(value, dict) else value
+    config = merged(json.loads((copy / "config.json").read_text()), change)
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
         family_images(copy)

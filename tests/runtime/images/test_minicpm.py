@@ -10,7 +10,7 @@ from transformers.vision_utils import get_vision_nearest_position_ids
 
 from tests.pictures import noise_picture
 from tests.torchvision_reference import PROCESSORS, TorchvisionReference
-from trio_edge.runtime.bundle.errors import CheckpointError, ImageError
+from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
 from trio_edge.runtime.images.interface import image_processing
 from trio_edge.runtime.images.minicpm import MiniCpmImages
 
@@ -104,3 +104,15 @@ def test_a_way_of_merging_that_is_unknown_is_refused() -> None:
     config = {"image_processor_type": "MiniCPMV4_6ImageProcessor", "downsample_mode": "8x"}
     with pytest.raises(CheckpointError, match="downsample_mode: expected 16x or 4x, got '8x'"):
         MiniCpmImages.from_preprocessor_config(config, table_side=7)
+
+
+@pytest.mark.parametrize("kind", ["grid_tiles", "naflex_tiles", "sliced_image"])
+def test_a_bundle_with_more_tiles_than_can_be_listed_is_refused(kind: str) -> None:
+    """Without the bound, a number in a bundle's manifest would fill the memory."""
+    own = {"grid_tiles": {"tile_size": 24, "tokens_per_side": 3}, "sliced_image": {"table_side": 7}}
+    values = {"kind": kind, **own.get(kind, {})}
+    assert (
+        image_processing({**values, "max_tiles": 4096}, encoder_keep=None).any_image_sizes()[-1]["B"] == 4097
+    )
+    with pytest.raises(ManifestError, match=r"image_processing: Expected `int` <= 4096 - at `\$.max_tiles`"):
+        image_processing({**values, "max_tiles": 4097}, encoder_keep=None)
