@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from numbers import Integral, Real
-from typing import Annotated, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
 
@@ -61,6 +61,7 @@ def is_whole(value: object) -> bool:
 
 _T = TypeVar("_T")
 _LOCK = threading.Lock()
+_DECODERS: dict[Any, Any] = {}
 
 
 def typed(value: object, kind: type[_T]) -> _T:
@@ -72,3 +73,18 @@ def typed(value: object, kind: type[_T]) -> _T:
     # msgspec 0.22 crashes if two threads use a class for the first time at once, as when two pipelines are loaded.
     with _LOCK:
         return msgspec.convert(value, kind, strict=True)
+
+
+def typed_json(content: bytes | bytearray, kind: type[_T]) -> _T:
+    """Return the JSON in ``content`` as a ``kind``; any thread may call this.
+
+    Raises:
+        msgspec.DecodeError: If it is no JSON; a ValidationError, if it does not fit.
+        RecursionError: If it has too many nested levels.
+        UnicodeDecodeError: If it is not UTF-8.
+    """
+    with _LOCK:  # as above: a decoder sets its classes up
+        if kind not in _DECODERS:
+            _DECODERS[kind] = msgspec.json.Decoder(kind)
+    found: _T = _DECODERS[kind].decode(content)
+    return found

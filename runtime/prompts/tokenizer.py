@@ -22,6 +22,7 @@ import numpy as np
 import tokenizers
 
 from trio_edge.runtime.bundle.errors import BundleError, ShapeError
+from trio_edge.runtime.bundle.limits import typed_json
 from trio_edge.runtime.bundle.reader import read_regular
 from trio_edge.runtime.prompts.sandbox import MAX_PROMPT_CHARACTERS
 
@@ -367,7 +368,7 @@ def tokenizer_from(content: bytes, *, where: str) -> tuple[tokenizers.Tokenizer,
     """
     with only_bundle_errors(where):
         try:
-            file = msgspec.json.decode(content, type=_File)
+            file = typed_json(content, _File)
             growth = _growth(file.normalizer) * _growth(file.pre_tokenizer)
             num_characters = sum(1 + len(token["content"]) for token in file.added_tokens)
             times = _growth(file.decoder)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from trio_edge.runtime.prompts.chat import Message
 
 _NO_MESSAGES = [Turn(role="user", content="")]
+# made here and not in threads: see ``typed`` in runtime/bundle/limits.py
+_REQUEST = msgspec.msgpack.Decoder(tuple[ChatRequest, list[dict[str, Any]], Asking | None])
+_EVENTS = msgspec.msgpack.Decoder(list[Event])
 
 
 def packed_request(job: AnswerJob) -> bytes:
@@ -26,7 +29,7 @@ def packed_request(job: AnswerJob) -> bytes:
 
 def unpacked_request(data: bytes) -> tuple[ChatRequest, list[Message], Asking | None]:
     """Return the request without its messages, the messages, and the questions. A video is the bytes of its file."""
-    return msgspec.msgpack.decode(data, type=tuple[ChatRequest, list[dict[str, Any]], Asking | None])
+    return _REQUEST.decode(data)
 
 
 def packed_events(events: list[Event]) -> bytes:
@@ -36,4 +39,4 @@ def packed_events(events: list[Event]) -> bytes:
 
 def unpacked_events(data: bytes) -> list[Event]:
     """Return the events in ``data``."""
-    return msgspec.msgpack.decode(data, type=list[Event])
+    return _EVENTS.decode(data)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
+from trio_edge.runtime.bundle.limits import typed_json
 from trio_edge.serving.requests.errors import RequestError, invalid_value
 
 _T = TypeVar("_T")
@@ -246,7 +247,7 @@ def parse_chat(body: bytes | bytearray, *, max_parts: int) -> ChatRequest:
 def decoded(body: bytes | bytearray, kind: type[_T]) -> _T:
     """Return the JSON in ``body`` as a ``kind``; raises RequestError if it is none."""
     try:
-        return msgspec.json.decode(body, type=kind)
+        return typed_json(body, kind)
     except msgspec.ValidationError as error:
         raise _field_error(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
