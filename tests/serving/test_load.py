@@ -64,8 +64,9 @@ def test_a_full_queue_says_when_to_come_back(reduced_bundle: Path) -> None:
         fields["extra_body"] = {"ignore_eos": True}
         create = server.client().chat.completions.create
         create(**fields)  # its time is measured: half a second
+        worker = server.workers["reduced"]
+        until(lambda: worker._running == {})  # the client has its answer before the worker has counted it
         with ThreadPoolExecutor(3) as clients:
-            worker = server.workers["reduced"]
             # A third request that arrives before the first runs would be refused; the first runs while the others come.
             answers = [clients.submit(create, **{**fields, "max_tokens": 40})]
             until(lambda: worker._running != {})
@@ -94,9 +95,11 @@ def test_a_wait_that_is_too_long_is_refused_though_the_queue_has_room(reduced_bu
             extra_body={"ignore_eos": True},
         )
         create()
+        worker = server.workers["reduced"]
+        until(lambda: worker._running == {})  # as above
         with ThreadPoolExecutor(1) as clients:
             answer = clients.submit(create)
-            until(lambda: server.workers["reduced"]._running != {})
+            until(lambda: worker._running != {})
             with pytest.raises(openai.RateLimitError, match="0 requests wait, about"):
                 create()
             assert answer.result().usage is not None
