@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.fp8 import fp8_refusal
-from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec
+from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, PART_FROM_ROLE, GraphSpec
 from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.runtime.devices.machine import Host, available_memory_bytes, find_host
 from trio_edge.runtime.engines import files
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.bundle.reader import Bundle
 
 _SPARE_BYTES = 64 << 20  # for kernels, the timing cache and engines.json
@@ -347,7 +348,10 @@ def _build_graph(
         split_lm_head=plan.options.split_lm_head,
         lm_head_shape=(dimensions.vocab_size, dimensions.hidden_size),
     )
-    result = _run_process(job, graph, progress)
+    try:
+        result = _run_process(job, graph, progress)
+    except BackendError as error:
+        raise BackendError(f"{error}{_advice(plan.bundle.manifest, spec)}") from error
     entry = files.EngineEntry(
         graph=spec.name,
         file=job.engine_file.name,
@@ -411,6 +415,15 @@ def _failure(job: Job, graph: PlannedGraph, error: dict[str, Any] | None, exit_c
     has_crashed = exit_code is not None and exit_code < 0
     reason = f"crashed with signal {-(exit_code or 0)}" if has_crashed else f"ended with code {exit_code}"
     return f"{where}, its process {reason}: {last}; no engine was changed"
+
+
+def _advice(manifest: Manifest, spec: GraphSpec) -> str:
+    """Say what to do about INT8 weights beside the loop of linear attention, which tensorrt-rtx 1.7 does not build."""
+    has_loop = any(name.endswith(".delta") for name in spec.input_names)
+    inputs = () if manifest.quantization is None else manifest.quantization.inputs
+    if not has_loop or manifest.format_of(spec) != "int8" or PART_FROM_ROLE[spec.role] in inputs:
+        return ""
+    return "; linear attention in INT8 needs rounded inputs, too: export with scales of trio-calibrate, or in INT4"
 
 
 @contextmanager

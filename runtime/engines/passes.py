@@ -320,12 +320,26 @@ def equal_tensor(network: Network, tensor: Any) -> Any | None:
         return None
     operands = [maker.get_input(0), maker.get_input(1)]
     for operand, other in (operands, operands[::-1]):
-        constant = network.maker(operand)
-        while constant is not None and constant.type in (trt.LayerType.SHUFFLE, trt.LayerType.CAST):
-            constant = network.maker(constant.get_input(0))
-        if constant is not None and constant.type == trt.LayerType.CONSTANT:
+        if (values := _constant_values(network, operand)) is not None:
             # The constant is copied, because with the same one TensorRT would recognize that both tensors are equal.
-            copy = network.values(constant).astype(trt.nptype(operand.dtype)).reshape(tuple(operand.shape))
-            factor, kind = network.constant(copy), trt.ElementWiseOperation.PROD
-            return network.definition.add_elementwise(factor, other, kind).get_output(0)
+            factor = network.constant(np.array(values).reshape(tuple(operand.shape)))
+            return network.definition.add_elementwise(
+                factor, other, trt.ElementWiseOperation.PROD
+            ).get_output(0)
     return None
+
+
+def _constant_values(network: Network, tensor: Any) -> NDArray[Any] | None:
+    """Return the values of a constant, also of 1 + a constant as in zero-centred norms; None for any other tensor."""
+    trt, maker = network.trt, network.maker(tensor)
+    if maker is None:
+        return None
+    if maker.type == trt.LayerType.CONSTANT:
+        return network.values(maker)
+    if maker.type in (trt.LayerType.SHUFFLE, trt.LayerType.CAST):
+        values = _constant_values(network, maker.get_input(0))
+        return None if values is None else values.astype(trt.nptype(tensor.dtype))
+    if maker.type != trt.LayerType.ELEMENTWISE or maker.op != trt.ElementWiseOperation.SUM:
+        return None
+    terms = [_constant_values(network, maker.get_input(index)) for index in (0, 1)]
+    return None if terms[0] is None or terms[1] is None else terms[0] + terms[1]

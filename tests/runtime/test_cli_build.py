@@ -21,12 +21,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from tests.bundles import export
 from tests.checkpoints import save_checkpoint
 from tests.engine_bundles import HOST, bundle_with_engines, copy_bundle, engine_folder, replace_bytes
+from tests.qwen_checkpoints import save_qwen3_5_checkpoint
+from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.cli import build as cli_build
 from trio_edge.runtime.devices import machine as engine_host
 from trio_edge.runtime.devices.machine import Host, find_gpu
@@ -513,6 +517,45 @@ def test_a_split_head_has_the_same_weight_in_blocks(reduced_bundle: Path) -> Non
     renamed = [network.definition.get_output(index).name for index in range(network.definition.num_outputs)]
     assert sorted(renamed) == sorted(outputs)
     assert alive
+
+
+def test_products_after_a_zero_centred_norm_get_an_input_of_their_own(tmp_path: Path) -> None:
+    """Qwen3.5's norms multiply by 1 + their weight. An engine of four layers, 4096 wide, had 1.7 times the weights."""
+    checkpoint = save_qwen3_5_checkpoint(tmp_path / "model", num_layers=4)
+    bundle = export(checkpoint, schedule=Schedule(stages=(), positions="preserved"), max_text=64)
+    alive, network = parsed(bundle, "prefix")
+    num_parsed, before = network.definition.num_layers, network.weight_products()
+    gate, up = (product.layer.get_input(0).name for product in before[5:7])
+    assert gate == up
+    assert separate_products(network) == 3 * (3 + 1) + 2 + 1  # qkv, z, b, a or q, k, v; gate, up
+    names = [product.layer.get_input(0).name for product in network.weight_products()]
+    assert len(set(names)) == len(names)
+    after = Network(TensorRT(backend="tensorrt-rtx", module=trt, version=""), network.definition)
+    added = {
+        after.values(after.maker(layer.get_output(0))).tobytes()
+        for layer in after.layers()[num_parsed:]
+        if layer.type == trt.LayerType.CONSTANT
+    }
+    weights = load_file(checkpoint / "model.safetensors")
+    norms = [
+        1 + weights[f"model.language_model.layers.{layer}.{norm}_layernorm.weight"]
+        for layer in range(4)
+        for norm in ("input", "post_attention")
+    ]
+    assert added == {norm.tobytes() for norm in norms}
+    assert alive
+
+
+def test_linear_attention_in_int8_without_rounded_inputs_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = save_qwen3_5_checkpoint(tmp_path / "model", num_layers=4)
+    schedule = Schedule(stages=(), positions="preserved")
+    bundle = export(checkpoint, schedule=schedule, max_text=64, quantize=parse_plan("int8"))
+    capsys.readouterr()  # progress of the checkpoint
+    message = refused([copy_bundle(bundle, tmp_path / "bundle"), *AHEAD, "--graphs", "prefix"], capsys)
+    assert "prefix: expected tensorrt-rtx to build this graph, got: " in message
+    assert message.endswith("export with scales of trio-calibrate, or in INT4")
 
 
 @pytest.mark.parametrize(("graph", "in_probe"), [("prefix", 0), ("suffix", 11)])
