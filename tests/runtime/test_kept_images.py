@@ -9,6 +9,7 @@ import pytest
 
 from tests.bundles import export
 from tests.lfm2_checkpoints import save_lfm2_vl_checkpoint
+from tests.minicpm_checkpoints import save_minicpm_checkpoint
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import (
     CAMERA,
@@ -147,6 +148,9 @@ FOLLOW_UPS: dict[str, dict[str, Any]] = {
     "deepstack": {"schedule": REDUCED},
     "short convolutions": {"schedule": Schedule(stages=(Stage(layer=2, keep=14), Stage(layer=4, keep=6))), "max_text": 128},
     "states": {"schedule": HYBRID, "max_text": 192, "text_buckets": (192,)},
+    "numbered images": {
+        "schedule": Schedule(stages=(Stage(layer=3, keep=20), Stage(layer=7, keep=9))), "max_text": 192, "text_buckets": (192,), "max_images": 2
+    },
     "states, keep-all": {"schedule": KEEP_ALL, "max_text": 192, "text_buckets": (192,)},
 }  # fmt: skip
 
@@ -156,6 +160,8 @@ def checkpoint_of(name: str, checkpoint: Path, folder: Path) -> Path:
         return save_qwen3_vl_checkpoint(folder)
     if name == "short convolutions":
         return save_lfm2_vl_checkpoint(folder)
+    if name == "numbered images":
+        return save_minicpm_checkpoint(folder)
     return save_qwen3_5_checkpoint(folder) if name.startswith("states") else checkpoint
 
 
