@@ -26,7 +26,13 @@ from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.runtime.devices.machine import process_bytes
 from trio_edge.runtime.engines.files import TIMING_CACHE_NAME
 from trio_edge.runtime.engines.package import EngineBackend, TensorRT, load_tensorrt, make_logger
-from trio_edge.runtime.engines.passes import Network, join_attention, separate_products, split_lm_head
+from trio_edge.runtime.engines.passes import (
+    Network,
+    join_attention,
+    separate_products,
+    split_lm_head,
+    split_sliced_products,
+)
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -147,6 +153,7 @@ def _run_passes(job: Job, network: Network) -> None:
     join_attention(network)
     rows = {profile.sizes.get("S", 0) for profile in job.spec.profiles}
     if 1 in rows and len(rows) > 1:
+        split_sliced_products(network)
         separate_products(network)
     if job.split_lm_head > 1 and holds_head(job.spec):
         vocab_size, hidden_size = job.lm_head_shape

@@ -26,6 +26,7 @@ from safetensors.numpy import load_file
 from tests.bundles import export
 from tests.checkpoints import save_checkpoint
 from tests.engine_bundles import HOST, bundle_with_engines, copy_bundle, engine_folder, replace_bytes
+from tests.lfm2_checkpoints import save_lfm2_vl_checkpoint
 from tests.qwen_checkpoints import save_qwen3_5_checkpoint
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle.errors import BackendError
@@ -46,7 +47,13 @@ from trio_edge.runtime.engines.child import (
 )
 from trio_edge.runtime.engines.files import read_engine_set
 from trio_edge.runtime.engines.package import TensorRT, choose_backend, load_tensorrt
-from trio_edge.runtime.engines.passes import Network, block_sizes, separate_products, split_lm_head
+from trio_edge.runtime.engines.passes import (
+    Network,
+    block_sizes,
+    separate_products,
+    split_lm_head,
+    split_sliced_products,
+)
 
 trt: Any = pytest.importorskip(
     "tensorrt_rtx", reason="needs tensorrt-rtx, which has wheels for x86-64 Linux only; runs in CI"
@@ -543,6 +550,26 @@ def test_products_after_a_zero_centred_norm_get_an_input_of_their_own(tmp_path: 
         for norm in ("input", "post_attention")
     ]
     assert added == {norm.tobytes() for norm in norms}
+    assert alive
+
+
+def test_each_slice_of_a_product_gets_a_product_of_its_own(tmp_path: Path) -> None:
+    """LFM2's convolutions read three slices of one product. Otherwise an engine has these weights twice."""
+    checkpoint = save_lfm2_vl_checkpoint(tmp_path / "model")
+    bundle = export(checkpoint, schedule=Schedule(stages=()), max_text=128)
+    alive, network = parsed(bundle, "prefix")
+    name = "model.language_model.layers.{}.conv.in_proj.weight"
+    weights = load_file(checkpoint / "model.safetensors")
+    wanted = [weights[name.format(layer)] for layer in range(6) if name.format(layer) in weights]
+    assert split_sliced_products(network) == len(wanted) > 1
+    after = Network(TensorRT(backend="tensorrt-rtx", module=trt, version=""), network.definition)
+    shape = (wanted[0].shape[0] // 3, wanted[0].shape[1])
+    added = [product for product in after.weight_products() if product.weight.name.startswith("(Unnamed")]
+    assert [tuple(product.weight.shape) for product in added] == [shape] * 3 * len(wanted)
+    for first, weight in zip(range(0, len(added), 3), wanted):
+        joined = np.concatenate([after.values(product.weight) for product in added[first : first + 3]])
+        np.testing.assert_array_equal(joined, weight)
+    assert len({product.layer.get_input(0).name for product in added}) == len(added)
     assert alive
 
 

@@ -149,7 +149,8 @@ FOLLOW_UPS: dict[str, dict[str, Any]] = {
     "short convolutions": {"schedule": Schedule(stages=(Stage(layer=2, keep=14), Stage(layer=4, keep=6))), "max_text": 128},
     "states": {"schedule": HYBRID, "max_text": 192, "text_buckets": (192,)},
     "numbered images": {
-        "schedule": Schedule(stages=(Stage(layer=3, keep=20), Stage(layer=7, keep=9))), "max_text": 192, "text_buckets": (192,), "max_images": 2
+        "schedule": Schedule(stages=(Stage(layer=3, keep=20), Stage(layer=7, keep=9))), "max_images": 2,
+        "max_text": 192, "text_buckets": (192,),
     },
     "states, keep-all": {"schedule": KEEP_ALL, "max_text": 192, "text_buckets": (192,)},
 }  # fmt: skip
