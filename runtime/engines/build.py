@@ -347,11 +347,9 @@ def _build_graph(
         dtype=plan.bundle.manifest.dtype,
         split_lm_head=plan.options.split_lm_head,
         lm_head_shape=(dimensions.vocab_size, dimensions.hidden_size),
+        advice=_advice(plan.bundle.manifest, spec),
     )
-    try:
-        result = _run_process(job, graph, progress)
-    except BackendError as error:
-        raise BackendError(f"{error}{_advice(plan.bundle.manifest, spec)}") from error
+    result = _run_process(job, graph, progress)
     entry = files.EngineEntry(
         graph=spec.name,
         file=job.engine_file.name,
@@ -403,7 +401,7 @@ def _run_process(job: Job, graph: PlannedGraph, progress: BuildProgress) -> dict
 def _failure(job: Job, graph: PlannedGraph, error: dict[str, Any] | None, exit_code: int | None) -> str:
     where = f"{job.spec.name}: expected {job.backend} to build this graph"
     if error is not None:
-        return f"{where}, got: {error['text']}; no engine was changed"
+        return f"{where}, got: {error['text']}; no engine was changed{job.advice}"
     if sys.platform != "win32" and exit_code == -signal.SIGKILL:
         return (
             f"{where}, its process was killed, most likely because memory ran out (it needs about"
@@ -418,7 +416,7 @@ def _failure(job: Job, graph: PlannedGraph, error: dict[str, Any] | None, exit_c
 
 
 def _advice(manifest: Manifest, spec: GraphSpec) -> str:
-    """Say what to do about INT8 weights beside the loop of linear attention, which tensorrt-rtx 1.7 does not build."""
+    """Return what to do if TensorRT fails, as 1.7 for RTX does where linear attention has INT8 weights and exact inputs."""
     has_loop = any(name.endswith(".delta") for name in spec.input_names)
     inputs = () if manifest.quantization is None else manifest.quantization.inputs
     if not has_loop or manifest.format_of(spec) != "int8" or PART_FROM_ROLE[spec.role] in inputs:

@@ -63,6 +63,8 @@ class Job:
     """Number of blocks of the lm_head; 1 leaves it whole."""
     lm_head_shape: tuple[int, int]
     """[vocabulary size, hidden size]."""
+    advice: str = ""
+    """End of the message if TensorRT fails."""
 
     @property
     def engine_file(self) -> Path:

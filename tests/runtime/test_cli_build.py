@@ -558,13 +558,14 @@ def test_each_slice_of_a_product_gets_a_product_of_its_own(tmp_path: Path) -> No
     checkpoint = save_lfm2_vl_checkpoint(tmp_path / "model")
     bundle = export(checkpoint, schedule=Schedule(stages=()), max_text=128)
     alive, network = parsed(bundle, "prefix")
+    before = {product.layer.name for product in network.weight_products()}
     name = "model.language_model.layers.{}.conv.in_proj.weight"
     weights = load_file(checkpoint / "model.safetensors")
     wanted = [weights[name.format(layer)] for layer in range(6) if name.format(layer) in weights]
     assert split_sliced_products(network) == len(wanted) > 1
     after = Network(TensorRT(backend="tensorrt-rtx", module=trt, version=""), network.definition)
     shape = (wanted[0].shape[0] // 3, wanted[0].shape[1])
-    added = [product for product in after.weight_products() if product.weight.name.startswith("(Unnamed")]
+    added = [product for product in after.weight_products() if product.layer.name not in before]
     assert [tuple(product.weight.shape) for product in added] == [shape] * 3 * len(wanted)
     for first, weight in zip(range(0, len(added), 3), wanted):
         joined = np.concatenate([after.values(product.weight) for product in added[first : first + 3]])
@@ -573,6 +574,10 @@ def test_each_slice_of_a_product_gets_a_product_of_its_own(tmp_path: Path) -> No
     assert alive
 
 
+@pytest.mark.skipif(
+    not trt.__version__.startswith("1.7."),
+    reason="only tensorrt-rtx 1.7 is known to fail there; runs with 1.7",
+)
 def test_linear_attention_in_int8_without_rounded_inputs_says_what_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
